@@ -1,0 +1,30 @@
+"""`actor`: the megatron-core policy, its layout and its optimizer."""
+
+from dataclasses import dataclass
+
+from nemo_r3.config.option import option
+
+
+@dataclass
+class ActorConfig:
+    """Layout, precision and AdamW of the policy. Defaults follow the paper where it says."""
+
+    tensor_parallel: int = option(1, low=1, help="ranks that share each layer's matrices", resume=True)
+    pipeline_parallel: int = option(1, low=1, help="ranks that share the layers", resume=True)
+    context_parallel: int = option(1, low=1, high=1, help="ranks that share a sequence; only 1 so far", resume=True)
+    sequence_parallel: bool = option(False, help="split norms and residuals over the tensor-parallel ranks", resume=True)
+    precision: str = option("bf16", choices=("bf16", "fp32"), help="arithmetic of the update and of the rollout")
+    layer_spec: str = option("auto", choices=("auto", "te", "local"), help="auto: Transformer Engine on CUDA (required there), local on CPU", resume=True)
+    distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks", resume=True)
+    recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
+    microbatch_tokens: int = option(8192, low=1, help="token budget of one packed microbatch", resume=True)
+    packing: bool = option(True, help="pack sequences up to the token budget; false: one sequence per microbatch", resume=True)
+    lr: float = option(5e-7, low=0.0, help="peak learning rate")
+    lr_min: float = option(0.0, low=0.0, help="learning rate at the end of the cosine")
+    lr_decay_steps: int = option(0, low=0, help="length of the cosine; 0: train.steps of the run's first start")
+    lr_warmup_ratio: float = option(0.03, low=0.0, high=1.0, help="share of lr_decay_steps spent warming up")
+    weight_decay: float = option(0.0, low=0.0, help="AdamW's decoupled weight decay")
+    adam_beta1: float = option(0.9, low=0.0, high=1.0, help="AdamW's first beta")
+    adam_beta2: float = option(0.999, low=0.0, high=1.0, help="AdamW's second beta")
+    adam_eps: float = option(1e-8, above=0.0, help="AdamW's epsilon")
+    clip_grad: float = option(1.0, low=0.0, help="largest gradient norm; 0: no clipping")

@@ -1,0 +1,12 @@
+"""`model`: the Hugging Face checkpoint a run starts from."""
+
+from dataclasses import dataclass
+
+from nemo_r3.config.option import option
+
+
+@dataclass
+class ModelConfig:
+    """The starting model; its reference for the KL term, too."""
+
+    path: str = option("", help="directory of a Hugging Face checkpoint, or 'embedded' for the tiny one shipped with nemo_r3", resume=True)

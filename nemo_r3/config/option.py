@@ -1,0 +1,34 @@
+"""`option`: a dataclass field with what is allowed in it, so that a default and its limits live in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, field
+from typing import Any
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,  # noqa: A002
+    factory: Any = MISSING,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    resume: bool = False,
+) -> Any:
+    """A config field.
+
+    Args:
+        default: the one place where this setting's default lives.
+        help: one line for docs/config.md.
+        factory: makes a mutable default instead.
+        choices: the only values allowed (of each element, for a list).
+        low: the smallest value allowed.
+        high: the largest value allowed.
+        above: values must be greater than this.
+        resume: whether a resumed run may change it (layout, paths and logging may).
+    """
+    limits = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "resume": resume}
+    return field(default=default, default_factory=factory, metadata=limits)

@@ -1,0 +1,14 @@
+"""`run`: where a run lives and what it prints."""
+
+from dataclasses import dataclass
+
+from nemo_r3.config.option import option
+
+
+@dataclass
+class RunConfig:
+    """The run directory and its logs."""
+
+    dir: str = option("", help="run directory; empty: runs/<config file's stem>", resume=True)
+    tensorboard: bool = option(True, help="write TensorBoard events beside metrics.jsonl", resume=True)
+    timeout_minutes: int = option(30, low=1, help="minutes a collective may wait before the job fails", resume=True)

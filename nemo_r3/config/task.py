@@ -1,0 +1,24 @@
+"""`task`: which verifiable task is trained, and the words of its three turns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_r3.config.option import option
+
+
+@dataclass
+class TaskConfig:
+    """The task and its own options (validated against the task's Options dataclass)."""
+
+    name: str = option("countdown", help="a module of nemo_r3.tasks, or the dotted path of your own")
+    options: dict[str, Any] = option(factory=dict, help="the task's own settings; see its Options dataclass")
+
+
+@dataclass
+class DialogueConfig:
+    """User turns. None means the task's own wording (the paper's where it is known)."""
+
+    system: str | None = option(None, help="system turn; none by default")
+    task: str | None = option(None, help="wording of the task turn, with the task's {placeholders}")
+    reflect: str | None = option(None, help="user turn that asks for a reflection after a failed answer")
+    retry: str | None = option(None, help="user turn that asks to try again after the reflection")

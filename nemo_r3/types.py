@@ -1,0 +1,197 @@
+"""What flows through nemo_r3: problems, trajectories made of phased segments, groups.
+
+    Problem -> Trajectory [task][attempt]                      a first attempt; a failure when rejected
+            -> Trajectory [task][attempt][request][reflection] what a policy update trains on
+            -> Trajectory [...][request][retry]                what the verifier judges
+
+A trajectory is a flat run of token ids cut into segments, each with its phase: there is no
+prompt/response split, and nothing here knows how many turns there are. No torch, no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Phase(StrEnum):
+    """Which part of a trajectory a token belongs to."""
+
+    TASK = "task"
+    ATTEMPT = "attempt"
+    REQUEST = "request"
+    REFLECTION = "reflection"
+    RETRY = "retry"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One verifiable task.
+
+    Example: ``Problem("countdown-1-2-3-7", "Using the numbers 1, 2, 3, ...", {"numbers": [1, 2, 3], "target": 7})``
+
+    Attributes:
+        id: unique and stable across runs and machines.
+        text: the user's first turn.
+        data: JSON-able facts that the verifier needs; never shown to the model.
+    """
+
+    id: str
+    text: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one phase.
+
+    Attributes:
+        phase: the part of the trajectory.
+        ids: [length] token ids.
+        logprobs: [length] log-probabilities (nats, at the rollout temperature) that vLLM sampled the
+            tokens with; empty for template and user text, which nobody sampled.
+        version: the version of the weights that sampled it; -1 for text.
+    """
+
+    phase: Phase
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    version: int = -1
+
+    @property
+    def sampled(self) -> bool:
+        """Whether vLLM sampled these tokens."""
+        return self.version >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Segments in the order a model sees them."""
+
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        """[length] all token ids, in order."""
+        return [token for segment in self.segments for token in segment.ids]
+
+    def then(self, *segments: Segment) -> Trajectory:
+        """This trajectory with more segments at its end."""
+        return Trajectory(self.segments + segments)
+
+    def __len__(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A sampled turn with its text and how it ended.
+
+    Attributes:
+        segment: its tokens; the end-of-turn token that ended it, if one did, is the last of them.
+        text: decoded without special tokens.
+        finish_reason: "stop" (the model ended its turn) or "length" (cut at the token limit).
+    """
+
+    segment: Segment
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A problem with a first attempt that the verifier rejected: a row of the failure bank.
+
+    Attributes:
+        problem: what was asked.
+        context: [task][attempt].
+        attempt: the rejected answer (its segment is the context's last).
+        sample: which of the samples drawn for this problem it is.
+    """
+
+    problem: Problem
+    context: Trajectory
+    attempt: Answer
+    sample: int = 0
+
+    @property
+    def id(self) -> str:
+        """Unique in a bank: the problem and the sample."""
+        return f"{self.problem.id}/{self.sample}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reflection:
+    """One self-reflection with the retry it led to.
+
+    Attributes:
+        sample: its index in the group.
+        trajectory: [task][attempt][request][reflection].
+        answer: the reflection.
+        retry: the answer sampled with the reflection in context.
+        reward: 1.0 when the verifier accepts the retry, else 0.0.
+    """
+
+    sample: int
+    trajectory: Trajectory
+    answer: Answer
+    retry: Answer
+    reward: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G reflections drawn for one failure (arXiv 2505.24726 section 3; GRPO's group)."""
+
+    failure: Failure
+    reflections: tuple[Reflection, ...]
+
+    @property
+    def rewards(self) -> list[float]:
+        """[G] one reward per reflection."""
+        return [reflection.reward for reflection in self.reflections]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training sequence: a trajectory with what the loss needs at each of its tokens.
+
+    All lists are [length] and aligned with ``ids``: entry t speaks of token t as a target.
+
+    Attributes:
+        ids: token ids.
+        phases: the phase of each token.
+        sampled: whether vLLM sampled the token.
+        advantages: group advantage of the token's reflection; 0 where nothing is trained.
+        weights: share of the token in the global loss; 0 where nothing is trained. Over a whole
+            step's rows they carry the loss's denominators, so any split into microbatches and
+            ranks adds up to the same loss.
+        rollout_logprobs: vLLM's log-probability of the token; 0 where it was not sampled.
+    """
+
+    ids: Sequence[int]
+    phases: Sequence[Phase]
+    sampled: Sequence[bool]
+    advantages: Sequence[float]
+    weights: Sequence[float]
+    rollout_logprobs: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateBatch:
+    """Everything one optimizer step trains on, the same on every rank.
+
+    Attributes:
+        rows: the training sequences of the groups in use.
+        groups_used: groups whose retries differed.
+        groups_dropped: groups whose retries all passed or all failed (dynamic sampling).
+    """
+
+    rows: tuple[Row, ...] = field(default=())
+    groups_used: int = 0
+    groups_dropped: int = 0
