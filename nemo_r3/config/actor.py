@@ -12,13 +12,22 @@ class ActorConfig:
     tensor_parallel: int = option(1, low=1, help="ranks that share each layer's matrices", resume=True)
     pipeline_parallel: int = option(1, low=1, help="ranks that share the layers", resume=True)
     context_parallel: int = option(1, low=1, high=1, help="ranks that share a sequence; only 1 so far", resume=True)
-    sequence_parallel: bool = option(False, help="split norms and residuals over the tensor-parallel ranks", resume=True)
+    sequence_parallel: bool = option(
+        False, help="split norms and residuals over the tensor-parallel ranks", resume=True
+    )
     precision: str = option("bf16", choices=("bf16", "fp32"), help="arithmetic of the update and of the rollout")
-    layer_spec: str = option("auto", choices=("auto", "te", "local"), help="auto: Transformer Engine on CUDA (required there), local on CPU", resume=True)
+    layer_spec: str = option(
+        "auto",
+        choices=("auto", "te", "local"),
+        help="auto: Transformer Engine on CUDA (required there), local on CPU",
+        resume=True,
+    )
     distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks", resume=True)
     recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
     microbatch_tokens: int = option(8192, low=1, help="token budget of one packed microbatch", resume=True)
-    packing: bool = option(True, help="pack sequences up to the token budget; false: one sequence per microbatch", resume=True)
+    packing: bool = option(
+        True, help="pack sequences up to the token budget; false: one sequence per microbatch", resume=True
+    )
     lr: float = option(5e-7, low=0.0, help="peak learning rate")
     lr_min: float = option(0.0, low=0.0, help="learning rate at the end of the cosine")
     lr_decay_steps: int = option(0, low=0, help="length of the cosine; 0: train.steps of the run's first start")

@@ -17,8 +17,16 @@ class AlgoConfig:
     clip_high: float = option(0.2, above=0.0, help="PPO clip above 1")
     advantage_std: bool = option(True, help="divide the group's centred rewards by their standard deviation")
     kl_beta: float = option(0.001, low=0.0, help="weight of the KL to the starting model; 0: no reference is kept")
-    kl_estimator: str = option("k3", choices=("k1", "k2", "k3"), help="estimator of that KL (http://joschu.net/blog/kl-approx.html)")
-    mismatch_correction: str = option("none", choices=("none", "tis", "icepop"), help="importance correction for the gap between vLLM and the actor")
-    mismatch_cap: float = option(2.0, above=1.0, help="tis: truncate the ratio here; icepop: reject outside [1/cap, cap]")
-    trained_phases: list[str] = option(factory=lambda: ["reflection"], choices=PHASES, help="phases whose sampled tokens carry loss")
+    kl_estimator: str = option(
+        "k3", choices=("k1", "k2", "k3"), help="estimator of that KL (http://joschu.net/blog/kl-approx.html)"
+    )
+    mismatch_correction: str = option(
+        "none", choices=("none", "tis", "icepop"), help="importance correction for the gap between vLLM and the actor"
+    )
+    mismatch_cap: float = option(
+        2.0, above=1.0, help="tis: truncate the ratio here; icepop: reject outside [1/cap, cap]"
+    )
+    trained_phases: list[str] = option(
+        factory=lambda: ["reflection"], choices=PHASES, help="phases whose sampled tokens carry loss"
+    )
     shuffle_rewards: bool = option(False, help="control: deal the step's rewards at random, so that they teach nothing")

@@ -9,9 +9,15 @@ from nemo_r3.config.option import option
 class FailuresConfig:
     """The failure bank (paper section 4.2): first answers that the verifier rejected."""
 
-    source: str = option("bank", choices=("bank", "online"), help="bank: mined once from the starting model; online: drawn from the current policy")
+    source: str = option(
+        "bank",
+        choices=("bank", "online"),
+        help="bank: mined once from the starting model; online: drawn from the current policy",
+    )
     path: str = option("", help="directory of the bank; empty: <run.dir>/failures", resume=True)
     problems: int = option(0, low=0, help="training problems to mine; 0: all")
     samples_per_problem: int = option(1, low=1, high=64, help="first answers sampled per problem")
-    max_solve_rate: float = option(1.0, above=0.0, high=1.0, help="leave out problems solved more often than this; 1: off")
+    max_solve_rate: float = option(
+        1.0, above=0.0, high=1.0, help="leave out problems solved more often than this; 1: off"
+    )
     allow_foreign: bool = option(False, help="accept a bank mined with another model, task or verifier", resume=True)

@@ -9,4 +9,8 @@ from nemo_r3.config.option import option
 class ModelConfig:
     """The starting model; its reference for the KL term, too."""
 
-    path: str = option("", help="directory of a Hugging Face checkpoint, or 'embedded' for the tiny one shipped with nemo_r3", resume=True)
+    path: str = option(
+        "",
+        help="directory of a Hugging Face checkpoint, or 'embedded' for the tiny one shipped with nemo_r3",
+        resume=True,
+    )

@@ -11,15 +11,23 @@ class RolloutConfig:
 
     tensor_parallel: int = option(1, low=1, help="ranks per vLLM engine", resume=True)
     temperature: float = option(0.9, above=0.0, help="sampling temperature; the actor divides its logits by it too")
-    top_p: float = option(1.0, low=1.0, high=1.0, help="must be 1: a truncated distribution is not the policy's")
-    top_k: int = option(-1, low=-1, high=-1, help="must be -1 (off), for the same reason")
+    top_p: float = option(
+        1.0, low=1.0, high=1.0, help="nucleus sampling, off: a truncated distribution is not the policy's"
+    )
+    top_k: int = option(-1, low=-1, high=-1, help="top-k sampling, off for the same reason")
     max_answer_tokens: int = option(512, low=1, help="token limit of attempts and retries")
     max_reflection_tokens: int = option(256, low=1, help="token limit of reflections")
     max_model_len: int = option(4096, low=1, help="longest whole dialogue the engine holds, in tokens")
-    deterministic: bool | None = option(None, help="seed each request by (seed, step, problem, sample, phase); default: on CPU only")
+    deterministic: bool | None = option(
+        None, help="seed each request by (seed, step, problem, sample, phase); default: on CPU only"
+    )
     prefix_caching: bool = option(True, help="reuse KV of shared contexts (reset at every refit)", resume=True)
     max_num_seqs: int = option(256, low=1, help="sequences an engine decodes at once", resume=True)
-    gpu_memory_utilization: float = option(0.85, above=0.0, high=1.0, help="share of each GPU that vLLM may use", resume=True)
+    gpu_memory_utilization: float = option(
+        0.85, above=0.0, high=1.0, help="share of each GPU that vLLM may use", resume=True
+    )
     cpu_kv_cache_gb: int = option(1, low=1, help="KV cache per engine on a CPU, in GiB", resume=True)
     enforce_eager: bool = option(False, help="no CUDA graphs (always so on a CPU)", resume=True)
-    sleep: bool = option(True, help="free the engine's GPU memory during the update, where the platform can", resume=True)
+    sleep: bool = option(
+        True, help="free the engine's GPU memory during the update, where the platform can", resume=True
+    )

@@ -13,5 +13,9 @@ class TrainConfig:
     failures_per_step: int = option(32, low=1, help="groups per step; times algo.group_size = the paper's batch of 256")
     save_every: int = option(50, low=1, help="steps between checkpoints; the last step is always saved", resume=True)
     keep_checkpoints: int = option(2, low=1, help="how many of the newest checkpoints to keep", resume=True)
-    max_empty_steps: int = option(20, low=1, help="stop after this many steps in a row without a mixed group", resume=True)
-    max_skipped_steps: int = option(5, low=1, help="stop after this many updates in a row with a NaN or Inf gradient", resume=True)
+    max_empty_steps: int = option(
+        20, low=1, help="stop after this many steps in a row without a mixed group", resume=True
+    )
+    max_skipped_steps: int = option(
+        5, low=1, help="stop after this many updates in a row with a NaN or Inf gradient", resume=True
+    )

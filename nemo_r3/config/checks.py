@@ -1,0 +1,89 @@
+"""Checks between settings that need no model and no hardware; limits of one setting stand in its `option()`."""
+
+from __future__ import annotations
+
+from nemo_r3.config.tree import Config
+from nemo_r3.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Refuse settings that do not fit each other.
+
+    Raises:
+        ConfigError: the settings, their values and what would fit.
+    """
+    if not config.model.path:
+        raise ConfigError("model.path: name a Hugging Face checkpoint directory, or 'embedded'")
+    _check_lengths(config)
+    _check_optimizer(config)
+    _check_method(config)
+    _check_layout(config)
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Refuse a layout that the launched ranks cannot be divided into.
+
+    Raises:
+        ConfigError: the ranks, the layout and what would fit.
+    """
+    _check_divides(config, world_size, f"{world_size} ranks were launched")
+
+
+def _check_lengths(config: Config) -> None:
+    rollout, actor = config.rollout, config.actor
+    longest = 2 * rollout.max_answer_tokens + rollout.max_reflection_tokens
+    if longest >= rollout.max_model_len:
+        raise ConfigError(
+            f"rollout.max_model_len: {rollout.max_model_len} cannot hold an attempt, a reflection and a retry (2 * "
+            f"rollout.max_answer_tokens + rollout.max_reflection_tokens = {longest}) and the task; it must be above that"
+        )
+    if actor.packing and actor.microbatch_tokens < rollout.max_model_len:
+        raise ConfigError(
+            f"actor.microbatch_tokens: {actor.microbatch_tokens} cannot hold the longest sequence; it must be at least "
+            f"rollout.max_model_len = {rollout.max_model_len}"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    actor = config.actor
+    if actor.lr_min > actor.lr:
+        raise ConfigError(f"actor.lr_min: {actor.lr_min:g} is above actor.lr = {actor.lr:g}, where the cosine starts")
+    if actor.lr_warmup_ratio >= 1:
+        raise ConfigError(f"actor.lr_warmup_ratio: {actor.lr_warmup_ratio:g} leaves no step to the cosine; go below 1")
+    for name, beta in (("adam_beta1", actor.adam_beta1), ("adam_beta2", actor.adam_beta2)):
+        if beta >= 1:
+            raise ConfigError(f"actor.{name}: {beta:g} never forgets; it must be below 1")
+
+
+def _check_method(config: Config) -> None:
+    phases, failures = config.algo.trained_phases, config.failures
+    if not phases or len(set(phases)) < len(phases):
+        raise ConfigError(f"algo.trained_phases: {phases} must name at least one phase, and none twice")
+    if failures.max_solve_rate < 1 and failures.samples_per_problem == 1:
+        raise ConfigError(
+            f"failures.max_solve_rate: {failures.max_solve_rate:g} needs failures.samples_per_problem above 1: "
+            "one sample says nothing about how often a problem is solved"
+        )
+
+
+def _check_layout(config: Config) -> None:
+    actor, cluster = config.actor, config.cluster
+    if actor.sequence_parallel and actor.tensor_parallel == 1:
+        raise ConfigError("actor.sequence_parallel: true needs actor.tensor_parallel above 1, got 1")
+    if cluster.gpus_per_node:
+        world_size = cluster.nodes * cluster.gpus_per_node
+        _check_divides(config, world_size, f"cluster.nodes * cluster.gpus_per_node = {world_size} ranks")
+
+
+def _check_divides(config: Config, world_size: int, ranks: str) -> None:
+    actor, rollout = config.actor, config.rollout
+    layout = actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel
+    if world_size % layout:
+        raise ConfigError(
+            f"actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel = {actor.tensor_parallel} * "
+            f"{actor.pipeline_parallel} * {actor.context_parallel} = {layout} does not divide the world: {ranks}"
+        )
+    if world_size % rollout.tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel: {rollout.tensor_parallel} ranks per engine do not divide the world: {ranks}"
+        )

@@ -1,0 +1,106 @@
+"""`load`: a YAML file, the files it extends and `key=value` arguments, made into a `Config`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_r3.config.checks import check
+from nemo_r3.config.schema import Layer, build, show
+from nemo_r3.config.tree import Config
+from nemo_r3.errors import ConfigError
+
+USAGE = "name a config file, then settings: CONFIG.yaml key=value ..."
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError)
+
+
+def load(argv: Sequence[str]) -> Config:
+    """The config of a command line `[CONFIG.yaml, key=value, ...]`.
+
+    Defaults, then the file that CONFIG.yaml `extends:`, then CONFIG.yaml, then the arguments; empty
+    `run.dir` and `failures.path` are filled in.
+
+    Raises:
+        ConfigError: in one line, what is wrong and what is allowed.
+    """
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+        raise ConfigError(USAGE + (f"; got {show(argv[0])}" if argv else ""))
+    path = Path(argv[0])
+    config = build(Config, [*_files(path), *map(_override, argv[1:])])
+    _fill(config, path)
+    check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as YAML, which `load` reads back to the same."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _fill(config: Config, path: Path) -> None:
+    """Settings whose default follows from other ones."""
+    config.run.dir = config.run.dir or str(Path("runs", path.stem))
+    config.failures.path = config.failures.path or str(Path(config.run.dir, "failures"))
+
+
+def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
+    """A file's settings, after those of the files that it extends."""
+    if path.resolve() in [child.resolve() for child in children]:
+        raise ConfigError(f"{children[-1]}: `extends` goes in a circle: " + " -> ".join(map(str, [*children, path])))
+    values = _read(path, f"; {children[-1]} extends it" if children else "")
+    parent = values.pop("extends", None)
+    layer = Layer(values, f"{path}: ")
+    if parent is None:
+        return [layer]
+    if not isinstance(parent, str) or not parent:
+        raise ConfigError(f"{path}: extends: expected the path of one YAML file, got {show(parent)}")
+    return [*_files(path.parent / parent, (*children, path)), layer]
+
+
+def _read(path: Path, named_by: str) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file{named_by}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text{named_by}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{named_by}") from None
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
+    except UNREADABLE as error:
+        raise ConfigError(f"{path}{_broken(error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections and keys, as in `train: {{steps: 10}}`")
+    return values
+
+
+def _broken(error: Exception) -> str:
+    """What is wrong with a file: ":line: reason"."""
+    mark = getattr(error, "problem_mark", None)
+    return f"{f':{mark.line + 1}' if mark else ''}: broken YAML: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "problem", None) or str(error).partition("\n")[0]
+
+
+def _override(argument: str) -> Layer:
+    """One `key=value` argument; the value is YAML, and nothing after the = is empty text."""
+    key, equals, value = argument.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise ConfigError(f"{show(argument)}: expected key=value, as in train.steps=10")
+    try:
+        tree = OmegaConf.from_dotlist([f"{key}={value}" if value else f"{key}=''"])
+    except UNREADABLE as error:
+        raise ConfigError(f"{show(argument)}: the value is broken YAML: {_reason(error)}") from None
+    values = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(values, dict)
+    return Layer(values)
