@@ -1,0 +1,55 @@
+# make            what there is
+# make quickstart everything, from nothing
+# ARGS="..." is passed on: `make quickstart ARGS="seed=2"`, `make test ARGS="tests/config -x"`
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+
+# several ranks share a small machine's cores; more threads each would only queue
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test test-all check format
+
+help: ## say what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv and install the pinned CPU stack; again only when the lock or pyproject.toml changed
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or say PYTHON=/path/to/it"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): requirements/cpu.lock pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock || { \
+	  echo "If torch was not found: torch+cpu comes from PyTorch's CPU wheel index, not from PyPI; see Set-up in README.md"; \
+	  exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: setup ## mine, train, evaluate and export the embedded model on small Countdown
+	$(BIN)/python -m recipes.train $(CONFIG) $(ARGS)
+	$(BIN)/python -m recipes.evaluate $(CONFIG) $(ARGS)
+	$(BIN)/python -m recipes.export $(CONFIG) $(ARGS)
+
+test: setup ## all tests of a CPU machine but the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu and not te" $(ARGS)
+
+test-all: setup ## all tests of a CPU machine
+	$(BIN)/python -m pytest -m "not gpu and not te" $(ARGS)
+
+check: setup ## format, lint, types, floors, then `make test`: what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_floors.py
+	$(MAKE) --no-print-directory test
+
+format: setup ## rewrite the code as `make check` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
