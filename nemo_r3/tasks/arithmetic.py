@@ -1,0 +1,189 @@
+"""Integer arithmetic as models write it, read by an own parser: nothing a model writes is ever evaluated by Python.
+
+    expression = term (("+" | "-") term)*
+    term       = factor (("*" | "/") factor)*
+    factor     = integer | "(" expression ")" | "\\frac" "{" expression "}" "{" expression "}"
+
+No unary minus, powers, decimals, names, implicit products or comments. Values are exact fractions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_CHARACTERS = 1000
+MAX_DEPTH = 40
+
+_SYMBOLS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "·": "*", "⋅": "*"})
+_COMMANDS = {"times": "*", "div": "/", "cdot": "*", "frac": "frac", "dfrac": "frac", "tfrac": "frac"}
+_IGNORED_COMMANDS = {"left", "right"}
+_TOKEN = re.compile(r"[ \t\r\n]*(?:(?P<integer>[0-9]+)|\\(?P<command>[A-Za-z]+)|(?P<symbol>[-+*/(){}]))")
+_INTEGER = re.compile(r"0|[1-9][0-9]*")
+
+
+class NotArithmeticError(ValueError):
+    """The text is not an expression of the grammar, or has no value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """What an expression comes to.
+
+    Attributes:
+        value: its exact value.
+        numbers: the integers written in it, left to right.
+        operators: the operators used, each of "+-*/".
+        integral: whether every division in it came out even.
+    """
+
+    value: Fraction
+    numbers: tuple[int, ...]
+    operators: frozenset[str]
+    integral: bool
+
+
+def answer_of(text: str) -> str:
+    r"""The part of a reply that is its answer: the last `<answer>..</answer>`, else the last `\boxed{..}`, else the
+    last line that is not empty. Time is linear in the length of `text`."""
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    if start >= 0:
+        start += len("<answer>")
+        return text[start : text.index("</answer>", start)]
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        return _braced(text, start + len("\\boxed{"))
+    return text.rstrip().rpartition("\n")[2].strip().removesuffix(".")
+
+
+def _braced(text: str, start: int) -> str:
+    """The text from `start` up to the brace that closes it; empty when none does within the cap."""
+    depth = 1
+    for end in range(start, min(len(text), start + MAX_CHARACTERS + 1)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return ""
+
+
+def without_result(answer: str, result: int) -> str:
+    """An answer without mathematics delimiters and without `= result` at its end or `result =` at its start."""
+    if len(answer) > MAX_CHARACTERS:
+        return answer
+    answer = answer.strip()
+    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if len(answer) >= len(opening + closing) and answer.startswith(opening) and answer.endswith(closing):
+            answer = answer[len(opening) : -len(closing)].strip()
+    left, equals, right = answer.partition("=")
+    if not equals:
+        return answer
+    if right.strip() == str(result):
+        return left
+    return right if left.strip() == str(result) else answer
+
+
+def parse(text: str) -> Expression:
+    """The value of an arithmetic expression and what it is made of.
+
+    Raises:
+        NotArithmeticError: anything outside the grammar, a division by zero, a text too long or nested too deeply.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise NotArithmeticError("too long")
+    parser = _Parser(_tokens(text.translate(_SYMBOLS)))
+    value = parser.expression(0)
+    if parser.peek():
+        raise NotArithmeticError(f"unexpected {parser.peek()!r}")
+    return Expression(value, tuple(parser.numbers), frozenset(parser.operators), parser.integral)
+
+
+def _tokens(text: str) -> list[str]:
+    text = text.rstrip(" \t\r\n")
+    tokens, position = [], 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise NotArithmeticError(f"unexpected {text[position]!r}")
+        position = match.end()
+        command = match["command"]
+        if command in _IGNORED_COMMANDS:
+            continue
+        if command is not None and command not in _COMMANDS:
+            raise NotArithmeticError(f"unknown command {command!r}")
+        tokens.append(_COMMANDS[command] if command is not None else match["integer"] or match["symbol"])
+    return tokens
+
+
+class _Parser:
+    """Recursive descent over a list of tokens; the empty string stands for the end."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.position = 0
+        self.numbers: list[int] = []
+        self.operators: set[str] = set()
+        self.integral = True
+
+    def peek(self) -> str:
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def take(self) -> str:
+        token = self.peek()
+        self.position += 1
+        return token
+
+    def expect(self, wanted: str) -> None:
+        token = self.take()
+        if token != wanted:
+            raise NotArithmeticError(f"expected {wanted!r}, found {token!r}")
+
+    def expression(self, depth: int) -> Fraction:
+        if depth > MAX_DEPTH:
+            raise NotArithmeticError("nested too deeply")
+        value = self.term(depth)
+        while self.peek() in ("+", "-"):
+            operator = self.take()
+            self.operators.add(operator)
+            term = self.term(depth)
+            value = value + term if operator == "+" else value - term
+        return value
+
+    def term(self, depth: int) -> Fraction:
+        value = self.factor(depth)
+        while self.peek() in ("*", "/"):
+            operator = self.take()
+            factor = self.factor(depth)
+            if operator == "*":
+                self.operators.add("*")
+                value *= factor
+            else:
+                value = self.divide(value, factor)
+        return value
+
+    def factor(self, depth: int) -> Fraction:
+        token = self.take()
+        if token == "(":
+            value = self.expression(depth + 1)
+            self.expect(")")
+            return value
+        if token == "frac":
+            return self.divide(self.braced(depth), self.braced(depth))
+        if not _INTEGER.fullmatch(token):
+            raise NotArithmeticError(f"expected a number, found {token!r}")
+        self.numbers.append(int(token))
+        return Fraction(self.numbers[-1])
+
+    def braced(self, depth: int) -> Fraction:
+        self.expect("{")
+        value = self.expression(depth + 1)
+        self.expect("}")
+        return value
+
+    def divide(self, value: Fraction, by: Fraction) -> Fraction:
+        if by == 0:
+            raise NotArithmeticError("division by zero")
+        self.operators.add("/")
+        quotient = value / by
+        self.integral = self.integral and quotient.denominator == 1
+        return quotient

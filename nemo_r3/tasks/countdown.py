@@ -1,0 +1,284 @@
+"""Countdown: make a target from given numbers, each used exactly once (arXiv 2505.24726 section 4.1; TinyZero).
+
+    Problem("countdown-3-5-7-22", "Using the numbers [5, 3, 7], create an equation that equals 22. ...",
+            {"numbers": [5, 3, 7], "target": 22})
+
+Problems are either generated, solvable by construction with integers all along, or read from a data set with columns
+`target` and `nums`. Either way they are made unique by (target, sorted numbers) BEFORE the split: the public data set
+repeats a tenth of its problems with the numbers in another order, and a plain random split would leak them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement
+from math import comb
+from pathlib import Path
+from typing import overload
+
+from nemo_r3.config.option import option
+from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.tasks.arithmetic import NotArithmeticError, answer_of, parse, without_result
+from nemo_r3.tasks.protocol import Task, Wording
+from nemo_r3.tasks.template import fill
+from nemo_r3.types import Problem
+
+VERIFIER_VERSION = 1
+PLACEHOLDERS = ("numbers", "target")
+WORDING = Wording(
+    task="Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
+    "operations (+, -, *, /) and each number can only be used once.",
+    reflect="You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a short "
+    "explanation that will help you do better next time.",
+    retry="Now try to solve the problem again.",
+)
+MOST_HANDS = 20_000
+FRUITLESS_DRAWS = 50_000
+
+Hand = tuple[int, ...]
+
+
+@dataclass
+class Options:
+    """Settings of the task, under `task.options`."""
+
+    source: str = option(
+        "generated", help="'generated', or a data set with columns target and nums: hub name or local path"
+    )
+    test_size: int = option(15_000, low=1, help="held-out problems (the paper's number)")
+    seed: int = option(0, low=0, help="seed of generation and split")
+    allow_fractions: bool = option(True, help="accept answers with intermediate results that are not integers")
+    operators: str = option("+-*/", help="operators an answer may use, out of +-*/")
+    size: int = option(40_000, low=0, help="generated: number of problems; 0: every possible one, for small spaces")
+    numbers_min: int = option(3, low=2, high=6, help="generated: fewest numbers in a problem")
+    numbers_max: int = option(4, low=2, high=6, help="generated: most numbers in a problem")
+    smallest: int = option(1, low=1, high=9999, help="generated: smallest number")
+    largest: int = option(99, low=1, high=9999, help="generated: largest number")
+    target_min: int = option(10, low=0, help="generated: smallest target")
+    target_max: int = option(100, low=0, help="generated: largest target")
+
+
+def build(options: Options, wording: Wording) -> Task:
+    """The task with its problems read or generated and split.
+
+    Raises:
+        ConfigError: options that do not fit each other.
+        UserError: the data set cannot be read.
+    """
+    _check(options)
+    if options.source == "generated":
+        deals = _every_deal(options) if options.size == 0 else _random_deals(options)
+    else:
+        deals = _read_deals(options.source)
+    deals = _unique(deals)
+    if options.test_size >= len(deals):
+        raise ConfigError(
+            f"task.options.test_size: {options.test_size} leaves nothing to train on: there are {len(deals)} problems"
+        )
+    random.Random(options.seed).shuffle(deals)
+    splits = {"test": deals[: options.test_size], "train": deals[options.test_size :]}
+    problems = {name: DealtProblems(part, wording.task) for name, part in splits.items()}
+    return Countdown(options, wording, problems, _verifier(options))
+
+
+def _verifier(options: Options) -> str:
+    """The verifier's version and the options that bear on a verdict."""
+    fractions = "fractions" if options.allow_fractions else "integers"
+    return f"countdown-{VERIFIER_VERSION} operators={''.join(sorted(options.operators))} {fractions}"
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """Numbers in the order they are shown, and the target to make from them."""
+
+    numbers: Hand
+    target: int
+
+    @property
+    def id(self) -> str:
+        """The same for every order of the numbers."""
+        return "-".join(["countdown", *map(str, sorted(self.numbers)), str(self.target)])
+
+
+class DealtProblems(Sequence[Problem]):
+    """Deals that turn into problems when looked at: the real data set has 450,000."""
+
+    def __init__(self, deals: Sequence[Deal], wording: str) -> None:
+        """Problems of `deals` in the words of a task turn with {numbers} and {target}."""
+        self._deals = deals
+        self._wording = wording
+
+    def __len__(self) -> int:
+        """How many problems."""
+        return len(self._deals)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> DealtProblems: ...
+    def __getitem__(self, index: int | slice) -> Problem | DealtProblems:
+        """One problem, or a range of them."""
+        if isinstance(index, slice):
+            return DealtProblems(self._deals[index], self._wording)
+        return problem_of(self._deals[index], self._wording)
+
+
+def problem_of(deal: Deal, wording: str) -> Problem:
+    """The problem of a deal, in the words of a task turn with {numbers} and {target}."""
+    numbers = ", ".join(map(str, deal.numbers))
+    text = fill(wording, {"numbers": f"[{numbers}]", "target": str(deal.target)})
+    return Problem(deal.id, text, {"numbers": list(deal.numbers), "target": deal.target})
+
+
+@dataclass
+class Countdown:
+    """The task (see `nemo_r3.tasks.protocol.Task`)."""
+
+    options: Options
+    wording: Wording
+    splits: dict[str, DealtProblems]
+    verifier: str
+    name: str = "countdown"
+
+    def problems(self, split: str) -> DealtProblems:
+        """The problems of "train" or "test"; KeyError for any other split."""
+        return self.splits[split]
+
+    def verify(self, problem: Problem, text: str) -> bool:
+        """Whether the answer in `text` equals the target exactly and uses every given number exactly once."""
+        target = problem.data["target"]
+        try:
+            answer = parse(without_result(answer_of(text), target))
+        except NotArithmeticError:
+            return False
+        return (
+            answer.value == target
+            and sorted(answer.numbers) == sorted(problem.data["numbers"])
+            and answer.operators <= set(self.options.operators)
+            and (answer.integral or self.options.allow_fractions)
+        )
+
+
+def solutions(hand: Hand, operators: str) -> Iterator[tuple[int, str]]:
+    """Every integer that the numbers make, each used once and with integers all along, with an expression for it.
+
+    A value comes as often as there are expressions for it.
+
+    Example: ``dict(solutions((1, 2), "+-"))`` is ``{3: "1+2", -1: "1-2", 1: "2-1"}``
+    """
+    for value, text in _combine([(number, str(number)) for number in hand], operators):
+        yield value, text[1:-1]
+
+
+def _combine(terms: list[tuple[int, str]], operators: str) -> Iterator[tuple[int, str]]:
+    if len(terms) == 1:
+        yield terms[0]
+        return
+    for i, j in combinations(range(len(terms)), 2):
+        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
+        for left, right in ((terms[i], terms[j]), (terms[j], terms[i])):
+            for operator in operators:
+                if operator in "+*" and left is terms[j]:
+                    continue
+                value = _apply(operator, left[0], right[0])
+                if value is not None:
+                    yield from _combine([(value, f"({left[1]}{operator}{right[1]})"), *rest], operators)
+
+
+def _apply(operator: str, left: int, right: int) -> int | None:
+    """The value, or None where a division does not come out even."""
+    if operator == "+":
+        return left + right
+    if operator == "-":
+        return left - right
+    if operator == "*":
+        return left * right
+    return left // right if right and left % right == 0 else None
+
+
+def _every_deal(options: Options) -> Iterator[Deal]:
+    """Every problem of the space, its numbers shown in an order drawn from the seed."""
+    rng = random.Random(options.seed)
+    span = range(options.smallest, options.largest + 1)
+    counts = range(options.numbers_min, options.numbers_max + 1)
+    hands = sum(comb(len(span) + count - 1, count) for count in counts)
+    if hands > MOST_HANDS:
+        raise ConfigError(
+            f"task.options.size: 0 means every problem, and {hands:,} sets of numbers are too many; give a size"
+        )
+    for count in counts:
+        for hand in combinations_with_replacement(span, count):
+            for value in sorted({value for value, _ in solutions(hand, options.operators)}):
+                if options.target_min <= value <= options.target_max:
+                    yield Deal(tuple(rng.sample(hand, count)), value)
+
+
+def _random_deals(options: Options) -> Iterable[Deal]:
+    """`size` distinct problems: draw numbers, join them at random, keep what lands in the range of targets."""
+    rng = random.Random(options.seed)
+    deals: dict[tuple[Hand, int], Deal] = {}
+    fruitless = 0
+    while len(deals) < options.size:
+        count = rng.randint(options.numbers_min, options.numbers_max)
+        hand = tuple(rng.randint(options.smallest, options.largest) for _ in range(count))
+        value = _join_at_random(hand, options.operators, rng)
+        known = len(deals)
+        if value is not None and options.target_min <= value <= options.target_max:
+            deals.setdefault((tuple(sorted(hand)), value), Deal(hand, value))
+        fruitless = 0 if len(deals) > known else fruitless + 1
+        if fruitless == FRUITLESS_DRAWS:
+            found = f"only {len(deals)} distinct problems turned up"
+            raise ConfigError(f"task.options.size: {options.size} asked for, {found}; ask for fewer, or 0 for all")
+    return deals.values()
+
+
+def _join_at_random(hand: Hand, operators: str, rng: random.Random) -> int | None:
+    values = list(hand)
+    while len(values) > 1:
+        left = values.pop(rng.randrange(len(values)))
+        right = values.pop(rng.randrange(len(values)))
+        value = _apply(rng.choice(operators), left, right)
+        if value is None:
+            return None
+        values.append(value)
+    return values[0]
+
+
+def _read_deals(source: str) -> Iterator[Deal]:
+    """The rows of a data set on the hub or on disk, in its order."""
+    from datasets import load_dataset  # heavy, and needed for real data only
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            kind = "parquet" if path.suffix == ".parquet" else "json"
+            rows = load_dataset(kind, data_files=str(path), split="train")
+        else:
+            rows = load_dataset(source, split="train")
+        targets, hands = rows["target"], rows["nums"]
+    except Exception as error:  # whatever the loader raises, the user's way out is the same
+        raise UserError(
+            f"task.options.source: {source!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "offline, download the data set elsewhere and give the path of its parquet or JSON-lines files, with "
+            "columns target and nums, or use source=generated"
+        ) from error
+    return (Deal(tuple(map(int, hand)), int(target)) for target, hand in zip(targets, hands, strict=True))
+
+
+def _unique(deals: Iterable[Deal]) -> list[Deal]:
+    """The deals without those that only reorder an earlier one's numbers."""
+    first: dict[tuple[Hand, int], Deal] = {}
+    for deal in deals:
+        first.setdefault((tuple(sorted(deal.numbers)), deal.target), deal)
+    return list(first.values())
+
+
+def _check(options: Options) -> None:
+    if not options.operators or not set(options.operators) <= set("+-*/"):
+        raise ConfigError(f"task.options.operators: {options.operators!r} must be some of + - * /")
+    for low, high in (("numbers_min", "numbers_max"), ("smallest", "largest"), ("target_min", "target_max")):
+        if getattr(options, low) > getattr(options, high):
+            least, most = getattr(options, low), getattr(options, high)
+            raise ConfigError(f"task.options.{low}: {least} must not exceed task.options.{high} = {most}")

@@ -1,0 +1,285 @@
+"""Countdown: problems are solvable, unique and split cleanly; the verifier takes answers and nothing else."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_r3.config.task import DialogueConfig, TaskConfig
+from nemo_r3.errors import UserError
+from nemo_r3.tasks import load
+from nemo_r3.tasks.countdown import Deal, problem_of, solutions
+
+SMALL = {"size": 0, "numbers_max": 3, "largest": 9, "operators": "+-*", "target_min": 1, "target_max": 99}
+
+
+def countdown(**options):
+    return load(TaskConfig("countdown", {"size": 300, "test_size": 100, **options}), DialogueConfig())
+
+
+def every(task):
+    return [*task.problems("train"), *task.problems("test")]
+
+
+def canonical(problem):
+    return tuple(sorted(problem.data["numbers"])), problem.data["target"]
+
+
+TASK = countdown()
+STRICT = countdown(allow_fractions=False)
+SEVEN = problem_of(Deal((3, 4), 7), "{numbers} {target}")
+LONG = problem_of(Deal((8, 6, 4), 72), "{numbers} {target}")
+
+ACCEPTED = [
+    "(8+4)*6",
+    " 6 * ( 4 + 8 ) ",
+    "(8 + 4) × 6",
+    "(8 + 4) · 6",
+    "(8+4)*6 = 72",
+    "72 = (8+4)*6",
+    "(8+4)*6 = 72.",
+    "Let me think: 8*4=32, no.\n\n(8+4)*6",
+    "<answer>(8+4)*6</answer>",
+    "<answer> (8+4)*6 = 72 </answer> I hope so.",
+    "<answer>8+4+6</answer> no, <answer>(8+4)*6</answer>",
+    "<answer>(8+4)*6</answer> or <answer> that was it",
+    r"So \boxed{(8+4) \times 6}.",
+    r"\boxed{8+4+6} no, \boxed{(8+4)\cdot 6}",
+    r"\boxed{\left(8+4\right) \times 6 = 72}",
+    r"\boxed{1} but <answer>(8+4)*6</answer>",
+    "$(8+4)*6$",
+    "$$(8+4)*6 = 72$$",
+    r"\((8+4)*6\)",
+    "((((8+4))))*(6)",
+]
+
+REJECTED = [
+    "",
+    "   \n\n ",
+    "72",
+    "8+4+6",
+    "8*6+24",
+    "(8+4)*6 = 71",
+    "71 = (8+4)*6",
+    "(8+4)*6 = 72 = 72",
+    "(8+4)*6 == 72",
+    "x = (8+4)*6",
+    "(8+4)*6*1",
+    "(8+4)*6+8-8",
+    "(8+4)*(6",
+    "(8+4))*6",
+    "(8+4)6",
+    "(8+4)(6)",
+    "(8+4)*6)",
+    "(8+4)*6 # comment",
+    "(8+4)*6 is my answer",
+    "answer: (8+4)*6",
+    "(8+4)*6,",
+    "<answer></answer>(8+4)*6",
+    "<answer>(8+4)*6</answer><answer>8</answer>",
+    "</answer><answer>8</answer>\n(8+4)*6",
+    r"\boxed{(8+4)*6",
+    r"\boxed{} (8+4)*6",
+    r"(8+4) \pow 6",
+    r"\frac{8+4}{6",
+    "8+4*+6",
+    "-8+4*6",
+    "+8+4*6",
+    "(8+4)*06",
+    "(8+4)*6.0",
+    "(8+4)*6e0",
+    "(8+4)*0x6",
+    "(8+4)*6j",
+    "(8+4)*6_0",
+    "(٨+٤)*٦",
+    "(８+４)*６",
+    "(8+4)*6²",
+    "(8+4)\x00*6",
+    "\x00",
+    "\ud800(8+4)*6",
+]
+
+TRAPS = [
+    "3.5+4",
+    ".5*8",
+    "3**4",
+    "3//4",
+    "3%4",
+    "4!+3",
+    "sqrt(16)+3",
+    "ceiling(3)+4",
+    "7 if 3 else 4",
+    "3+4 if True else 0",
+    "3*(3==3)+4",
+    "E*0+pi*0+3+4",
+    "3+4 # 7",
+    "0x3+4",
+    "3e0+4",
+    "3+4;print(1)",
+    "lambda: 3+4",
+    "[3+4][0]",
+    "3,4",
+    "3^4",
+    "3|4",
+    "3<<4",
+    "~3+4",
+    '__import__("os").getpid()*0+3+4',
+    "9**9**9",
+    "9**9**9**9+3+4",
+    "(3+4)/(3-3)",
+    "3/(4-4)",
+    "4/0+3",
+]
+
+HUGE = [
+    "(" * 100_000,
+    "(" * 300 + "3+4" + ")" * 300,
+    "3+4" + "+0" * 50_000,
+    "9" * 100_000,
+    "9" * 900 + "*" + "9" * 90,
+    "<answer>" * 15_000,
+    "<answer></answer>" * 6_000,
+    "</answer>" * 12_000,
+    "\\boxed{" * 15_000,
+    "\\boxed{" + "{" * 100_000,
+    "\\frac{" * 15_000,
+    "-" * 100_000 + "3+4",
+    " " * 100_000 + "x",
+    "=" * 100_000,
+    "$" * 100_000,
+    "\n" * 100_000 + "no",
+]
+
+
+@pytest.mark.parametrize("text", ACCEPTED)
+def test_right_answers_are_accepted(text: str) -> None:
+    assert TASK.verify(LONG, text)
+
+
+@pytest.mark.parametrize("text", REJECTED)
+def test_other_texts_are_rejected(text: str) -> None:
+    assert not TASK.verify(LONG, text)
+
+
+@pytest.mark.parametrize("text", TRAPS)
+def test_exploits_of_other_verifiers_are_rejected(text: str) -> None:
+    assert TASK.verify(SEVEN, "3+4")
+    assert not TASK.verify(SEVEN, text)
+
+
+@pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
+def test_huge_texts_are_rejected_at_once(text: str) -> None:
+    start = time.perf_counter()
+    assert not TASK.verify(SEVEN, text)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_a_long_thought_before_the_answer_does_not_matter() -> None:
+    assert TASK.verify(SEVEN, "hmm (\n" * 20_000 + "<answer>3 + 4</answer>")
+
+
+def test_fractions_are_exact_and_may_be_refused() -> None:
+    problem = problem_of(Deal((8, 3, 8, 3), 24), "{numbers} {target}")
+    for text in ("8/(3-8/3)", "8 ÷ (3 − 8 ÷ 3)", r"\boxed{\frac{8}{3-\dfrac{8}{3}} = 24}", r"8 \div (3 - 8 \div 3)"):
+        assert TASK.verify(problem, text)
+        assert not countdown(allow_fractions=False).verify(problem, text)
+        assert not countdown(operators="+-*").verify(problem, text)
+    tenths = problem_of(Deal((1, 10, 2, 10, 3), 3), "{numbers} {target}")
+    assert not TASK.verify(tenths, "(1/10+2/10)*3")
+    assert not countdown(allow_fractions=False).verify(problem_of(Deal((3, 2, 2), 3), ""), "3/2*2")
+
+
+def test_numbers_are_used_as_often_as_given() -> None:
+    problem = problem_of(Deal((5, 5, 2), 27), "{numbers} {target}")
+    assert TASK.verify(problem, "5*5+2")
+    assert not TASK.verify(problem, "5*5+2+0")
+    assert not TASK.verify(problem_of(Deal((5, 2, 2), 27), ""), "5*5+2")
+    assert not TASK.verify(problem_of(Deal((52, 5), 57), ""), "5+2*5")
+
+
+def test_the_verifiers_version_names_what_bears_on_a_verdict() -> None:
+    versions = {countdown(**options).verifier for options in ({}, {"allow_fractions": False}, {"operators": "+-*"})}
+    assert len(versions) == 3
+    assert countdown(seed=7, size=200).verifier == TASK.verifier
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.text("0123456789+-*/()= {}\\fracboxed<answer>.$", max_size=80))
+def test_no_text_raises(text: str) -> None:
+    TASK.verify(SEVEN, text)
+    TASK.verify(SEVEN, f"<answer>{text}</answer>")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=4), st.data())
+def test_every_witness_verifies(hand: list[int], data) -> None:
+    value, text = data.draw(st.sampled_from(list(solutions(tuple(hand), "+-*/"))))
+    problem = problem_of(Deal(tuple(hand), value), "{numbers} {target}")
+    if value >= 0:
+        assert STRICT.verify(problem, f"{text} = {value}")
+    assert not TASK.verify(problem, f"{text}+1")
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 3, "operators": "+*"}, {**SMALL, "test_size": 400}])
+def test_generated_problems_are_solvable_unique_and_in_range(options: dict) -> None:
+    task = countdown(**options)
+    problems = every(task)
+    assert (
+        len({canonical(problem) for problem in problems}) == len({problem.id for problem in problems}) == len(problems)
+    )
+    for problem in problems[::7]:
+        numbers, target = problem.data["numbers"], problem.data["target"]
+        assert task.options.target_min <= target <= task.options.target_max
+        assert all(task.options.smallest <= number <= task.options.largest for number in numbers)
+        witness = next(text for value, text in solutions(tuple(numbers), task.options.operators) if value == target)
+        assert task.verify(problem, witness)
+
+
+def test_the_same_options_give_the_same_problems() -> None:
+    assert every(countdown()) == every(TASK)
+    assert every(countdown(seed=1)) != every(TASK)
+
+
+def test_the_small_space_is_complete() -> None:
+    task = countdown(**SMALL, test_size=400)
+    assert len(task.problems("test")) == 400
+    assert (len(task.problems("train")), len(every(task))) == (1464, 1864)
+    assert any(canonical(problem) == ((2, 7, 8), 72) for problem in every(task))
+
+
+def test_problems_are_a_sequence() -> None:
+    problems = TASK.problems("train")
+    assert len(problems) == 200
+    assert list(problems[3:5]) == [problems[3], problems[4]]
+    assert problems[-1] == list(problems)[-1]
+    with pytest.raises(IndexError):
+        problems[200]
+    with pytest.raises(KeyError):
+        TASK.problems("validation")
+
+
+def test_ids_are_canonical_and_text_keeps_the_order() -> None:
+    problem = problem_of(Deal((5, 3, 7), 22), "{numbers} -> {target}")
+    assert problem.id == "countdown-3-5-7-22"
+    assert problem.text == "[5, 3, 7] -> 22"
+    assert json.loads(json.dumps(dict(problem.data))) == {"numbers": [5, 3, 7], "target": 22}
+
+
+def test_a_data_set_on_disk_is_read_and_reordered_repeats_are_dropped(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"target": t, "nums": nums} for t in range(10, 20) for nums in ([t - 1, 1, 2, 2], [2, 1, 2, t - 1])]
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = countdown(source=str(path), test_size=3)
+    problems = every(task)
+    assert len(problems) == 10 and len({canonical(problem) for problem in problems}) == 10
+    assert sorted(problem.data["numbers"][2:] == [2, 2] for problem in problems) == [True] * 10
+
+
+def test_a_data_set_that_cannot_be_read_says_what_to_do(tmp_path) -> None:
+    (tmp_path / "rows.json").write_text('{"other": 1}\n')
+    for source in (tmp_path / "rows.json", tmp_path / "nothing"):
+        with pytest.raises(UserError, match="task.options.source.*columns target and nums"):
+            countdown(source=str(source))
