@@ -34,8 +34,8 @@ def _check_lengths(config: Config) -> None:
     longest = 2 * rollout.max_answer_tokens + rollout.max_reflection_tokens
     if longest >= rollout.max_model_len:
         raise ConfigError(
-            f"rollout.max_model_len: {rollout.max_model_len} cannot hold an attempt, a reflection and a retry (2 * "
-            f"rollout.max_answer_tokens + rollout.max_reflection_tokens = {longest}) and the task; it must be above that"
+            f"rollout.max_model_len: {rollout.max_model_len} cannot hold task, attempt, reflection and retry; it "
+            f"must be above 2 * rollout.max_answer_tokens + rollout.max_reflection_tokens = {longest}"
         )
     if actor.packing and actor.microbatch_tokens < rollout.max_model_len:
         raise ConfigError(

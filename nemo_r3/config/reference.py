@@ -39,7 +39,8 @@ def _row(leaf: Leaf) -> str:
     limits = leaf.field.metadata
     resume = "resume" if limits["resume"] else ""
     allowed = describe_limits(limits)
-    return ROW.format(f"`{leaf.key}`", describe(leaf.type), f"`{_default(leaf)}`", allowed, resume, limits["help"])
+    about = limits["help"].replace("<", "&lt;")
+    return ROW.format(f"`{leaf.key}`", describe(leaf.type), f"`{_default(leaf)}`", allowed, resume, about)
 
 
 def _default(leaf: Leaf) -> str:

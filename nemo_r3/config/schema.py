@@ -197,7 +197,7 @@ def _unknown(key: str, section: str, allowed: list[str], known: list[str]) -> st
 
 def _members(schema: type) -> dict[str, tuple[Field[Any], Any]]:
     hints = get_type_hints(schema)
-    return {field.name: (field, hints[field.name]) for field in fields(schema)}  # type: ignore[arg-type]
+    return {field.name: (field, hints[field.name]) for field in fields(schema)}
 
 
 def _is_union(hint: Any) -> bool:

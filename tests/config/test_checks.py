@@ -1,0 +1,66 @@
+"""Settings that do not fit each other."""
+
+from pathlib import Path
+
+import pytest
+
+from nemo_r3.config import Config, ConfigError, check_world, load
+
+
+def load_with(folder: Path, *overrides: str) -> Config:
+    path = folder / "a.yaml"
+    path.write_text("model: {path: embedded}\n")
+    return load([str(path), *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["rollout.max_answer_tokens=2000"], ["rollout.max_model_len: 4096", "4256"]),
+        (["rollout.max_model_len=1280"], ["rollout.max_model_len: 1280", "1280"]),
+        (["actor.microbatch_tokens=4095"], ["actor.microbatch_tokens: 4095", "rollout.max_model_len = 4096"]),
+        (["actor.lr_min=1e-6"], ["actor.lr_min: 1e-06", "actor.lr = 5e-07"]),
+        (["actor.lr_warmup_ratio=1"], ["actor.lr_warmup_ratio: 1", "below 1"]),
+        (["actor.adam_beta1=1"], ["actor.adam_beta1: 1", "below 1"]),
+        (["actor.adam_beta2=1"], ["actor.adam_beta2: 1", "below 1"]),
+        (["algo.trained_phases=[]"], ["algo.trained_phases: []"]),
+        (["algo.trained_phases=[retry,retry]"], ["algo.trained_phases", "none twice"]),
+        (["failures.max_solve_rate=0.5"], ["failures.max_solve_rate: 0.5", "failures.samples_per_problem"]),
+        (["actor.sequence_parallel=true"], ["actor.sequence_parallel", "actor.tensor_parallel above 1"]),
+        (["cluster.gpus_per_node=3", "actor.tensor_parallel=2"], ["= 2 * 1 * 1 = 2", "= 3 ranks"]),
+        (["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.pipeline_parallel=3"], ["= 1 * 3 * 1 = 3", "= 8 ranks"]),
+        (["cluster.gpus_per_node=4", "rollout.tensor_parallel=3"], ["rollout.tensor_parallel: 3", "= 4 ranks"]),
+    ],
+)
+def test_refused_together(tmp_path: Path, overrides: list[str], keys: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_with(tmp_path, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(key in message for key in keys), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo.trained_phases=[attempt, retry]"],
+        ["actor.packing=false", "actor.microbatch_tokens=1"],
+        ["failures.max_solve_rate=0.5", "failures.samples_per_problem=4"],
+        ["actor.sequence_parallel=true", "actor.tensor_parallel=2"],
+        ["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.tensor_parallel=4", "actor.pipeline_parallel=2"],
+        ["train.steps=0"],
+        ["actor.lr=0"],
+    ],
+)
+def test_allowed_together(tmp_path: Path, overrides: list[str]) -> None:
+    load_with(tmp_path, *overrides)
+
+
+def test_launched_ranks(tmp_path: Path) -> None:
+    config = load_with(tmp_path, "actor.tensor_parallel=2", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2")
+    check_world(config, 4)
+    check_world(config, 8)
+    with pytest.raises(ConfigError, match=r"2 \* 2 \* 1 = 4 does not divide the world: 6 ranks were launched"):
+        check_world(config, 6)
+    with pytest.raises(ConfigError, match=r"rollout.tensor_parallel: 3 .* 4 ranks were launched"):
+        check_world(load_with(tmp_path, "rollout.tensor_parallel=3"), 4)

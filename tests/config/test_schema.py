@@ -1,0 +1,45 @@
+"""`build` on a dataclass of one's own, as tasks use it for their options."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from nemo_r3.config import ConfigError, Layer, build, option
+
+
+@dataclass
+class Options:
+    """Stands for a task's options."""
+
+    numbers: list[int] = option(factory=lambda: [3, 4], low=2, high=6, help="how many numbers")
+    source: str = option("generator", choices=("generator", "dataset"), help="where problems come from")
+    limit: int | None = option(None, low=1, help="how many problems")
+
+
+def test_build_fills_in_defaults() -> None:
+    assert build(Options, []) == Options()
+    assert build(Options, [Layer({"numbers": [2]}), Layer({"limit": 5})]) == Options(numbers=[2], limit=5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"number": [3]}, "task.options.number: unknown key; did you mean task.options.numbers?"),
+        ({"numbers": [3, 7]}, "task.options.numbers: 7 is not allowed; it must be at least 2 and at most 6"),
+        ({"source": "web"}, "task.options.source: 'web' is not allowed; it must be one of generator, dataset"),
+        ({"limit": 0}, "task.options.limit: 0 is not allowed; it must be at least 1"),
+        ({"limit": "3"}, "task.options.limit: expected an integer or null, got '3'"),
+    ],
+)
+def test_build_refuses_by_full_key(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(Options, [Layer(values)], prefix="task.options")
+    assert str(caught.value).startswith(message)
+
+
+def test_plain_dataclass_fields_need_no_limits() -> None:
+    @dataclass
+    class Plain:
+        depth: int = 3
+
+    assert build(Plain, [Layer({"depth": -1})]) == Plain(-1)
