@@ -26,10 +26,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): requirements/cpu.lock pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock || { \
+	@echo "installing $$(grep -c == requirements/cpu.lock) packages into $(VENV): some minutes and 3 GB the first time"
+	@$(BIN)/python -m pip install -qq --no-compile --no-deps -r requirements/cpu.lock || { \
 	  echo "If torch was not found: torch+cpu comes from PyTorch's CPU wheel index, not from PyPI; see Set-up in README.md"; \
 	  exit 1; }
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 quickstart: setup ## mine, train, evaluate and export the embedded model on small Countdown
@@ -50,6 +51,7 @@ check: setup ## format, lint, types, floors, then `make test`: what CI runs
 	$(BIN)/python -m pytest -q tests/test_floors.py
 	$(MAKE) --no-print-directory test
 
-format: setup ## rewrite the code as `make check` wants it
+format: setup ## rewrite code and docs/config.md as `make check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m nemo_r3.config > docs/config.md
