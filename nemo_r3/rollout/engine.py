@@ -1,0 +1,210 @@
+"""`Engine`: vLLM inside this process, token ids in and token ids out, with weights that can be replaced.
+
+    start -> (add, step)* -> sleep -> wake(weights) -> load -> wake(kv_cache) -> (add, step)* -> ...
+                             `------------ once per update; sleep and wake do nothing on a CPU ----------'
+
+An engine is never stopped: vLLM's shutdown destroys the default process group, which the actor still needs. It lives
+as long as its process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from nemo_r3.config import Config
+from nemo_r3.models import Architecture, architecture_of
+from nemo_r3.models.names import table
+from nemo_r3.precision import precision_of
+from nemo_r3.rollout.sampling import Completion, Sampling, seeds_requests
+
+KV_BLOCK = 128
+"""Tokens per block of vLLM's KV cache on a CPU."""
+CPU_BATCHED_TOKENS = 4096
+"""Most tokens of one forward pass on a CPU; prompts are never cut there, so at least a whole dialogue."""
+
+
+class Engine:
+    """One rank's part of a vLLM engine. All ranks of an engine make the same calls in the same order.
+
+    Attributes:
+        version: version of the weights in use.
+        max_model_len: most tokens of a prompt and its completion together.
+    """
+
+    def __init__(self, llm: LLMEngine, arch: Architecture, max_model_len: int, version: int) -> None:
+        """See `start`."""
+        self.version = version
+        self.max_model_len = max_model_len
+        self._llm = llm
+        self._expected = {name for row in table(arch) for name in row.hf}
+        self._can_sleep = bool(llm.model_config.enable_sleep_mode)
+        self._weightless = False
+
+    @classmethod
+    def start(cls, config: Config, model_dir: Path, version: int = 0) -> Engine:
+        """Loads a checkpoint into a new engine. Every rank of the default group must call this.
+
+        `environment.prepare` must have run before this module was imported, and torch.distributed must be initialised.
+
+        Args:
+            config: the run's settings.
+            model_dir: Hugging Face checkpoint; its tokenizer is not read.
+            version: version of the checkpoint's weights.
+        """
+        assert dist.is_initialized(), "runtime.start comes before Engine.start"
+        rollout, arch = config.rollout, architecture_of(model_dir)
+        on_cuda = current_platform.is_cuda()
+        # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
+        in_step = seeds_requests(rollout, on_cuda)
+        args = EngineArgs(
+            model=str(model_dir),
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype=precision_of(config).vllm_dtype,
+            seed=config.seed,
+            max_model_len=rollout.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            tensor_parallel_size=rollout.tensor_parallel,
+            distributed_executor_backend="external_launcher",
+            enable_prefix_caching=rollout.prefix_caching,
+            enforce_eager=rollout.enforce_eager or not on_cuda,
+            logprobs_mode="processed_logprobs",
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if on_cuda else _cpu_cache_bytes(config, arch),
+            enable_sleep_mode=rollout.sleep and current_platform.is_sleep_mode_available(),
+            async_scheduling=False if in_step else None,
+            # a CPU's generators cannot be rewound, which vLLM does for a seeded request whose prompt it cuts
+            enable_chunked_prefill=on_cuda,
+            max_num_batched_tokens=None if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS),
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+        )
+        # a tied head has no weight of its own; `load` itself checks that nothing is missing
+        logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
+        return cls(LLMEngine.from_engine_args(args), arch, rollout.max_model_len, version)
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Queues a request.
+
+        Args:
+            request_id: unique among the unfinished ones.
+            prompt_ids: [length] token ids; at most max_model_len - 1.
+            sampling: how to continue them.
+        """
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            stop_token_ids=list(sampling.stop_ids),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._llm.add_request(request_id, tokens_input(list(prompt_ids)), params)
+
+    def step(self) -> list[Completion]:
+        """Samples one token for as many requests as fit; returns those that finished with it.
+
+        Raises:
+            RuntimeError: the engine woke up without weights; `load` comes first.
+        """
+        if self._weightless:
+            raise RuntimeError("the engine has slept and has no weights yet: call load before step")
+        return [self._completion(output) for output in self._llm.step() if output.finished]
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """[length - 1] log-probabilities (nats, temperature 1) of ids[1:], each given those before it.
+
+        Bypasses the prefix cache. For checks, between rollouts only.
+        """
+        assert not self._llm.has_unfinished_requests(), "score runs between rollouts"
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._llm.add_request("score", tokens_input(list(ids)), params)
+        scores: list[float] = []
+        while self._llm.has_unfinished_requests():
+            for output in self._llm.step():
+                rows = output.prompt_logprobs or []
+                scores = [row[token].logprob for row, token in zip(rows[1:], ids[1:], strict=True)]
+        return scores
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces all weights and forgets everything computed with the old ones.
+
+        The ranks of an engine, and those behind collectives inside the iterator, consume it in lockstep.
+
+        Args:
+            weights: (Hugging Face name, full tensor) of every tensor of the checkpoint, in any order; grouped by layer
+                they need the least memory. vLLM keeps references until a layer is complete, so a tensor must not be
+                overwritten while the iterator goes on.
+            version: version of these weights.
+
+        Raises:
+            RuntimeError: requests are unfinished, tensors are missing, or the prefix cache could not be reset.
+        """
+        if self._llm.has_unfinished_requests():
+            raise RuntimeError("weights cannot be replaced while requests are unfinished")
+        seen: set[str] = set()
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _noting(weights, seen)})
+        if missing := self._expected - seen:
+            raise RuntimeError(f"refit: {len(missing)} tensors were not sent, e.g. {min(missing)}")
+        if current_platform.is_cpu():
+            self._repack_head()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("refit: the prefix cache could not be reset and would serve the old weights' keys")
+        self.version = version
+        self._weightless = False
+
+    def sleep(self) -> None:
+        """Gives weights and KV cache back to the GPU; `load` must follow `wake`. Nothing on a CPU."""
+        if self._can_sleep and not self._llm.is_sleeping():
+            self._llm.sleep(level=2)
+            self._weightless = True
+
+    def wake(self, *tags: str) -> None:
+        """Takes memory back: "weights" before `load`, "kv_cache" after it. Nothing where it did not sleep."""
+        if self._can_sleep and self._llm.is_sleeping():
+            self._llm.wake_up(list(tags))
+
+    def _completion(self, output: RequestOutput) -> Completion:
+        sampled = output.outputs[0]
+        ids, rows = tuple(sampled.token_ids), sampled.logprobs
+        assert rows is not None and len(rows) == len(ids), f"{len(ids)} tokens came without their log-probabilities"
+        logprobs = tuple(rows.logprobs[start] for start in rows.start_indices)  # the sampled token comes first
+        return Completion(output.request_id, ids, logprobs, str(sampled.finish_reason), self.version)
+
+    def _repack_head(self) -> None:
+        """A tied head on a CPU keeps a packed copy of the old embedding, which vLLM's reload does not renew."""
+
+        def repack(model: torch.nn.Module) -> None:
+            for module in model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+
+        self._llm.apply_model(repack)
+
+
+def _noting(weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        seen.add(name)
+        yield name, tensor
+
+
+def _cpu_cache_bytes(config: Config, arch: Architecture) -> int:
+    """Bytes of one rank's KV cache: its share of `rollout.cpu_kv_cache_gb`, but no more than can be filled."""
+    rollout, ways = config.rollout, config.rollout.tensor_parallel
+    heads = -(-arch.num_kv_heads // ways)
+    token = 2 * arch.num_layers * heads * arch.head_dim * precision_of(config).dtype.itemsize
+    blocks = rollout.max_num_seqs * -(-rollout.max_model_len // KV_BLOCK) + 1
+    return min(rollout.cpu_kv_cache_gb * 2**30 // ways, blocks * KV_BLOCK * token)

@@ -1,0 +1,61 @@
+"""What vLLM needs to find in the process before it is imported, and what it cannot do on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from nemo_r3.config import Config
+from nemo_r3.errors import ConfigError
+from nemo_r3.models import Architecture, architecture_of, model_path
+
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head widths of vLLM's CPU attention; with any other it fails at the first token, not at start-up."""
+
+
+def prepare(config: Config, on_cuda: bool) -> None:
+    """Refuses what the engine cannot run, then sets the environment that vLLM reads when it is imported.
+
+    Values that a user has already set stay, but for the two that the design rests on: the engine lives in this
+    process, and on a CPU nothing is compiled.
+
+    Args:
+        config: the run's settings; only `model.path`'s config.json is read from disk.
+        on_cuda: whether the ranks have GPUs.
+
+    Raises:
+        ConfigError: the model and the engine's layout or the CPU's attention do not fit.
+        RuntimeError: vLLM was imported before its environment was ready.
+    """
+    _check(config, architecture_of(model_path(config)), on_cuda)
+    if "vllm" in sys.modules:
+        raise RuntimeError("nemo_r3.rollout.environment.prepare must run before vllm is imported")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_PLUGINS", "")  # nemo-toolkit registers one that prints a traceback on every rank
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_cuda else "ERROR")
+    warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated", category=FutureWarning)
+    if not on_cuda:
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one needs triton
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks share cores with their own actor
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # an eager engine still compiles its sampler: 44 s against 1 s
+
+
+def _check(config: Config, arch: Architecture, on_cuda: bool) -> None:
+    ways = config.rollout.tensor_parallel
+    if not on_cuda and arch.head_dim not in CPU_HEAD_DIMS:
+        allowed = ", ".join(map(str, CPU_HEAD_DIMS))
+        raise ConfigError(f"model.path: head_dim {arch.head_dim} does not run in vLLM on a CPU (it has {allowed})")
+    if arch.num_heads % ways or arch.ffn_hidden_size % ways:
+        raise ConfigError(
+            f"rollout.tensor_parallel={ways} does not divide the model's {arch.num_heads} attention heads and "
+            f"{arch.ffn_hidden_size} feed-forward columns"
+        )
+    if arch.num_kv_heads % ways and ways % arch.num_kv_heads:
+        raise ConfigError(
+            f"rollout.tensor_parallel={ways}: neither divides nor is divided by the model's {arch.num_kv_heads} "
+            "key/value heads"
+        )

@@ -1,0 +1,238 @@
+"""`Rollout`: attempts, reflections and retries through the engines, without a barrier between the phases.
+
+    failure --G times--> reflection --the moment it ends--> retry --the moment it ends--> verifier --> Reflection
+                         `---------------- one engine, one queue ---------------'
+
+All ranks of one engine run the same loop over the same items and so make the same calls in the same order; nothing in
+it may depend on time or rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import torch
+
+from nemo_r3.config import Config
+from nemo_r3.dialogue import Dialogue
+from nemo_r3.rollout.placement import Fleet
+from nemo_r3.rollout.sampling import Completion, Sampler, Sampling, request_seed, seeds_requests
+from nemo_r3.runtime import World
+from nemo_r3.tasks.protocol import Task
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+
+NO_ROOM = "no_room"
+"""Finish reason of a turn that was not sampled: its prompt fills rollout.max_model_len. Its answer is empty."""
+
+
+class Progress(Protocol):
+    """Told of finished turns, on rank 0 only."""
+
+    def __call__(self, phase: str, done: int, total: int, tokens: int) -> None:
+        """Of rank 0's engine: turns of `phase` that have ended, out of `total`, and tokens they sampled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Attempted:
+    """A first answer and its verdict.
+
+    Attributes:
+        problem: what was asked.
+        sample: which of the samples drawn for this problem it is.
+        context: [task][attempt].
+        answer: the attempt; its finish_reason is "no_room" where the task alone fills the model's length.
+        passed: whether the verifier accepts it.
+    """
+
+    problem: Problem
+    sample: int
+    context: Trajectory
+    answer: Answer
+    passed: bool
+
+    @property
+    def failure(self) -> Failure:
+        """This attempt as something to reflect on; of failed attempts that were sampled only."""
+        assert not self.passed and self.answer.segment.ids, "only a sampled, rejected attempt is a failure"
+        return Failure(self.problem, self.context, self.answer, self.sample)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A turn to be sampled, and what to do when it has ended: perhaps another turn.
+
+    Attributes:
+        prompt: what comes before it; None where there is nothing to continue.
+        key: identifies the problem in the request's seed.
+    """
+
+    phase: Phase
+    prompt: Trajectory | None
+    key: str
+    sample: int
+    then: Callable[[Answer], _Turn | None]
+
+
+class Rollout:
+    """Samples turns with the run's engines; every rank calls the same method with the same arguments."""
+
+    def __init__(
+        self,
+        engine: Sampler,
+        dialogue: Dialogue,
+        task: Task,
+        config: Config,
+        world: World,
+        progress: Progress | None = None,
+    ) -> None:
+        """Takes this rank's engine.
+
+        Args:
+            engine: of this rank.
+            dialogue: makes the prompts.
+            task: whose verifier judges.
+            config: the run's settings.
+            world: all ranks.
+            progress: told how far this rank's engine is.
+        """
+        self._engine = engine
+        self._dialogue = dialogue
+        self._task = task
+        self._config = config
+        self._fleet = Fleet(world, config.rollout.tensor_parallel)
+        self._progress = progress if world.is_main else None
+        self._seeded = seeds_requests(config.rollout, torch.cuda.is_available())
+
+    def first_attempts(
+        self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
+    ) -> list[Attempted]:
+        """First answers and their verdicts, on every rank.
+
+        Args:
+            problems: what to ask.
+            step: part of every request's seed.
+            samples: answers per problem.
+            greedy: take the likeliest token instead of sampling.
+
+        Returns:
+            len(problems) * samples attempts: all of the first problem's, then the next one's.
+        """
+        prompts = [self._dialogue.task(problem) for problem in problems]
+        mine = self._fleet.mine([len(prompt) * samples for prompt in prompts])
+        done: dict[int, Attempted] = {}
+
+        def attempt(item: int, sample: int) -> _Turn:
+            problem = problems[item]
+
+            def end(answer: Answer) -> None:
+                context = prompts[item].then(answer.segment)
+                passed = self._verify(problem, answer)
+                done[item * samples + sample] = Attempted(problem, sample, context, answer, passed)
+
+            return _Turn(Phase.ATTEMPT, prompts[item], problem.id, sample, end)
+
+        turns = [attempt(item, sample) for item in mine for sample in range(samples)]
+        self._run(turns, step, greedy, {Phase.ATTEMPT: len(turns)})
+        return self._fleet.collect(done, len(problems) * samples)
+
+    def reflect_and_retry(
+        self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False
+    ) -> list[Group]:
+        """A group of reflections per failure, each with its retry and reward, on every rank, in the failures' order.
+
+        A reflection that was cut at its token limit is closed by the template before the retry. A turn whose prompt
+        leaves no room in `rollout.max_model_len` is not sampled: its answer is empty with finish reason "no_room", and
+        the reward is 0.
+
+        Args:
+            failures: what to reflect on.
+            step: part of every request's seed.
+            group_size: reflections per failure.
+            greedy: take the likeliest token instead of sampling.
+        """
+        prompts = [self._dialogue.reflect(failure.context) for failure in failures]
+        mine = self._fleet.mine([len(prompt) * group_size for prompt in prompts])
+        found: dict[int, dict[int, Reflection]] = {item: {} for item in mine}
+
+        def reflect(item: int, sample: int) -> _Turn:
+            failure, prompt = failures[item], prompts[item]
+
+            def end(reflection: Answer) -> _Turn:
+                trajectory = prompt.then(reflection.segment)
+
+                def finish(retry: Answer) -> None:
+                    reward = float(self._verify(failure.problem, retry))
+                    found[item][sample] = Reflection(sample, trajectory, reflection, retry, reward)
+
+                retried = self._dialogue.retry(trajectory) if reflection.segment.ids else None
+                return _Turn(Phase.RETRY, retried, failure.id, sample, finish)
+
+            return _Turn(Phase.REFLECTION, prompt, failure.id, sample, end)
+
+        turns = [reflect(item, sample) for item in mine for sample in range(group_size)]
+        self._run(turns, step, greedy, {Phase.REFLECTION: len(turns), Phase.RETRY: len(turns)})
+        done = {
+            item: Group(failures[item], tuple(by_sample[sample] for sample in range(group_size)))
+            for item, by_sample in found.items()
+        }
+        return self._fleet.collect(done, len(failures))
+
+    def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, totals: dict[Phase, int]) -> None:
+        """Samples turns and those that follow from them until none is left."""
+        waiting: dict[str, _Turn] = {}
+        ended: Counter[Phase] = Counter()
+        tokens: Counter[Phase] = Counter()
+        numbers = count()
+
+        def finish(turn: _Turn, answer: Answer) -> None:
+            ended[turn.phase] += 1
+            tokens[turn.phase] += len(answer.segment.ids)
+            following = turn.then(answer)
+            if following is not None:
+                begin(following)
+
+        def begin(turn: _Turn) -> None:
+            room = 0 if turn.prompt is None else self._engine.max_model_len - len(turn.prompt)
+            if turn.prompt is None or room < 1:
+                finish(turn, self._unsampled(turn.phase))
+                return
+            request = f"{turn.phase}-{next(numbers)}"
+            waiting[request] = turn
+            self._engine.add(request, turn.prompt.ids, self._sampling(turn, step, greedy, room))
+
+        for turn in turns:
+            begin(turn)
+        while waiting:
+            completions = self._engine.step()
+            for completion in completions:
+                turn = waiting.pop(completion.request_id)
+                finish(turn, self._answer(turn.phase, completion))
+            if completions and self._progress is not None:
+                for phase, total in totals.items():
+                    self._progress(phase, ended[phase], total, tokens[phase])
+
+    def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int) -> Sampling:
+        rollout = self._config.rollout
+        limit = rollout.max_reflection_tokens if turn.phase is Phase.REFLECTION else rollout.max_answer_tokens
+        seed = request_seed(self._config.seed, step, turn.key, turn.sample, turn.phase)
+        return Sampling(
+            temperature=0.0 if greedy else rollout.temperature,
+            max_tokens=min(limit, room),
+            stop_ids=self._dialogue.end_of_turn,
+            seed=seed if self._seeded and not greedy else None,
+        )
+
+    def _answer(self, phase: Phase, completion: Completion) -> Answer:
+        segment = Segment(phase, completion.ids, completion.logprobs, completion.version)
+        return Answer(segment, self._dialogue.decode(completion.ids), completion.finish_reason)
+
+    def _unsampled(self, phase: Phase) -> Answer:
+        return Answer(Segment(phase, (), (), self._engine.version), "", NO_ROOM)
+
+    def _verify(self, problem: Problem, answer: Answer) -> bool:
+        return answer.finish_reason != NO_ROOM and self._task.verify(problem, answer.text)
