@@ -11,7 +11,7 @@ prompt/response split, and nothing here knows how many turns there are. No torch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -188,10 +188,12 @@ class UpdateBatch:
 
     Attributes:
         rows: the training sequences of the groups in use.
+        advantages: per group, per reflection; 0 in a dropped group.
         groups_used: groups whose retries differed.
         groups_dropped: groups whose retries all passed or all failed (dynamic sampling).
     """
 
-    rows: tuple[Row, ...] = field(default=())
+    rows: tuple[Row, ...] = ()
+    advantages: tuple[tuple[float, ...], ...] = ()
     groups_used: int = 0
     groups_dropped: int = 0

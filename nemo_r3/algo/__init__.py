@@ -1,0 +1,1 @@
+"""From rewards to a loss: pure Python and torch, runs anywhere."""

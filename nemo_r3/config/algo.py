@@ -21,10 +21,10 @@ class AlgoConfig:
         "k3", choices=("k1", "k2", "k3"), help="estimator of that KL (http://joschu.net/blog/kl-approx.html)"
     )
     mismatch_correction: str = option(
-        "none", choices=("none", "tis", "icepop"), help="importance correction for the gap between vLLM and the actor"
+        "none", choices=("none", "tis"), help="importance correction for the gap between vLLM and the actor"
     )
     mismatch_cap: float = option(
-        2.0, above=1.0, help="tis: truncate the ratio here; icepop: reject outside [1/cap, cap]"
+        2.0, above=1.0, help="tis: truncate the ratio here"
     )
     trained_phases: list[str] = option(
         factory=lambda: ["reflection"], choices=PHASES, help="phases whose sampled tokens carry loss"

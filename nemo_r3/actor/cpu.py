@@ -1,0 +1,126 @@
+"""What megatron-core's CUDA-only call sites need where there is no CUDA. Nothing here runs on a GPU machine.
+
+megatron-core writes `device="cuda"`, asks `torch.cuda` for its RNG and streams, and compares tensor types with
+"torch.cuda.FloatTensor". `prepare()` replaces the `torch.cuda` functions once; `cuda_stand_in()` turns device
+names and type strings around while megatron-core runs, and only then, so vLLM never sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Stream:
+    """Takes the place of torch.cuda.Stream: on a CPU everything is already in order."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Takes what torch.cuda.Stream takes."""
+
+    def wait_stream(self, other: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class _CudaNamesToCpu(TorchFunctionMode):
+    """Sends tensors that ask for "cuda" to the CPU, and names CPU tensor types as CUDA's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, torch.device) and device.type == "cuda") or (
+        isinstance(device, str) and device.startswith("cuda")
+    )
+
+
+@functools.cache
+def prepare() -> None:
+    """Replaces what megatron-core calls of `torch.cuda`; does nothing where CUDA is available."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # after torch.compile is switched off
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    cpu = torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda device=None: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.Stream = _Stream
+    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    mcore: Any = mcore_random
+    mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _mend_torch_adam_state(DistributedOptimizer)
+
+
+def _mend_torch_adam_state(optimizer_class: Any) -> None:
+    """Gives every parameter its own Adam step after a load.
+
+    Upstream bug with torch's AdamW (no Apex, no Transformer Engine): loading raises KeyError 'step', and
+    otherwise leaves one step tensor shared by all parameters, so that it counts once per parameter.
+    """
+    original = optimizer_class._set_main_param_and_optimizer_states
+
+    def with_own_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors.setdefault("step", state["step"])
+        original(self, model_param, tensors)
+
+    optimizer_class._set_main_param_and_optimizer_states = with_own_step
+
+
+def cuda_stand_in() -> AbstractContextManager[Any]:
+    """A context in which megatron-core may say "cuda"; does nothing where CUDA is available."""
+    return nullcontext() if torch.cuda.is_available() else _CudaNamesToCpu()
+
+
+def on_any_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function that calls megatron-core inside `cuda_stand_in()`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with cuda_stand_in():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def on_any_device_stream(iterator: Iterator[R]) -> Iterator[R]:
+    """Advances an iterator that calls megatron-core inside `cuda_stand_in()`, and yields outside of it."""
+    while True:
+        with cuda_stand_in():
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item

@@ -1,0 +1,100 @@
+"""Builds this rank's shard of the policy: parallel groups, TransformerConfig, GPTModel."""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+
+from nemo_r3.actor.spec import block_spec, resolve_layer_spec
+from nemo_r3.actor.weights import mark_tensor_parallel
+from nemo_r3.config import ActorConfig, Config
+from nemo_r3.models import Architecture
+from nemo_r3.precision import Precision, precision_of
+from nemo_r3.runtime import World
+
+
+def start_parallel_groups(actor: ActorConfig, seed: int) -> None:
+    """Makes megatron-core's tensor, pipeline and data-parallel groups; once per process."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=actor.tensor_parallel,
+        pipeline_model_parallel_size=actor.pipeline_parallel,
+        context_parallel_size=actor.context_parallel,
+        create_gloo_process_groups=True,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(actor: ActorConfig, arch: Architecture, precision: Precision, on_cuda: bool) -> TransformerConfig:
+    """megatron-core's view of the architecture and of the actor's settings."""
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # layout
+        tensor_model_parallel_size=actor.tensor_parallel,
+        pipeline_model_parallel_size=actor.pipeline_parallel,
+        context_parallel_size=actor.context_parallel,
+        sequence_parallel=actor.sequence_parallel,
+        variable_seq_lengths=actor.pipeline_parallel > 1,
+        moe_token_dispatcher_type="alltoall",  # not used; 0.16.1 wants it for variable_seq_lengths
+        # precision
+        params_dtype=precision.dtype,
+        pipeline_dtype=precision.dtype,
+        bf16=precision.bf16,
+        # the loss carries global denominators: gradients are summed, never averaged
+        calculate_per_token_loss=True,
+        # memory
+        recompute_granularity=None if actor.recompute == "none" else actor.recompute,
+        recompute_method="uniform" if actor.recompute == "full" else None,
+        recompute_num_layers=1 if actor.recompute == "full" else None,
+        # weights are loaded, never drawn
+        use_cpu_initialization=not on_cuda,
+        perform_initialization=False,
+        # fusions: off where they need CUDA extensions, and where they move log-probabilities
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def build_model(config: Config, arch: Architecture, world: World) -> GPTModel:
+    """This rank's part of the policy, its weights not yet loaded.
+
+    Raises:
+        ConfigError: the layer spec that is asked for cannot run here.
+    """
+    actor = config.actor
+    on_cuda = world.device.type == "cuda"
+    kind = resolve_layer_spec(actor.layer_spec, on_cuda)
+    tf_config = transformer_config(actor, arch, precision_of(config), on_cuda)
+    model = GPTModel(
+        config=tf_config,
+        transformer_layer_spec=block_spec(tf_config, kind, arch.num_layers // actor.pipeline_parallel),
+        vocab_size=arch.padded_vocab(actor.tensor_parallel),
+        max_sequence_length=arch.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,  # type: ignore[arg-type]  # megatron-core calls it an int, Qwen's are floats
+    )
+    model = model.to(device=world.device, dtype=precision_of(config).dtype)
+    mark_tensor_parallel(model, arch)
+    return model

@@ -1,0 +1,63 @@
+"""AdamW, its learning-rate schedule and the gradient buffers, from megatron-core."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_r3.config import Config
+from nemo_r3.precision import Precision
+
+
+def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
+    """Gradient buffers over the data-parallel ranks, reduced in fp32."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.actor.distributed_optimizer,
+        overlap_grad_reduce=False,
+    )
+    return DistributedDataParallel(model.config, settings, model)
+
+
+def build_optimizer(model: DistributedDataParallel, config: Config, precision: Precision) -> MegatronOptimizer:
+    """AdamW with fp32 main weights."""
+    actor = config.actor
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=actor.lr,
+        min_lr=actor.lr_min,
+        weight_decay=actor.weight_decay,
+        adam_beta1=actor.adam_beta1,
+        adam_beta2=actor.adam_beta2,
+        adam_eps=actor.adam_eps,
+        clip_grad=actor.clip_grad,
+        bf16=precision.bf16,
+        params_dtype=precision.dtype,
+        use_distributed_optimizer=actor.distributed_optimizer,
+    )
+    return get_megatron_optimizer(settings, [model])
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
+    """Linear warm-up, then a cosine to `actor.lr_min`; counted in optimizer steps.
+
+    A checkpoint's horizon wins over the config's, so a run that is resumed with more `train.steps` keeps its curve.
+    """
+    actor = config.actor
+    horizon = actor.lr_decay_steps or max(config.train.steps, 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=actor.lr,
+        min_lr=actor.lr_min,
+        lr_warmup_steps=min(round(horizon * actor.lr_warmup_ratio), horizon - 1),
+        lr_decay_steps=horizon,
+        lr_decay_style="cosine",
+        start_wd=actor.weight_decay,
+        end_wd=actor.weight_decay,
+        wd_incr_steps=horizon,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+    )

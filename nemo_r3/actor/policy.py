@@ -1,0 +1,207 @@
+"""`Policy`: the megatron-core model being trained, on all ranks at once (SPMD)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from nemo_r3.actor import cpu
+from nemo_r3.actor.forward import METRICS, policy_loss, run_microbatches, target_logprobs
+from nemo_r3.actor.model import build_model, start_parallel_groups
+from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
+from nemo_r3.actor.weights import export_hf, load_hf
+from nemo_r3.algo.batch import refuse_untrained_weight
+from nemo_r3.algo.packing import Microbatch, deal, pack
+from nemo_r3.config import Config
+from nemo_r3.models import Architecture, architecture_of, model_path
+from nemo_r3.precision import precision_of
+from nemo_r3.runtime import World
+from nemo_r3.types import Row, UpdateBatch
+
+
+class Policy:
+    """This rank's shard of the policy with its optimizer, schedule and frozen reference.
+
+    Every method is collective: all ranks call it together with the same arguments.
+
+    Attributes:
+        arch: the model's shape.
+        version: how many optimizer steps the weights have seen; stamped on every sampled token.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        """Builds the model and reads the starting checkpoint.
+
+        Raises:
+            ConfigError: the checkpoint does not exist or does not fit its config.json.
+        """
+        cpu.prepare()
+        self.config, self.world = config, world
+        self.arch: Architecture = architecture_of(model_path(config))
+        self.version = 0
+        with cpu.cuda_stand_in():
+            start_parallel_groups(config.actor, config.seed)
+            self.module = build_model(config, self.arch, world)
+            load_hf(self.module, self.arch, model_path(config))
+            self.model = wrap(self.module, config)
+            self.model.config.finalize_model_grads_func = _sum_gradients
+            self.optimizer = build_optimizer(self.model, config, precision_of(config))
+            self.schedule = build_schedule(self.optimizer, config)
+        self._reference = self._snapshot() if config.algo.kl_beta else None
+
+    def update(self, batch: UpdateBatch) -> dict[str, float]:
+        """One optimizer step on the batch.
+
+        Returns:
+            `loss`, `kl`, `token_mult_prob_error`, `grad_norm`, `lr`, `microbatches`, and `skipped`: 1.0 when the
+            gradient was NaN or Inf and the weights were left alone.
+
+        Raises:
+            RuntimeError: a token that must not be trained has weight.
+        """
+        refuse_untrained_weight(batch, self.config.algo)
+        microbatches = self._microbatches(batch.rows)
+        reference = self._reference_logprobs(microbatches) if self.config.algo.kl_beta else {}
+        with cpu.cuda_stand_in():
+            self.model.train()
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            loss = policy_loss(self.config.algo, self._logprobs_of, reference)
+            sums = self._sum(run_microbatches(self.model, microbatches, loss, train=True))
+            lr = self.optimizer.param_groups[0]["lr"]
+            grad_norm = self._step(finite=math.isfinite(sums["loss"]))
+        return {
+            "loss": sums["loss"],
+            "kl": sums["kl"],
+            "token_mult_prob_error": sums["prob_error"] / max(sums["tokens"], 1.0),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "trained_tokens": sums["tokens"],
+            "microbatches": float(len(microbatches)),
+            "skipped": float(not math.isfinite(grad_norm)),
+        }
+
+    def _step(self, finite: bool) -> float:
+        """Clips, steps and advances the schedule unless the gradient is NaN or Inf; returns the gradient norm."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not (finite and math.isfinite(grad_norm)):
+            return math.nan
+        self.optimizer.step()
+        self.schedule.step(increment=1)
+        self.version += 1
+        return grad_norm
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log-probabilities of every token but the first, at the rollout temperature.
+
+        Args:
+            sequences: token ids.
+
+        Returns:
+            One [length - 1] float32 tensor per sequence, on the CPU, on every rank.
+        """
+        rows = [_scored_row(ids) for ids in sequences]
+        microbatches = self._microbatches(rows)
+        parts: dict[int, Tensor] = {}
+        with self._evaluating():
+            found = run_microbatches(self.model, microbatches, self._score_loss, train=False)
+        for microbatch, logprobs in zip(microbatches, found, strict=False):
+            lengths = [len(rows[row]) - 1 for row in microbatch.rows]
+            parts.update(zip(microbatch.rows, logprobs.cpu().split(lengths), strict=True))
+        merged: dict[int, Tensor] = {}
+        for part in self.world.gather(parts):
+            merged.update(part)
+        return [merged[row] for row in range(len(rows))]
+
+    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
+        """Streams the weights under their Hugging Face names; every rank iterates to the end, in lockstep."""
+        return cpu.on_any_device_stream(export_hf(self.module, self.arch))
+
+    def reload(self, path: Path) -> None:
+        """Replaces the weights by a Hugging Face checkpoint's; the optimizer is not told."""
+        load_hf(self.module, self.arch, path)
+
+    # microbatches and log-probabilities
+
+    def _microbatches(self, rows: Sequence[Row]) -> list[Microbatch]:
+        actor = self.config.actor
+        rank = parallel_state.get_data_parallel_rank()
+        dealt = deal(
+            [len(row) - 1 for row in rows],
+            parallel_state.get_data_parallel_world_size(),
+            actor.microbatch_tokens,
+            actor.packing,
+        )
+        multiple = actor.tensor_parallel if actor.sequence_parallel else 1
+        return [pack(rows, chosen, multiple).to(self.world.device) for chosen in dealt[rank]]
+
+    def _logprobs_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        start = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        return target_logprobs(logits, targets, self.config.rollout.temperature, self.arch.vocab_size, start)
+
+    def _score_loss(self, microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        trained = microbatch.weights.nonzero()[:, 0]
+        logprobs = self._logprobs_of(logits[trained], microbatch.targets[trained])
+        return logprobs.sum(), logprobs
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with cpu.cuda_stand_in():
+            self.model.eval()
+            yield
+            self.model.train()
+
+    def _sum(self, found: Sequence[Tensor]) -> dict[str, float]:
+        """Sums the last stages' metrics over microbatches and data-parallel ranks, each rank counted once."""
+        total = torch.zeros(len(METRICS), dtype=torch.float64, device=self.world.device)
+        if found and parallel_state.get_tensor_model_parallel_rank() == 0:
+            total += torch.stack(list(found)).sum(0)
+        dist.all_reduce(total)
+        return dict(zip(METRICS, total.tolist(), strict=True))
+
+    # the frozen reference
+
+    def _snapshot(self) -> list[Tensor]:
+        return [parameter.detach().to("cpu", copy=True) for parameter in self.module.parameters()]
+
+    def _swap_in(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(self.module.parameters(), weights, strict=True):
+                parameter.copy_(weight)
+
+    def _reference_logprobs(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
+        """The starting model's log-probabilities of the trained tokens; its weights live on the CPU in between."""
+        assert self._reference is not None
+        if self.version == 0:
+            current = None  # still the starting model
+        else:
+            current = self._snapshot()
+            self._swap_in(self._reference)
+        with self._evaluating():
+            found = run_microbatches(self.model, microbatches, self._score_loss, train=False)
+        if current is not None:
+            self._swap_in(current)
+        return {microbatch.rows: logprobs for microbatch, logprobs in zip(microbatches, found, strict=False)}
+
+
+def _scored_row(ids: Sequence[int]) -> Row:
+    count = len(ids)
+    zeros = [0.0] * count
+    return Row(ids, (), (), zeros, [1.0] * count, zeros)
+
+
+def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
+    """megatron-core's gradient reduction, without its division by a token count."""
+    finalize_model_grads(model, None, **groups)
+
+

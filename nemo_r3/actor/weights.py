@@ -1,0 +1,148 @@
+"""Weights in and out of this rank's shard, through the family's two-way name table.
+
+`load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep:
+for each row of the table the owning pipeline stage gathers its tensor-parallel parts and hands the full tensor
+to the other stages, so no rank ever holds more than one full parameter beside its shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nemo_r3.errors import ConfigError
+from nemo_r3.models import Architecture
+from nemo_r3.models import names as table
+
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
+
+
+def parameters_by_name(model: nn.Module, arch: Architecture) -> dict[str, nn.Parameter]:
+    """This rank's parameters under their global names (layers counted over all pipeline stages)."""
+    rows = table.table(arch)
+    canonical = {table.fused_norm_name(row.megatron): row.megatron for row in rows}
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)  # type: ignore[union-attr, index]
+        name = ".".join(parts)
+        found[canonical.get(name, name)] = parameter
+    return found
+
+
+def mark_tensor_parallel(model: nn.Module, arch: Architecture) -> None:
+    """Tells megatron-core which parameters are cut, so that gradient norms count each element once.
+
+    megatron-core sets these attributes only where it initialises weights itself.
+    """
+    mine = parameters_by_name(model, arch)
+    cuts = {row.megatron: row.cut for row in table.table(arch)} | {HEAD: 0}
+    for name, parameter in mine.items():
+        cut = cuts[name]
+        for attribute, value in (
+            ("tensor_model_parallel", cut is not None),
+            ("partition_dim", -1 if cut is None else cut),
+            ("partition_stride", 1),
+        ):
+            setattr(parameter, attribute, value)
+
+
+def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
+    """Fills this rank's parameters from a Hugging Face checkpoint's safetensors.
+
+    Raises:
+        ConfigError: no safetensors, an unreadable one, or a tensor that is missing or of another shape.
+    """
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    mine = parameters_by_name(model, arch)
+    checkpoint = HFTensors(path)
+    for row in table.table(arch):
+        targets = [mine[row.megatron]] if row.megatron in mine else []
+        if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
+            targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
+        if not targets:
+            continue
+        full = table.merge(row, [checkpoint.read(name) for name in row.hf], arch, tp_size)
+        expected = table.full_shape(row, arch, tp_size)
+        if tuple(full.shape) != expected:
+            raise ConfigError(
+                f"model.path: {path}: {', '.join(row.hf)} make shape {tuple(full.shape)}, config.json says {expected}"
+            )
+        part = table.shard(row, full, tp_rank, tp_size)
+        for target in targets:
+            with torch.no_grad():
+                target.copy_(part)
+
+
+class HFTensors:
+    """Reads single tensors of a Hugging Face checkpoint directory (safetensors, one file or many)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (path / "model.safetensors").is_file():
+            self.files = {name: "model.safetensors" for name in self._keys("model.safetensors")}
+        else:
+            raise ConfigError(f"model.path: {path} has no model.safetensors (pickled weights are not read)")
+
+    def _keys(self, file: str) -> list[str]:
+        try:
+            with safe_open(self.path / file, framework="pt") as handle:
+                return list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"model.path: {self.path / file} cannot be read ({error})") from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        if name not in self.files:
+            raise ConfigError(f"model.path: {self.path} has no tensor {name!r}; config.json names another model?")
+        try:
+            with safe_open(self.path / self.files[name], framework="pt") as handle:
+                return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"model.path: {self.path / self.files[name]} cannot be read ({error})") from error
+
+
+def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Streams (Hugging Face name, full tensor in the actor's dtype) pairs; every rank must iterate to the end."""
+    mine = parameters_by_name(model, arch)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    tp_size, pp_size = dist.get_world_size(tp_group), dist.get_world_size(pp_group)
+    sample = next(iter(mine.values()))
+    for row in table.table(arch):
+        owner = _owner_stage(row, arch, pp_size)
+        if owner == dist.get_rank(pp_group):
+            part = mine[row.megatron].detach().contiguous()
+            full = table.join(row, _gather(part, tp_group, tp_size) if row.cut is not None else [part]).contiguous()
+        else:
+            full = torch.empty(table.full_shape(row, arch, tp_size), dtype=sample.dtype, device=sample.device)
+        if pp_size > 1:
+            dist.broadcast(full, src=dist.get_global_rank(pp_group, owner), group=pp_group)
+        yield from zip(row.hf, table.split(row, full, arch), strict=True)
+
+
+def _owner_stage(row: table.Row, arch: Architecture, stages: int) -> int:
+    if row.layer is not None:
+        return row.layer // (arch.num_layers // stages)
+    return 0 if row.megatron == EMBEDDING else stages - 1
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
+    if size == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(size)]
+    dist.all_gather(parts, part, group=group)
+    return parts

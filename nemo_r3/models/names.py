@@ -1,0 +1,138 @@
+"""The two-way name table: one row per megatron-core parameter serves loading, refit and export.
+
+    Hugging Face tensors  --merge-->  one full megatron tensor  --shard-->  this rank's part
+                          <--split--                            <--join---
+
+`merge`/`split` and `shard`/`join` are exact inverses (they only copy and reorder), so a checkpoint survives
+the round trip bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_r3.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Row:
+    """One megatron parameter and the Hugging Face tensors it is made of.
+
+    Attributes:
+        megatron: parameter name with the global layer number, as the local layer spec names it.
+        hf: the Hugging Face names it holds, in the order of `merge`.
+        kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab".
+        cut: the axis that tensor parallelism cuts; None where every rank holds the whole.
+        layer: the global layer it belongs to; None for embedding, final norm and head.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    kind: str = "copy"
+    cut: int | None = None
+    layer: int | None = None
+
+
+def table(arch: Architecture) -> list[Row]:
+    """The rows of a Llama-style decoder, in a fixed order that every rank iterates alike."""
+    rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0)]
+    for layer in range(arch.num_layers):
+        rows += _layer_rows(arch, layer)
+    rows.append(Row("decoder.final_layernorm.weight", ("model.norm.weight",)))
+    if not arch.tied:
+        rows.append(Row("output_layer.weight", ("lm_head.weight",), "vocab", 0))
+    return rows
+
+
+def _layer_rows(arch: Architecture, layer: int) -> list[Row]:
+    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+
+    def row(name: str, *sources: str, kind: str = "copy", cut: int | None = None) -> Row:
+        return Row(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), kind, cut, layer)
+
+    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
+    rows = [
+        row("input_layernorm.weight", "input_layernorm.weight"),
+        row("self_attention.linear_qkv.weight", *(f"{name}.weight" for name in qkv), kind="qkv", cut=0),
+        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", cut=1),
+        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        row("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", kind="gate_up", cut=0),
+        row("mlp.linear_fc2.weight", "mlp.down_proj.weight", cut=1),
+    ]
+    if arch.qkv_bias:
+        rows.append(row("self_attention.linear_qkv.bias", *(f"{name}.bias" for name in qkv), kind="qkv", cut=0))
+    return rows
+
+
+def fused_norm_name(name: str) -> str:
+    """The name a parameter has under the Transformer-Engine spec, which folds norms into the next matrix."""
+    return name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight").replace(
+        "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+    )
+
+
+def merge(row: Row, tensors: Sequence[Tensor], arch: Architecture, tensor_parallel: int) -> Tensor:
+    """Hugging Face tensors -> the full megatron tensor of a row (vocabulary rows padded with zeros)."""
+    if row.kind == "qkv":
+        groups = [tensor.unflatten(0, (arch.num_kv_heads, -1)) for tensor in tensors]
+        return torch.cat(groups, dim=1).flatten(0, 1)
+    if row.kind == "gate_up":
+        return torch.cat(list(tensors), dim=0)
+    (tensor,) = tensors
+    if row.kind == "vocab":
+        padding = arch.padded_vocab(tensor_parallel) - arch.vocab_size
+        return torch.cat([tensor, tensor.new_zeros(padding, tensor.shape[1])]) if padding else tensor
+    return tensor
+
+
+def split(row: Row, full: Tensor, arch: Architecture) -> list[Tensor]:
+    """The inverse of `merge`: the full megatron tensor -> its Hugging Face tensors."""
+    if row.kind == "qkv":
+        query = arch.num_heads // arch.num_kv_heads * arch.head_dim
+        parts = full.unflatten(0, (arch.num_kv_heads, -1)).split([query, arch.head_dim, arch.head_dim], dim=1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+    if row.kind == "gate_up":
+        return list(full.chunk(2, dim=0))
+    if row.kind == "vocab":
+        return [full[: arch.vocab_size]]
+    return [full]
+
+
+def shard(row: Row, full: Tensor, rank: int, size: int) -> Tensor:
+    """The part of a full megatron tensor that tensor-parallel rank `rank` of `size` holds."""
+    if row.cut is None or size == 1:
+        return full
+    if row.kind == "gate_up":
+        return torch.cat([half.chunk(size, dim=0)[rank] for half in full.chunk(2, dim=0)])
+    return full.chunk(size, dim=row.cut)[rank]
+
+
+def join(row: Row, parts: Sequence[Tensor]) -> Tensor:
+    """The inverse of `shard`: every rank's part -> the full megatron tensor."""
+    if row.cut is None or len(parts) == 1:
+        return parts[0]
+    if row.kind == "gate_up":
+        halves = zip(*(part.chunk(2, dim=0) for part in parts), strict=True)
+        return torch.cat([piece for half in halves for piece in half])
+    return torch.cat(list(parts), dim=row.cut)
+
+
+def full_shape(row: Row, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:
+    """The shape of a row's full megatron tensor, for ranks that do not hold it."""
+    hidden, head = arch.hidden_size, arch.head_dim
+    if row.kind == "vocab":
+        return (arch.padded_vocab(tensor_parallel), hidden)
+    if row.kind == "qkv":
+        columns = (arch.num_heads + 2 * arch.num_kv_heads) * head
+        return (columns,) if row.megatron.endswith("bias") else (columns, hidden)
+    if row.kind == "gate_up":
+        return (2 * arch.ffn_hidden_size, hidden)
+    if row.megatron.endswith("linear_proj.weight"):
+        return (hidden, arch.num_heads * head)
+    if row.megatron.endswith("linear_fc2.weight"):
+        return (hidden, arch.ffn_hidden_size)
+    return (hidden,)

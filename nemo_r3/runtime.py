@@ -1,0 +1,125 @@
+"""The process under a recipe: ranks, device, seeds, and errors that end it in one line."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_r3.config import Config, check_world
+from nemo_r3.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the run, and this one.
+
+    Attributes:
+        rank: this process, from 0.
+        size: number of processes.
+        device: where the actor's tensors live.
+        objects: gloo group of all ranks, for Python objects.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    objects: ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's `item`, in rank order, on every rank."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.objects)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's `item`, on every rank."""
+        box = [item]
+        dist.broadcast_object_list(box, src=0, group=self.objects)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        dist.barrier(group=self.objects)
+
+
+def start(config: Config) -> World:
+    """Joins the process group that torchrun or srun describes, or makes one of a single rank.
+
+    Raises:
+        ConfigError: the ranks that were launched do not fit the layout.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
+        os.environ.setdefault(name, value)
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    check_world(config, size)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    on_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    patience = timedelta(minutes=config.run.timeout_minutes)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
+    objects = dist.new_group(backend="gloo", timeout=patience)
+    assert objects is not None
+    return World(rank, size, device, objects)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds every generator from (seed, step) alone, so that a resumed step draws what the first run drew."""
+    mixed = (seed * 1_000_003 + step) % 2**31
+    random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def main(recipe: Callable[[Sequence[str]], None]) -> None:
+    """Runs a recipe on the command line's arguments; a `UserError` becomes one line and exit code 2.
+
+    Every failure leaves through os._exit: interpreter shutdown would run vLLM's exit hooks, which wait for
+    ranks that are themselves waiting in a collective.
+    """
+    try:
+        recipe(sys.argv[1:])
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except Exception:  # noqa: BLE001  the last frame of the process: print what it was, end the rank
+        _leave(traceback.format_exc(), 1)
+    sys.stdout.flush()
+
+
+def _leave(message: str, code: int) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(3)  # an error that all ranks meet is printed by rank 0; the launcher ends the others meanwhile
+        message = f"[rank {rank}] {message}"
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
