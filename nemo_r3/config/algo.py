@@ -23,9 +23,7 @@ class AlgoConfig:
     mismatch_correction: str = option(
         "none", choices=("none", "tis"), help="importance correction for the gap between vLLM and the actor"
     )
-    mismatch_cap: float = option(
-        2.0, above=1.0, help="tis: truncate the ratio here"
-    )
+    mismatch_cap: float = option(2.0, above=1.0, help="tis: truncate the ratio here")
     trained_phases: list[str] = option(
         factory=lambda: ["reflection"], choices=PHASES, help="phases whose sampled tokens carry loss"
     )
