@@ -184,7 +184,7 @@ class Dialogue:
                 expected += ANSWER[count - 1] + close.replace(USER[1], USER[count])
             if rendered != expected:
                 raise UserError(
-                    f"model.path: the chat template renders a conversation of {count} answers differently from a "
+                    f"model.path: the chat template renders a conversation of {count} answer(s) differently from a "
                     "shorter one (it rewrites or moves earlier turns), so sampled ids cannot be kept"
                 )
 

@@ -107,6 +107,7 @@ class Engine:
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             stop_token_ids=list(sampling.stop_ids),
+            ignore_eos=True,  # stop_ids is the whole list, whatever the checkpoint's own files name
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,

@@ -36,7 +36,7 @@ def prepare(config: Config, on_cuda: bool) -> None:
     os.environ.setdefault("VLLM_PLUGINS", "")  # nemo-toolkit registers one that prints a traceback on every rank
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_cuda else "ERROR")
-    warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`torch.distributed\\..*` is deprecated", category=FutureWarning)
     if not on_cuda:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one needs triton
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)

@@ -1,0 +1,308 @@
+"""Runs the real engine once and prints one line of JSON per rank; the tests assert on it.
+
+    python probe.py engine DIR          one rank: the engine against transformers, and the guards around a refit
+    torchrun ... probe.py fleet DIR TP  any number of ranks: what a rollout returns
+
+An engine cannot be stopped in its process, so each launch has one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_r3 import runtime
+from nemo_r3.config import Config
+from nemo_r3.dialogue import Dialogue
+from nemo_r3.rollout import environment
+from nemo_r3.rollout.sampling import Completion, Sampling
+from nemo_r3.tasks.protocol import Wording
+from nemo_r3.types import Failure, Problem, Trajectory
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+STOPS = range(4, 34)  # a random model hardly ever says <|end|>: with these one turn in a few ends early
+TEMPERATURE = 0.7
+
+
+class Parity:
+    """A task that any model solves half the time."""
+
+    name = "parity"
+    verifier = "parity-1"
+    wording = Wording("{text}", "What went wrong?", "Try again.")
+
+    def problems(self, split: str) -> list[Problem]:
+        return [Problem(f"p{i}", f"say {'one two three ' * (1 + 3 * (i % 3))}{i}", {}) for i in range(5)]
+
+    def verify(self, problem: Problem, text: str) -> bool:
+        return len(text) % 2 == 0
+
+
+def make_models(home: Path) -> None:
+    """Two tied Llamas, a and b, with 307 rows in the embedding: more than tokens, and a multiple of nothing."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["say one two three, what went wrong? try again"] * 5, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = CHAT
+    shape = LlamaConfig(
+        vocab_size=307,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        eos_token_id=0,
+        pad_token_id=3,
+    )
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(shape).float().save_pretrained(home / name)
+        fast.save_pretrained(home / name)
+
+
+def settings(home: Path, tensor_parallel: int) -> Config:
+    config = Config()
+    config.model.path = str(home / "a")
+    config.actor.precision = "fp32"
+    config.rollout.tensor_parallel = tensor_parallel
+    config.rollout.temperature = TEMPERATURE
+    config.rollout.max_model_len = 300
+    config.rollout.max_answer_tokens = 24
+    config.rollout.max_reflection_tokens = 32
+    return config
+
+
+class Probe:
+    """An engine on model a, its reference models, and the rollout around it."""
+
+    def __init__(self, home: Path, tensor_parallel: int) -> None:
+        config = settings(home, tensor_parallel)
+        self.world = runtime.start(config)
+        if self.world.is_main:
+            make_models(home)
+        self.world.barrier()
+        environment.prepare(config, on_cuda=False)
+        from nemo_r3.rollout.engine import Engine
+        from nemo_r3.rollout.scheduler import Rollout
+
+        self.engine = Engine.start(config, home / "a")
+        self.models = {
+            name: AutoModelForCausalLM.from_pretrained(home / name, dtype=torch.float32).eval() for name in "ab"
+        }
+        self.task = Parity()
+        tokenizer = AutoTokenizer.from_pretrained(home / "a")
+        self.dialogue = Dialogue(tokenizer, config.dialogue, self.task.wording, STOPS)
+        self.rollout = Rollout(self.engine, self.dialogue, self.task, config, self.world)
+
+    def load(self, name: str, version: int) -> None:
+        state = self.models[name].state_dict()
+        self.engine.load(((key, value) for key, value in state.items() if key != "lm_head.weight"), version)
+
+    @torch.no_grad()
+    def reference(self, name: str, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+        """[length - 1] transformers' log-probabilities of ids[1:]."""
+        logits = self.models[name](torch.tensor([ids])).logits[0] / temperature
+        return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    def score_error(self, name: str, ids: list[int]) -> float:
+        return (torch.tensor(self.engine.score(ids)) - self.reference(name, ids)).abs().max().item()
+
+    def sample(self, prompts: list[list[int]], seeds: list[int], temperature: float = TEMPERATURE) -> list[Completion]:
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            self.engine.add(str(number), prompt, Sampling(temperature, 24, tuple(STOPS), seed))
+        done: dict[str, Completion] = {}
+        while len(done) < len(prompts):
+            done.update((completion.request_id, completion) for completion in self.engine.step())
+        return [done[str(number)] for number in range(len(prompts))]
+
+    def sample_error(self, name: str, prompt: list[int], seed: int = 5) -> float:
+        (completion,) = self.sample([prompt], [seed])
+        expected = self.reference(name, prompt + list(completion.ids), TEMPERATURE)[len(prompt) - 1 :]
+        return (torch.tensor(completion.logprobs) - expected).abs().max().item()
+
+
+def probe_engine(home: Path) -> dict[str, Any]:
+    probe = Probe(home, 1)
+    draw = torch.Generator().manual_seed(0)
+    text = torch.randint(34, 307, (280,), generator=draw).tolist()
+    long, short = text[:200], text[200:220]
+    result: dict[str, Any] = {
+        "score_a": probe.score_error("a", text),
+        "sampled_a": probe.sample_error("a", long),
+        "a_is_not_b": probe.score_error("b", text),
+    }
+
+    prompts = [text[start : start + 150] for start in range(0, 120, 5)]
+    batch = probe.sample(prompts, list(range(len(prompts))))
+    result["alone"] = [probe.sample([prompts[i]], [i])[0].ids == batch[i].ids for i in (0, 7, 23)]
+    result["other_seed_differs"] = probe.sample([prompts[0]], [99])[0].ids != batch[0].ids
+    result["endings"] = [[c.finish_reason, c.ids[-1] in STOPS, len(c.ids)] for c in batch]
+    probe.engine.add("endless", short, Sampling(TEMPERATURE, 24, (), 3))
+    result["endless"] = drain(probe)
+    greedy = probe.sample([short], [0], temperature=0.0)[0]
+    follows = [
+        int(probe.models["a"](torch.tensor([short + list(greedy.ids[:i])])).logits[0, -1].argmax())
+        for i in range(len(greedy.ids))
+    ]
+    result["greedy"] = follows == list(greedy.ids)
+    result["refit"] = probe_refit(probe, text, long)
+    result["rollout"] = probe_rollout(probe)
+    return result
+
+
+def probe_refit(probe: Probe, text: list[int], long: list[int]) -> dict[str, Any]:
+    engine, result = probe.engine, {}
+    probe.sample([long], [0])  # fills the prefix cache
+    probe.load("b", 1)
+    result["score_b"], result["sampled_b"] = probe.score_error("b", text), probe.sample_error("b", long)
+    result["version"] = probe.sample([long], [0])[0].version
+
+    engine._repack_head = lambda: None  # what the guards are for: without them the old weights live on
+    probe.load("a", 2)
+    result["without_repack"] = probe.score_error("a", text)
+    del engine._repack_head
+    probe.load("b", 3)
+    probe.sample([long], [0])
+    reset = engine._llm.reset_prefix_cache
+    engine._llm.reset_prefix_cache = lambda: True
+    probe.load("a", 4)
+    result["without_reset"] = probe.sample_error("a", long)
+
+    engine._llm.reset_prefix_cache = lambda: False
+    result["errors"] = [refusal(lambda: probe.load("a", 5))]
+    engine._llm.reset_prefix_cache = reset
+    state = [(key, value) for key, value in probe.models["a"].state_dict().items() if "layers.1.mlp.up" not in key]
+    result["errors"].append(refusal(lambda: engine.load(state, 5)))
+    engine.add("unfinished", long, Sampling(1.0, 4, ()))
+    result["errors"].append(refusal(lambda: probe.load("a", 5)))
+    drain(probe)
+    probe.load("a", 6)
+    result["restored"] = [probe.score_error("a", text), probe.sample_error("a", long)]
+    return result
+
+
+def drain(probe: Probe) -> list[Any]:
+    """The finish reason and length of the one request that is left."""
+    while not (completions := probe.engine.step()):
+        pass
+    return [completions[0].finish_reason, len(completions[0].ids)]
+
+
+def probe_rollout(probe: Probe) -> dict[str, Any]:
+    events: list[str] = []
+    add, step = probe.engine.add, probe.engine.step
+
+    def noting_add(request_id: str, prompt_ids: list[int], sampling: Sampling) -> None:
+        events.append(f"add {request_id}")
+        add(request_id, prompt_ids, sampling)
+
+    def noting_step() -> list[Completion]:
+        completions = step()
+        events.extend(f"end {completion.request_id}" for completion in completions)
+        return completions
+
+    told: list[tuple[str, int, int, int]] = []
+    probe.engine.add, probe.engine.step = noting_add, noting_step
+    probe.rollout._progress = lambda *news: told.append(news)
+    result = run_rollout(probe)
+    probe.engine.add, probe.engine.step = add, step
+
+    failures = failures_of(probe)
+    groups = probe.rollout.reflect_and_retry(failures, 1, 4)
+    errors = []
+    for group in groups:
+        for reflection in group.reflections:
+            ids, sampled = reflection.trajectory.ids, reflection.answer.segment
+            expected = probe.reference("a", ids, TEMPERATURE)[-len(sampled.ids) :]
+            errors.append((torch.tensor(sampled.logprobs) - expected).abs().max().item())
+    versions = {r.answer.segment.version for g in groups for r in g.reflections}
+    return result | {
+        "events": events,
+        "told": told,
+        "logprob_error": max(errors),
+        "versions": sorted(versions),
+        "no_room": probe_no_room(probe, failures[0]),
+    }
+
+
+def probe_no_room(probe: Probe, failure: Failure) -> list[Any]:
+    """A failure after which no reflection fits, and one after which it does but no retry."""
+    task, attempt = failure.context.segments
+    around = len(probe.dialogue.reflect(failure.context)) - len(attempt.ids)
+    found = []
+    for room in (0, 5):
+        filler = (50,) * (300 - around - room)
+        context = Trajectory((task, replace(attempt, ids=filler, logprobs=(0.0,) * len(filler))))
+        (group,) = probe.rollout.reflect_and_retry([replace(failure, context=context)], 1, 1)
+        (reflection,) = group.reflections
+        reasons = [reflection.answer.finish_reason == "no_room", reflection.retry.finish_reason == "no_room"]
+        found.append([*reasons, len(reflection.answer.segment.ids) <= room, reflection.reward])
+    return found
+
+
+def failures_of(probe: Probe) -> list[Failure]:
+    attempts = probe.rollout.first_attempts(probe.task.problems("train"), 1, samples=2)
+    return [attempt.failure for attempt in attempts if not attempt.passed]
+
+
+def run_rollout(probe: Probe) -> dict[str, Any]:
+    """What must not depend on how many ranks and engines there are."""
+    failures = failures_of(probe)
+    groups = probe.rollout.reflect_and_retry(failures, 1, 4)
+    greedy = probe.rollout.first_attempts(probe.task.problems("train")[:1], 1, greedy=True)
+    nothing = probe.rollout.reflect_and_retry([], 1, 4)
+    return {
+        "failures": [[failure.id, list(failure.attempt.segment.ids)] for failure in failures],
+        "reflections": [
+            [list(r.answer.segment.ids), r.retry.text, r.retry.finish_reason, r.reward]
+            for group in groups
+            for r in group.reflections
+        ],
+        "order": [group.failure.id for group in groups],
+        "greedy": [list(attempt.answer.segment.ids) for attempt in greedy],
+        "nothing": nothing,
+        "phases": [str(segment.phase) for segment in groups[0].reflections[0].trajectory.segments],
+    }
+
+
+def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
+    probe = Probe(home, tensor_parallel)
+    before = run_rollout(probe)
+    probe.load("b", 1)
+    text = list(range(34, 234))
+    scores = probe.score_error("b", text)
+    probe.load("a", 2)
+    return {"rank": probe.world.rank, "before": before, "after": run_rollout(probe), "score_b": scores}
+
+
+def refusal(call: Any) -> str:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
+
+
+if __name__ == "__main__":
+    verb, home = sys.argv[1], Path(sys.argv[2])
+    found = probe_engine(home) if verb == "engine" else probe_fleet(home, int(sys.argv[3]))
+    (home / f"result-{os.environ['RANK']}.json").write_text(json.dumps(found))

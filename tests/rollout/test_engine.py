@@ -1,0 +1,121 @@
+"""The real vLLM engine, alone and as a fleet, through one launch of probe.py each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROBE = Path(__file__).with_name("probe.py")
+TOLERANCE = 1e-4
+
+
+def launch(home: Path, *arguments: str, ranks: int = 1) -> list[dict[str, Any]]:
+    """What each rank of one launch found."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    verb, *rest = arguments
+    command = [sys.executable, *torchrun, str(PROBE), verb, str(home), *rest]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return [json.loads((home / f"result-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(tmp_path_factory.mktemp("engine"), "engine")[0]
+
+
+@pytest.fixture(scope="module", params=["1", "2"], ids=["two engines of one rank", "one engine of two ranks"])
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch(tmp_path_factory.mktemp("fleet"), "fleet", request.param, ranks=2)
+
+
+def test_scores_equal_transformers(engine: dict[str, Any]) -> None:
+    assert engine["score_a"] < TOLERANCE
+    assert engine["a_is_not_b"] > 1, "the models are too alike for these tests to see anything"
+
+
+def test_sampled_logprobs_are_at_the_sampling_temperature(engine: dict[str, Any]) -> None:
+    assert engine["sampled_a"] < TOLERANCE
+
+
+def test_refit_is_exact_for_a_tied_head_and_an_odd_vocabulary(engine: dict[str, Any]) -> None:
+    refit = engine["refit"]
+    assert refit["score_b"] < TOLERANCE
+    assert refit["sampled_b"] < TOLERANCE
+    assert refit["version"] == 1
+
+
+def test_without_the_guards_a_refit_is_silently_wrong(engine: dict[str, Any]) -> None:
+    assert engine["refit"]["without_repack"] > 0.1, "vLLM renews a tied head by itself now: drop _repack_head"
+    assert engine["refit"]["without_reset"] > 0.1, "vLLM forgets cached prefixes by itself now: drop the reset"
+    assert max(engine["refit"]["restored"]) < TOLERANCE
+
+
+def test_refit_refuses_what_would_corrupt(engine: dict[str, Any]) -> None:
+    no_reset, missing, unfinished = engine["refit"]["errors"]
+    assert "prefix cache" in no_reset
+    assert "model.layers.1.mlp.up_proj.weight" in missing
+    assert "unfinished" in unfinished
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(engine: dict[str, Any]) -> None:
+    assert engine["alone"] == [True, True, True]
+    assert engine["other_seed_differs"]
+
+
+def test_finish_reasons(engine: dict[str, Any]) -> None:
+    for reason, ends_with_a_stop, length in engine["endings"]:
+        assert (reason == "stop") == ends_with_a_stop
+        assert reason == "stop" or length == 24
+    assert engine["endless"] == ["length", 24]
+
+
+def test_greedy_takes_the_likeliest_token(engine: dict[str, Any]) -> None:
+    assert engine["greedy"]
+
+
+def test_retries_start_before_all_reflections_have_ended(engine: dict[str, Any]) -> None:
+    events = engine["rollout"]["events"]
+    first_retry = next(i for i, event in enumerate(events) if event.startswith("add retry"))
+    last_reflection = max(i for i, event in enumerate(events) if event.startswith("end reflection"))
+    assert first_retry < last_reflection
+    for i, event in enumerate(events):
+        if event.startswith("add retry"):  # nothing is sampled between a reflection's end and its retry's start
+            before = [e for e in events[:i] if e.startswith(("end reflection", "add retry"))]
+            assert sum(e.startswith("end") for e in before) > sum(e.startswith("add") for e in before)
+
+
+def test_reflections_carry_the_logprobs_of_their_spliced_context(engine: dict[str, Any]) -> None:
+    assert engine["rollout"]["logprob_error"] < TOLERANCE
+    assert engine["rollout"]["versions"] == [6]
+    assert engine["rollout"]["phases"] == ["task", "attempt", "request", "reflection"]
+
+
+def test_progress_counts_every_turn(engine: dict[str, Any]) -> None:
+    last = {phase: (done, total) for phase, done, total, _ in engine["rollout"]["told"]}
+    assert last["reflection"][0] == last["reflection"][1] > 0
+    assert last["retry"] == last["reflection"]
+
+
+def test_no_room_is_marked_and_not_rewarded(engine: dict[str, Any]) -> None:
+    assert engine["rollout"]["no_room"] == [[True, True, True, 0.0], [False, True, True, 0.0]]
+
+
+def test_ranks_and_engines_do_not_change_the_rollout(fleet: list[dict[str, Any]], engine: dict[str, Any]) -> None:
+    for rank in fleet:
+        for key, found in rank["before"].items():
+            assert found == engine["rollout"][key], f"rank {rank['rank']}: {key}"
+
+
+def test_every_rank_is_refitted(fleet: list[dict[str, Any]]) -> None:
+    for rank in fleet:
+        assert rank["score_b"] < TOLERANCE
+        assert rank["after"] == rank["before"]

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from nemo_r3.config.task import DialogueConfig
+from nemo_r3.dialogue import Dialogue, stop_token_ids
+from nemo_r3.errors import UserError
+from nemo_r3.tasks.protocol import Wording
+from nemo_r3.types import Phase, Problem, Segment, Trajectory
+
+WORDING = Wording("Make {target}.", "What went wrong?", "Try again.")
+PROBLEM = Problem("p", "Make 7 from 1 2 3.", {})
+SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|tail|>", "<|eot|>", "<|begin|>", "<|endoftext|>"]
+
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML = (  # Qwen2: a default system turn, and an end of turn that is not the tokenizer's eos
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    + PLAIN.replace("<|end|>", "<|im_end|>")
+)
+LLAMA3 = (  # begins with a token of its own, prints a date, trims what is around a turn
+    "<|begin|>Today: {{ date_string or 'never the same' }}\n"
+    "{% for m in messages %}<|head|>{{ m['role'] }}<|tail|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|tail|>\n\n{% endif %}"
+)
+ROLE_ENDS = (  # GLM: the next role's token ends a turn
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STYLES = {"plain": PLAIN, "chatml": CHATML, "llama3": LLAMA3, "role ends": ROLE_ENDS}
+CLOSES = {"plain": "<|end|>", "chatml": "<|im_end|>", "llama3": "<|eot|>", "role ends": "<|im_start|>"}
+
+KEEP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+GENERATE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+REFUSED = {
+    "drops an earlier answer": "{% set messages = messages[-1:] %}" + PLAIN,
+    "drops the reasoning": KEEP
+    + "{{ m['content'].split('</think>')[-1].lstrip('\n') }}<|end|>\n{% endfor %}"
+    + GENERATE,
+    "trims or rewrites": KEEP + "{{ m['content'] | truncate(30, True) }}<|end|>\n{% endfor %}" + GENERATE,
+    "repeats": KEEP + "{{ m['content'] }}{{ m['content'] }}<|end|>\n{% endfor %}" + GENERATE,
+    "differently from a shorter one": KEEP
+    + "{% if loop.index0 == messages|length - 3 %}(earlier){% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    + GENERATE,
+    "without a special token": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: ",
+    "cannot render this dialogue": "{% if messages|length > 2 %}{{ raise_exception('two turns only') }}{% endif %}"
+    + PLAIN,
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(
+        ["user assistant system Make 7 from 1 2 3. What went wrong? Try again. a+b=7"], trainer
+    )
+    return tokenizer
+
+
+def tokenizer_of(trained: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
+    eos = "<|endoftext|>" if template == CHATML else "<|end|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=eos, additional_special_tokens=SPECIAL[1:])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def dialogue_of(trained: Tokenizer, template: str, **settings: str) -> Dialogue:
+    return Dialogue(tokenizer_of(trained, template), DialogueConfig(**settings), WORDING)
+
+
+def said(phase: Phase, ids: Sequence[int]) -> Segment:
+    return Segment(phase, tuple(ids), (-1.0,) * len(ids), 3)
+
+
+@pytest.fixture(params=STYLES)
+def style(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_a_dialogue_reads_as_the_template_would_render_it(trained: Tokenizer, style: str) -> None:
+    tokenizer, dialogue = tokenizer_of(trained, STYLES[style]), dialogue_of(trained, STYLES[style])
+    turns = ["1+2=7", "I added wrongly.", "1+2*3=7"]
+    closing = "" if style == "role ends" else CLOSES[style]
+    line = "\n" if style == "role ends" else ""  # that template's own newline before the next role
+    ids = [tokenizer.encode(turn + line + closing, add_special_tokens=False) for turn in turns]
+    if style == "role ends":
+        close = tokenizer.convert_tokens_to_ids(CLOSES[style])
+        ids = [[*turn, close] for turn in ids]
+    trajectory = dialogue.retry(
+        dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, ids[0]))).then(said(Phase.REFLECTION, ids[1]))
+    )
+    messages = [
+        {"role": "user", "content": PROBLEM.text},
+        {"role": "assistant", "content": turns[0]},
+        {"role": "user", "content": WORDING.reflect},
+        {"role": "assistant", "content": turns[1]},
+        {"role": "user", "content": WORDING.retry},
+    ]
+    expected = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+    )
+    assert tokenizer.decode(trajectory.ids) == expected
+    assert [s.phase for s in trajectory.segments] == ["task", "attempt", "request", "reflection", "request"]
+
+
+def test_the_retry_prompt_begins_with_exactly_context_and_reflection_ids(trained: Tokenizer, style: str) -> None:
+    dialogue = dialogue_of(trained, STYLES[style])
+    strange = [300, 9, 9, 77, 12, 300]  # ids that no tokenizer would choose for their own text
+    context = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, strange)))
+    reflected = context.then(said(Phase.REFLECTION, [*strange, dialogue.end_of_turn[0]]))
+    retry = dialogue.retry(reflected)
+    assert retry.ids[: len(reflected)] == context.ids + [*strange, dialogue.end_of_turn[0]]
+    longer = dialogue.reflect(retry.then(said(Phase.RETRY, strange)))  # and on, for as many turns as one likes
+    assert longer.ids[: len(retry)] == retry.ids
+    assert longer.segments[-1].ids == context.segments[-1].ids
+
+
+def test_a_turn_ends_exactly_once(trained: Tokenizer, style: str) -> None:
+    tokenizer, dialogue = tokenizer_of(trained, STYLES[style]), dialogue_of(trained, STYLES[style])
+    close = tokenizer.convert_tokens_to_ids(CLOSES[style])
+    task = dialogue.task(PROBLEM)
+    ended = dialogue.reflect(task.then(said(Phase.ATTEMPT, [50, 51, close])))
+    cut = dialogue.reflect(task.then(said(Phase.ATTEMPT, [50, 51])))
+    if style == "role ends":  # a newline of the template's own comes before its end of turn
+        assert ended.ids[len(task) + 3 :] == cut.ids[len(task) + 4 :]
+    else:
+        assert ended.ids == cut.ids
+    assert cut.segments[-1].ids.count(close) == ended.segments[-1].ids.count(close) + 1
+    assert close in dialogue.end_of_turn
+
+
+def test_another_end_of_sequence_is_kept_and_the_template_still_closes(trained: Tokenizer) -> None:
+    tokenizer, dialogue = tokenizer_of(trained, CHATML), dialogue_of(trained, CHATML)
+    eos, close = (tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    assert set(dialogue.end_of_turn) == {eos, close}
+    asked = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, [50, eos])))
+    assert asked.segments[-1].ids[0] == close
+
+
+def test_whitespace_around_an_answer_survives_a_template_that_trims(trained: Tokenizer) -> None:
+    tokenizer, dialogue = tokenizer_of(trained, LLAMA3), dialogue_of(trained, LLAMA3)
+    spaced = tokenizer.encode("\n\n  1+2=7 \n", add_special_tokens=False)
+    asked = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, spaced)))
+    assert "\n\n  1+2=7 \n<|eot|>" in tokenizer.decode(asked.ids)
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_templates_that_would_change_the_dialogue_are_refused(trained: Tokenizer, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        dialogue_of(trained, REFUSED[reason])
+
+
+def test_no_template(trained: Tokenizer) -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        Dialogue(tokenizer_of(trained, None), DialogueConfig(), WORDING)
+
+
+def test_system_turn(trained: Tokenizer) -> None:
+    tokenizer = tokenizer_of(trained, PLAIN)
+    assert "You are terse." in tokenizer.decode(dialogue_of(trained, PLAIN, system="You are terse.").task(PROBLEM).ids)
+    silent = PLAIN.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    with pytest.raises(UserError, match=r"dialogue\.system"):
+        dialogue_of(trained, silent, system="You are terse.")
+
+
+def test_fingerprint_follows_every_word(trained: Tokenizer) -> None:
+    prints = [
+        dialogue_of(trained, PLAIN).fingerprint,
+        dialogue_of(trained, CHATML).fingerprint,
+        dialogue_of(trained, PLAIN, reflect="Reflect.").fingerprint,
+        dialogue_of(trained, PLAIN, retry="Again.").fingerprint,
+        dialogue_of(trained, PLAIN, system="Hello.").fingerprint,
+        Dialogue(tokenizer_of(trained, PLAIN), DialogueConfig(), WORDING, [5]).fingerprint,
+    ]
+    assert len(set(prints)) == len(prints)
+    assert dialogue_of(trained, PLAIN).fingerprint == prints[0]
+
+
+def test_decode_leaves_special_tokens_out(trained: Tokenizer) -> None:
+    tokenizer, dialogue = tokenizer_of(trained, PLAIN), dialogue_of(trained, PLAIN)
+    assert dialogue.decode(tokenizer.encode("a+b=7<|end|>", add_special_tokens=False)) == "a+b=7"
+
+
+def test_only_a_sampled_turn_can_be_answered(trained: Tokenizer) -> None:
+    dialogue = dialogue_of(trained, PLAIN)
+    with pytest.raises(AssertionError):
+        dialogue.reflect(Trajectory(dialogue.task(PROBLEM).segments))
+
+
+def test_stop_token_ids(tmp_path: Path) -> None:
+    assert stop_token_ids(tmp_path) == []
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert stop_token_ids(tmp_path) == [2]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert stop_token_ids(tmp_path) == [3, 4]
