@@ -64,7 +64,7 @@ class Engine:
         """
         assert dist.is_initialized(), "runtime.start comes before Engine.start"
         rollout, arch = config.rollout, architecture_of(model_dir)
-        on_cuda = current_platform.is_cuda()
+        on_cuda = not current_platform.is_cpu()
         # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
         in_step = seeds_requests(rollout, on_cuda)
         args = EngineArgs(
