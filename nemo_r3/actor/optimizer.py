@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from torch.optim import AdamW
 
 from nemo_r3.config import Config
 from nemo_r3.precision import Precision
@@ -37,7 +40,21 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
         params_dtype=precision.dtype,
         use_distributed_optimizer=actor.distributed_optimizer,
     )
-    return get_megatron_optimizer(settings, [model])
+    optimizer = get_megatron_optimizer(settings, [model])
+    _start_adam_state(optimizer)
+    return optimizer
+
+
+def _start_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Allocates torch AdamW's moments now: checkpoints read them before the first step. Fused optimizers do their own."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, AdamW):
+            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                part.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

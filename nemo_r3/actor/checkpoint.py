@@ -1,0 +1,162 @@
+"""Checkpoints of the policy: written whole or not at all, loadable at another layout.
+
+    checkpoints/step_000040/   megatron dist_checkpointing ("fully_reshardable"): model, optimizer, schedule
+                manifest.json  written last: step, weights version, model shape, and the loop's own counters
+    checkpoints/.writing       what a save under way has written so far; swept away by the next one
+
+No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_step`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+from nemo_r3.actor.checkpoint_writer import InProcessSave
+from nemo_r3.actor.cpu import on_any_device
+from nemo_r3.actor.policy import Policy
+from nemo_r3.errors import UserError
+
+WRITING = ".writing"
+MANIFEST = "manifest.json"
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint in a run's `checkpoints`, or None."""
+    complete = sorted(file.parent for file in directory.glob(f"step_*/{MANIFEST}"))
+    return complete[-1] if complete else None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        UserError: it is no complete checkpoint.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{checkpoint} is not a complete checkpoint ({error})") from error
+    return dict(manifest)
+
+
+@on_any_device
+def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+    """Writes `directory/step_<step>` and removes all but the newest `keep` checkpoints.
+
+    Args:
+        policy: on every rank.
+        directory: the run's `checkpoints`, on a file system that all ranks see.
+        step: the training step that is done.
+        state: the loop's own counters (JSON), given back by `load`.
+        keep: how many checkpoints to keep.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    writing, final = directory / WRITING, directory / f"step_{step:06d}"
+    try:
+        if policy.world.is_main:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        policy.world.barrier()
+        strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), _data_parallel_group())
+        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(writing), strategy)
+        policy.world.barrier()
+        if policy.world.is_main:
+            _finish(writing, final, policy, step, state)
+            for old in sorted(directory.glob("step_*"))[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, CheckpointingException) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        good = latest(directory)
+        raise UserError(
+            f"cannot write {final}: {_cause(error)}; "
+            + (f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint")
+        ) from error
+    policy.world.barrier()
+    return final
+
+
+def _finish(writing: Path, final: Path, policy: Policy, step: int, state: Mapping[str, Any]) -> None:
+    """Writes the manifest and moves the directory into place: from here on the checkpoint counts."""
+    manifest = {"step": step, "version": policy.version, "architecture": asdict(policy.arch), "state": dict(state)}
+    with (writing / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)  # left by a run that was cut back to an earlier step
+    writing.rename(final)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of an error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@on_any_device
+def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
+    """Restores a checkpoint of any layout into the policy.
+
+    Returns:
+        The manifest: `step`, `version`, `architecture`, and the loop's `state`.
+
+    Raises:
+        UserError: the checkpoint is incomplete, damaged, or of another model.
+    """
+    manifest = read_manifest(checkpoint)
+    if manifest["architecture"] != asdict(policy.arch):
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
+            "set model.path to the model that the run began with"
+        )
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
+    )
+    try:
+        found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
+    except (OSError, CheckpointingException) as error:
+        raise UserError(f"{checkpoint} is damaged: {_cause(error)}; remove it to resume from the one before") from error
+    policy.module.load_state_dict(found["model"])
+    policy.optimizer.load_state_dict(found["optimizer"])
+    policy.schedule.load_state_dict(found["schedule"])
+    policy.version = manifest["version"]
+    return manifest
+
+
+def _differences(found: Mapping[str, Any], policy: Policy) -> str:
+    ours = asdict(policy.arch)
+    return ", ".join(f"{key} {found.get(key)} != {ours[key]}" for key in ours if found.get(key) != ours[key])
+
+
+def _data_parallel_group() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": _data_parallel_group(),
+    }
+    model = policy.module.sharded_state_dict(metadata=metadata)
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
