@@ -92,7 +92,8 @@ class Answer:
     Attributes:
         segment: its tokens; the end-of-turn token that ended it, if one did, is the last of them.
         text: decoded without special tokens.
-        finish_reason: "stop" (the model ended its turn) or "length" (cut at the token limit).
+        finish_reason: "stop" (the model ended its turn), "length" (cut at the token limit) or "no_room" (not
+            sampled, because its prompt fills rollout.max_model_len).
     """
 
     segment: Segment
@@ -128,7 +129,7 @@ class Reflection:
 
     Attributes:
         sample: its index in the group.
-        trajectory: [task][attempt][request][reflection].
+        trajectory: [task][attempt][request][reflection][request][retry].
         answer: the reflection.
         retry: the answer sampled with the reflection in context.
         reward: 1.0 when the verifier accepts the retry, else 0.0.

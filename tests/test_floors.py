@@ -31,6 +31,7 @@ FLOORS = {
     "nemo_r3.export": 4,
     "nemo_r3.failures": 4,
     "nemo_r3.plan": 4,
+    "nemo_r3.progress": 0,
     "nemo_r3.report": 4,
     "nemo_r3.run_directory": 4,
     "recipes": 5,

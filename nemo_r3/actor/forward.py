@@ -1,7 +1,7 @@
 """One pass of microbatches through the pipeline: log-probabilities of the targets, and the loss on them.
 
-    Microbatch -> GPTModel (1F1B over the stages) -> logits at the trained positions / temperature
-               -> vocab-parallel log-softmax -> loss with global denominators
+Microbatch -> GPTModel (1F1B over the stages) -> logits at the trained positions / temperature
+           -> vocab-parallel log-softmax -> loss with global denominators
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def _forward_step(
     return output, on_last_stage
 
 
-def target_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, vocab_size: int, vocab_start: int
-) -> Tensor:
+def target_logprobs(logits: Tensor, targets: Tensor, temperature: float, vocab_size: int, vocab_start: int) -> Tensor:
     """Log-probabilities of the targets under softmax(logits / temperature).
 
     Args:
@@ -125,5 +123,3 @@ def policy_loss(
         return total, torch.stack([value.detach().double().to(total.device) for value in sums])
 
     return loss
-
-

@@ -27,7 +27,9 @@ def start_parallel_groups(actor: ActorConfig, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def transformer_config(actor: ActorConfig, arch: Architecture, precision: Precision, on_cuda: bool) -> TransformerConfig:
+def transformer_config(
+    actor: ActorConfig, arch: Architecture, precision: Precision, on_cuda: bool
+) -> TransformerConfig:
     """megatron-core's view of the architecture and of the actor's settings."""
     return TransformerConfig(
         num_layers=arch.num_layers,

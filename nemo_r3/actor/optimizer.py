@@ -7,7 +7,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
 from torch.optim import AdamW
 
 from nemo_r3.config import Config
@@ -46,7 +45,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
 
 
 def _start_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Allocates torch AdamW's moments now: checkpoints read them before the first step. Fused optimizers do their own."""
+    """Allocates torch AdamW's moments: checkpoints read them before the first step. Fused optimizers do their own."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, AdamW):
             for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):

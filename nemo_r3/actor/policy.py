@@ -203,5 +203,3 @@ def _scored_row(ids: Sequence[int]) -> Row:
 def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
     """megatron-core's gradient reduction, without its division by a token count."""
     finalize_model_grads(model, None, **groups)
-
-

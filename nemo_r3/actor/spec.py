@@ -28,7 +28,7 @@ except ImportError:
 
 
 def resolve_layer_spec(asked: str, on_cuda: bool) -> str:
-    """"te" or "local" for `actor.layer_spec`.
+    """ "te" or "local" for `actor.layer_spec`.
 
     Raises:
         ConfigError: Transformer Engine is needed and cannot be imported, or has no GPU to run on.

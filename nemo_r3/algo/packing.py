@@ -95,9 +95,7 @@ def pack(rows: Sequence[Row], chosen: Sequence[int], multiple: int) -> Microbatc
         row = rows[number]
         ids += row.ids[:-1]
         positions += range(len(row) - 1)
-        for column, values in zip(
-            columns, (row.ids, row.advantages, row.weights, row.rollout_logprobs), strict=True
-        ):
+        for column, values in zip(columns, (row.ids, row.advantages, row.weights, row.rollout_logprobs), strict=True):
             column += values[1:]
         bounds.append(len(ids))
     padding = max(-len(ids) % multiple, 0 if ids else multiple)

@@ -8,11 +8,12 @@ from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import llama, qwen2
 from nemo_r3.models.architecture import Architecture, check_layout, read_hf_config
+from nemo_r3.models.fingerprint import fingerprint
 
 FAMILIES = (llama, qwen2)
 EMBEDDED = Path(__file__).parents[1] / "assets" / "countdown_tiny"
 
-__all__ = ["Architecture", "architecture_of", "check_layout", "model_path"]
+__all__ = ["Architecture", "architecture_of", "check_layout", "fingerprint", "model_path"]
 
 
 def model_path(config: Config) -> Path:

@@ -165,11 +165,13 @@ class Rollout:
             def end(reflection: Answer) -> _Turn:
                 trajectory = prompt.then(reflection.segment)
 
+                retried = self._dialogue.retry(trajectory) if reflection.segment.ids else None
+
                 def finish(retry: Answer) -> None:
                     reward = float(self._verify(failure.problem, retry))
-                    found[item][sample] = Reflection(sample, trajectory, reflection, retry, reward)
+                    whole = trajectory if retried is None else retried.then(retry.segment)
+                    found[item][sample] = Reflection(sample, whole, reflection, retry, reward)
 
-                retried = self._dialogue.retry(trajectory) if reflection.segment.ids else None
                 return _Turn(Phase.RETRY, retried, failure.id, sample, finish)
 
             return _Turn(Phase.REFLECTION, prompt, failure.id, sample, end)

@@ -231,7 +231,7 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
     errors = []
     for group in groups:
         for reflection in group.reflections:
-            ids, sampled = reflection.trajectory.ids, reflection.answer.segment
+            ids, sampled = Trajectory(reflection.trajectory.segments[:4]).ids, reflection.answer.segment
             expected = probe.reference("a", ids, TEMPERATURE)[-len(sampled.ids) :]
             errors.append((torch.tensor(sampled.logprobs) - expected).abs().max().item())
     versions = {r.answer.segment.version for g in groups for r in g.reflections}

@@ -96,7 +96,7 @@ def test_retries_start_before_all_reflections_have_ended(engine: dict[str, Any])
 def test_reflections_carry_the_logprobs_of_their_spliced_context(engine: dict[str, Any]) -> None:
     assert engine["rollout"]["logprob_error"] < TOLERANCE
     assert engine["rollout"]["versions"] == [6]
-    assert engine["rollout"]["phases"] == ["task", "attempt", "request", "reflection"]
+    assert engine["rollout"]["phases"] == ["task", "attempt", "request", "reflection", "request", "retry"]
 
 
 def test_progress_counts_every_turn(engine: dict[str, Any]) -> None:

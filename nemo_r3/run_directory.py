@@ -1,0 +1,176 @@
+"""`RunDirectory`: everything a run leaves behind, and what a resume needs of it.
+
+config.yaml  metrics.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/  tensorboard/  summary.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_r3.config import Config, diff_for_resume, load, to_yaml
+from nemo_r3.errors import UserError
+from nemo_r3.runtime import World
+from nemo_r3.types import Group, UpdateBatch
+
+
+class RunDirectory:
+    """The files of one run. Rank 0 writes; the other ranks only learn paths and keep time.
+
+    Attributes:
+        path: the directory.
+        times: wall and CPU seconds of the phases since the last `log`, as "time/<phase>" and "time/cpu_<phase>".
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        """Names the files; nothing is read or written."""
+        self.path = Path(config.run.dir)
+        self.times: dict[str, float] = {}
+        self._config, self._world = config, world
+        self._board: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints live."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One flat JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    def open(self, resuming: bool) -> None:
+        """Makes the directory and records the resolved config.
+
+        Args:
+            resuming: there is a checkpoint, whose settings this run has to share.
+
+        Raises:
+            UserError: the directory cannot be written, or a setting differs that a resumed run must keep.
+        """
+        file = self.path / "config.yaml"
+        try:
+            if resuming and file.exists():
+                changed = diff_for_resume(load([str(file)]), self._config)
+                if changed:
+                    raise UserError(
+                        f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
+                        "Name another run.dir, or give these settings back their old values"
+                    )
+            if self._world.is_main:
+                (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+                write_whole(file, to_yaml(self._config))
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write {self.path} ({error.strerror})") from error
+        self._world.barrier()
+
+    def cut_back(self, step: int) -> None:
+        """Forgets what was logged after `step`, so that a resumed run logs every step once."""
+        if not self._world.is_main:
+            return
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line, step) <= step]
+            write_whole(self.metrics, "".join(f"{line}\n" for line in lines))
+        for file in (self.path / "rollouts").glob("step_*.jsonl"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+        if self._config.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every recipe logs
+
+            self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the wall and CPU seconds of its block to `times`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        for name, spent in ((phase, time.perf_counter() - wall), (f"cpu_{phase}", time.process_time() - cpu)):
+            self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + spent
+
+    def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Appends a step to metrics.jsonl and TensorBoard, with the times since the last one."""
+        line = {"step": step, **metrics, **{name: round(spent, 4) for name, spent in self.times.items()}}
+        self.times = {}
+        if not self._world.is_main:
+            return
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board is not None:
+            for name, value in line.items():
+                if value is not None and name != "step":
+                    self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def log_rollouts(self, step: int, groups: Sequence[Group], batch: UpdateBatch) -> None:
+        """Writes every reflection of a step with its attempt, retry, reward and advantage."""
+        if not self._world.is_main:
+            return
+        lines = [
+            json.dumps(
+                {
+                    "step": step,
+                    "problem_id": group.failure.problem.id,
+                    "sample": reflection.sample,
+                    "attempt": group.failure.attempt.text,
+                    "reflection": reflection.answer.text,
+                    "retry": reflection.retry.text,
+                    "context_ids": group.failure.context.ids,
+                    "reflection_ids": reflection.answer.segment.ids,
+                    "reflection_logprobs": [round(value, 6) for value in reflection.answer.segment.logprobs],
+                    "retry_ids": reflection.retry.segment.ids,
+                    "reward": reflection.reward,
+                    "advantage": round(advantage, 6),
+                    "weights_version": reflection.answer.segment.version,
+                    "finish_reason": reflection.answer.finish_reason,
+                }
+            )
+            for group, advantages in zip(groups, batch.advantages, strict=True)
+            for reflection, advantage in zip(group.reflections, advantages, strict=True)
+        ]
+        write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def add_to_summary(self, **entries: Any) -> dict[str, Any]:
+        """Merges entries into summary.json and returns the whole."""
+        file = self.path / "summary.json"
+        summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        summary.update(entries)
+        if self._world.is_main:
+            write_whole(file, json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Wall and CPU seconds (of rank 0) by phase, over all logged steps."""
+        spent: dict[str, dict[str, float]] = {}
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            for name, value in json.loads(line).items():
+                if name.startswith("time/"):
+                    phase = name.removeprefix("time/")
+                    kind = "cpu" if phase.startswith("cpu_") else "wall"
+                    phase = phase.removeprefix("cpu_")
+                    spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value
+        return {phase: {kind: round(value, 2) for kind, value in kinds.items()} for phase, kinds in spent.items()}
+
+
+def _step_of(line: str, step: int) -> int:
+    """The step of a metrics line; beyond `step` for one that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return step + 1
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old or the new content, never a part."""
+    writing = file.with_name(f".{file.name}.writing")
+    with writing.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    writing.replace(file)

@@ -1,0 +1,131 @@
+"""The loop: reflect, retry, reward (arXiv 2505.24726).
+
+failures -> reflections -> retries -> rewards        vLLM and the verifier, every rank's share
+             group advantages -> one policy update   megatron-core, on the reflections' tokens only
+             refit                                   the new weights into vLLM
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from nemo_r3 import runtime
+from nemo_r3.algo.batch import build_update
+from nemo_r3.config import TrainConfig
+from nemo_r3.errors import UserError
+from nemo_r3.refit import refit
+from nemo_r3.types import Group
+from recipes import session
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint keeps beside the policy."""
+
+    step: int = 0
+    cursor: int = 0
+    empty_steps: int = 0
+    skipped_steps: int = 0
+
+
+def train(argv: Sequence[str]) -> None:
+    """`python -m recipes.train CONFIG.yaml key=value ...`; the same command on the same directory resumes."""
+    plan = session.plan(argv)
+    world, run = session.join(plan)
+    config = plan.config
+
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+
+    newest = checkpoint.latest(run.checkpoints)
+    run.open(resuming=newest is not None)
+    policy = session.start_policy(plan, world)
+    rl = session.start_engine(plan, world, run)
+    source = session.failure_source(rl)
+    at = Progress()
+    if newest is not None:
+        at = Progress(**checkpoint.load(policy, newest)["state"])
+        source.cursor = at.cursor
+        refit(policy, rl.engine)
+        rl.progress.say(f"resuming after step {at.step} from {newest}")
+    run.cut_back(at.step)
+
+    for step in range(at.step + 1, config.train.steps + 1):
+        runtime.seed_step(config.seed, step)
+        rl.progress.begin(f"step {step}/{config.train.steps}")
+
+        with run.timed("rollout"):
+            groups = rl.rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
+        batch = build_update(groups, config.algo, seed=config.seed * 1_000_003 + step)
+        speed = rl.progress.rates()
+
+        metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
+        if batch.rows:
+            rl.progress.during("update")
+            with run.timed("update"):
+                rl.engine.sleep()
+                metrics = dict(policy.update(batch))
+            rl.progress.during("refit")
+            with run.timed("refit"):
+                refit(policy, rl.engine)
+
+        at = Progress(
+            step=step,
+            cursor=source.cursor,
+            empty_steps=0 if batch.rows else at.empty_steps + 1,
+            skipped_steps=at.skipped_steps + 1 if metrics.get("skipped") else 0,
+        )
+        metrics |= measures(groups) | {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
+        run.log_rollouts(step, groups, batch)
+        run.log(step, metrics)
+        rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics)}  {speed}")
+        if step % config.train.save_every == 0 or step == config.train.steps:
+            rl.progress.during("save")
+            with run.timed("save"):
+                checkpoint.save(policy, run.checkpoints, step, asdict(at), config.train.keep_checkpoints)
+        give_up(at, config.train)
+
+
+def measures(groups: Sequence[Group]) -> dict[str, float | None]:
+    """What a step's rollouts say, whether or not they are trained on."""
+    reflections = [reflection for group in groups for reflection in group.reflections]
+    return {
+        "reward": statistics.fmean(reflection.reward for reflection in reflections),
+        "retry_success": statistics.fmean(reflection.reward for reflection in reflections),
+        "reflection_tokens": statistics.fmean(len(reflection.answer.segment.ids) for reflection in reflections),
+        "retry_tokens": statistics.fmean(len(reflection.retry.segment.ids) for reflection in reflections),
+        "truncated": statistics.fmean(reflection.answer.finish_reason == "length" for reflection in reflections),
+    }
+
+
+def summary(metrics: dict[str, float | None]) -> str:
+    """A step in one line."""
+    line = f"retry success {metrics['retry_success']:.3f}  groups {metrics['groups_used']:.0f}"
+    if metrics["loss"] is None:
+        return f"{line}  no mixed group: no update"
+    if metrics["skipped"]:
+        return f"{line}  NaN or Inf gradient: update skipped"
+    return f"{line}  loss {metrics['loss']:+.4f}  grad {metrics['grad_norm']:.3f}"
+
+
+def give_up(at: Progress, config: TrainConfig) -> None:
+    """Stops a run that learns nothing.
+
+    Raises:
+        UserError: too many steps in a row without a mixed group, or with a NaN or Inf gradient.
+    """
+    if at.empty_steps >= config.max_empty_steps:
+        raise UserError(
+            f"{at.empty_steps} steps in a row had no mixed group (train.max_empty_steps={config.max_empty_steps}): "
+            "all retries of each group pass, or all fail; look at rollouts/, and at the task's difficulty"
+        )
+    if at.skipped_steps >= config.max_skipped_steps:
+        raise UserError(
+            f"{at.skipped_steps} updates in a row had a NaN or Inf gradient "
+            f"(train.max_skipped_steps={config.max_skipped_steps}); lower actor.lr, or resume from an earlier checkpoint"
+        )
+
+
+if __name__ == "__main__":
+    runtime.main(train)
