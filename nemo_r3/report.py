@@ -1,0 +1,169 @@
+"""What a run shows for itself: the table of before and after, and the picture of its learning curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nemo_r3.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = {
+    "first_try": "first try",
+    "retry_success_fixed": "second try, given a failure",
+    "within_two": "within two tries",
+}
+WHEN = ("before", "after")
+NOTE = (
+    "Share of n held-out problems, [95 % interval]. The second try is measured on the starting model's\n"
+    "own failures, the same ones before and after."
+)
+WIDTH = 100
+NONE = "-"
+
+INK, GRID = "#333333", "#e4e4e4"
+BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#c9ced6"
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The rates before and after training, as plain text of at most 100 columns.
+
+    Args:
+        summary: summary.json; a rate that it lacks is shown as "-".
+    """
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, justify in (("", "left"), ("sampled", "left"), ("greedy", "left"), ("n", "right")):
+        grid.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for row in rates(summary):
+        grid.add_row(*row)
+    text = StringIO()
+    Console(file=text, width=WIDTH, color_system=None, highlight=False, legacy_windows=False).print(grid, markup=False)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join([*(line.removeprefix(" ") for line in lines if line), NOTE])
+
+
+def rates(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The table's cells: (what, sampled before -> after, greedy before -> after, n), one tuple per row."""
+    rows = []
+    for key, name in ROWS.items():
+        sampled, greedy = ([_rate(summary, when, key, mode) for when in WHEN] for mode in ("sampled", "greedy"))
+        n, n_greedy = (str(next((rate["n"] for rate in pair if rate), NONE)) for pair in (sampled, greedy))
+        with_intervals = " → ".join(_with_interval(rate) for rate in sampled)
+        alone = " → ".join(f"{rate['value']:.2f}" if rate else NONE for rate in greedy)
+        rows.append((name, with_intervals, alone, n if n == n_greedy else f"{n} / {n_greedy}"))
+    return rows
+
+
+def _rate(summary: Mapping[str, Any], when: str, key: str, mode: str) -> Mapping[str, Any] | None:
+    """One {value, low, high, n}, or None where nothing was measured."""
+    rate = summary.get(when, {}).get(key, {}).get(mode)
+    return rate if rate and rate["value"] is not None and not math.isnan(rate["value"]) else None
+
+
+def _with_interval(rate: Mapping[str, Any] | None) -> str:
+    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" if rate else NONE
+
+
+def curve(metrics_file: Path, out: Path) -> None:
+    """Draws the learning curve of a run: retry success, how its groups were used, and the KL where there is one.
+
+    Args:
+        metrics_file: the run's metrics.jsonl.
+        out: a PNG, 1200 x 500 pixels.
+
+    Raises:
+        UserError: the metrics cannot be read, or the picture not be written.
+    """
+    # here and not above: matplotlib takes a second to import, and only this function draws
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    metrics = _read(metrics_file)
+    steps = [line["step"] for line in metrics]
+    drift = _column(metrics, "kl")
+    has_drift = any(value and not math.isnan(value) for value in drift)
+    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(metrics_file.resolve().parent.name, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
+    _draw_success(figure.add_subplot(grid[:, 0]), steps, _column(metrics, "retry_success"))
+    groups = figure.add_subplot(grid[0, 1] if has_drift else grid[:, 1])
+    _draw_groups(groups, steps, _column(metrics, "groups_used"), _column(metrics, "groups_dropped"))
+    if has_drift:
+        _draw_drift(figure.add_subplot(grid[1, 1]), steps, drift)
+    try:
+        figure.savefig(out, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror})") from error
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); train first") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} holds a line that is not JSON ({error})") from error
+
+
+def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """[steps] one metric; NaN where a step has none."""
+    values = [line.get(name) for line in metrics]
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _draw_success(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
+    window = min(50, max(5, len(steps) // 10))
+    _dress(axes, "retry success on failures, per training step", steps)
+    axes.plot(steps, values, "o", color=BLUE, markersize=4, alpha=0.35, markeredgewidth=0, label="step")
+    axes.plot(steps, moving_mean(values, window), color=BLUE, linewidth=2.5, label=f"mean of the last {window} steps")
+    axes.set_ylim(0, 1)
+    axes.legend(loc="upper left", frameon=False, labelcolor=INK)
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """[steps] the mean of each value and up to `window` - 1 before it, leaving NaN out; NaN where none is left."""
+    means = []
+    for end in range(1, len(values) + 1):
+        known = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
+        means.append(sum(known) / len(known) if known else math.nan)
+    return means
+
+
+def _draw_groups(axes: Axes, steps: Sequence[int], used: Sequence[float], dropped: Sequence[float]) -> None:
+    """The share of a step's groups that taught something (mixed rewards) before the grey of all groups."""
+    _dress(axes, "groups used (blue) and dropped (grey)", steps)
+    totals = [mine + other for mine, other in zip(used, dropped, strict=True)]
+    axes.bar(steps, [float(total > 0) for total in totals], 1.0, color=GREY)
+    axes.bar(steps, [mine / total if total else 0.0 for mine, total in zip(used, totals, strict=True)], 1.0, color=BLUE)
+    axes.set_ylim(0, 1)
+
+
+def _draw_drift(axes: Axes, steps: Sequence[int], drift: Sequence[float]) -> None:
+    _dress(axes, "KL to the starting model", steps)
+    known = [(step, value) for step, value in zip(steps, drift, strict=True) if not math.isnan(value)]
+    axes.plot(*zip(*known, strict=True), color=ORANGE, linewidth=1.5)
+    axes.set_ylim(bottom=0)
+
+
+def _dress(axes: Axes, title: str, steps: Sequence[int]) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("step", color=INK)
+    axes.set_xlim(0.5, max(steps, default=1) + 0.5)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)

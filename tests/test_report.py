@@ -1,0 +1,121 @@
+"""The table of before and after, and the picture of the learning curve."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_r3 import report
+from nemo_r3.errors import UserError
+
+
+def rate(value: float | None, n: int = 400) -> dict[str, float | int | None]:
+    return {"value": value, "low": (value or 0.0) - 0.04, "high": (value or 0.9) + 0.04, "n": n}
+
+
+def scores(first: float, second: float | None, both: float, failures: int = 312) -> dict:
+    return {
+        "first_try": {"sampled": rate(first), "greedy": rate(first + 0.01)},
+        "retry_success_fixed": {"sampled": rate(second, failures), "greedy": rate(second, failures)},
+        "within_two": {"sampled": rate(both), "greedy": rate(both + 0.02)},
+    }
+
+
+GOLDEN = """\
+                              sampled                                 greedy          n
+───────────────────────────────────────────────────────────────────────────────────────
+first try                     0.22 [0.18, 0.26] → 0.31 [0.27, 0.35]   0.23 → 0.32   400
+second try, given a failure   0.22 [0.18, 0.26] → 0.70 [0.66, 0.74]   0.22 → 0.70   312
+within two tries              0.40 [0.36, 0.44] → 0.79 [0.75, 0.83]   0.42 → 0.81   400
+Share of n held-out problems, [95 % interval]. The second try is measured on the starting model's
+own failures, the same ones before and after."""
+
+UNFINISHED = """\
+                              sampled                 greedy       n
+────────────────────────────────────────────────────────────────────
+first try                     0.22 [0.18, 0.26] → -   0.23 → -   400
+second try, given a failure   - → -                   - → -        -
+within two tries              0.40 [0.36, 0.44] → -   0.42 → -   400
+Share of n held-out problems, [95 % interval]. The second try is measured on the starting model's
+own failures, the same ones before and after."""
+
+
+def test_table() -> None:
+    text = report.table({"before": scores(0.22, 0.22, 0.4), "after": scores(0.31, 0.7, 0.79), "seconds": {}})
+    assert text == GOLDEN
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan])
+def test_table_of_what_was_not_measured(unknown: float | None) -> None:
+    assert report.table({"before": scores(0.22, unknown, 0.4)}) == UNFINISHED
+
+
+def test_table_in_a_narrow_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert report.table({"before": scores(0.22, 0.22, 0.4), "after": scores(0.31, 0.7, 0.79)}) == GOLDEN
+
+
+def test_moving_mean() -> None:
+    means = report.moving_mean([1.0, math.nan, 0.0, 0.5, math.nan, math.nan, math.nan], 3)
+    assert means[:6] == [1.0, 1.0, 0.5, 0.25, 0.25, 0.5]
+    assert math.isnan(means[6])
+
+
+def metrics_of(run: Path, steps: int, kl: bool = True) -> Path:
+    """A run whose every third step was empty."""
+    run.mkdir()
+    file = run / "metrics.jsonl"
+    lines = []
+    for step in range(1, steps + 1):
+        empty = step % 3 == 0
+        lines.append(
+            {
+                "step": step,
+                "loss": None if empty else 0.1,
+                "grad_norm": None if empty else 1.0,
+                "reward": None if empty else step / steps,
+                "retry_success": None if empty else step / steps,
+                "token_mult_prob_error": None if empty else 1.0,
+                "groups_used": 0 if empty else 3,
+                "groups_dropped": 4 if empty else 1,
+                "time/update": 0.5,
+                **({"kl": None if empty else 0.001 * step} if kl else {}),
+            }
+        )
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def pixels(picture: Path) -> tuple[int, int]:
+    head = picture.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize(("steps", "kl"), [(60, True), (60, False), (1, True), (0, False)])
+def test_curve(tmp_path: Path, steps: int, kl: bool) -> None:
+    picture = tmp_path / "curve.png"
+    report.curve(metrics_of(tmp_path / "run", steps, kl), picture)
+    assert pixels(picture) == (1200, 500)
+    assert picture.stat().st_size > (20_000 if steps > 1 else 8_000)
+
+
+def test_curve_of_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read"):
+        report.curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(UserError, match="not JSON"):
+        report.curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    with pytest.raises(UserError, match="cannot write"):
+        report.curve(metrics_of(tmp_path / "run", 2), tmp_path / "none" / "curve.png")
+
+
+def test_only_the_picture_pays_for_matplotlib() -> None:
+    code = "import sys, nemo_r3.report; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
