@@ -123,7 +123,7 @@ def give_up(at: Progress, config: TrainConfig) -> None:
     if at.skipped_steps >= config.max_skipped_steps:
         raise UserError(
             f"{at.skipped_steps} updates in a row had a NaN or Inf gradient "
-            f"(train.max_skipped_steps={config.max_skipped_steps}); lower actor.lr, or resume from an earlier checkpoint"
+            f"(train.max_skipped_steps={config.max_skipped_steps}); lower actor.lr, or resume an earlier checkpoint"
         )
 
 

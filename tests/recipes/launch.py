@@ -1,0 +1,56 @@
+"""Runs a verb as a user would, in its own process or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SMALL = ("failures.problems=160", "train.failures_per_step=8", "evaluate.problems=24", "rollout.max_num_seqs=64")
+SECONDS = 400
+
+
+def command(verb: str, *arguments: str, ranks: int = 1) -> list[str]:
+    """The command line of a verb; more than one rank goes through torchrun."""
+    module = ["-m", f"recipes.{verb}", *arguments]
+    if ranks == 1:
+        return [sys.executable, *module]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher, *module]
+
+
+def environment() -> dict[str, str]:
+    """One thread per rank, and nothing of a surrounding launch."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def run(verb: str, *arguments: str, ranks: int = 1, succeed: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs a verb to its end; with `succeed`, a failure shows what it printed."""
+    done = subprocess.run(
+        command(verb, *arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if succeed:
+        assert done.returncode == 0, f"{verb} {arguments}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def start(verb: str, *arguments: str) -> subprocess.Popen[str]:
+    """Starts a verb without waiting for it."""
+    return subprocess.Popen(
+        command(verb, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

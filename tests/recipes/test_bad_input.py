@@ -1,0 +1,72 @@
+"""What a user gets wrong: one line that names the setting or file, an exit code that is not 0, nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import QUICKSTART, SMALL, run
+
+from nemo_r3.models import EMBEDDED
+
+
+def refused(verb: str, *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    done = run(verb, *arguments, succeed=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert len(errors) == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return errors[0]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A directory that is no checkpoint."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    return tmp_path / "foreign"
+
+
+def test_settings_are_refused_before_anything_is_written(tmp_path: Path, foreign: Path) -> None:
+    home = f"run.dir={tmp_path}/run"
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: {path: embedded\n")
+    assert "model.path" in refused("train", QUICKSTART, home, "model.path=/nowhere")
+    assert "GPT2LMHeadModel" in refused("train", QUICKSTART, home, f"model.path={foreign}")
+    assert "broken.yaml" in refused("train", str(broken), home)
+    assert "algo.group_sise" in refused("train", QUICKSTART, home, "algo.group_sise=4")
+    assert "actor.tensor_parallel=3" in refused("train", QUICKSTART, home, "actor.tensor_parallel=3")
+    assert "1 ranks were launched" in refused("train", QUICKSTART, home, "actor.tensor_parallel=2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bank_of_another_model_is_refused_and_kept(bank: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-4:] = b"\x00\x00\x80\x3f"
+    (model / "model.safetensors").write_bytes(weights)
+    before = {file.name: file.read_bytes() for file in bank.iterdir()}
+    line = refused(
+        "mine", QUICKSTART, *SMALL, f"failures.path={bank}", f"model.path={model}", f"run.dir={tmp_path}/run"
+    )
+    assert "another model" in line and "failures.allow_foreign=true" in line
+    assert {file.name: file.read_bytes() for file in bank.iterdir()} == before
+
+
+def test_an_empty_bank_is_refused(bank: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "bank"
+    empty.mkdir()
+    shutil.copy(bank / "bank.json", empty)
+    (empty / "shard_00000.jsonl").write_text("")
+    line = refused("train", QUICKSTART, *SMALL, f"failures.path={empty}", f"run.dir={tmp_path}/run")
+    assert "holds no failures" in line
+
+
+def test_a_changed_setting_is_refused_by_key_on_resume(trained: Path, bank: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    line = refused("train", QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={trained}", "actor.lr=1e-3")
+    assert "actor.lr" in line
+    assert (trained / "metrics.jsonl").read_bytes() == before

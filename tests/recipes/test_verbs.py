@@ -1,0 +1,201 @@
+"""All verbs on the embedded model: real megatron-core, real vLLM, a few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import QUICKSTART, SMALL, run, start
+from safetensors.torch import load_file
+
+from nemo_r3.config import load
+from nemo_r3.dialogue import Dialogue
+from nemo_r3.models import EMBEDDED
+from nemo_r3.tasks import load as load_task
+from nemo_r3.types import Phase, Segment
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def untimed(file: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines(file)]
+
+
+def settings(bank: Path, path: Path, *more: str) -> tuple[str, ...]:
+    return (
+        QUICKSTART,
+        *SMALL,
+        f"failures.path={bank}",
+        f"run.dir={path}",
+        "train.steps=4",
+        "train.save_every=2",
+        *more,
+    )
+
+
+def dialogue() -> Dialogue:
+    from transformers import AutoTokenizer
+
+    config = load([QUICKSTART])
+    task = load_task(config.task, config.dialogue)
+    return Dialogue(AutoTokenizer.from_pretrained(EMBEDDED), config.dialogue, task.wording)
+
+
+def test_the_bank_holds_only_failures_with_ids_and_text(bank: Path) -> None:
+    rows = [row for shard in sorted(bank.glob("shard_*.jsonl")) for row in lines(shard)]
+    assert len(rows) > 100
+    turns = dialogue()
+    config = load([QUICKSTART])
+    task = load_task(config.task, config.dialogue)
+    by_id = {problem.id: problem for problem in task.problems("train")}
+    for row in rows[:50]:
+        problem = by_id[row["problem_id"]]  # held-out problems are never mined
+        assert not task.verify(problem, row["attempt"])
+        assert turns.decode(row["attempt_ids"]) == row["attempt"]
+        assert tuple(row["task_ids"]) == turns.task(problem).segments[0].ids
+
+
+def test_every_step_is_logged_once_with_the_promised_fields(trained: Path) -> None:
+    logged = lines(trained / "metrics.jsonl")
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    promised = {
+        "loss",
+        "grad_norm",
+        "reward",
+        "retry_success",
+        "token_mult_prob_error",
+        "groups_used",
+        "groups_dropped",
+    }
+    for line in logged:
+        assert promised | {"time/rollout", "time/update", "time/refit"} <= line.keys()
+        assert line["groups_used"] + line["groups_dropped"] == 8
+        assert line["groups_used"] > 0
+        assert line["grad_norm"] > 0
+
+
+def test_the_actor_agrees_with_vllm_on_every_step(trained: Path) -> None:
+    """Step 1 before any update, later ones after updates and refits: a stale weight or cache would show."""
+    logged = lines(trained / "metrics.jsonl")
+    assert all(abs(line["token_mult_prob_error"] - 1) < 1e-4 for line in logged)
+    assert logged[-1]["kl"] > 0  # the weights did move
+
+
+def test_rollouts_hold_whole_turns_and_their_verdicts(trained: Path) -> None:
+    config = load([QUICKSTART])
+    task, turns = load_task(config.task, config.dialogue), dialogue()
+    by_id = {problem.id: problem for problem in task.problems("train")}
+    (end,) = turns.end_of_turn
+    for step in (1, 4):
+        rows = lines(trained / "rollouts" / f"step_{step:06d}.jsonl")
+        assert len(rows) == 64
+        for row in rows:
+            assert row["reward"] == float(task.verify(by_id[row["problem_id"]], row["retry"]))
+            assert row["reflection_ids"].count(end) == int(row["finish_reason"] == "stop")
+            assert row["finish_reason"] != "stop" or row["reflection_ids"][-1] == end
+            assert len(row["reflection_logprobs"]) == len(row["reflection_ids"])
+            assert row["weights_version"] == step - 1
+
+
+def test_advantages_are_those_of_each_group(trained: Path) -> None:
+    rows = lines(trained / "rollouts" / "step_000002.jsonl")
+    for first in range(0, len(rows), 8):
+        group = rows[first : first + 8]
+        rewards = torch.tensor([row["reward"] for row in group])
+        advantages = torch.tensor([row["advantage"] for row in group])
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4) if rewards.std() > 0 else torch.zeros(8)
+        torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
+
+
+def test_the_summary_has_before_and_after(trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    for when in ("before", "after"):
+        for name in ("first_try", "retry_success_fixed", "within_two"):
+            for mode in ("sampled", "greedy"):
+                found = summary[when][name][mode]
+                assert found["low"] <= found["value"] <= found["high"]
+                assert 0 < found["n"] <= 24
+    assert summary["before"] != summary["after"]
+    assert {"rollout", "update", "refit"} <= summary["seconds"].keys()
+    assert summary["versions"]["torch"] == torch.__version__
+    assert Path(summary["export"]).is_dir()
+
+
+def test_the_export_generates_with_transformers(trained: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(trained / "export")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "export")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Use the numbers 1, 2, 3 to make 6."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    ids = prompt["input_ids"] if hasattr(prompt, "keys") else prompt
+    sampled = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    assert sampled[-1] == tokenizer.eos_token_id
+    base = load_file(EMBEDDED / "model.safetensors")
+    assert any(
+        not torch.equal(tensor, base[name])
+        for name, tensor in load_file(trained / "export" / "model.safetensors").items()
+    )
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Path, tmp_path: Path) -> None:
+    path = tmp_path / "killed"
+    process = start("train", *settings(bank, path))
+    deadline = time.monotonic() + 300
+    while not (path / "rollouts" / "step_000003.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (path / "checkpoints" / "step_000004").exists()
+    run("train", *settings(bank, path))
+    assert untimed(path / "metrics.jsonl") == untimed(trained / "metrics.jsonl")
+    for step in (3, 4):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (path / name).read_text() == (trained / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (4, ("actor.tensor_parallel=2", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2")),
+        (4, ("actor.tensor_parallel=2", "actor.sequence_parallel=true")),
+    ],
+    ids=["tp2_pp2_engines_of_2", "tp2_dp2_sp"],
+)
+def test_another_layout_resumes_trains_and_exports_the_same(
+    trained: Path, bank: Path, tmp_path: Path, ranks: int, layout: tuple[str, ...]
+) -> None:
+    """From one process's checkpoint at step 2, four ranks redo steps 3 and 4."""
+    path = tmp_path / "other"
+    shutil.copytree(trained, path)
+    shutil.rmtree(path / "checkpoints" / "step_000004")
+    shutil.rmtree(path / "export")
+    run("train", *settings(bank, path, *layout), ranks=ranks)
+    for ours, theirs in zip(untimed(path / "metrics.jsonl"), untimed(trained / "metrics.jsonl"), strict=True):
+        for key in ("reward", "groups_used", "reflection_tokens"):
+            assert ours[key] == theirs[key]
+        for key in ("loss", "grad_norm", "kl"):
+            assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-6), (key, ours, theirs)
+    run("export", *settings(bank, path, *layout), ranks=ranks)
+    exported, expected = (load_file(where / "export" / "model.safetensors") for where in (path, trained))
+    assert exported.keys() == expected.keys()
+    for name, tensor in exported.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_segments_say_who_wrote_them() -> None:
+    assert not Segment(Phase.REQUEST, (1, 2)).sampled
+    assert Segment(Phase.REFLECTION, (1, 2), (-1.0, -1.0), 0).sampled

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from nemo_r3.config import Config
+from nemo_r3.errors import UserError
+from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp
+from nemo_r3.rollout.scheduler import Attempted
+from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
+
+STAMP = Stamp("m0", "countdown", "v1", "d0", 1.0, 24, 2)
+
+
+class Scripted:
+    """First answers that pass where the problem's number says so: `passes` of the samples of each problem."""
+
+    def __init__(self, passes: int = 1) -> None:
+        self.passes, self.asked = passes, 0
+
+    def first_attempts(
+        self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
+    ) -> list[Attempted]:
+        self.asked += len(problems)
+        return [attempt(problem, sample, sample < self.passes) for problem in problems for sample in range(samples)]
+
+
+def attempt(problem: Problem, sample: int, passed: bool) -> Attempted:
+    segment = Segment(Phase.ATTEMPT, (7, 8, 2), (-0.5, -0.25, -0.125), 0)
+    context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
+    return Attempted(problem, sample, context, Answer(segment, "7 8", "stop"), passed)
+
+
+def problems(count: int) -> list[Problem]:
+    return [Problem(f"p{i}", f"problem {i}", {"numbers": [i], "target": i}) for i in range(count)]
+
+
+def bank(path: Path, stamp: Stamp = STAMP, **settings: object) -> Bank:
+    config = Config()
+    config.failures.path = str(path)
+    config.failures.samples_per_problem = 2
+    for name, value in settings.items():
+        setattr(config.failures, name, value)
+    return Bank(config, stamp, is_main=True)
+
+
+def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
+    mined = bank(tmp_path / "bank")
+    assert not mined.check()
+    mined.mine(Scripted(passes=1), problems(3))
+    assert mined.check()
+    failures = mined.read()
+    assert [failure.id for failure in failures] == ["p0/1", "p1/1", "p2/1"]
+    expected = attempt(problems(3)[2], 1, False).failure
+    assert failures[2] == expected
+
+
+def test_mining_resumes_at_the_first_missing_shard(tmp_path: Path) -> None:
+    many = problems(SHARD_PROBLEMS + 3)
+    first, again = Scripted(), Scripted()
+    bank(tmp_path).mine(first, many)
+    whole = [failure.id for failure in bank(tmp_path).read()]
+    (tmp_path / "shard_00001.jsonl").unlink()
+    bank(tmp_path).mine(again, many)
+    assert (first.asked, again.asked) == (len(many), 3)
+    assert [failure.id for failure in bank(tmp_path).read()] == whole
+
+
+def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> None:
+    class Interrupted(Scripted):
+        def first_attempts(self, *args: object, **kwargs: object) -> list[Attempted]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bank(tmp_path).mine(Interrupted(), problems(3))
+    assert not bank(tmp_path).check()
+
+
+@pytest.mark.parametrize(("field", "value"), [("model", "m1"), ("verifier", "v2"), ("dialogue", "d1")])
+def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: str, value: str) -> None:
+    bank(tmp_path).mine(Scripted(), problems(2))
+    other = Stamp(**{**vars(STAMP), field: value})
+    with pytest.raises(UserError, match=f"another {field}") as error:
+        bank(tmp_path, other).check()
+    assert "\n" not in str(error.value)
+    assert bank(tmp_path, other, allow_foreign=True).check()
+
+
+def test_an_empty_bank_is_refused(tmp_path: Path) -> None:
+    bank(tmp_path).mine(Scripted(passes=2), problems(2))
+    with pytest.raises(UserError, match="holds no failures"):
+        bank(tmp_path).read()
+
+
+def test_the_filter_leaves_out_problems_that_are_solved_too_often(tmp_path: Path) -> None:
+    bank(tmp_path).mine(Scripted(passes=1), problems(2))
+    assert len(bank(tmp_path, max_solve_rate=0.5).read()) == 2
+    with pytest.raises(UserError, match="max_solve_rate=0.4"):
+        bank(tmp_path, max_solve_rate=0.4).read()
+
+
+@pytest.mark.parametrize("damage", ['{"problem_id": "p', '{"problem_id": "p0"}'])
+def test_a_damaged_shard_names_file_and_line(tmp_path: Path, damage: str) -> None:
+    bank(tmp_path).mine(Scripted(), problems(2))
+    with (tmp_path / "shard_00000.jsonl").open("a") as file:
+        file.write(damage)
+    with pytest.raises(UserError, match=r"shard_00000\.jsonl:3 is damaged"):
+        bank(tmp_path).read()
+
+
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bank.json").write_text("{")
+    with pytest.raises(UserError, match=r"bank\.json is damaged"):
+        bank(tmp_path).check()
+
+
+def test_rows_hold_ids_and_text(tmp_path: Path) -> None:
+    bank(tmp_path).mine(Scripted(), problems(1))
+    (row,) = (json.loads(line) for line in (tmp_path / "shard_00000.jsonl").read_text().splitlines())
+    assert row["attempt"] == "7 8"
+    assert row["attempt_ids"] == [7, 8, 2]
+    assert row["task_ids"] == [1, 5]
+    assert (row["solve_rate"], row["weights_version"], row["finish_reason"]) == (0.5, 0, "stop")
+
+
+def failures(count: int) -> list:
+    return [attempt(problem, 0, False).failure for problem in problems(count)]
+
+
+def test_an_epoch_visits_every_failure_once_in_a_new_order() -> None:
+    source = BankSource(failures(12), count=4, seed=1)
+    epochs = [[failure.id for _ in range(3) for failure in source.draw(0)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(failure.id for failure in failures(12))
+    assert epochs[0] != epochs[1]
+
+
+def test_a_source_continues_from_its_cursor() -> None:
+    source, resumed = (BankSource(failures(10), count=3, seed=1) for _ in range(2))
+    drawn = [source.draw(step) for step in range(5)]
+    resumed.cursor = 3
+    assert [resumed.draw(step) for step in range(2)] == drawn[3:]
+
+
+def test_a_bank_smaller_than_a_step_is_refused() -> None:
+    with pytest.raises(UserError, match="holds 3 failures, fewer than train.failures_per_step=4"):
+        BankSource(failures(3), count=4, seed=1)
+
+
+def test_the_online_source_asks_until_it_has_enough_failures() -> None:
+    class EveryThird(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+            self.asked += len(asked)
+            return [attempt(problem, 0, int(problem.id[1:]) % 3 != 0) for problem in asked]
+
+    rollout = EveryThird()
+    source = OnlineSource(rollout, problems(30), count=4, seed=1)
+    drawn = source.draw(1)
+    assert len(drawn) == 4
+    assert all(int(failure.problem.id[1:]) % 3 == 0 for failure in drawn)
+    assert source.cursor == rollout.asked
+
+
+def test_the_online_source_gives_up_on_a_policy_that_solves_everything() -> None:
+    with pytest.raises(UserError, match="failures.source=online"):
+        OnlineSource(Scripted(passes=1), problems(10), count=4, seed=1).draw(1)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nemo_r3.config import Config, load
+from nemo_r3.errors import UserError
+from nemo_r3.run_directory import RunDirectory, write_whole
+from nemo_r3.runtime import World
+
+
+def directory(path: Path, *overrides: str) -> RunDirectory:
+    yaml = path.parent / "run.yaml" if path.parent.is_dir() else path.parents[1] / "run.yaml"
+    yaml.write_text("model: {path: embedded}\nrun: {tensorboard: false}\n")
+    config: Config = load([str(yaml), f"run.dir={path}", *overrides])
+    alone = SimpleNamespace(is_main=True, rank=0, size=1, barrier=lambda: None)
+    return RunDirectory(config, cast(World, cast(Any, alone)))
+
+
+def steps(run: RunDirectory) -> list[int]:
+    return [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+
+
+def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    for step in (1, 2, 3):
+        run.log(step, {"loss": 0.5})
+        (run.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("")
+    with run.metrics.open("a") as file:
+        file.write('{"step": 4, "lo')  # a crash in the middle of a line
+    run.cut_back(2)
+    run.log(3, {"loss": 0.25})
+    assert steps(run) == [1, 2, 3]
+    assert [file.name for file in sorted((run.path / "rollouts").iterdir())] == [
+        "step_000001.jsonl",
+        "step_000002.jsonl",
+    ]
+
+
+def test_a_run_without_a_checkpoint_starts_its_log_anew(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    run.log(1, {"loss": 0.5})
+    run.cut_back(0)
+    assert steps(run) == []
+
+
+@pytest.mark.parametrize("override", ["actor.lr=1e-3", "algo.group_size=4", "seed=2", "rollout.temperature=0.5"])
+def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path, override: str) -> None:
+    directory(tmp_path / "run").open(resuming=False)
+    key = override.split("=")[0]
+    with pytest.raises(UserError, match=key) as error:
+        directory(tmp_path / "run", override).open(resuming=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["actor.tensor_parallel=2", "train.steps=9", "run.tensorboard=true"])
+def test_resuming_may_change_layout_steps_and_logging(tmp_path: Path, override: str) -> None:
+    directory(tmp_path / "run").open(resuming=False)
+    directory(tmp_path / "run", override).open(resuming=True)
+    assert load([str(tmp_path / "run" / "config.yaml")]) == load(
+        [str(tmp_path / "run.yaml"), f"run.dir={tmp_path}/run", override]
+    )
+
+
+def test_times_add_up_per_phase_and_start_anew_with_each_step(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    for step in (1, 2):
+        for _ in range(2):
+            with run.timed("update"):
+                sum(range(100_000))
+        run.log(step, {})
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert all(line["time/update"] > 0 and "time/cpu_update" in line for line in lines)
+    total = sum(line["time/update"] for line in lines)
+    assert run.seconds()["update"]["wall"] == pytest.approx(total, abs=0.01)
+
+
+def test_the_summary_is_merged(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    run.add_to_summary(before={"a": 1}, step=3)
+    assert run.add_to_summary(export="x") == {"before": {"a": 1}, "step": 3, "export": "x"}
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="run.dir: cannot write"):
+        directory(tmp_path / "file" / "run").open(resuming=False)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    write_whole(file, "old")
+    with pytest.raises(TypeError):
+        write_whole(file, cast(str, 3))
+    assert file.read_text() == "old"
