@@ -1,7 +1,8 @@
 """Checkpoints of the policy: written whole or not at all, loadable at another layout.
 
     checkpoints/step_000040/   megatron dist_checkpointing ("fully_reshardable"): model, optimizer, schedule
-                manifest.json  written last: step, weights version, model shape, and the loop's own counters
+                manifest.json  written last: step, weights version, model shape, the other files' sizes, and the
+                               loop's own counters
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_step`.
@@ -25,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from nemo_r3.actor.checkpoint_writer import InProcessSave
 from nemo_r3.actor.cpu import on_any_device
@@ -33,6 +35,8 @@ from nemo_r3.errors import UserError
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
+WAY_OUT = "remove that checkpoint to resume from the one before"
+FIELDS = {"step", "version", "architecture", "files", "state"}
 
 
 def latest(directory: Path) -> Path | None:
@@ -50,8 +54,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{checkpoint} is not a complete checkpoint ({error})") from error
-    return dict(manifest)
+        raise UserError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
+    if not isinstance(manifest, dict) or not manifest.keys() >= FIELDS:
+        raise UserError(f"{checkpoint / MANIFEST} is damaged: it lacks {sorted(FIELDS - set(manifest))}; {WAY_OUT}")
+    return manifest
 
 
 @on_any_device
@@ -81,12 +87,13 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
             _finish(writing, final, policy, step, state)
             for old in sorted(directory.glob("step_*"))[:-keep]:
                 shutil.rmtree(old)
-    except (OSError, RuntimeError, CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         shutil.rmtree(writing, ignore_errors=True)
         good = latest(directory)
         raise UserError(
             f"cannot write {final}: {_cause(error)}; "
-            + (f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint")
+            + (f"the last good checkpoint is {good}; " if good else "there is no earlier checkpoint; ")
+            + "make room there and run the same command again"
         ) from error
     policy.world.barrier()
     return final
@@ -94,7 +101,13 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
 
 def _finish(writing: Path, final: Path, policy: Policy, step: int, state: Mapping[str, Any]) -> None:
     """Writes the manifest and moves the directory into place: from here on the checkpoint counts."""
-    manifest = {"step": step, "version": policy.version, "architecture": asdict(policy.arch), "state": dict(state)}
+    manifest = {
+        "step": step,
+        "version": policy.version,
+        "architecture": asdict(policy.arch),
+        "files": {file.name: file.stat().st_size for file in sorted(writing.iterdir())},
+        "state": dict(state),
+    }
     with (writing / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
@@ -106,6 +119,8 @@ def _finish(writing: Path, final: Path, policy: Policy, step: int, state: Mappin
 
 def _cause(error: BaseException) -> str:
     """The innermost message of an error, on one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -113,7 +128,7 @@ def _cause(error: BaseException) -> str:
 
 @on_any_device
 def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
-    """Restores a checkpoint of any layout into the policy.
+    """Restores a checkpoint of any layout into the policy; one that is seen to be damaged leaves it as it was.
 
     Returns:
         The manifest: `step`, `version`, `architecture`, and the loop's `state`.
@@ -127,18 +142,29 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
             "set model.path to the model that the run began with"
         )
+    _check_files(checkpoint, manifest["files"])
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
     )
     try:
         found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
-    except (OSError, CheckpointingException) as error:
-        raise UserError(f"{checkpoint} is damaged: {_cause(error)}; remove it to resume from the one before") from error
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        raise UserError(f"{checkpoint} is damaged: {_cause(error)}; {WAY_OUT}") from error
     policy.module.load_state_dict(found["model"])
     policy.optimizer.load_state_dict(found["optimizer"])
     policy.schedule.load_state_dict(found["schedule"])
     policy.version = manifest["version"]
     return manifest
+
+
+def _check_files(checkpoint: Path, sizes: Mapping[str, int]) -> None:
+    """Refuses a checkpoint with a lost or cut file before anything is loaded from it."""
+    for name, size in sizes.items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes of {size}"
+            raise UserError(f"{checkpoint} is damaged: {name} {state}; {WAY_OUT}")
 
 
 def _differences(found: Mapping[str, Any], policy: Policy) -> str:
