@@ -1,0 +1,85 @@
+"""Launched by test_refit.py: actor and engine in one process, compared before and after updates and refits.
+
+probe.py MODEL_DIR CONFIG_YAML OUT_JSON key=value ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_r3 import config as configuration
+from nemo_r3 import runtime
+from nemo_r3.rollout import environment
+from nemo_r3.types import Phase, Row, UpdateBatch
+
+PROMPTS = [[(7 * i + j * j) % 131 for j in range(length)] for i, length in enumerate((3, 40, 150, 17))]
+
+
+def main(argv: list[str]) -> None:
+    model, yaml, out, *overrides = argv
+    config = configuration.load([yaml, f"model.path={model}", *overrides])
+    environment.prepare(config, on_cuda=False)
+    world = runtime.start(config)
+
+    from nemo_r3.actor.policy import Policy
+    from nemo_r3.refit import refit
+    from nemo_r3.rollout.engine import Engine
+    from nemo_r3.rollout.sampling import Sampling
+
+    policy, engine = Policy(config, world), Engine.start(config, Path(model))
+
+    def sample() -> list[tuple[list[int], list[float], int]]:
+        for number, prompt in enumerate(PROMPTS):
+            engine.add(str(number), prompt, Sampling(config.rollout.temperature, 30, (), seed=number))
+        done: dict[int, Any] = {}
+        while len(done) < len(PROMPTS):
+            done.update((int(completion.request_id), completion) for completion in engine.step())
+        return [(list(done[i].ids), list(done[i].logprobs), done[i].version) for i in range(len(PROMPTS))]
+
+    results = []
+    for _ in range(3):  # the starting weights, then after one and after two updates
+        sampled = sample()
+        whole = [prompt + ids for prompt, (ids, _, _) in zip(PROMPTS, sampled, strict=True)]
+        scored = policy.score(whole)
+        errors = [
+            (torch.tensor(logprobs) - scores[-len(ids) :]).abs().max().item()
+            for (ids, logprobs, _), scores in zip(sampled, scored, strict=True)
+        ]
+        metrics = policy.update(batch(sampled))
+        refit(policy, engine)
+        results.append(
+            {
+                "error": max(errors),
+                "reported": metrics["token_mult_prob_error"],
+                "versions": sorted({version for *_, version in sampled}),
+                "moved": (policy.score(whole)[2] - scored[2]).abs().max().item(),
+            }
+        )
+    if world.is_main:
+        Path(out).write_text(json.dumps(results))
+
+
+def batch(sampled: list[tuple[list[int], list[float], int]]) -> UpdateBatch:
+    rows = []
+    for number, (prompt, (ids, logprobs, _)) in enumerate(zip(PROMPTS, sampled, strict=True)):
+        before, count = len(prompt), len(ids)
+        rows.append(
+            Row(
+                ids=prompt + ids,
+                phases=[Phase.TASK] * before + [Phase.REFLECTION] * count,
+                sampled=[False] * before + [True] * count,
+                advantages=[0.0] * before + [1.0 - 2 * (number % 2)] * count,
+                weights=[0.0] * before + [1 / count / len(PROMPTS)] * count,
+                rollout_logprobs=[0.0] * before + logprobs,
+            )
+        )
+    return UpdateBatch(tuple(rows), (), 1, 0)
+
+
+if __name__ == "__main__":
+    runtime.main(main)
