@@ -1,0 +1,300 @@
+"""A trained policy as a Hugging Face directory: checked against the actor, written whole or not at all.
+
+    policy.export_hf()  -> model*.safetensors               one shard in memory at a time   \\
+    starting checkpoint -> config, tokenizer, chat template, licence                         > <out>.writing
+    model_card()        -> README.md                                                        /
+    <out>.writing, reloaded by transformers: the actor's log-probabilities?  yes: renamed to <out>
+                                                                             no: removed, <out> is as before
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_r3.config import Config, to_yaml
+from nemo_r3.errors import UserError
+from nemo_r3.models.architecture import read_hf_config
+from nemo_r3.precision import precision_of
+from nemo_r3.report import rates
+
+if TYPE_CHECKING:
+    from nemo_r3.actor.policy import Policy
+
+SHARD_BYTES = 5 * 10**9
+TOLERANCE = 1e-4
+"""Largest difference of fp32 log-probabilities: two orders of summation, some 1e-6 per layer."""
+NOISES = 4.0
+"""Below fp32: how many times transformers' own rounding error the actor may be away, see `_compare`."""
+COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""What the export takes over from the starting checkpoint as it is."""
+
+
+def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[Sequence[int]]) -> float:
+    """Writes the policy to `out`, reloads it with transformers and compares log-probabilities; on every rank.
+
+    An `out` that is already there is replaced once the new one has passed. The comparison runs on rank 0's CPU,
+    which holds the model once more for it (in fp32).
+
+    Args:
+        policy: on every rank.
+        source: the starting checkpoint, which gives config.json and the tokenizer.
+        out: the directory to write.
+        card: the text of its README.md.
+        probe: token ids to compare log-probabilities on, each of at least two tokens.
+
+    Returns:
+        The largest absolute difference of a token's log-probability between the actor and the reloaded export.
+
+    Raises:
+        UserError: they differ beyond tolerance, or the directory cannot be written. Nothing is left behind.
+    """
+    if not probe or min(map(len, probe)) < 2:
+        raise ValueError("probe: at least one sequence, each of at least two tokens")
+    expected = policy.score(probe)
+    writing = out.with_name(f"{out.name}.writing")
+    shards = _Shards(writing) if policy.world.is_main else None
+    result: tuple[float, str] | None = None
+    try:
+        for name, tensor in policy.export_hf():
+            if shards:
+                shards.add(name, tensor)
+        if shards:
+            result = _finish(shards, policy.config, source, out, card, (probe, expected))
+    finally:
+        if shards:
+            shutil.rmtree(writing, ignore_errors=True)
+    difference, problem = policy.world.broadcast(result)
+    if problem:
+        raise UserError(problem)
+    return float(difference)
+
+
+def _finish(
+    shards: _Shards, config: Config, source: Path, out: Path, card: str, probe: tuple[Sequence[Any], Sequence[Tensor]]
+) -> tuple[float, str]:
+    """Completes, checks and moves the directory: (difference, what went wrong or "")."""
+    writing, dtype = shards.directory, precision_of(config).dtype
+    try:
+        shards.close()
+        _write_config(writing, source, dtype)
+        (writing / "README.md").write_text(card)
+        _check_tokenizer(writing, source)
+        difference = _compare(writing, *probe, config.rollout.temperature, dtype)
+        _replace(out, writing)
+    except (OSError, SafetensorError) as error:
+        return 0.0, f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
+    except UserError as error:
+        return 0.0, f"{error}; {out} was not written"
+    return difference, ""
+
+
+class _Shards:
+    """Writes tensors to safetensors files of at most SHARD_BYTES, holding one file's tensors at a time.
+
+    A failed write is kept for `close`, so that the stream of tensors, which all ranks share, runs to its end.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        shutil.rmtree(directory, ignore_errors=True)  # what a killed export left
+        self.directory = directory
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = self._total_bytes = 0
+        self._files: list[list[str]] = []
+        self._failure: OSError | SafetensorError | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes a copy of a tensor."""
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > SHARD_BYTES:
+            self._write()
+        if self._failure is None:
+            self._held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            self._held_bytes += size
+
+    def _write(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_file(self._held, self._part(len(self._files)), metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            self._failure = error
+        self._files.append(list(self._held))
+        self._total_bytes += self._held_bytes
+        self._held, self._held_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.directory / f"part-{number}.safetensors"
+
+    def close(self) -> None:
+        """Writes the last file, gives all of them their names and writes their index."""
+        if self._failure is None:
+            self._write()
+        if self._failure is not None:
+            raise self._failure
+        if len(self._files) == 1:
+            self._part(0).rename(self.directory / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, tensors in enumerate(self._files):
+            file = f"model-{number + 1:05d}-of-{len(self._files):05d}.safetensors"
+            self._part(number).rename(self.directory / file)
+            weight_map |= dict.fromkeys(tensors, file)
+        _write_json(
+            self.directory / "model.safetensors.index.json",
+            {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map},
+        )
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_config(directory: Path, source: Path, dtype: torch.dtype) -> None:
+    """Everything but weights and card: the starting checkpoint's, with the actor's dtype."""
+    hf = read_hf_config(source)
+    hf.pop("torch_dtype", None)  # the old name of dtype
+    _write_json(directory / "config.json", {**hf, "dtype": str(dtype).removeprefix("torch.")})
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+    if not (directory / "generation_config.json").exists():
+        made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        transformers.GenerationConfig.from_model_config(made).save_pretrained(directory)
+
+
+def _check_tokenizer(directory: Path, source: Path) -> None:
+    """Refuses an export whose tokenizer is not the starting checkpoint's."""
+    try:
+        ours, theirs = (
+            transformers.AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (directory, source)
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of {source} cannot be read ({error})") from error
+    if (ours.get_vocab(), ours.chat_template) != (theirs.get_vocab(), theirs.chat_template):
+        raise UserError(f"the export's tokenizer is not that of {source}: a file that it needs is none of {COPIED}")
+
+
+def _compare(
+    directory: Path, probe: Sequence[Sequence[int]], expected: Sequence[Tensor], temperature: float, dtype: torch.dtype
+) -> float:
+    """The largest difference between the actor's log-probabilities and those of the export as transformers reads it.
+
+    In fp32 the two differ by the order of sums alone: TOLERANCE. Below fp32 the actor's own rounding is larger than
+    any fault that one would look for at 1e-4, and grows with depth and with the size of the logits. So the tolerance
+    is measured: the same weights run by transformers in `dtype` and in fp32 give the rounding error of this
+    model on these tokens, and the actor, which rounds about as often, may be NOISES times as far from fp32. A wrong
+    tensor, rotary base or epsilon moves log-probabilities by far more.
+
+    Raises:
+        UserError: beyond tolerance; names the worst token.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, use_safetensors=True
+    ).eval()
+    found, tolerance = _logprobs(model, probe, temperature), TOLERANCE
+    if dtype is not torch.float32:
+        rounded, found = found, _logprobs(model.float(), probe, temperature)
+        tolerance = max(TOLERANCE, NOISES * float((rounded - found).abs().max()))
+    gaps = (found - torch.cat(list(expected))).abs()
+    worst = int(gaps.argmax())  # NaN counts as the largest
+    if not float(gaps[worst]) <= tolerance:
+        raise UserError(
+            f"the export is not the model that was trained: transformers and the actor differ by {gaps[worst]:.2g} in "
+            f"the log-probability of a token ({found[worst]:.4f} and {torch.cat(list(expected))[worst]:.4f}; at most "
+            f"{tolerance:.1g} is rounding, {int((~(gaps <= tolerance)).sum())} of {len(gaps)} tokens are beyond)"
+        )
+    return float(gaps[worst])
+
+
+@torch.no_grad()
+def _logprobs(model: Any, sequences: Sequence[Sequence[int]], temperature: float) -> Tensor:
+    """[sum of (length - 1)] float32: every token but each sequence's first, as `Policy.score` has them."""
+    found = []
+    for ids in sequences:
+        tokens = torch.tensor([list(ids)])
+        logits = model(input_ids=tokens).logits[0, :-1].float() / temperature
+        found.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Puts `new` in the place of `out`; killed half-way, the old one is still there as `<out>.replaced`."""
+    old = out.with_name(f"{out.name}.replaced")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def model_card(config: Config, summary: Mapping[str, Any] | None, step: int, base: str) -> str:
+    """README.md of an export.
+
+    Args:
+        config: the run's.
+        summary: summary.json, or None; its results are shown if they were measured at `step`.
+        step: training steps that the weights have seen.
+        base: name of the starting model.
+    """
+    summary = summary or {}
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["nemo_r3", "reflect-retry-reward", "reinforcement-learning", "grpo", config.task.name],
+    }
+    algo, phases = config.algo, " and ".join(config.algo.trained_phases)
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {base}, trained to reflect on {config.task.name}",
+        "Trained with [nemo_r3](https://arxiv.org/abs/2505.24726) by Reflect, Retry, Reward: after a failed answer the "
+        "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the retry. "
+        f"{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed answer, "
+        f"peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
+    ]
+    if has_results(summary, step):
+        parts += ["## Results", _markdown(summary)]
+    parts += ["## Settings", f"```yaml\n{to_yaml(config)}```"]
+    if summary.get("versions"):
+        lines = [f"- {name} {version}" for name, version in summary["versions"].items()]
+        parts += ["## Versions", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def has_results(summary: Mapping[str, Any], step: int) -> bool:
+    """Whether a summary holds rates after training, measured at this step and not at another."""
+    return "after" in summary and summary.get("step", step) == step
+
+
+def _markdown(summary: Mapping[str, Any]) -> str:
+    """The before/after table for a model card."""
+    rows = [("", "sampled", "greedy", "n"), ("---", "---", "---", "---:"), *rates(summary)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"Held-out problems, before → after training, with 95 % intervals.\n\n{table}\n\n"
+        "The second try is measured on the starting model's own failures, the same ones before and after."
+    )

@@ -1,0 +1,66 @@
+"""Writes a run's checkpoint, of any layout, as a Hugging Face directory, and checks it against the actor."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_r3 import config as configuration
+from nemo_r3 import runtime
+from nemo_r3.errors import UserError
+from nemo_r3.models import Architecture
+from nemo_r3.report import table
+from recipes import session
+
+PROBES = 8
+PROBE_TOKENS = 32
+
+
+def export(argv: Sequence[str]) -> None:
+    """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
+    plan = session.plan(argv)
+    world, run = session.join(plan)
+
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+    from nemo_r3.export import export as export_policy
+    from nemo_r3.export import has_results, model_card
+
+    asked = plan.config.evaluate.checkpoint
+    trained = Path(asked) if asked else checkpoint.latest(run.checkpoints)
+    if trained is None:
+        raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
+    policy = session.start_policy(plan, world)
+    step = checkpoint.load(policy, trained)["step"]
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    recorded = run.path / "config.yaml"
+    trained_with = configuration.load([str(recorded)]) if recorded.exists() else plan.config
+    summary = {"versions": session.versions(), **run.add_to_summary()}
+    card = model_card(trained_with, summary, step, plan.model.name)
+    out = run.path / "export"
+    difference = export_policy(policy, plan.model, out, card, probe_of(run.path, plan.arch))
+    summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
+    if world.is_main:
+        print(
+            f"exported step {step} to {out}; reloaded, its log-probabilities are within {difference:.1e} of the actor's"
+        )
+        if has_results(summary, step):
+            print(table(summary))
+
+
+def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
+    """Token ids to compare log-probabilities on: the run's first rollouts, or random ones where it has none."""
+    rows = []
+    for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
+        rows = [json.loads(line) for line in file.read_text().splitlines()[:PROBES] if line]
+    if rows:
+        return [row["context_ids"] + row["reflection_ids"] for row in rows]
+    draw = random.Random(0)
+    length = min(PROBE_TOKENS, arch.max_positions)
+    return [[draw.randrange(arch.vocab_size) for _ in range(length)] for _ in range(PROBES)]
+
+
+if __name__ == "__main__":
+    runtime.main(export)

@@ -1,0 +1,350 @@
+"""The export of real policies: the same bits from any layout, reloadable, and never half-written.
+
+The launches run this file: `python test_export.py one HOME`, `torchrun ... test_export.py four HOME`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from nemo_r3 import export as exporting
+from nemo_r3 import runtime
+from nemo_r3.config import Config
+from nemo_r3.errors import UserError
+from nemo_r3.models import architecture_of
+from nemo_r3.runtime import World
+from recipes.export import probe_of
+
+KINDS: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+VOCAB = 307  # more than the tokenizer has, and not a multiple of 2
+PROBE = [[(7 * row + 11 * place) % VOCAB for place in range(length)] for row, length in enumerate((40, 2, 17))]
+
+
+def make_models(home: Path) -> None:
+    """A tied Llama and an untied Qwen2, with a byte-level tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["what went wrong? try again"] * 5, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = CHAT
+    for seed, (kind, shape) in enumerate(KINDS.items()):
+        torch.manual_seed(seed)
+        config = shape(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=kind == "llama",
+            initializer_range=0.15,
+            eos_token_id=0,
+        )
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / kind)
+        fast.save_pretrained(home / kind)
+    (home / "llama" / "LICENSE.txt").write_text("be nice")
+    (home / "llama" / "training_args.bin").write_bytes(b"a pickle")
+    (home / "qwen2" / "generation_config.json").unlink()
+
+
+# what the launches do
+
+
+class Lab:
+    """Policies of one launch, one after the other."""
+
+    def __init__(self, home: Path, **layout: int) -> None:
+        self.home, self.layout = home, layout
+        self.world: World | None = None
+        self.findings: dict[str, Any] = {}
+
+    def policy(self, kind: str, precision: str = "fp32") -> Any:
+        from megatron.core import parallel_state
+
+        from nemo_r3.actor.policy import Policy
+
+        config = Config()
+        config.model.path = str(self.home / kind)
+        config.algo.kl_beta = 0.0
+        config.actor.precision = precision
+        config.rollout.temperature = 0.7
+        for name, ways in self.layout.items():
+            setattr(config.actor, name, ways)
+        if self.world is None:
+            self.world = runtime.start(config)
+        else:
+            parallel_state.destroy_model_parallel()
+        return Policy(config, self.world)
+
+    def export(self, name: str, policy: Any, card: str = "a card") -> float:
+        source = Path(policy.config.model.path)
+        return exporting.export(policy, source, self.home / "out" / name, card, PROBE)
+
+    def refused(self, name: str, what: str, policy: Any) -> None:
+        """Keeps the error of an export that must fail."""
+        try:
+            self.export(name, policy, "not written")
+        except UserError as error:
+            self.findings[what] = str(error)
+
+    def report(self) -> None:
+        assert self.world is not None
+        every = self.world.gather(self.findings)
+        if self.world.is_main:
+            (self.home / f"ranks-{self.world.size}.json").write_text(json.dumps(every))
+
+
+class Broken:
+    """A policy whose stream of weights has one wrong number."""
+
+    def __init__(self, policy: Any, wrong: float) -> None:
+        self.policy, self.wrong = policy, wrong
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def export_hf(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.policy.export_hf():
+            if name == "model.layers.1.mlp.up_proj.weight":
+                tensor = tensor.clone()
+                tensor[3, 5] += self.wrong
+            yield name, tensor
+
+
+def one(home: Path) -> None:
+    make_models(home)
+    lab = Lab(home)
+    lab.findings["bf16"] = lab.export("bf16", lab.policy("llama", "bf16"))
+    policy = lab.policy("llama")
+    lab.findings["llama"] = lab.export("llama", policy)
+    (home / "out" / "llama.writing").mkdir()  # as a killed export leaves it
+    (home / "out" / "llama.writing" / "part-7.safetensors").write_text("half")
+    lab.findings["again"] = lab.export("llama", policy, "a second card")
+    lab.refused("llama", "wrong", Broken(policy, 0.1))
+    lab.refused("llama", "nan", Broken(policy, float("nan")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # writes fail as they do on a full disk
+    lab.refused("llama", "full", policy)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (home / "file").write_text("")
+    lab.refused("../file/llama", "nowhere", policy)
+    exporting.SHARD_BYTES = 200_000
+    policy = lab.policy("qwen2")
+    lab.findings["qwen2"] = lab.export("qwen2", policy)
+    (home / "qwen2" / "tokenizer.json").write_text("{")
+    lab.refused("no_tokenizer", "no tokenizer", policy)
+    lab.report()
+
+
+def four(home: Path) -> None:
+    lab = Lab(home, tensor_parallel=2, pipeline_parallel=2)
+    policy = lab.policy("llama")
+    lab.findings["llama"] = lab.export("llama-four", policy)
+    lab.refused("llama-four", "wrong", Broken(policy, 0.1))
+    exporting.SHARD_BYTES = 200_000
+    lab.findings["qwen2"] = lab.export("qwen2-four", lab.policy("qwen2"))
+    lab.report()
+
+
+# the tests
+
+
+def launch(*command: str) -> None:
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, timeout=240, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("export")
+    launch(__file__, "one", str(place))
+    return place
+
+
+@pytest.fixture(scope="module")
+def found(home: Path) -> dict[str, Any]:
+    (findings,) = json.loads((home / "ranks-1.json").read_text())
+    return findings
+
+
+@pytest.fixture(scope="module")
+def found_by_four(found: dict[str, Any], home: Path) -> list[dict[str, Any]]:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    tokenizer = (home / "llama" / "tokenizer.json").read_text()  # `one` has broken it
+    (home / "qwen2" / "tokenizer.json").write_text(tokenizer)
+    launch(*torchrun, __file__, "four", str(home))
+    return json.loads((home / "ranks-4.json").read_text())
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_exports_what_it_loaded(home: Path, found: dict[str, Any], kind: str) -> None:
+    assert found[kind] <= 2e-5
+    assert_same_bits(weights(home / "out" / kind), weights(home / kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_ranks_export_the_same(home: Path, found_by_four: list[dict[str, Any]], kind: str) -> None:
+    assert len({findings[kind] for findings in found_by_four}) == 1
+    assert found_by_four[0][kind] <= 2e-5
+    assert_same_bits(weights(home / "out" / f"{kind}-four"), weights(home / kind))
+
+
+def test_bf16(home: Path, found: dict[str, Any]) -> None:
+    assert 1e-4 < found["bf16"] < 0.5
+    expected = {name: tensor.bfloat16() for name, tensor in weights(home / "llama").items()}
+    assert_same_bits(weights(home / "out" / "bf16"), expected)
+    assert json.loads((home / "out" / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_files(home: Path, found: dict[str, Any]) -> None:
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    both = tokenizer | {"config.json", "generation_config.json", "README.md"}
+    llama = {file.name for file in (home / "out" / "llama").iterdir()}
+    qwen2 = {file.name for file in (home / "out" / "qwen2").iterdir()}
+    assert llama == both | {"model.safetensors", "LICENSE.txt"}
+    shards = {name for name in qwen2 if name.endswith(".safetensors")}
+    assert len(shards) > 2
+    assert qwen2 == both | shards | {"model.safetensors.index.json"}
+    index = json.loads((home / "out" / "qwen2" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == shards
+    for shard in shards:
+        assert sum(tensor.nbytes for tensor in load_file(home / "out" / "qwen2" / shard).values()) <= 200_000
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(home / "qwen2").values())
+    for kind in KINDS:
+        old, new = (json.loads((place / kind / "config.json").read_text()) for place in (home, home / "out"))
+        assert new == {**old, "dtype": "float32"}
+
+
+def test_chat_template(home: Path, found: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(home / "out" / "llama")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|user|>hi<|end|>"
+
+
+def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -> None:
+    assert found["again"] == found["llama"]
+    assert (home / "out" / "llama" / "README.md").read_text() == "a second card"
+
+
+def test_a_wrong_weight_is_refused(home: Path, found: dict[str, Any]) -> None:
+    assert "not the model that was trained" in found["wrong"]
+    assert "differ by" in found["wrong"]
+    assert "differ by nan" in found["nan"]
+    assert_same_bits(weights(home / "out" / "llama"), weights(home / "llama"))
+
+
+def test_a_wrong_weight_is_refused_on_every_rank(home: Path, found_by_four: list[dict[str, Any]]) -> None:
+    (message,) = {findings["wrong"] for findings in found_by_four}
+    assert "not the model that was trained" in message
+    assert (home / "out" / "llama-four" / "README.md").read_text() == "a card"
+
+
+def test_what_cannot_be_written_or_read(found: dict[str, Any]) -> None:
+    assert "cannot write" in found["full"]
+    assert "cannot write" in found["nowhere"]
+    assert "tokenizer" in found["no tokenizer"]
+    assert not any("\n" in str(message) for message in found.values())
+
+
+def test_nothing_half_written(home: Path, found_by_four: list[dict[str, Any]]) -> None:
+    assert sorted(path.name for path in (home / "out").iterdir()) == [
+        "bf16",
+        "llama",
+        "llama-four",
+        "qwen2",
+        "qwen2-four",
+    ]
+
+
+def test_the_probe_is_what_the_run_sampled(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "num_hidden_layers": 1,
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_attention_heads": 1,
+                "vocab_size": 50,
+                "max_position_embeddings": 20,
+            }
+        )
+    )
+    arch = architecture_of(tmp_path)
+    drawn = probe_of(tmp_path, arch)
+    assert drawn == probe_of(tmp_path, arch)
+    assert {len(ids) for ids in drawn} == {20}
+    assert all(0 <= token < 50 for ids in drawn for token in ids)
+    (tmp_path / "rollouts").mkdir()
+    for step in (2, 1):
+        lines = [json.dumps({"context_ids": [step, row], "reflection_ids": [9]}) for row in range(20)]
+        (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    assert probe_of(tmp_path, arch) == [[1, row, 9] for row in range(8)]
+
+
+def test_model_card() -> None:
+    rate = {"value": 0.5, "low": 0.45, "high": 0.55, "n": 400}
+    modes = {"sampled": rate, "greedy": rate}
+    scores = {"first_try": modes, "retry_success_fixed": modes, "within_two": modes}
+    summary = {"before": scores, "after": scores, "step": 40, "versions": {"torch": "2.13.0"}}
+    config = Config()
+    config.model.path = "models/tiny"
+    card = exporting.model_card(config, summary, 40, "tiny")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert "license" not in front
+    assert "# tiny, trained to reflect on countdown" in text
+    assert "40 steps of GRPO on reflection tokens" in text
+    assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | 0.50 → 0.50 | 400 |" in text
+    assert "- torch 2.13.0" in text
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["model"]["path"] == "models/tiny"
+    assert "Results" not in exporting.model_card(config, summary, 80, "tiny"), "measured at another step"
+    assert "Results" not in exporting.model_card(config, None, 80, "tiny")
+
+
+if __name__ == "__main__":
+    {"one": one, "four": four}[sys.argv[1]](Path(sys.argv[2]))
