@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -20,7 +22,21 @@ def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
         use_distributed_optimizer=config.actor.distributed_optimizer,
         overlap_grad_reduce=False,
     )
-    return DistributedDataParallel(model.config, settings, model)
+    wrapped = DistributedDataParallel(model.config, settings, model)
+    for buffer in wrapped.buffers:
+        _count_padding(buffer)
+    return wrapped
+
+
+def _count_padding(buffer: Any) -> None:
+    """Makes what a checkpoint gathers from a gradient buffer as long as the offsets it is cut at.
+
+    Upstream bug: the offsets count the padding between buckets, the gathered state leaves it out. A tied embedding
+    has a bucket of its own, so with pipeline parallelism the last stage was saved as its neighbours' values.
+    """
+    buffer.numel_unpadded = buffer.numel
+    for bucket in buffer.buckets:
+        bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def build_optimizer(model: DistributedDataParallel, config: Config, precision: Precision) -> MegatronOptimizer:
