@@ -2,6 +2,12 @@
 
 import warnings
 
-# megatron-core warns at import of every optional extension that is absent; where one is needed, we refuse by name
-for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+# megatron-core warns of every optional extension that is absent, where one is needed we refuse by name; and it looks
+# for gradients on tensors that need none
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+):
     warnings.filterwarnings("ignore", message=_message)
