@@ -1,0 +1,64 @@
+"""Three launches of probe.py serve all the tests here; each reads checkpoints that the one before it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROBE = Path(__file__).with_name("probe.py")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one launch ended and what it found, by policy."""
+
+    home: Path
+    code: int
+    errors: str
+    found: dict[str, Any]
+
+
+def launch(verb: str, home: Path, ranks: int) -> Launch:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *torchrun, str(PROBE), verb, str(home)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    file = home / f"{verb}.json"
+    assert file.is_file(), done.stdout[-2000:] + done.stderr[-6000:]
+    return Launch(home, done.returncode, done.stderr, json.loads(file.read_text()))
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """One process; it kills itself while saving, as its last act."""
+    return launch("one", tmp_path_factory.mktemp("actor"), 1)
+
+
+@pytest.fixture(scope="session")
+def two(one: Launch) -> Launch:
+    """TP2, PP2 and DP2; it ends in a full disk on rank 1."""
+    return launch("two", one.home, 2)
+
+
+@pytest.fixture(scope="session")
+def four(two: Launch) -> Launch:
+    """TP2xPP2 and TP2xDP2 with sequence parallel."""
+    return launch("four", two.home, 4)
+
+
+@pytest.fixture(scope="session")
+def every(one: Launch, two: Launch, four: Launch) -> dict[str, Any]:
+    """What all three launches found."""
+    return one.found | two.found | four.found

@@ -1,0 +1,123 @@
+"""Checkpoints: resumed at the same layout and at others, damaged, foreign, on a full disk, killed half-way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+SAME = ["one-to-one-llama_tied", "one-to-one-qwen2", "tp2-to-tp2-qwen2", "pp2-to-pp2-llama_tied", "dp2-to-dp2-qwen2"]
+OTHER = [
+    "one-to-tp2-llama_tied",
+    "tp2-to-pp2-qwen2",
+    "pp2-to-dp2-llama_tied",
+    "dp2-to-tp2pp2-qwen2",
+    "tp2pp2-to-tp2dp2-llama_tied",
+]
+DAMAGED = {
+    "truncated": ".distcp has",
+    "emptied": ".distcp has 0 bytes of",
+    "shard_lost": ".distcp is missing",
+    "metadata_lost": ".metadata is missing",
+    "metadata_cut": ".metadata has 100 bytes of",
+    "common_lost": "common.pt is missing",
+    "common_cut": "common.pt has 100 bytes of",
+    "manifest_lost": "is not a complete checkpoint",
+    "manifest_cut": "is not a complete checkpoint",
+    "manifest_empty": "manifest.json is damaged: it lacks ['architecture', 'files', 'state', 'step', 'version']",
+    "absent": "is not a complete checkpoint",
+}
+
+
+def saved_at(name: str) -> str:
+    """The policy that went on without a stop: "tp2-to-pp2-qwen2" -> "tp2-qwen2"."""
+    layout, _, _, kind = name.split("-")
+    return f"{layout}-{kind}"
+
+
+@pytest.mark.parametrize("name", SAME + OTHER)
+def test_a_checkpoint_gives_back_what_it_was_saved_with(every: dict[str, Any], name: str) -> None:
+    found = every[name]
+    assert (found["step"], found["state"], found["loaded_version"]) == (2, {"cursor": 5}, 2)
+    assert found["version"] == found["steps"] == 5
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_at_the_same_layout_nothing_differs_from_the_uninterrupted_run(
+    one: Any, every: dict[str, Any], name: str
+) -> None:
+    assert every[name]["metrics"] == every[saved_at(name)]["metrics"][2:]
+    for update in (3, 5):
+        ours, theirs = (load_file(one.home / f"{n}-{update}.weights.safetensors") for n in (name, saved_at(name)))
+        assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_at_another_layout_the_run_goes_on_as_before(one: Any, every: dict[str, Any], name: str) -> None:
+    for found, expected in zip(every[name]["metrics"], every[saved_at(name)]["metrics"][2:], strict=True):
+        for key in ("loss", "kl", "grad_norm", "lr", "token_mult_prob_error"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
+    for update in (3, 5):
+        ours, theirs = (load_file(one.home / f"{n}-{update}.weights.safetensors") for n in (name, saved_at(name)))
+        assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-5
+    assert every[name]["same_everywhere"]
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(one: Any, case: str) -> None:
+    found = one.found["bad_checkpoints"][case]
+    assert DAMAGED[case] in found["message"]
+    assert "remove that checkpoint to resume from the one before" in found["message"]
+    assert "\n" not in found["message"]
+    assert found["unchanged"]
+
+
+def test_garbage_of_the_right_size_is_one_line_too(one: Any) -> None:
+    message = one.found["bad_checkpoints"]["garbled"]["message"]
+    assert "garbled is damaged: " in message and "\n" not in message
+
+
+def test_a_checkpoint_of_another_model_is_refused(one: Any) -> None:
+    found = one.found["bad_checkpoints"]["foreign"]
+    assert "is a checkpoint of another model" in found["message"]
+    assert "family llama != qwen2" in found["message"] and "model.path" in found["message"]
+    assert "\n" not in found["message"]
+    assert found["unchanged"]
+
+
+@pytest.mark.parametrize("case", ["at_once", "in_a_shard"])
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(one: Any, case: str) -> None:
+    found = one.found["full_disk"]
+    assert found[case].startswith(f"cannot write {one.home}/full/step_000002: ")
+    assert "the last good checkpoint is" in found[case] and "make room" in found[case]
+    assert "\n" not in found[case]
+    assert found[f"{case} left"] == ["step_000001"]
+
+
+def test_after_a_full_disk_the_earlier_checkpoint_loads_and_saving_works_again(one: Any) -> None:
+    found = one.found["full_disk"]
+    assert found["cursor"] == {"cursor": 1} and found["earlier_loads"]
+    assert found["afterwards"] == ["step_000002"]
+
+
+def test_a_full_disk_on_another_rank_ends_all_ranks_in_one_line(two: Any) -> None:
+    assert two.code != 0
+    lines = [line for line in two.errors.splitlines() if "error: cannot write" in line]
+    assert len(lines) == 1 and "step_000002" in lines[0]
+    assert sorted(path.name for path in (two.home / "full-two").iterdir()) == ["step_000001"]
+
+
+def test_killed_while_saving_the_checkpoint_before_counts(one: Any, two: Any) -> None:
+    assert one.code == -9
+    found = two.found["killed"]
+    assert found["before"] == [".writing", "step_000001"]
+    assert (found["latest"], found["state"], found["same_weights"]) == ("step_000001", {"cursor": 1}, True)
+
+
+def test_the_next_save_sweeps_up_and_keeps_as_many_as_asked(two: Any) -> None:
+    assert two.found["killed"]["after"] == ["step_000003"]
+
+
+def test_the_last_launch_ends_well(four: Any) -> None:
+    assert four.code == 0, four.errors[-3000:]
