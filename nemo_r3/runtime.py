@@ -71,6 +71,7 @@ def start(config: Config) -> World:
         os.environ.setdefault(name, value)
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     check_world(config, size)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core orders its overlaps by it
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     on_cuda = torch.cuda.is_available()

@@ -16,6 +16,7 @@ from nemo_r3.algo.batch import build_update
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 from nemo_r3.refit import refit
+from nemo_r3.report import curve
 from nemo_r3.types import Group
 from recipes import session
 
@@ -48,7 +49,7 @@ def train(argv: Sequence[str]) -> None:
         at = Progress(**checkpoint.load(policy, newest)["state"])
         source.cursor = at.cursor
         refit(policy, rl.engine)
-        rl.progress.say(f"resuming after step {at.step} from {newest}")
+        rl.progress.say(f"resuming after step {at.step} from {newest}; {policy.describe_schedule()}")
     run.cut_back(at.step)
 
     for step in range(at.step + 1, config.train.steps + 1):
@@ -85,6 +86,8 @@ def train(argv: Sequence[str]) -> None:
             with run.timed("save"):
                 checkpoint.save(policy, run.checkpoints, step, asdict(at), config.train.keep_checkpoints)
         give_up(at, config.train)
+    if world.is_main and at.step:
+        curve(run.metrics, run.path / "curve.png")
 
 
 def measures(groups: Sequence[Group]) -> dict[str, float | None]:

@@ -101,6 +101,10 @@ class Policy:
         self.version += 1
         return grad_norm
 
+    def describe_schedule(self) -> str:
+        """Where the learning rate ends; a resumed run keeps the horizon it began with."""
+        return f"the learning rate reaches {self.config.actor.lr_min:g} after {self.schedule.lr_decay_steps} updates"
+
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities of every token but the first, at the rollout temperature.
 
