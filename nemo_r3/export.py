@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4
 """Largest difference of fp32 log-probabilities: two orders of summation, some 1e-6 per layer."""
-NOISES = 4.0
+MOST_NOISE, MEAN_NOISE = 4.0, 2.0
 """Below fp32: how many times transformers' own rounding error the actor may be away, see `_compare`."""
 COPIED = (
     "tokenizer.json",
@@ -139,7 +139,9 @@ class _Shards:
     def _write(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            save_file(self._held, self._part(len(self._files)), metadata={"format": "pt"})
+            file = self._part(len(self._files))
+            save_file(self._held, file, metadata={"format": "pt"})
+            file.chmod(self.directory.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
         except (OSError, SafetensorError) as error:
             self._failure = error
         self._files.append(list(self._held))
@@ -193,7 +195,8 @@ def _check_tokenizer(directory: Path, source: Path) -> None:
             transformers.AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (directory, source)
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {source} cannot be read ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"the tokenizer of {source} cannot be read ({reason})") from error
     if (ours.get_vocab(), ours.chat_template) != (theirs.get_vocab(), theirs.chat_template):
         raise UserError(f"the export's tokenizer is not that of {source}: a file that it needs is none of {COPIED}")
 
@@ -203,11 +206,11 @@ def _compare(
 ) -> float:
     """The largest difference between the actor's log-probabilities and those of the export as transformers reads it.
 
-    In fp32 the two differ by the order of sums alone: TOLERANCE. Below fp32 the actor's own rounding is larger than
-    any fault that one would look for at 1e-4, and grows with depth and with the size of the logits. So the tolerance
-    is measured: the same weights run by transformers in `dtype` and in fp32 give the rounding error of this
-    model on these tokens, and the actor, which rounds about as often, may be NOISES times as far from fp32. A wrong
-    tensor, rotary base or epsilon moves log-probabilities by far more.
+    In fp32 the two differ by the order of sums alone: TOLERANCE. Below fp32 the actor's own rounding is larger, and
+    grows with depth and with the size of the logits, so what it may be is measured: transformers runs the same weights
+    in `dtype` and in fp32, and the actor may be MOST_NOISE times as far from fp32 at its worst token and MEAN_NOISE
+    times on average. (On random models of 4 to 24 layers on a CPU it is as far to within 7 %, while another rotary
+    base, or one layer's gate and up projections in each other's place, are many times as far.)
 
     Raises:
         UserError: beyond tolerance; names the worst token.
@@ -216,17 +219,19 @@ def _compare(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, local_files_only=True, use_safetensors=True
     ).eval()
-    found, tolerance = _logprobs(model, probe, temperature), TOLERANCE
+    found, most, mean = _logprobs(model, probe, temperature), TOLERANCE, TOLERANCE
     if dtype is not torch.float32:
         rounded, found = found, _logprobs(model.float(), probe, temperature)
-        tolerance = max(TOLERANCE, NOISES * float((rounded - found).abs().max()))
-    gaps = (found - torch.cat(list(expected))).abs()
+        noise = (rounded - found).abs()
+        most, mean = max(most, MOST_NOISE * float(noise.max())), max(mean, MEAN_NOISE * float(noise.mean()))
+    actor = torch.cat(list(expected))
+    gaps = (found - actor).abs()
     worst = int(gaps.argmax())  # NaN counts as the largest
-    if not float(gaps[worst]) <= tolerance:
+    if not (gaps[worst] <= most and gaps.mean() <= mean):
         raise UserError(
             f"the export is not the model that was trained: transformers and the actor differ by {gaps[worst]:.2g} in "
-            f"the log-probability of a token ({found[worst]:.4f} and {torch.cat(list(expected))[worst]:.4f}; at most "
-            f"{tolerance:.1g} is rounding, {int((~(gaps <= tolerance)).sum())} of {len(gaps)} tokens are beyond)"
+            f"the log-probability of a token ({found[worst]:.4f} and {actor[worst]:.4f}) and by {gaps.mean():.2g} on "
+            f"average of {len(gaps)}; rounding explains at most {most:.2g} and {mean:.2g}"
         )
     return float(gaps[worst])
 
@@ -271,7 +276,7 @@ def model_card(config: Config, summary: Mapping[str, Any] | None, step: int, bas
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {base}, trained to reflect on {config.task.name}",
-        "Trained with [nemo_r3](https://arxiv.org/abs/2505.24726) by Reflect, Retry, Reward: after a failed answer the "
+        "Trained with nemo_r3 by [Reflect, Retry, Reward](https://arxiv.org/abs/2505.24726): after a failed answer the "
         "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the retry. "
         f"{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed answer, "
         f"peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",

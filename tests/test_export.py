@@ -11,23 +11,16 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
 
 from nemo_r3 import export as exporting
 from nemo_r3 import runtime
@@ -37,7 +30,7 @@ from nemo_r3.models import architecture_of
 from nemo_r3.runtime import World
 from recipes.export import probe_of
 
-KINDS: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+KINDS = ("llama", "qwen2")
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
 VOCAB = 307  # more than the tokenizer has, and not a multiple of 2
 PROBE = [[(7 * row + 11 * place) % VOCAB for place in range(length)] for row, length in enumerate((40, 2, 17))]
@@ -51,9 +44,10 @@ def make_models(home: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(["what went wrong? try again"] * 5, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
     fast.chat_template = CHAT
-    for seed, (kind, shape) in enumerate(KINDS.items()):
+    shapes = (transformers.LlamaConfig, transformers.Qwen2Config)
+    for seed, (kind, shape) in enumerate(zip(KINDS, shapes, strict=True)):
         torch.manual_seed(seed)
         config = shape(
             vocab_size=VOCAB,
@@ -67,7 +61,7 @@ def make_models(home: Path) -> None:
             initializer_range=0.15,
             eos_token_id=0,
         )
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / kind)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / kind)
         fast.save_pretrained(home / kind)
     (home / "llama" / "LICENSE.txt").write_text("be nice")
     (home / "llama" / "training_args.bin").write_bytes(b"a pickle")
@@ -141,9 +135,13 @@ class Broken:
 def one(home: Path) -> None:
     make_models(home)
     lab = Lab(home)
-    lab.findings["bf16"] = lab.export("bf16", lab.policy("llama", "bf16"))
+    policy = lab.policy("llama", "bf16")
+    lab.findings["bf16"] = lab.export("bf16", policy)
+    lab.refused("bf16", "wrong in bf16", Broken(policy, 5.0))
     policy = lab.policy("llama")
     lab.findings["llama"] = lab.export("llama", policy)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "out" / "llama")
+    lab.findings["chat"] = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     (home / "out" / "llama.writing").mkdir()  # as a killed export leaves it
     (home / "out" / "llama.writing" / "part-7.safetensors").write_text("half")
     lab.findings["again"] = lab.export("llama", policy, "a second card")
@@ -180,7 +178,7 @@ def four(home: Path) -> None:
 def launch(*command: str) -> None:
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], env=environment, timeout=240, capture_output=True, text=True, check=False
+        [sys.executable, *command], env=environment, timeout=400, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
@@ -234,6 +232,7 @@ def test_four_ranks_export_the_same(home: Path, found_by_four: list[dict[str, An
 
 def test_bf16(home: Path, found: dict[str, Any]) -> None:
     assert 1e-4 < found["bf16"] < 0.5
+    assert "not the model that was trained" in found["wrong in bf16"]
     expected = {name: tensor.bfloat16() for name, tensor in weights(home / "llama").items()}
     assert_same_bits(weights(home / "out" / "bf16"), expected)
     assert json.loads((home / "out" / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -245,6 +244,7 @@ def test_files(home: Path, found: dict[str, Any]) -> None:
     llama = {file.name for file in (home / "out" / "llama").iterdir()}
     qwen2 = {file.name for file in (home / "out" / "qwen2").iterdir()}
     assert llama == both | {"model.safetensors", "LICENSE.txt"}
+    assert len({file.stat().st_mode for file in (home / "out" / "llama").iterdir()}) == 1
     shards = {name for name in qwen2 if name.endswith(".safetensors")}
     assert len(shards) > 2
     assert qwen2 == both | shards | {"model.safetensors.index.json"}
@@ -258,10 +258,8 @@ def test_files(home: Path, found: dict[str, Any]) -> None:
         assert new == {**old, "dtype": "float32"}
 
 
-def test_chat_template(home: Path, found: dict[str, Any]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(home / "out" / "llama")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert text == "<|user|>hi<|end|>"
+def test_chat_template(found: dict[str, Any]) -> None:
+    assert found["chat"] == "<|user|>hi<|end|>"
 
 
 def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -> None:
