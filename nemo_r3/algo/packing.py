@@ -50,8 +50,8 @@ def deal(lengths: Sequence[int], ranks: int, budget: int, packed: bool = True) -
     Args:
         lengths: tokens of each row.
         ranks: data-parallel ranks.
-        budget: tokens a microbatch may hold.
-        packed: False gives every row a microbatch of its own.
+        budget: tokens a packed microbatch may hold.
+        packed: False gives every row a microbatch of its own, however long.
 
     Returns:
         [ranks][microbatches] lists of row indices; every rank has the same number of microbatches, some maybe
@@ -60,7 +60,9 @@ def deal(lengths: Sequence[int], ranks: int, budget: int, packed: bool = True) -
     Raises:
         ValueError: a row is longer than the budget.
     """
-    if lengths and max(lengths) > budget:
+    if not packed:
+        budget = max(lengths, default=0)
+    elif lengths and max(lengths) > budget:
         raise ValueError(f"a row of {max(lengths)} tokens exceeds actor.microbatch_tokens={budget}")
     most = max(1, -(-len(lengths) // ranks))
     count = max(1, -(-sum(lengths) // (budget * ranks))) if packed else most
@@ -75,13 +77,13 @@ def _fill(
 ) -> list[list[int]] | None:
     """Longest-first onto the lightest of `count` bins; None if one would overflow."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, number) for number in range(count)]
+    loads = [(0, 0, number) for number in range(count)]  # tokens, rows: an empty row takes its place too
     for row in order:
-        load, number = heapq.heappop(loads)
+        load, _, number = heapq.heappop(loads)
         if load + lengths[row] > budget or len(bins[number]) >= most_rows:
             return None
         bins[number].append(row)
-        heapq.heappush(loads, (load + lengths[row], number))
+        heapq.heappush(loads, (load + lengths[row], len(bins[number]), number))
     return bins
 
 
@@ -113,7 +115,7 @@ def pack(rows: Sequence[Row], chosen: Sequence[int], multiple: int) -> Microbatc
         bounds=torch.tensor(bounds, dtype=torch.int32),
         longest=max(end - start for start, end in zip(bounds, bounds[1:], strict=False)),
         targets=torch.tensor(targets, dtype=torch.int64),
-        advantages=torch.tensor(advantages),
-        weights=torch.tensor(weights),
-        rollout_logprobs=torch.tensor(rollout_logprobs),
+        advantages=torch.tensor(advantages, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32),
     )
