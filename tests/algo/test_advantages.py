@@ -1,0 +1,55 @@
+"""Group advantages against hand-computed numbers, and the shuffled-reward control."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_r3.algo.advantages import group_advantages, is_mixed, shuffled
+
+REWARDS = st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=16)
+
+
+def test_one_pass_in_four_by_hand() -> None:
+    # mean 1/4; sample standard deviation sqrt((9 + 1 + 1 + 1) / 16 / 3) = 1/2
+    scale = 0.5 + 1e-4
+    assert group_advantages([1, 0, 0, 0], True) == pytest.approx([0.75 / scale, *[-0.25 / scale] * 3], rel=1e-12)
+    assert group_advantages([1, 0, 0, 0], False) == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_a_pair_by_hand() -> None:
+    scale = math.sqrt(0.5) + 1e-4
+    assert group_advantages([0, 1], True) == pytest.approx([-0.5 / scale, 0.5 / scale], rel=1e-12)
+
+
+def test_equal_rewards_have_no_advantage() -> None:
+    assert group_advantages([1.0] * 8, True) == [0.0] * 8
+    assert not is_mixed([1.0] * 8) and not is_mixed([0.0, 0.0])
+    assert is_mixed([0.0, 1.0, 0.0])
+
+
+@given(REWARDS, st.booleans())
+def test_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards: list[float], normalise: bool) -> None:
+    advantages = group_advantages(rewards, normalise)
+    assert sum(advantages) == pytest.approx(0, abs=1e-9)
+    if is_mixed(rewards):
+        assert all((advantage > 0) == (reward == 1) for advantage, reward in zip(advantages, rewards, strict=True))
+
+
+@given(st.lists(REWARDS, min_size=1, max_size=6), st.integers(0, 2**31))
+def test_shuffled_rewards_are_a_permutation_in_the_same_groups(rewards: list[list[float]], seed: int) -> None:
+    dealt = shuffled(rewards, seed)
+    assert [len(group) for group in dealt] == [len(group) for group in rewards]
+    assert sorted(sum(dealt, [])) == sorted(sum(rewards, []))
+    assert dealt == shuffled(rewards, seed)
+
+
+def test_shuffling_crosses_groups_and_follows_the_seed() -> None:
+    rewards = [[1.0] * 8, [0.0] * 8]
+    deals = {str(shuffled(rewards, seed)) for seed in range(20)}
+    assert len(deals) > 15
+    assert any(is_mixed(shuffled(rewards, seed)[0]) for seed in range(3))
+    assert rewards == [[1.0] * 8, [0.0] * 8], "the argument is left alone"

@@ -1,0 +1,148 @@
+"""Groups -> rows: which tokens carry loss and how much, dynamic sampling, and the last gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_r3.algo.batch import build_update, refuse_untrained_weight
+from nemo_r3.config import AlgoConfig
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
+
+
+def sampled(phase: Phase, first: int, length: int) -> Segment:
+    return Segment(phase, tuple(range(first, first + length)), tuple(-0.1 * (i + 1) for i in range(length)), 3)
+
+
+def group_of(rewards: Sequence[float], lengths: Sequence[int] | None = None) -> Group:
+    """[task 3][attempt 2][request 2][reflection n][request 1][retry 2] for each reward."""
+    lengths = lengths or [4] * len(rewards)
+    attempt = sampled(Phase.ATTEMPT, 20, 2)
+    context = Trajectory((Segment(Phase.TASK, (1, 2, 3)), attempt))
+    failure = Failure(Problem("p", "?", {}), context, Answer(attempt, "", "stop"))
+    reflections = []
+    for number, (reward, length) in enumerate(zip(rewards, lengths, strict=True)):
+        reflection, retry = sampled(Phase.REFLECTION, 40, length), sampled(Phase.RETRY, 60, 2)
+        trajectory = context.then(Segment(Phase.REQUEST, (30, 31)), reflection, Segment(Phase.REQUEST, (50,)), retry)
+        reflections.append(
+            Reflection(number, trajectory, Answer(reflection, "", "stop"), Answer(retry, "", "stop"), reward)
+        )
+    return Group(failure, tuple(reflections))
+
+
+def trained_ids(batch: UpdateBatch, row: int) -> list[int]:
+    return [token for token, weight in zip(batch.rows[row].ids, batch.rows[row].weights, strict=True) if weight]
+
+
+def test_a_row_ends_with_its_reflection_and_only_that_has_weight() -> None:
+    batch = build_update([group_of([1, 0], [4, 2])], AlgoConfig(), 0)
+    first, second = batch.rows
+    assert list(first.ids) == [1, 2, 3, 20, 21, 30, 31, 40, 41, 42, 43]
+    assert list(second.ids) == [1, 2, 3, 20, 21, 30, 31, 40, 41]
+    assert trained_ids(batch, 0) == [40, 41, 42, 43] and trained_ids(batch, 1) == [40, 41]
+    assert list(first.weights) == [0.0] * 7 + [0.5 / 4] * 4
+    assert list(second.weights) == [0.0] * 7 + [0.5 / 2] * 2
+    assert list(first.advantages) == [0.0] * 7 + [batch.advantages[0][0]] * 4
+    expected = [0.0] * 3 + [-0.1, -0.2] + [0.0] * 2 + [-0.1, -0.2, -0.3, -0.4]
+    assert list(first.rollout_logprobs) == pytest.approx(expected)
+    assert [str(phase) for phase in first.phases] == (
+        ["task"] * 3 + ["attempt"] * 2 + ["request"] * 2 + ["reflection"] * 4
+    )
+    assert list(first.sampled) == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 4
+    refuse_untrained_weight(batch, AlgoConfig())
+
+
+REWARDS = st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4)
+
+
+@given(st.lists(st.tuples(REWARDS, st.lists(st.integers(1, 9), min_size=4, max_size=4)), min_size=1, max_size=5))
+def test_weights_sum_to_one_and_every_row_has_the_same_share(found: list[tuple[list[float], list[int]]]) -> None:
+    batch = build_update([group_of(*group) for group in found], AlgoConfig(), 0)
+    mixed = sum(len(set(rewards)) == 2 for rewards, _ in found)
+    assert (batch.groups_used, batch.groups_dropped) == (mixed, len(found) - mixed)
+    assert len(batch.rows) == 4 * mixed
+    shares = [sum(row.weights) for row in batch.rows]
+    assert shares == pytest.approx([1 / len(shares)] * len(shares)) if shares else mixed == 0
+    assert all(
+        bool(weight) == bool(value)
+        for row in batch.rows
+        for weight, value in zip(row.weights, row.advantages, strict=True)
+    )
+
+
+def test_groups_whose_retries_agree_leave_the_update_and_are_counted() -> None:
+    batch = build_update([group_of([1, 1]), group_of([0, 1]), group_of([0, 0])], AlgoConfig(), 0)
+    assert (batch.groups_used, batch.groups_dropped, len(batch.rows)) == (1, 2, 2)
+    assert batch.advantages[0] == batch.advantages[2] == (0.0, 0.0)
+    assert batch.advantages[1][0] < 0 < batch.advantages[1][1]
+
+
+def test_nothing_mixed_means_no_rows() -> None:
+    batch = build_update([group_of([1, 1])], AlgoConfig(), 0)
+    assert (batch.rows, batch.groups_used, batch.groups_dropped) == ((), 0, 1)
+
+
+def test_the_shuffled_control_deals_the_same_rewards_by_the_seed_alone() -> None:
+    groups = [group_of([1, 1, 1, 1]), group_of([0, 0, 0, 0]), group_of([1, 0, 0, 0])]
+    config = AlgoConfig(shuffle_rewards=True, advantage_std=False)
+    batch = build_update(groups, config, 5)
+    assert batch == build_update(groups, config, 5)
+    assert len({build_update(groups, config, seed).advantages for seed in range(8)}) > 4
+    true = build_update(groups, replace(config, shuffle_rewards=False), 5)
+    assert batch.groups_used != true.groups_used or batch.advantages != true.advantages
+
+
+def test_reflection_and_retry_can_be_trained_together() -> None:
+    config = AlgoConfig(trained_phases=["reflection", "retry"])
+    batch = build_update([group_of([1, 0])], config, 0)
+    row = batch.rows[0]
+    assert list(row.ids)[-3:] == [50, 60, 61] and trained_ids(batch, 0) == [40, 41, 42, 43, 60, 61]
+    assert [weight for weight in row.weights if weight] == pytest.approx([0.5 / 6] * 6)
+    refuse_untrained_weight(batch, config)
+    with pytest.raises(RuntimeError, match="phase retry"):
+        refuse_untrained_weight(batch, AlgoConfig())
+
+
+def test_training_the_attempt_alone_cuts_the_row_behind_it() -> None:
+    batch = build_update([group_of([1, 0])], AlgoConfig(trained_phases=["attempt"]), 0)
+    assert list(batch.rows[0].ids) == [1, 2, 3, 20, 21] and trained_ids(batch, 0) == [20, 21]
+
+
+def test_a_reflection_that_was_never_sampled_makes_no_row() -> None:
+    group = group_of([1, 0, 0])
+    silent = replace(group.reflections[2], trajectory=Trajectory(group.failure.context.segments))
+    batch = build_update([replace(group, reflections=(*group.reflections[:2], silent))], AlgoConfig(), 0)
+    assert len(batch.rows) == 2
+    assert sum(sum(row.weights) for row in batch.rows) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [(0, r"row 1, token 0: phase task \(not sampled by vLLM\)"), (3, r"token 3: phase attempt \(sampled\)")],
+)
+def test_the_gate_names_the_token_that_must_not_be_trained(position: int, expected: str) -> None:
+    batch = build_update([group_of([1, 0])], AlgoConfig(), 0)
+    weights = list(batch.rows[1].weights)
+    weights[position] = 0.25
+    rows = (batch.rows[0], replace(batch.rows[1], weights=weights))
+    with pytest.raises(RuntimeError, match=expected):
+        refuse_untrained_weight(replace(batch, rows=rows), AlgoConfig())
+
+
+def test_the_gate_refuses_a_reflection_that_vllm_did_not_sample() -> None:
+    batch = build_update([group_of([1, 0])], AlgoConfig(), 0)
+    row = replace(batch.rows[0], sampled=[False] * len(batch.rows[0]))
+    with pytest.raises(RuntimeError, match="reflection .not sampled by vLLM"):
+        refuse_untrained_weight(replace(batch, rows=(row,)), AlgoConfig())
+
+
+def test_the_gate_lets_negative_and_nan_weights_no_more_through() -> None:
+    batch = build_update([group_of([1, 0])], AlgoConfig(), 0)
+    for weight in (-0.1, float("nan")):
+        weights = [weight, *list(batch.rows[0].weights)[1:]]
+        with pytest.raises(RuntimeError):
+            refuse_untrained_weight(replace(batch, rows=(replace(batch.rows[0], weights=weights),)), AlgoConfig())
