@@ -22,7 +22,7 @@ SPLIT = [
     "tp2dp2-qwen2",
 ]
 COMPARED = ("loss", "kl", "grad_norm", "lr", "token_mult_prob_error", "trained_tokens")
-WEIGHT_TOLERANCE = 1e-5  # seen: 5e-6 (TP2), after updates that move weights by 3e-3
+WEIGHT_TOLERANCE = 1e-5  # seen: 1.1e-6 (TP2), after updates that move weights by 2e-3
 
 
 def reference_of(name: str) -> str:
@@ -72,8 +72,8 @@ def test_updates_learn_something(one: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama_tied", "llama", "qwen2_tied", "qwen2"])
 def test_updates_equal_a_plain_loop_on_transformers(one: Any, kind: str) -> None:
     for found, expected in zip(one.found[f"one-{kind}"]["metrics"], one.found[f"plain-{kind}"], strict=False):
-        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert weight_gap(one, f"one-{kind}", f"plain-{kind}", 3) < 2e-5
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert weight_gap(one, f"one-{kind}", f"plain-{kind}", 3) < WEIGHT_TOLERANCE  # seen: 5e-7
 
 
 @pytest.mark.parametrize("name", VARIANTS + SPLIT)
