@@ -6,7 +6,6 @@ probe.py MODEL_DIR CONFIG_YAML OUT_JSON key=value ...
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 

@@ -1,0 +1,134 @@
+"""The name table: merge and split, shard and join undo each other exactly, for any shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_r3.models import names
+from nemo_r3.models.architecture import Architecture
+
+TP = st.sampled_from([1, 2, 4])
+
+
+@st.composite
+def architectures(draw: st.DrawFn, tensor_parallel: int) -> Architecture:
+    """Any shape that `tensor_parallel` can cut; the vocabulary need not divide."""
+    kv_heads = tensor_parallel * draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 3))
+    return Architecture(
+        family="any",
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=4 * draw(st.integers(1, 5)),
+        ffn_hidden_size=tensor_parallel * draw(st.integers(1, 5)),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 3)),
+        vocab_size=draw(st.integers(1, 40)),
+        max_positions=64,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        tied=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+    )
+
+
+def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama-style checkpoint, written down once more, from transformers' module shapes."""
+    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
+    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (arch.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not arch.tied:
+        shapes["lm_head.weight"] = (arch.vocab_size, hidden)
+    for layer in range(arch.num_layers):
+        own: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (q, hidden),
+            "self_attn.k_proj.weight": (kv, hidden),
+            "self_attn.v_proj.weight": (kv, hidden),
+            "self_attn.o_proj.weight": (hidden, q),
+            "mlp.gate_proj.weight": (ffn, hidden),
+            "mlp.up_proj.weight": (ffn, hidden),
+            "mlp.down_proj.weight": (hidden, ffn),
+        }
+        if arch.qkv_bias:
+            own |= {f"self_attn.{part}_proj.bias": (size,) for part, size in (("q", q), ("k", kv), ("v", kv))}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in own.items()}
+    return shapes
+
+
+@settings(max_examples=60, deadline=None)
+@given(TP.flatmap(lambda size: st.tuples(st.just(size), architectures(size))))
+def test_merge_shard_join_split_is_the_identity_on_a_whole_checkpoint(case: tuple[int, Architecture]) -> None:
+    size, arch = case
+    shapes = hf_shapes(arch)
+    checkpoint = {name: torch.randn(shape) for name, shape in shapes.items()}
+    back: dict[str, torch.Tensor] = {}
+    for row in names.table(arch):
+        full = names.merge(row, [checkpoint[name] for name in row.hf], arch, size)
+        assert tuple(full.shape) == names.full_shape(row, arch, size)
+        parts = [names.shard(row, full, rank, size) for rank in range(size)]
+        assert len({part.shape for part in parts}) == 1, "ranks hold equal parts"
+        assert sum(part.numel() for part in parts) == full.numel() * (1 if row.cut is not None else size)
+        joined = names.join(row, parts)
+        assert torch.equal(joined, full)
+        for name, tensor in zip(row.hf, names.split(row, joined, arch), strict=True):
+            assert name not in back, "a tensor has one row"
+            back[name] = tensor
+    assert back.keys() == checkpoint.keys()
+    assert all(torch.equal(back[name], checkpoint[name]) for name in checkpoint)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TP.flatmap(lambda size: st.tuples(st.just(size), architectures(size))))
+def test_a_rank_holds_whole_attention_groups_and_matching_columns(case: tuple[int, Architecture]) -> None:
+    """What tensor parallelism needs: each query head on a rank with its own key/value head."""
+    size, arch = case
+    rows = {row.megatron.split(".", 3)[-1]: row for row in names.table(arch) if row.layer == 0}
+    per_kv, dim = arch.num_heads // arch.num_kv_heads, arch.head_dim
+
+    def heads(count: int, offset: int) -> torch.Tensor:
+        return (offset + torch.arange(count)).repeat_interleave(dim)[:, None].expand(-1, arch.hidden_size).float()
+
+    query, key, value = heads(arch.num_heads, 0), heads(arch.num_kv_heads, 1000), heads(arch.num_kv_heads, 2000)
+    row = rows["self_attention.linear_qkv.weight"]
+    full = names.merge(row, [query, key, value], arch, size)
+    for rank in range(size):
+        groups = names.shard(row, full, rank, size)[:, 0].reshape(arch.num_kv_heads // size, per_kv + 2, dim)
+        for group in groups[..., 0].int().tolist():
+            *queries, k, v = group
+            assert k - 1000 == v - 2000 == queries[0] // per_kv
+            assert queries == list(range((k - 1000) * per_kv, (k - 999) * per_kv))
+    gate = torch.arange(arch.ffn_hidden_size).float()[:, None].expand(-1, arch.hidden_size)
+    row = rows["mlp.linear_fc1.weight"]
+    full = names.merge(row, [gate, gate + 1000], arch, size)
+    for rank in range(size):
+        ours, up = names.shard(row, full, rank, size)[:, 0].chunk(2)
+        assert torch.equal(ours + 1000, up), "a rank's gate and up columns belong together"
+
+
+def test_padding_is_zero_and_does_not_come_back() -> None:
+    arch = Architecture("any", 1, 4, 4, 2, 2, 2, 5, 64, 1e-6, 1e4, False, False)
+    assert [arch.padded_vocab(size) for size in (1, 2, 4)] == [5, 6, 8]
+    row = names.table(arch)[0]
+    full = names.merge(row, [torch.ones(5, 4)], arch, 4)
+    assert full.sum() == 20 and not full[5:].any()
+    assert names.split(row, full, arch)[0].shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("local", "fused"),
+    [
+        ("decoder.layers.3.input_layernorm.weight", "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight"),
+        ("decoder.layers.3.pre_mlp_layernorm.weight", "decoder.layers.3.mlp.linear_fc1.layer_norm_weight"),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+    ],
+)
+def test_transformer_engine_folds_the_norms(local: str, fused: str) -> None:
+    assert names.fused_norm_name(local) == fused

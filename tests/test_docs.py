@@ -1,0 +1,58 @@
+"""Commands and settings that the documents show are ones that exist; tests/recipes runs the verbs themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nemo_r3.config import load
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return [
+        block
+        for file in DOCUMENTS
+        for block in re.findall(rf"```{language}\n(.*?)```", file.read_text(), flags=re.DOTALL)
+    ]
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_documents_show_commands() -> None:
+    assert len(commands()) >= 6
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if "-m" in words], ids=" ".join)
+def test_a_verb_exists_and_its_settings_load(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    place = words.index("-m") + 1
+    assert importlib.util.find_spec(words[place]) is not None
+    load(words[place + 1 :])
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] == "make"], ids=" ".join)
+def test_a_make_target_exists(words: list[str]) -> None:
+    subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("text", [block for block in blocks("yaml") if block.startswith("#")])
+def test_a_config_loads(text: str, tmp_path: Path) -> None:
+    (tmp_path / "shown.yaml").write_text(text)
+    load([str(tmp_path / "shown.yaml")])
+
+
+def test_links_lead_somewhere() -> None:
+    for file in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
+            assert (file.parent / target).exists(), f"{file.name} links to {target}"

@@ -1,0 +1,114 @@
+"""How a recipe's process ends, and which launches are refused."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nemo_r3 import runtime
+from nemo_r3.config import Config
+from nemo_r3.errors import ConfigError
+
+SCRIPT = """
+import sys
+from nemo_r3 import runtime
+from nemo_r3.errors import ConfigError
+
+def recipe(arguments):
+    print("said before", end="")
+    if arguments == ["mend"]:
+        raise ConfigError("model.path: mend me")
+    if arguments == ["bug"]:
+        raise ZeroDivisionError("a bug")
+    if arguments == ["interrupt"]:
+        raise KeyboardInterrupt
+    assert arguments == ["a.yaml", "x=1"]
+
+import atexit
+atexit.register(print, "exit hook", file=sys.stderr)
+runtime.main(recipe)
+"""
+
+
+def start(*arguments: str, rank: str = "0") -> subprocess.Popen[str]:
+    environment = os.environ | {"RANK": rank, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each way to end, run side by side."""
+    running = {
+        "mend": start("mend"),
+        "bug": start("bug"),
+        "interrupt": start("interrupt"),
+        "well": start("a.yaml", "x=1"),
+        "other rank": start("mend", rank="1"),
+    }
+    found = {}
+    for name, process in running.items():
+        out, err = process.communicate(timeout=60)
+        found[name] = (process.returncode, out, err)
+    return found
+
+
+def test_an_error_the_user_can_mend_is_one_line_and_code_2(ends: dict[str, tuple[int, str, str]]) -> None:
+    assert ends["mend"] == (2, "said before", "error: model.path: mend me\n")
+
+
+def test_another_rank_says_who_it_is(ends: dict[str, tuple[int, str, str]]) -> None:
+    assert ends["other rank"] == (2, "said before", "[rank 1] error: model.path: mend me\n")
+
+
+def test_a_bug_shows_its_traceback_and_code_1(ends: dict[str, tuple[int, str, str]]) -> None:
+    code, _, errors = ends["bug"]
+    assert code == 1
+    assert errors.startswith("Traceback") and errors.rstrip().endswith("ZeroDivisionError: a bug")
+    assert "exit hook" not in errors, "failures must not run vLLM's exit hooks"
+
+
+def test_an_interrupt_is_one_word(ends: dict[str, tuple[int, str, str]]) -> None:
+    assert ends["interrupt"][0] == 130 and ends["interrupt"][2] == "interrupted\n"
+
+
+def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, str, str]]) -> None:
+    assert ends["well"] == (0, "said before", "exit hook\n")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "pipeline", "engine", "expected"),
+    [
+        ("3", 2, 1, 1, "2 * 1 * 1 = 2 does not divide the world: 3 ranks were launched"),
+        ("2", 2, 2, 1, "2 * 2 * 1 = 4 does not divide the world: 2 ranks were launched"),
+        ("4", 2, 2, 3, "rollout.tensor_parallel: 3 ranks per engine do not divide the world: 4 ranks were launched"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_layout_are_refused_before_any_group_is_made(
+    monkeypatch: pytest.MonkeyPatch, ranks: str, tensor: int, pipeline: int, engine: int, expected: str
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", ranks), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    config = Config()
+    config.actor.tensor_parallel, config.actor.pipeline_parallel = tensor, pipeline
+    config.rollout.tensor_parallel = engine
+    with pytest.raises(ConfigError) as caught:
+        runtime.start(config)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:
+    def draws(seed: int, step: int) -> tuple[float, float]:
+        runtime.seed_step(seed, step)
+        return random.random(), torch.rand(()).item()
+
+    first = draws(1, 5)
+    draws(1, 6)
+    assert draws(1, 5) == first
+    assert len({draws(seed, step) for seed in range(3) for step in range(3)}) == 9
