@@ -72,16 +72,22 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
             targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
         if not targets:
             continue
-        full = table.merge(row, [checkpoint.read(name) for name in row.hf], arch, tp_size)
-        expected = table.full_shape(row, arch, tp_size)
-        if tuple(full.shape) != expected:
-            raise ConfigError(
-                f"model.path: {path}: {', '.join(row.hf)} make shape {tuple(full.shape)}, config.json says {expected}"
-            )
+        tensors = [checkpoint.read(name) for name in row.hf]
+        _check_shapes(path, row, tensors, arch, tp_size)
+        full = table.merge(row, tensors, arch, tp_size)
         part = table.shard(row, full, tp_rank, tp_size)
         for target in targets:
             with torch.no_grad():
                 target.copy_(part)
+
+
+def _check_shapes(path: Path, row: table.Row, tensors: list[Tensor], arch: Architecture, tp_size: int) -> None:
+    whole = torch.empty(table.full_shape(row, arch, tp_size), device="meta")
+    for name, tensor, expected in zip(row.hf, tensors, table.split(row, whole, arch), strict=True):
+        if tensor.shape != expected.shape:
+            raise ConfigError(
+                f"model.path: {path}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
+            )
 
 
 class HFTensors:
@@ -91,7 +97,7 @@ class HFTensors:
         self.path = path
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.files = _weight_map(index)
         elif (path / "model.safetensors").is_file():
             self.files = {name: "model.safetensors" for name in self._keys("model.safetensors")}
         else:
@@ -113,6 +119,13 @@ class HFTensors:
                 return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"model.path: {self.path / self.files[name]} cannot be read ({error})") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path: {index} is no index of safetensors ({error!r})") from error
 
 
 def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
