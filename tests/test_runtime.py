@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -15,7 +14,11 @@ from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 
 SCRIPT = """
+import atexit
+import os
 import sys
+from pathlib import Path
+
 from nemo_r3 import runtime
 from nemo_r3.errors import ConfigError
 
@@ -27,58 +30,59 @@ def recipe(arguments):
         raise ZeroDivisionError("a bug")
     if arguments == ["interrupt"]:
         raise KeyboardInterrupt
-    assert arguments == ["a.yaml", "x=1"]
+    assert arguments == ["well", "x=1"]
 
-import atexit
-atexit.register(print, "exit hook", file=sys.stderr)
-runtime.main(recipe)
+home, children = Path(sys.argv[1]), {}
+for rank, *arguments in (["0", "mend"], ["1", "mend"], ["0", "bug"], ["0", "interrupt"], ["0", "well", "x=1"]):
+    name = f"{arguments[0]} {rank}"
+    child = os.fork()  # importing torch once is enough
+    if child == 0:
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(home / f"{name}.{stream}", os.O_CREAT | os.O_WRONLY), number)
+        os.environ["RANK"] = rank
+        sys.argv[1:] = arguments
+        atexit.register(print, "exit hook", file=sys.stderr)
+        runtime.main(recipe)
+        sys.exit()
+    children[child] = name
+for child, name in children.items():
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    (home / f"{name}.code").write_text(str(code))
 """
 
 
-def start(*arguments: str, rank: str = "0") -> subprocess.Popen[str]:
-    environment = os.environ | {"RANK": rank, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 @pytest.fixture(scope="module")
-def ends() -> dict[str, tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each way to end, run side by side."""
-    running = {
-        "mend": start("mend"),
-        "bug": start("bug"),
-        "interrupt": start("interrupt"),
-        "well": start("a.yaml", "x=1"),
-        "other rank": start("mend", rank="1"),
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each way to end."""
+    home = tmp_path_factory.mktemp("ends")
+    subprocess.run([sys.executable, "-c", SCRIPT, str(home)], timeout=120, check=True)
+    return {
+        file.stem: (int(file.read_text()), *(file.with_suffix(f".{end}").read_text() for end in ("out", "err")))
+        for file in home.glob("*.code")
     }
-    found = {}
-    for name, process in running.items():
-        out, err = process.communicate(timeout=60)
-        found[name] = (process.returncode, out, err)
-    return found
 
 
 def test_an_error_the_user_can_mend_is_one_line_and_code_2(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["mend"] == (2, "said before", "error: model.path: mend me\n")
+    assert ends["mend 0"] == (2, "said before", "error: model.path: mend me\n")
 
 
 def test_another_rank_says_who_it_is(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["other rank"] == (2, "said before", "[rank 1] error: model.path: mend me\n")
+    assert ends["mend 1"] == (2, "said before", "[rank 1] error: model.path: mend me\n")
 
 
 def test_a_bug_shows_its_traceback_and_code_1(ends: dict[str, tuple[int, str, str]]) -> None:
-    code, _, errors = ends["bug"]
+    code, _, errors = ends["bug 0"]
     assert code == 1
     assert errors.startswith("Traceback") and errors.rstrip().endswith("ZeroDivisionError: a bug")
     assert "exit hook" not in errors, "failures must not run vLLM's exit hooks"
 
 
 def test_an_interrupt_is_one_word(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["interrupt"][0] == 130 and ends["interrupt"][2] == "interrupted\n"
+    assert ends["interrupt 0"][0] == 130 and ends["interrupt 0"][2] == "interrupted\n"
 
 
 def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["well"] == (0, "said before", "exit hook\n")
+    assert ends["well 0"] == (0, "said before", "exit hook\n")
 
 
 @pytest.mark.parametrize(
