@@ -2,12 +2,14 @@
 
 import warnings
 
-# megatron-core warns of every optional extension that is absent, where one is needed we refuse by name; and it looks
-# for gradients on tensors that need none
+# megatron-core warns of every optional extension that is absent (where one is needed, we refuse by name), looks for
+# gradients on tensors that need none, and still uses what torch will replace
 for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 ):
     warnings.filterwarnings("ignore", message=_message)
