@@ -73,18 +73,19 @@ def _start_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
-    """Linear warm-up, then a cosine to `actor.lr_min`; counted in optimizer steps.
+    """Linear warm-up from lr / warm-up steps (a first step at 0 would be wasted), then a cosine to `actor.lr_min`.
 
     A checkpoint's horizon wins over the config's, so a run that is resumed with more `train.steps` keeps its curve.
     """
     actor = config.actor
     horizon = actor.lr_decay_steps or max(config.train.steps, 1)
+    warmup = min(round(horizon * actor.lr_warmup_ratio), horizon - 1)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=actor.lr / max(warmup, 1),
         max_lr=actor.lr,
         min_lr=actor.lr_min,
-        lr_warmup_steps=min(round(horizon * actor.lr_warmup_ratio), horizon - 1),
+        lr_warmup_steps=warmup,
         lr_decay_steps=horizon,
         lr_decay_style="cosine",
         start_wd=actor.weight_decay,

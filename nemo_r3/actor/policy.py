@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,10 +129,6 @@ class Policy:
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
         """Streams the weights under their Hugging Face names; every rank iterates to the end, in lockstep."""
         return cpu.on_any_device_stream(export_hf(self.module, self.arch))
-
-    def reload(self, path: Path) -> None:
-        """Replaces the weights by a Hugging Face checkpoint's; the optimizer is not told."""
-        load_hf(self.module, self.arch, path)
 
     # microbatches and log-probabilities
 

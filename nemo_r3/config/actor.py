@@ -22,7 +22,7 @@ class ActorConfig:
         help="auto: Transformer Engine on CUDA (required there), local on CPU",
         resume=True,
     )
-    distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks", resume=True)
+    distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks")
     recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
     microbatch_tokens: int = option(8192, low=1, help="token budget of one packed microbatch", resume=True)
     packing: bool = option(
