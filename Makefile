@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+# two at a time, see tests/conftest.py
+JOBS ?= -n 2 --no-loadscope-reorder
 
 # several ranks share a small machine's cores; more threads each would only queue
 export OMP_NUM_THREADS ?= 1
@@ -39,10 +41,10 @@ quickstart: setup ## mine, train, evaluate and export the embedded model on smal
 	$(BIN)/python -m recipes.export $(CONFIG) $(ARGS)
 
 test: setup ## all tests of a CPU machine but the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu and not te" $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) -m "not slow and not gpu and not te" $(ARGS)
 
 test-all: setup ## all tests of a CPU machine
-	$(BIN)/python -m pytest -m "not gpu and not te" $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) -m "not gpu and not te" $(ARGS)
 
 check: setup ## format, lint, types, floors, then `make test`: what CI runs
 	$(BIN)/ruff format --check .

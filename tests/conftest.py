@@ -1,7 +1,35 @@
-"""Settings of all tests."""
+"""Settings of all tests, and how `pytest -n` shares them out."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 # two busy cores: how long an example takes says nothing about the code
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+LONGEST_FIRST = ("tests/recipes", "tests/actor", "tests/refit", "tests/rollout")
+"""Folders whose launches take minutes; those of one folder serve all its files, so one worker runs them."""
+
+
+class ByFolder(LoadScopeScheduling):
+    """Keeps a folder of launches, and elsewhere a file, on one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return next((folder for folder in LONGEST_FIRST if file.startswith(folder)), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFolder:
+    """What `pytest -n` hands out next."""
+    return ByFolder(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts what takes longest first, so that the workers end together."""
+    order = {folder: place for place, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get("/".join(item.nodeid.split("/")[:2]), len(order)))

@@ -57,7 +57,6 @@ def test_resume_may_change_layout_steps_and_paths(tmp_path: Path) -> None:
         tmp_path,
         "actor.tensor_parallel=2",
         "actor.sequence_parallel=true",
-        "actor.distributed_optimizer=false",
         "rollout.tensor_parallel=2",
         "train.steps=9",
         "train.save_every=3",
