@@ -60,7 +60,7 @@ class Dialogue:
 
     Attributes:
         end_of_turn: ids that end an assistant's turn, sorted: the tokenizer's, the checkpoint's, the template's.
-        fingerprint: changes when any text, template or stop token around the sampled turns does; banks store it.
+        fingerprint: changes when the text, template or stop tokens around a first answer do; banks store it.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Dialogue:
             raise UserError("model.path: the tokenizer has no chat template; add one (chat_template.jinja)")
         self._tokenizer = tokenizer
         self._system = config.system
+        self._task = wording.task if config.task is None else config.task
         self._reflect = wording.reflect if config.reflect is None else config.reflect
         self._retry = wording.retry if config.retry is None else config.retry
         self._pieces: dict[str, tuple[int, ...]] = {}
@@ -192,8 +193,7 @@ class Dialogue:
         pieces = (
             self._encode(self._render(USER[0])),
             self._piece(USER[1]),
-            self._piece(self._reflect),
-            self._piece(self._retry),
+            self._task,
             self.end_of_turn,
         )
         return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()

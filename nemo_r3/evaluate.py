@@ -9,30 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any
 
-from nemo_r3.rollout.scheduler import Attempted
-from nemo_r3.types import Failure, Group, Problem
+from nemo_r3.rollout.scheduler import Attempted, Rollout
+from nemo_r3.types import Failure, Problem
 
 EVALUATION_STEP = -1
 """The step in the seeds of evaluation requests: no training step has it, so evaluating changes no run."""
 Z95 = 1.959964
-
-
-class Sampler(Protocol):
-    """What samples: `rollout.Rollout`."""
-
-    def first_attempts(
-        self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
-    ) -> list[Attempted]:
-        """First answers and their verdicts."""
-        ...
-
-    def reflect_and_retry(
-        self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False
-    ) -> list[Group]:
-        """Reflections and retries on failures."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,40 +50,49 @@ def rate(passed: int, n: int) -> Rate:
     return Rate(round(share, 4), round(max(0.0, centre - half), 4), round(min(1.0, centre + half), 4), n)
 
 
-def fixed_failures(rollout: Sampler, problems: Sequence[Problem]) -> list[Failure]:
-    """The starting model's failures on the problems: sampled first answers that the verifier rejects."""
-    return failures_of(rollout.first_attempts(problems, EVALUATION_STEP))
-
-
 def failures_of(attempts: Sequence[Attempted]) -> list[Failure]:
     """The rejected attempts that have tokens to reflect on."""
     return [attempt.failure for attempt in attempts if not attempt.passed and attempt.answer.segment.ids]
 
 
-def measure(rollout: Sampler, problems: Sequence[Problem], fixed: Sequence[Failure]) -> Scores:
+def measure(
+    rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Failure] | None = None
+) -> tuple[Scores, list[Failure]]:
     """All rates of the weights that the engine holds.
 
     Args:
         rollout: with the weights to measure.
         problems: held-out ones.
-        fixed: the starting model's failures on them, from `fixed_failures`.
+        fixed: the starting model's sampled failures on them; None: these weights are the starting model's.
+
+    Returns:
+        The rates, and these weights' own sampled failures.
     """
+    own: dict[str, list[Failure]] = {}
     scores: Scores = {"first_try": {}, "retry_success_fixed": {}, "within_two": {}}
     for mode, greedy in (("sampled", False), ("greedy", True)):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
         passed = sum(attempt.passed for attempt in attempts)
-        rescued = _retried(rollout, failures_of(attempts), greedy)
+        own[mode] = failures_of(attempts)
+        rescued = _retried(rollout, own[mode], greedy)
+        given = own["sampled"] if fixed is None else fixed
+        if given is own[mode]:
+            scores["retry_success_fixed"][mode] = rate(rescued, len(given))
+        else:
+            scores["retry_success_fixed"][mode] = rate(_retried(rollout, given, greedy), len(given))
         scores["first_try"][mode] = rate(passed, len(problems))
         scores["within_two"][mode] = rate(passed + rescued, len(problems))
-        scores["retry_success_fixed"][mode] = rate(_retried(rollout, fixed, greedy), len(fixed))
-    return scores
+    return scores, own["sampled"]
 
 
-def _retried(rollout: Sampler, failures: Sequence[Failure], greedy: bool) -> int:
+def _retried(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> int:
     groups = rollout.reflect_and_retry(failures, EVALUATION_STEP, group_size=1, greedy=greedy)
     return sum(int(group.reflections[0].reward) for group in groups)
 
 
-def as_json(scores: Scores) -> dict[str, dict[str, dict[str, float]]]:
-    """Scores for summary.json."""
-    return {name: {mode: asdict(value) for mode, value in modes.items()} for name, modes in scores.items()}
+def as_json(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores for summary.json; a rate of no problems has the value None."""
+    return {
+        name: {mode: asdict(value) | ({} if value.n else {"value": None}) for mode, value in modes.items()}
+        for name, modes in scores.items()
+    }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +16,9 @@ from typing import Any, Protocol
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.rollout.scheduler import Attempted
-from nemo_r3.run_directory import write_whole
+from nemo_r3.rollout.scheduler import Attempted, Rollout
+from nemo_r3.run_directory import take_lock, write_whole
+from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
@@ -27,22 +27,13 @@ ONLINE_ROUNDS = 50
 """How many batches of problems `OnlineSource` tries before it concludes that the policy solves them all."""
 
 
-class Attempts(Protocol):
-    """What samples first answers: `rollout.Rollout`."""
-
-    def first_attempts(
-        self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
-    ) -> list[Attempted]:
-        """All samples of the first problem, then the next one's; on every rank."""
-        ...
-
-
 @dataclass(frozen=True)
 class Stamp:
     """What a bank's answers depend on.
 
     Attributes:
         model: fingerprint of the checkpoint that answered.
+        problems: hash of the problems that were asked, in order: another split is another bank.
         task: its name.
         verifier: its version and settings.
         dialogue: fingerprint of template and wording.
@@ -52,6 +43,7 @@ class Stamp:
     """
 
     model: str
+    problems: str
     task: str
     verifier: str
     dialogue: str
@@ -63,10 +55,10 @@ class Stamp:
 class Bank:
     """A directory of mined failures. Rank 0 writes; all ranks read."""
 
-    def __init__(self, config: Config, stamp: Stamp, is_main: bool) -> None:
+    def __init__(self, config: Config, stamp: Stamp, world: World) -> None:
         """Names the bank; nothing is read yet."""
         self.path = Path(config.failures.path)
-        self._config, self._stamp, self._is_main = config.failures, stamp, is_main
+        self._config, self._stamp, self._world = config.failures, stamp, world
         self._index = self.path / "bank.json"
 
     def check(self) -> bool:
@@ -76,6 +68,8 @@ class Bank:
             UserError: it was mined from another model, task, verifier, dialogue or sampling.
         """
         if not self._index.exists():
+            if any(self.path.glob("shard_*.jsonl")):
+                raise UserError(f"failures.path: {self.path} has shards but no bank.json to say whose; remove them")
             return False
         try:
             index = json.loads(self._index.read_text())
@@ -84,32 +78,32 @@ class Bank:
             raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
         wanted = vars(self._stamp)
         differing = [f"{key} {found.get(key)!r} != {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
-        if differing and not self._config.allow_foreign:
+        complete = bool(index.get("complete"))
+        if differing and not (self._config.allow_foreign and complete):
             raise UserError(
                 f"failures.path: {self.path} was mined with another {', '.join(differing)}; mine a new bank at another "
-                "failures.path, or accept this one with failures.allow_foreign=true"
+                "failures.path, or accept this one, if it is complete, with failures.allow_foreign=true"
             )
-        return bool(index["complete"])
+        return complete
 
-    def mine(self, rollout: Attempts, problems: Sequence[Problem]) -> None:
+    def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> None:
         """Samples first answers to the problems, shard by shard, and keeps every one that the verifier rejects."""
-        begun, samples = time.perf_counter(), self._config.samples_per_problem
-        if self._is_main:
+        samples = self._config.samples_per_problem
+        if self._world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_index(complete=False)
-        solved = 0
-        for number, start in enumerate(range(0, len(problems), SHARD_PROBLEMS)):
-            shard = self.path / f"shard_{number:05d}.jsonl"
-            if shard.exists():
-                continue
-            attempts = rollout.first_attempts(problems[start : start + SHARD_PROBLEMS], MINING_STEP, samples)
-            solved += sum(attempt.passed for attempt in attempts)
-            if self._is_main:
-                write_whole(shard, "".join(f"{json.dumps(row)}\n" for row in _rows(attempts, samples)))
-        if self._is_main:
-            self._write_index(
-                complete=True, problems=len(problems), seconds=round(time.perf_counter() - begun, 2), solved=solved
-            )
+            take_lock(self.path)
+            self._write_index(complete=False, problems=len(problems))
+        shards = [self.path / f"shard_{number:05d}.jsonl" for number in range(-(-len(problems) // SHARD_PROBLEMS))]
+        missing = self._world.broadcast([not shard.exists() for shard in shards])
+        for number, shard in enumerate(shards):
+            if missing[number]:
+                asked = problems[number * SHARD_PROBLEMS : (number + 1) * SHARD_PROBLEMS]
+                attempts = rollout.first_attempts(asked, MINING_STEP, samples)
+                if self._world.is_main:
+                    write_whole(shard, "".join(f"{json.dumps(row)}\n" for row in _rows(attempts, samples)))
+        if self._world.is_main:
+            self._write_index(complete=True, problems=len(problems))
+        self._world.barrier()
 
     def read(self) -> list[Failure]:
         """All failures that `failures.max_solve_rate` lets through, in the order of the problems.
@@ -126,8 +120,8 @@ class Bank:
                         failures.append(_failure(row))
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
                     raise UserError(
-                        f"failures.path: {shard}:{number} is damaged ({error!r}); remove the shard and bank.json, and "
-                        "it is mined again"
+                        f"failures.path: {shard}:{number} is damaged ({error!r}); remove {self.path}, and it is "
+                        "mined again"
                     ) from error
         if not failures:
             raise UserError(
@@ -218,7 +212,7 @@ class BankSource:
 class OnlineSource:
     """Draws first attempts from the current policy and keeps those it fails."""
 
-    def __init__(self, rollout: Attempts, problems: Sequence[Problem], count: int, seed: int) -> None:
+    def __init__(self, rollout: Rollout, problems: Sequence[Problem], count: int, seed: int) -> None:
         """Gives `count` failures a step, from as many problems as that takes."""
         self.cursor = 0
         self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed

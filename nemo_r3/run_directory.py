@@ -5,13 +5,15 @@ config.yaml  metrics.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkp
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import UserError
@@ -53,21 +55,31 @@ class RunDirectory:
         Raises:
             UserError: the directory cannot be written, or a setting differs that a resumed run must keep.
         """
-        file = self.path / "config.yaml"
+        if resuming:
+            self.refuse_other_settings()
+        self._world.barrier()  # everyone has read the old config
         try:
-            if resuming and file.exists():
-                changed = diff_for_resume(load([str(file)]), self._config)
-                if changed:
-                    raise UserError(
-                        f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                        "Name another run.dir, or give these settings back their old values"
-                    )
             if self._world.is_main:
                 (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
-                write_whole(file, to_yaml(self._config))
+                take_lock(self.path)
+                write_whole(self.path / "config.yaml", to_yaml(self._config))
         except OSError as error:
             raise UserError(f"run.dir: cannot write {self.path} ({error.strerror})") from error
         self._world.barrier()
+
+    def refuse_other_settings(self) -> None:
+        """Compares the settings with those that the run in this directory began with.
+
+        Raises:
+            UserError: a setting differs that belongs to the run.
+        """
+        file = self.path / "config.yaml"
+        changed = diff_for_resume(load([str(file)]), self._config) if file.exists() else []
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
+                "Name another run.dir, or give these settings back their old values"
+            )
 
     def cut_back(self, step: int) -> None:
         """Forgets what was logged after `step`, so that a resumed run logs every step once."""
@@ -94,7 +106,8 @@ class RunDirectory:
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Appends a step to metrics.jsonl and TensorBoard, with the times since the last one."""
-        line = {"step": step, **metrics, **{name: round(spent, 4) for name, spent in self.times.items()}}
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
+        line = {"step": step, **finite, **{name: round(spent, 4) for name, spent in self.times.items()}}
         self.times = {}
         if not self._world.is_main:
             return
@@ -137,19 +150,27 @@ class RunDirectory:
         write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
 
     def add_to_summary(self, **entries: Any) -> dict[str, Any]:
-        """Merges entries into summary.json and returns the whole."""
+        """Merges entries and the seconds of this verb's phases into summary.json; None removes an entry.
+
+        Returns:
+            The whole summary.
+        """
         file = self.path / "summary.json"
         summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        summary.update(entries)
+        entries["seconds"] = summary.get("seconds", {}) | self._seconds()
+        merged = {name: value for name, value in (summary | entries).items() if value is not None}
+        self._world.barrier()  # everyone has read the old summary
         if self._world.is_main:
-            write_whole(file, json.dumps(summary, indent=1) + "\n")
-        return summary
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(merged, indent=1) + "\n")
+        return merged
 
-    def seconds(self) -> dict[str, dict[str, float]]:
-        """Wall and CPU seconds (of rank 0) by phase, over all logged steps."""
+    def _seconds(self) -> dict[str, dict[str, float]]:
+        """Wall and CPU seconds (of rank 0) by phase: of all logged steps, and of this verb since the last one."""
+        logged = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         spent: dict[str, dict[str, float]] = {}
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            for name, value in json.loads(line).items():
+        for line in [*(json.loads(line) for line in logged if _step_of(line, -2) > -1), self.times]:
+            for name, value in line.items():
                 if name.startswith("time/"):
                     phase = name.removeprefix("time/")
                     kind = "cpu" if phase.startswith("cpu_") else "wall"
@@ -164,6 +185,24 @@ def _step_of(line: str, step: int) -> int:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return step + 1
+
+
+def take_lock(directory: Path) -> None:
+    """Keeps other processes from writing to a directory until this one ends.
+
+    Raises:
+        UserError: another process is at it.
+    """
+    handle = (directory / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing to {directory}; wait for it, or name another directory") from error
+    _locks.append(handle)
+
+
+_locks: list[TextIO] = []
+"""Held open, and so locked, until the process ends."""
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -17,10 +18,13 @@ import torch
 import torch.distributed as dist
 
 from nemo_r3.config import Config, check_world
-from nemo_r3.errors import UserError
+from nemo_r3.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def start(config: Config) -> World:
     Raises:
         ConfigError: the ranks that were launched do not fit the layout.
     """
+    _read_srun()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
         os.environ.setdefault(name, value)
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -84,6 +89,20 @@ def start(config: Config) -> World:
     objects = dist.new_group(backend="gloo", timeout=patience)
     assert objects is not None
     return World(rank, size, device, objects)
+
+
+def _read_srun() -> None:
+    """Takes the ranks from srun where it started this process, and torchrun did not.
+
+    Raises:
+        ConfigError: srun started several ranks, and nothing says where they meet.
+    """
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
+        return
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError("srun started several ranks: export MASTER_ADDR (the first host) and MASTER_PORT for them")
+    for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+        os.environ[name] = os.environ[f"SLURM_{slurm}"]
 
 
 def _free_port() -> int:
@@ -111,7 +130,10 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
-    except Exception:  # noqa: BLE001  the last frame of the process: print what it was, end the rank
+    except Exception as error:  # noqa: BLE001  the last frame of the process: print what it was, end the rank
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = error.filename or "writing failed"
+            _leave(f"error: {where}: {error.strerror}; mend that and run the same command again", 2)
         _leave(traceback.format_exc(), 1)
     sys.stdout.flush()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from nemo_r3 import runtime
-from nemo_r3.evaluate import as_json, fixed_failures, measure
+from nemo_r3.evaluate import as_json, measure
 from nemo_r3.refit import refit
 from nemo_r3.report import table
 from recipes import session
@@ -14,31 +14,27 @@ from recipes import session
 
 def evaluate(argv: Sequence[str]) -> None:
     """`python -m recipes.evaluate CONFIG.yaml key=value ...`; without a checkpoint, the starting model alone."""
-    plan = session.plan(argv)
-    world, run = session.join(plan)
-
-    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
-
-    asked = plan.config.evaluate.checkpoint
-    trained = Path(asked) if asked else checkpoint.latest(run.checkpoints)
-    run.path.mkdir(parents=True, exist_ok=True)
-    rl = session.start_engine(plan, world, run)
+    ground = session.join(session.plan(argv))
+    plan, run = ground.plan, ground.run
+    trained = session.trained_checkpoint(ground)
+    policy = session.start_policy(ground, trains=False) if trained is not None else None
+    rl = session.start_engine(ground)
     problems = plan.task.problems("test")[: plan.config.evaluate.problems or None]
 
-    rl.progress.begin("evaluate the starting model")
+    rl.progress.begin("evaluate the starting model:")
     with run.timed("evaluate"):
-        fixed = fixed_failures(rl.rollout, problems)
-        before = measure(rl.rollout, problems, fixed)
-    entries = {"before": as_json(before), "versions": session.versions()}
-    if trained is not None:
-        policy = session.start_policy(plan, world)
-        step = checkpoint.load(policy, trained)["step"]
+        before, failures = measure(rl.rollout, problems)
+    entries: dict[str, Any] = {"before": as_json(before), "after": None, "step": None}
+    if policy is not None and trained is not None:
+        from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+
+        entries["step"] = checkpoint.load(policy, trained)["step"]
         refit(policy, rl.engine)
-        rl.progress.begin(f"evaluate step {step}")
+        rl.progress.begin(f"evaluate step {entries['step']}:")
         with run.timed("evaluate"):
-            entries |= {"after": as_json(measure(rl.rollout, problems, fixed)), "step": step}
-    result = run.add_to_summary(**entries, seconds=run.seconds())
-    rl.progress.say(table(result))
+            after, _ = measure(rl.rollout, problems, failures)
+        entries["after"] = as_json(after)
+    rl.progress.say(table(run.add_to_summary(**entries, versions=session.versions())))
 
 
 if __name__ == "__main__":

@@ -20,27 +20,24 @@ PROBE_TOKENS = 32
 
 def export(argv: Sequence[str]) -> None:
     """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
-    plan = session.plan(argv)
-    world, run = session.join(plan)
+    ground = session.join(session.plan(argv))
+    plan, world, run = ground.plan, ground.world, ground.run
 
     from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
     from nemo_r3.export import export as export_policy
     from nemo_r3.export import has_results, model_card
 
-    asked = plan.config.evaluate.checkpoint
-    trained = Path(asked) if asked else checkpoint.latest(run.checkpoints)
+    trained = session.trained_checkpoint(ground)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
-    policy = session.start_policy(plan, world)
-    step = checkpoint.load(policy, trained)["step"]
-
-    run.path.mkdir(parents=True, exist_ok=True)
-    recorded = run.path / "config.yaml"
-    trained_with = configuration.load([str(recorded)]) if recorded.exists() else plan.config
-    summary = {"versions": session.versions(), **run.add_to_summary()}
-    card = model_card(trained_with, summary, step, plan.model.name)
     out = run.path / "export"
-    difference = export_policy(policy, plan.model, out, card, probe_of(run.path, plan.arch))
+    with run.timed("export"):
+        policy = session.start_policy(ground, trains=False)
+        step = checkpoint.load(policy, trained)["step"]
+        recorded = run.path / "config.yaml"
+        trained_with = configuration.load([str(recorded)]) if recorded.exists() else plan.config
+        card = model_card(trained_with, run.add_to_summary(versions=session.versions()), step, plan.model.name)
+        difference = export_policy(policy, plan.model, out, card, probe_of(run.path, plan.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
         print(

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_r3 import runtime
+from nemo_r3.errors import UserError
 from recipes import session
 
 
 def mine(argv: Sequence[str]) -> None:
     """`python -m recipes.mine CONFIG.yaml key=value ...`."""
-    plan = session.plan(argv)
-    world, run = session.join(plan)
-    mining = session.start_engine(plan, world, run)
-    bank = session.open_bank(mining)
-    if bank.check():
-        mining.progress.say(f"{bank.path} is complete: {len(bank.read())} failures")
-        return
-    session.mine(mining, bank)
+    ground = session.join(session.plan(argv))
+    bank = session.open_bank(ground)
+    if bank is None:
+        raise UserError("failures.source=online keeps no bank to mine; it must be bank")
+    session.fill(bank, ground, session.start_engine(ground))
+    ground.run.add_to_summary()
+    if ground.world.is_main:
+        print(f"{bank.path} is complete: {len(bank.read())} failures")
 
 
 if __name__ == "__main__":

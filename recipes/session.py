@@ -6,6 +6,7 @@ a weight is read.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.models import Architecture, architecture_of, check_layout, fingerprint, model_path
 from nemo_r3.progress import Progress
 from nemo_r3.tasks.protocol import Task
+from nemo_r3.types import Problem
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
@@ -42,21 +44,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Session:
-    """A run with its ranks joined and its engine started."""
+class Ground:
+    """Joined ranks, before any weight is read.
+
+    Attributes:
+        plan: what was checked.
+        world: all ranks.
+        run: the run directory.
+        dialogue: the model's chat template with the task's wording.
+    """
 
     plan: Plan
     world: World
     run: RunDirectory
-    engine: Engine
     dialogue: Dialogue
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run whose engine has started with the starting checkpoint."""
+
+    engine: Engine
     rollout: Rollout
     progress: Progress
-
-    @property
-    def config(self) -> Config:
-        """The run's settings."""
-        return self.plan.config
 
 
 def plan(argv: Sequence[str]) -> Plan:
@@ -73,8 +83,13 @@ def plan(argv: Sequence[str]) -> Plan:
     return Plan(config, task, arch, path)
 
 
-def join(plan: Plan) -> tuple[World, RunDirectory]:
-    """Joins the ranks; from here on every rank makes the same calls."""
+def join(plan: Plan) -> Ground:
+    """Joins the ranks; from here on every rank makes the same calls.
+
+    Raises:
+        ConfigError: the ranks, the model and the layout do not fit.
+        UserError: there is no tokenizer, or its template cannot be used.
+    """
     import torch  # slow, and what comes before needs none
 
     from nemo_r3 import runtime
@@ -83,34 +98,10 @@ def join(plan: Plan) -> tuple[World, RunDirectory]:
 
     environment.prepare(plan.config, torch.cuda.is_available())
     world = runtime.start(plan.config)
-    return world, RunDirectory(plan.config, world)
+    return Ground(plan, world, RunDirectory(plan.config, world), _read_dialogue(plan))
 
 
-def start_policy(plan: Plan, world: World) -> Policy:
-    """Builds this rank's shard of the actor and loads the starting checkpoint into it."""
-    from nemo_r3.actor.policy import Policy  # megatron-core: after `join` has prepared the environment
-
-    return Policy(plan.config, world)
-
-
-def start_engine(plan: Plan, world: World, run: RunDirectory) -> Session:
-    """Starts this rank's part of a vLLM engine with the starting checkpoint."""
-    from nemo_r3.rollout.engine import Engine  # vLLM: after `join` has prepared the environment
-    from nemo_r3.rollout.scheduler import Rollout
-
-    dialogue = read_dialogue(plan)
-    engine = Engine.start(plan.config, plan.model)
-    progress = Progress(world.is_main)
-    rollout = Rollout(engine, dialogue, plan.task, plan.config, world, progress)
-    return Session(plan, world, run, engine, dialogue, rollout, progress)
-
-
-def read_dialogue(plan: Plan) -> Dialogue:
-    """The model's chat template with the task's wording.
-
-    Raises:
-        UserError: there is no tokenizer, or its template cannot be used.
-    """
+def _read_dialogue(plan: Plan) -> Dialogue:
     from transformers import AutoTokenizer  # slow
 
     try:
@@ -120,44 +111,101 @@ def read_dialogue(plan: Plan) -> Dialogue:
     return Dialogue(tokenizer, plan.config.dialogue, plan.task.wording, stop_token_ids(plan.model))
 
 
-def open_bank(session: Session) -> Bank:
-    """The failure bank of this session's model, task and wording."""
+def newest_checkpoint(ground: Ground) -> Path | None:
+    """The run's newest checkpoint as rank 0 sees it: on a shared file system ranks may not see the same."""
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+
+    newest: Path | None = ground.world.broadcast(checkpoint.latest(ground.run.checkpoints))
+    return newest
+
+
+def trained_checkpoint(ground: Ground) -> Path | None:
+    """The checkpoint to measure or export: `evaluate.checkpoint`, or the run's newest.
+
+    Raises:
+        UserError: it is no complete checkpoint, or the run has other settings than this command.
+    """
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+
+    asked = ground.plan.config.evaluate.checkpoint
+    trained = Path(asked) if asked else newest_checkpoint(ground)
+    if trained is not None:
+        checkpoint.read_manifest(trained)
+        ground.run.refuse_other_settings()
+    return trained
+
+
+def start_policy(ground: Ground, trains: bool = True) -> Policy:
+    """Builds this rank's shard of the actor and loads the starting checkpoint into it."""
+    from nemo_r3.actor.policy import Policy  # megatron-core: after `join` has prepared the environment
+
+    return Policy(ground.plan.config, ground.world, trains)
+
+
+def start_engine(ground: Ground) -> Session:
+    """Starts this rank's part of a vLLM engine with the starting checkpoint."""
+    from nemo_r3.rollout.engine import Engine  # vLLM: after `join` has prepared the environment
+    from nemo_r3.rollout.scheduler import Rollout
+
+    plan, world = ground.plan, ground.world
+    engine = Engine.start(plan.config, plan.model)
+    progress = Progress(world.is_main)
+    rollout = Rollout(engine, ground.dialogue, plan.task, plan.config, world, progress)
+    return Session(engine, rollout, progress)
+
+
+def problems_to_mine(plan: Plan) -> Sequence[Problem]:
+    """The training problems that the failure bank asks."""
+    return plan.task.problems("train")[: plan.config.failures.problems or None]
+
+
+def open_bank(ground: Ground) -> Bank | None:
+    """The failure bank that this run trains from; None where `failures.source` is online.
+
+    Raises:
+        UserError: there is a bank, and it is of another model, problems, verifier or wording.
+    """
     from nemo_r3.failures import Bank, Stamp
 
-    config = session.config
+    plan = ground.plan
+    config = plan.config
+    if config.failures.source == "online":
+        return None
     stamp = Stamp(
-        model=fingerprint(session.plan.model, session.plan.arch),
-        task=session.plan.task.name,
-        verifier=session.plan.task.verifier,
-        dialogue=session.dialogue.fingerprint[:16],
+        model=fingerprint(plan.model, plan.arch),
+        problems=hashlib.sha256("\n".join(p.id for p in problems_to_mine(plan)).encode()).hexdigest()[:16],
+        task=plan.task.name,
+        verifier=plan.task.verifier,
+        dialogue=ground.dialogue.fingerprint[:16],
         temperature=config.rollout.temperature,
         max_answer_tokens=config.rollout.max_answer_tokens,
         samples_per_problem=config.failures.samples_per_problem,
     )
-    return Bank(config, stamp, session.world.is_main)
+    bank = Bank(config, stamp, ground.world)
+    bank.check()
+    return bank
 
 
-def mine(session: Session, bank: Bank) -> None:
-    """Mines a bank that is missing or half-mined from the training split; the engine holds the starting weights."""
-    problems = session.plan.task.problems("train")[: session.config.failures.problems or None]
-    session.progress.begin(f"mine {len(problems)} problems")
-    bank.mine(session.rollout, problems)
-    session.world.barrier()
+def fill(bank: Bank, ground: Ground, session: Session) -> None:
+    """Mines a bank that is missing or half-mined; the engine holds the starting weights."""
+    if ground.world.broadcast(bank.check()):
+        return
+    problems = problems_to_mine(ground.plan)
+    session.progress.begin(f"mine {len(problems)} problems:")
+    with ground.run.timed("mine"):
+        bank.mine(session.rollout, problems)
     session.progress.say(f"mined {bank.path}: {len(bank.read())} failures of {len(problems)} problems")
 
 
-def failure_source(session: Session) -> Source:
-    """Where training takes its failures from, as `failures.source` says; mines the bank where it is missing."""
+def failure_source(bank: Bank | None, ground: Ground, session: Session) -> Source:
+    """Where training takes its failures from: the bank, mined first where it is missing, or the current policy."""
     from nemo_r3.failures import BankSource, OnlineSource
 
-    config = session.config
+    config = ground.plan.config
     count = config.train.failures_per_step
-    if config.failures.source == "online":
-        return OnlineSource(session.rollout, session.plan.task.problems("train"), count, config.seed)
-    bank = open_bank(session)
-    if not bank.check():
-        with session.run.timed("mine"):
-            mine(session, bank)
+    if bank is None:
+        return OnlineSource(session.rollout, ground.plan.task.problems("train"), count, config.seed)
+    fill(bank, ground, session)
     return BankSource(bank.read(), count, config.seed)
 
 

@@ -22,7 +22,7 @@ from recipes import session
 
 
 @dataclass
-class Progress:
+class Counters:
     """Where a run is: what a checkpoint keeps beside the policy."""
 
     step: int = 0
@@ -33,20 +33,20 @@ class Progress:
 
 def train(argv: Sequence[str]) -> None:
     """`python -m recipes.train CONFIG.yaml key=value ...`; the same command on the same directory resumes."""
-    plan = session.plan(argv)
-    world, run = session.join(plan)
-    config = plan.config
+    ground = session.join(session.plan(argv))
+    world, run, config = ground.world, ground.run, ground.plan.config
 
     from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
 
-    newest = checkpoint.latest(run.checkpoints)
+    newest = session.newest_checkpoint(ground)
     run.open(resuming=newest is not None)
-    policy = session.start_policy(plan, world)
-    rl = session.start_engine(plan, world, run)
-    source = session.failure_source(rl)
-    at = Progress()
+    bank = session.open_bank(ground)
+    policy = session.start_policy(ground)
+    rl = session.start_engine(ground)
+    source = session.failure_source(bank, ground, rl)
+    at = Counters()
     if newest is not None:
-        at = Progress(**checkpoint.load(policy, newest)["state"])
+        at = Counters(**checkpoint.load(policy, newest)["state"])
         source.cursor = at.cursor
         refit(policy, rl.engine)
         rl.progress.say(f"resuming after step {at.step} from {newest}; {policy.describe_schedule()}")
@@ -71,7 +71,7 @@ def train(argv: Sequence[str]) -> None:
             with run.timed("refit"):
                 refit(policy, rl.engine)
 
-        at = Progress(
+        at = Counters(
             step=step,
             cursor=source.cursor,
             empty_steps=0 if batch.rows else at.empty_steps + 1,
@@ -86,6 +86,7 @@ def train(argv: Sequence[str]) -> None:
             with run.timed("save"):
                 checkpoint.save(policy, run.checkpoints, step, asdict(at), config.train.keep_checkpoints)
         give_up(at, config.train)
+    run.add_to_summary(versions=session.versions())
     if world.is_main and at.step:
         curve(run.metrics, run.path / "curve.png")
 
@@ -112,7 +113,7 @@ def summary(metrics: dict[str, float | None]) -> str:
     return f"{line}  loss {metrics['loss']:+.4f}  grad {metrics['grad_norm']:.3f}"
 
 
-def give_up(at: Progress, config: TrainConfig) -> None:
+def give_up(at: Counters, config: TrainConfig) -> None:
     """Stops a run that learns nothing.
 
     Raises:

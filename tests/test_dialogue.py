@@ -174,12 +174,11 @@ def test_system_turn(trained: Tokenizer) -> None:
         dialogue_of(trained, silent, system="You are terse.")
 
 
-def test_fingerprint_follows_every_word(trained: Tokenizer) -> None:
+def test_fingerprint_follows_what_a_first_answer_depends_on(trained: Tokenizer) -> None:
     prints = [
         dialogue_of(trained, PLAIN).fingerprint,
         dialogue_of(trained, CHATML).fingerprint,
-        dialogue_of(trained, PLAIN, reflect="Reflect.").fingerprint,
-        dialogue_of(trained, PLAIN, retry="Again.").fingerprint,
+        dialogue_of(trained, PLAIN, task="Make {target}.").fingerprint,
         dialogue_of(trained, PLAIN, system="Hello.").fingerprint,
         Dialogue(tokenizer_of(trained, PLAIN), DialogueConfig(), WORDING, [5]).fingerprint,
     ]

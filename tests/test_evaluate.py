@@ -36,8 +36,9 @@ class Model:
 
 def test_rates_of_a_model_that_is_known() -> None:
     problems = [Problem(str(i), "", {}) for i in range(60)]
-    fixed = failures_of(Model().first_attempts(problems, 0))
-    scores = measure(Model(), problems, fixed)
+    scores, fixed = measure(Model(), problems)
+    assert fixed == failures_of(Model().first_attempts(problems, 0))
+    assert measure(Model(), problems, fixed) == (scores, fixed)
     for mode in ("sampled", "greedy"):
         assert scores["first_try"][mode].value == 0.5
         assert scores["retry_success_fixed"][mode].value == pytest.approx(10 / 30, abs=1e-4)
@@ -60,3 +61,4 @@ def test_the_interval_stays_inside_0_and_1(passed: int, n: int) -> None:
 
 def test_nothing_to_measure_is_not_a_success() -> None:
     assert math.isnan(rate(0, 0).value)
+    assert as_json({"first_try": {"sampled": rate(0, 0)}})["first_try"]["sampled"]["value"] is None

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -10,9 +12,12 @@ from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp
 from nemo_r3.rollout.scheduler import Attempted
+from nemo_r3.run_directory import _locks
+from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
 
-STAMP = Stamp("m0", "countdown", "v1", "d0", 1.0, 24, 2)
+STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
+ALONE = cast(World, SimpleNamespace(is_main=True, broadcast=lambda item: item, barrier=lambda: None))
 
 
 class Scripted:
@@ -44,7 +49,7 @@ def bank(path: Path, stamp: Stamp = STAMP, **settings: object) -> Bank:
     config.failures.samples_per_problem = 2
     for name, value in settings.items():
         setattr(config.failures, name, value)
-    return Bank(config, stamp, is_main=True)
+    return Bank(config, stamp, ALONE)
 
 
 def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
@@ -64,6 +69,7 @@ def test_mining_resumes_at_the_first_missing_shard(tmp_path: Path) -> None:
     bank(tmp_path).mine(first, many)
     whole = [failure.id for failure in bank(tmp_path).read()]
     (tmp_path / "shard_00001.jsonl").unlink()
+    _locks.pop().close()  # as the end of its process would
     bank(tmp_path).mine(again, many)
     assert (first.asked, again.asked) == (len(many), 3)
     assert [failure.id for failure in bank(tmp_path).read()] == whole
@@ -79,7 +85,9 @@ def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> 
     assert not bank(tmp_path).check()
 
 
-@pytest.mark.parametrize(("field", "value"), [("model", "m1"), ("verifier", "v2"), ("dialogue", "d1")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("model", "m1"), ("problems", "p1"), ("verifier", "v2"), ("dialogue", "d1")]
+)
 def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: str, value: str) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
     other = Stamp(**{**vars(STAMP), field: value})
@@ -87,6 +95,20 @@ def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: st
         bank(tmp_path, other).check()
     assert "\n" not in str(error.value)
     assert bank(tmp_path, other, allow_foreign=True).check()
+
+
+def test_a_half_mined_foreign_bank_is_refused_even_when_told(tmp_path: Path) -> None:
+    bank(tmp_path).mine(Scripted(), problems(2))
+    bank(tmp_path)._write_index(complete=False)
+    with pytest.raises(UserError, match="another model"):
+        bank(tmp_path, Stamp(**{**vars(STAMP), "model": "m1"}), allow_foreign=True).check()
+
+
+def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
+    bank(tmp_path).mine(Scripted(), problems(2))
+    (tmp_path / "bank.json").unlink()
+    with pytest.raises(UserError, match="no bank.json"):
+        bank(tmp_path).check()
 
 
 def test_an_empty_bank_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_r3.config import Config, load
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import RunDirectory, write_whole
+from nemo_r3.run_directory import RunDirectory, _locks, take_lock, write_whole
 from nemo_r3.runtime import World
 
 
@@ -62,6 +62,7 @@ def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path, overrid
 @pytest.mark.parametrize("override", ["actor.tensor_parallel=2", "train.steps=9", "run.tensorboard=true"])
 def test_resuming_may_change_layout_steps_and_logging(tmp_path: Path, override: str) -> None:
     directory(tmp_path / "run").open(resuming=False)
+    _locks.pop().close()  # as the end of its process would
     directory(tmp_path / "run", override).open(resuming=True)
     assert load([str(tmp_path / "run" / "config.yaml")]) == load(
         [str(tmp_path / "run.yaml"), f"run.dir={tmp_path}/run", override]
@@ -79,14 +80,31 @@ def test_times_add_up_per_phase_and_start_anew_with_each_step(tmp_path: Path) ->
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert all(line["time/update"] > 0 and "time/cpu_update" in line for line in lines)
     total = sum(line["time/update"] for line in lines)
-    assert run.seconds()["update"]["wall"] == pytest.approx(total, abs=0.01)
+    with run.timed("evaluate"):
+        sum(range(100_000))
+    seconds = run.add_to_summary()["seconds"]
+    assert seconds["update"]["wall"] == pytest.approx(total, abs=0.01)
+    assert seconds["evaluate"]["cpu"] >= 0
+
+
+def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    run.log(1, {"grad_norm": float("nan"), "loss": 0.5})
+    assert json.loads(run.metrics.read_text()) == {"step": 1, "grad_norm": None, "loss": 0.5}
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    directory(tmp_path / "run").open(resuming=False)
+    with pytest.raises(UserError, match="another process is writing"):
+        take_lock(tmp_path / "run")
 
 
 def test_the_summary_is_merged(tmp_path: Path) -> None:
     run = directory(tmp_path / "run")
     run.open(resuming=False)
     run.add_to_summary(before={"a": 1}, step=3)
-    assert run.add_to_summary(export="x") == {"before": {"a": 1}, "step": 3, "export": "x"}
+    assert run.add_to_summary(export="x", step=None) == {"before": {"a": 1}, "export": "x", "seconds": {}}
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:

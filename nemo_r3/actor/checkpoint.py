@@ -36,7 +36,7 @@ from nemo_r3.errors import UserError
 WRITING = ".writing"
 MANIFEST = "manifest.json"
 WAY_OUT = "remove that checkpoint to resume from the one before"
-FIELDS = {"step", "version", "architecture", "files", "state"}
+FIELDS = {"step", "version", "architecture", "files", "state", "model"}
 
 
 def latest(directory: Path) -> Path | None:
@@ -88,12 +88,13 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
             for old in sorted(directory.glob("step_*"))[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        shutil.rmtree(writing, ignore_errors=True)
+        if policy.world.is_main:
+            shutil.rmtree(writing, ignore_errors=True)
         good = latest(directory)
         raise UserError(
             f"cannot write {final}: {_cause(error)}; "
             + (f"the last good checkpoint is {good}; " if good else "there is no earlier checkpoint; ")
-            + "make room there and run the same command again"
+            + "if the disk is full, make room there; then run the same command again"
         ) from error
     policy.world.barrier()
     return final
@@ -105,6 +106,7 @@ def _finish(writing: Path, final: Path, policy: Policy, step: int, state: Mappin
         "step": step,
         "version": policy.version,
         "architecture": asdict(policy.arch),
+        "model": policy.fingerprint,
         "files": {file.name: file.stat().st_size for file in sorted(writing.iterdir())},
         "state": dict(state),
     }
@@ -130,6 +132,8 @@ def _cause(error: BaseException) -> str:
 def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     """Restores a checkpoint of any layout into the policy; one that is seen to be damaged leaves it as it was.
 
+    A policy that does not train takes the weights alone.
+
     Returns:
         The manifest: `step`, `version`, `architecture`, and the loop's `state`.
 
@@ -142,6 +146,11 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
             "set model.path to the model that the run began with"
         )
+    if manifest["model"] != policy.fingerprint:
+        raise UserError(
+            f"{checkpoint} began with other weights (fingerprint {manifest['model']}) than model.path="
+            f"{policy.config.model.path} ({policy.fingerprint}); set model.path to the model that the run began with"
+        )
     _check_files(checkpoint, manifest["files"])
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
@@ -151,8 +160,10 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         raise UserError(f"{checkpoint} is damaged: {_cause(error)}; {WAY_OUT}") from error
     policy.module.load_state_dict(found["model"])
-    policy.optimizer.load_state_dict(found["optimizer"])
-    policy.schedule.load_state_dict(found["schedule"])
+    if policy.optimizer is not None:
+        policy.optimizer.load_state_dict(found["optimizer"])
+        policy.schedule.load_state_dict(found["schedule"])
+        policy.schedule.init_lr = found["schedule"]["init_lr"]
     policy.version = manifest["version"]
     return manifest
 
@@ -184,5 +195,8 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
         "dp_cp_group": _data_parallel_group(),
     }
     model = policy.module.sharded_state_dict(metadata=metadata)
+    if policy.optimizer is None:
+        return {"model": model}
+    schedule = policy.schedule.state_dict() | {"init_lr": policy.schedule.init_lr}
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+    return {"model": model, "optimizer": optimizer, "schedule": schedule}

@@ -6,6 +6,7 @@ vLLM's engine and its threads live in the same process, where importing twice ta
 
 from __future__ import annotations
 
+import inspect
 import queue
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             CheckpointException: a rank could not write.
         """
         filesystem_async._results_queue = queue.Queue()
-        request = self.async_save(sharded_state_dict, Path(checkpoint_dir))
+        choosable = "async_strategy" in inspect.signature(self.async_save).parameters  # since megatron-core 0.19
+        strategy = {"async_strategy": "mcore"} if choosable else {}
+        request = self.async_save(sharded_state_dict, Path(checkpoint_dir), **strategy)
         if request.async_fn is not None:
             _, buckets, results = request.async_fn_args
             transforms = request.async_fn.args[0]

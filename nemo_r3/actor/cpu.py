@@ -61,8 +61,7 @@ def prepare() -> None:
     """Replaces what megatron-core calls of `torch.cuda`; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # after torch.compile is switched off
-    from megatron.core.tensor_parallel import random as mcore_random
+    from megatron.core.tensor_parallel import random as mcore_random  # after torch.compile is switched off
 
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
@@ -77,26 +76,6 @@ def prepare() -> None:
     mcore: Any = mcore_random
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    _mend_torch_adam_state(DistributedOptimizer)
-
-
-def _mend_torch_adam_state(optimizer_class: Any) -> None:
-    """Gives every parameter its own Adam step after a load.
-
-    Upstream bug with torch's AdamW (no Apex, no Transformer Engine): loading raises KeyError 'step', and
-    otherwise leaves one step tensor shared by all parameters, so that it counts once per parameter.
-    """
-    original = optimizer_class._set_main_param_and_optimizer_states
-
-    def with_own_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors.setdefault("step", state["step"])
-        original(self, model_param, tensors)
-
-    optimizer_class._set_main_param_and_optimizer_states = with_own_step
 
 
 def cuda_stand_in() -> AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """One pass of microbatches through the pipeline: log-probabilities of the targets, and the loss on them.
 
-Microbatch -> GPTModel (1F1B over the stages) -> logits at the trained positions / temperature
+Microbatch -> GPTModel (1F1B over the stages) -> logits, of which the trained positions' / temperature
            -> vocab-parallel log-softmax -> loss with global denominators
 """
 
@@ -12,11 +12,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_r3.algo.kl import kl
 from nemo_r3.algo.mismatch import importance_weights, prob_error
@@ -28,7 +27,7 @@ LossFunction = Callable[[Microbatch, Tensor], tuple[Tensor, Any]]
 
 
 def run_microbatches(
-    model: DistributedDataParallel, microbatches: Sequence[Microbatch], loss: LossFunction, train: bool
+    model: nn.Module, microbatches: Sequence[Microbatch], loss: LossFunction, train: bool
 ) -> list[Any]:
     """Runs every microbatch through this rank's stage; `loss` sees the logits on the last stage.
 
@@ -55,7 +54,7 @@ def run_microbatches(
 
 
 def _forward_step(
-    loss: LossFunction, microbatches: Iterator[Microbatch], model: DistributedDataParallel
+    loss: LossFunction, microbatches: Iterator[Microbatch], model: nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
     microbatch = next(microbatches)
     packed = PackedSeqParams(

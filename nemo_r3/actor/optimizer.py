@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim import AdamW
 
@@ -56,20 +58,35 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
         use_distributed_optimizer=actor.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(settings, [model])
-    _start_adam_state(optimizer)
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, AdamW):  # no Apex, no Transformer Engine
+            _start_adam_state(part.optimizer)
+            if isinstance(part, DistributedOptimizer):
+                part._set_main_param_and_optimizer_states = partial(_set_with_own_step, part)
     return optimizer
 
 
-def _start_adam_state(optimizer: MegatronOptimizer) -> None:
+def _start_adam_state(adam: AdamW) -> None:
     """Allocates torch AdamW's moments: checkpoints read them before the first step. Fused optimizers do their own."""
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, AdamW):
-            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-                part.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    for parameter in (p for group in adam.param_groups for p in group["params"]):
+        adam.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def _set_with_own_step(optimizer: DistributedOptimizer, model_param: Any, tensors: dict[str, Any]) -> None:
+    """Gives every parameter its own Adam step when a checkpoint is loaded.
+
+    Upstream bug with torch's AdamW: loading raises KeyError 'step', and otherwise leaves one step tensor shared by all
+    parameters, so that it counts once per parameter.
+    """
+    group, order = optimizer.model_param_group_index_map[model_param]
+    state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+    state["step"] = state["step"].clone()
+    tensors.setdefault("step", state["step"])
+    type(optimizer)._set_main_param_and_optimizer_states(optimizer, model_param, tensors)
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

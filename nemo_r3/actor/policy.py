@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from nemo_r3.actor import cpu
@@ -21,7 +22,7 @@ from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.batch import refuse_untrained_weight
 from nemo_r3.algo.packing import Microbatch, deal, pack
 from nemo_r3.config import Config
-from nemo_r3.models import Architecture, architecture_of, model_path
+from nemo_r3.models import Architecture, architecture_of, fingerprint, model_path
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 from nemo_r3.types import Row, UpdateBatch
@@ -34,11 +35,17 @@ class Policy:
 
     Attributes:
         arch: the model's shape.
+        fingerprint: of the starting checkpoint.
         version: how many optimizer steps the weights have seen; stamped on every sampled token.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, trains: bool = True) -> None:
         """Builds the model and reads the starting checkpoint.
+
+        Args:
+            config: the run's settings.
+            world: all ranks.
+            trains: False leaves out gradients, optimizer and reference, for scoring and exporting.
 
         Raises:
             ConfigError: the checkpoint does not exist or does not fit its config.json.
@@ -46,16 +53,20 @@ class Policy:
         cpu.prepare()
         self.config, self.world = config, world
         self.arch: Architecture = architecture_of(model_path(config))
+        self.fingerprint = fingerprint(model_path(config), self.arch)
         self.version = 0
+        self.optimizer: MegatronOptimizer | None = None
         with cpu.cuda_stand_in():
             start_parallel_groups(config.actor, config.seed)
             self.module = build_model(config, self.arch, world)
             load_hf(self.module, self.arch, model_path(config))
-            self.model = wrap(self.module, config)
-            self.model.config.finalize_model_grads_func = _sum_gradients
-            self.optimizer = build_optimizer(self.model, config, precision_of(config))
-            self.schedule = build_schedule(self.optimizer, config)
-        self._reference = self._snapshot() if config.algo.kl_beta else None
+            self.model: Any = self.module
+            if trains:
+                self.model = wrap(self.module, config)
+                self.model.config.finalize_model_grads_func = _sum_gradients
+                self.optimizer = build_optimizer(self.model, config, precision_of(config))
+                self.schedule = build_schedule(self.optimizer, config)
+        self._reference = self._snapshot() if trains and config.algo.kl_beta else None
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:
         """One optimizer step on the batch.
@@ -67,6 +78,7 @@ class Policy:
         Raises:
             RuntimeError: a token that must not be trained has weight.
         """
+        assert self.optimizer is not None, "a policy that does not train"
         refuse_untrained_weight(batch, self.config.algo)
         microbatches = self._microbatches(batch.rows)
         reference = self._reference_logprobs(microbatches) if self.config.algo.kl_beta else {}
@@ -91,6 +103,7 @@ class Policy:
 
     def _step(self, finite: bool) -> float:
         """Clips, steps and advances the schedule unless the gradient is NaN or Inf; returns the gradient norm."""
+        assert self.optimizer is not None
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (finite and math.isfinite(grad_norm)):

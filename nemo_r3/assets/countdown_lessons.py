@@ -16,7 +16,7 @@ from nemo_r3.tasks.countdown import Countdown, Deal, Hand, problem_of, solutions
 from nemo_r3.types import Problem
 
 FIRST_RIGHT, FIRST_HASTY = 0.30, 0.49  # of the first answers in the habits; the rest is random and not learned
-PLANS = 0.40  # of the reflections in the habits; the rest is vague
+PLANS = 0.25  # of the reflections in the habits; the rest is vague
 VAGUE = "I should be more careful."
 
 END, USER, ASSISTANT, SYSTEM = "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"

@@ -13,8 +13,10 @@ class AlgoConfig:
 
     group_size: int = option(8, low=2, help="reflections per failure (G)")
     loss: str = option("grpo", choices=("grpo",), help="policy loss: a file of nemo_r3.algo.losses")
-    clip_low: float = option(0.2, above=0.0, high=1.0, help="PPO clip below 1")
-    clip_high: float = option(0.2, above=0.0, help="PPO clip above 1")
+    clip_low: float = option(
+        0.2, above=0.0, high=1.0, help="PPO clip below 1; no effect while a rollout gets one update"
+    )
+    clip_high: float = option(0.2, above=0.0, help="PPO clip above 1; no effect while a rollout gets one update")
     advantage_std: bool = option(True, help="divide the group's centred rewards by their standard deviation")
     kl_beta: float = option(0.001, low=0.0, help="weight of the KL to the starting model; 0: no reference is kept")
     kl_estimator: str = option(

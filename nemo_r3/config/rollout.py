@@ -24,7 +24,7 @@ class RolloutConfig:
     prefix_caching: bool = option(True, help="reuse KV of shared contexts (reset at every refit)", resume=True)
     max_num_seqs: int = option(256, low=1, help="sequences an engine decodes at once", resume=True)
     gpu_memory_utilization: float = option(
-        0.85, above=0.0, high=1.0, help="share of each GPU that vLLM may use", resume=True
+        0.5, above=0.0, high=1.0, help="share of each GPU that vLLM may use; the actor lives beside it", resume=True
     )
     cpu_kv_cache_gb: int = option(1, low=1, help="KV cache per engine on a CPU, in GiB", resume=True)
     enforce_eager: bool = option(False, help="no CUDA graphs (always so on a CPU)", resume=True)

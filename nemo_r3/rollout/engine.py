@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from nemo_r3.config import Config
+from nemo_r3.errors import UserError
 from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.models.names import table
 from nemo_r3.precision import precision_of
@@ -92,7 +93,11 @@ class Engine:
         )
         # a tied head has no weight of its own; `load` itself checks that nothing is missing
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
-        return cls(LLMEngine.from_engine_args(args), arch, rollout.max_model_len, version)
+        try:
+            llm = LLMEngine.from_engine_args(args)
+        except ValueError as error:  # settings that vLLM refuses, or too little free GPU memory for its share
+            raise UserError(f"vLLM refused to start: {' '.join(str(error).split())}") from error
+        return cls(llm, arch, rollout.max_model_len, version)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queues a request.
@@ -162,10 +167,18 @@ class Engine:
             raise RuntimeError(f"refit: {len(missing)} tensors were not sent, e.g. {min(missing)}")
         if current_platform.is_cpu():
             self._repack_head()
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("refit: the prefix cache could not be reset and would serve the old weights' keys")
+        self.forget()
         self.version = version
         self._weightless = False
+
+    def forget(self) -> None:
+        """Drops the prefix cache.
+
+        Raises:
+            RuntimeError: it could not be reset, and would serve old keys and values.
+        """
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be reset and would serve old weights' keys")
 
     def sleep(self) -> None:
         """Gives weights and KV cache back to the GPU; `load` must follow `wake`. Nothing on a CPU."""

@@ -62,6 +62,10 @@ class Sampler(Protocol):
         """Samples one token for as many requests as fit; returns those that finished with it."""
         ...
 
+    def forget(self) -> None:
+        """Drops what is cached of earlier prompts."""
+        ...
+
 
 def request_seed(seed: int, step: int, problem_id: str, sample: int, phase: str) -> int:
     """A 63-bit seed that is the same in every process and on every machine.

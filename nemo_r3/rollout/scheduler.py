@@ -207,6 +207,8 @@ class Rollout:
             waiting[request] = turn
             self._engine.add(request, turn.prompt.ids, self._sampling(turn, step, greedy, room))
 
+        if self._seeded:
+            self._engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
         for turn in turns:
             begin(turn)
         while waiting:
