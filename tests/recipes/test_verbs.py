@@ -170,10 +170,14 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Pa
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (4, ("actor.tensor_parallel=2", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2")),
-        (4, ("actor.tensor_parallel=2", "actor.sequence_parallel=true")),
+        pytest.param(
+            4,
+            ("actor.tensor_parallel=2", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2"),
+            marks=pytest.mark.slow,
+            id="tp2_pp2_engines_of_2",
+        ),
+        pytest.param(4, ("actor.tensor_parallel=2", "actor.sequence_parallel=true"), id="tp2_dp2_sp"),
     ],
-    ids=["tp2_pp2_engines_of_2", "tp2_dp2_sp"],
 )
 def test_another_layout_resumes_trains_and_exports_the_same(
     trained: Path, bank: Path, tmp_path: Path, ranks: int, layout: tuple[str, ...]

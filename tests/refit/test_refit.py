@@ -58,12 +58,24 @@ def launch(home: Path, kind: str, tied: bool, ranks: int, *overrides: str) -> li
 @pytest.mark.parametrize(
     ("kind", "tied", "ranks", "overrides"),
     [
-        ("qwen2", True, 1, ["rollout.temperature=0.7"]),
-        ("llama", False, 1, ["rollout.temperature=1.0"]),
-        ("qwen2", False, 2, ["rollout.temperature=0.7", "actor.tensor_parallel=2", "actor.sequence_parallel=true"]),
-        ("llama", True, 2, ["rollout.temperature=1.0", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2"]),
+        pytest.param("qwen2", True, 1, ["rollout.temperature=0.7"], id="qwen2_tied"),
+        pytest.param("llama", False, 1, ["rollout.temperature=1.0"], marks=pytest.mark.slow, id="llama_untied"),
+        pytest.param(
+            "qwen2",
+            False,
+            2,
+            ["rollout.temperature=0.7", "actor.tensor_parallel=2", "actor.sequence_parallel=true"],
+            id="qwen2_untied_tp2_sp",
+        ),
+        pytest.param(
+            "llama",
+            True,
+            2,
+            ["rollout.temperature=1.0", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2"],
+            marks=pytest.mark.slow,
+            id="llama_tied_pp2_engine_of_2",
+        ),
     ],
-    ids=["qwen2_tied", "llama_untied", "qwen2_untied_tp2_sp", "llama_tied_pp2_engine_of_2"],
 )
 def test_engine_and_actor_agree(tmp_path: Path, kind: str, tied: bool, ranks: int, overrides: list[str]) -> None:
     results = launch(tmp_path, kind, tied, ranks, *overrides)
