@@ -29,7 +29,7 @@ $(BIN)/python:
 
 $(STAMP): requirements/cpu.lock pyproject.toml | $(BIN)/python
 	@echo "installing $$(grep -c == requirements/cpu.lock) packages into $(VENV): some minutes and 3 GB the first time"
-	@$(BIN)/python -m pip install -qq --no-compile --no-deps -r requirements/cpu.lock || { \
+	@$(BIN)/python -m pip install -qq --no-deps -r requirements/cpu.lock || { \
 	  echo "If torch was not found: torch+cpu comes from PyTorch's CPU wheel index, not from PyPI; see Set-up in README.md"; \
 	  exit 1; }
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
