@@ -223,6 +223,7 @@ def test_one_process_exports_what_it_loaded(home: Path, found: dict[str, Any], k
     assert_same_bits(weights(home / "out" / kind), weights(home / kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_ranks_export_the_same(home: Path, found_by_four: list[dict[str, Any]], kind: str) -> None:
     assert len({findings[kind] for findings in found_by_four}) == 1
@@ -274,6 +275,7 @@ def test_a_wrong_weight_is_refused(home: Path, found: dict[str, Any]) -> None:
     assert_same_bits(weights(home / "out" / "llama"), weights(home / "llama"))
 
 
+@pytest.mark.slow
 def test_a_wrong_weight_is_refused_on_every_rank(home: Path, found_by_four: list[dict[str, Any]]) -> None:
     (message,) = {findings["wrong"] for findings in found_by_four}
     assert "not the model that was trained" in message
@@ -287,6 +289,7 @@ def test_what_cannot_be_written_or_read(found: dict[str, Any]) -> None:
     assert not any("\n" in str(message) for message in found.values())
 
 
+@pytest.mark.slow
 def test_nothing_half_written(home: Path, found_by_four: list[dict[str, Any]]) -> None:
     assert sorted(path.name for path in (home / "out").iterdir()) == [
         "bf16",

@@ -65,6 +65,7 @@ def launch(home: Path, kind: str, tied: bool, ranks: int, *overrides: str) -> li
             False,
             2,
             ["rollout.temperature=0.7", "actor.tensor_parallel=2", "actor.sequence_parallel=true"],
+            marks=pytest.mark.slow,
             id="qwen2_untied_tp2_sp",
         ),
         pytest.param(
