@@ -170,6 +170,8 @@ class Row:
             step's rows they carry the loss's denominators, so any split into microbatches and
             ranks adds up to the same loss.
         rollout_logprobs: vLLM's log-probability of the token; 0 where it was not sampled.
+        group: rows of one group have the same number.
+        shared: so many leading tokens, none of them trained, are the same in every row of the group.
     """
 
     ids: Sequence[int]
@@ -178,6 +180,8 @@ class Row:
     advantages: Sequence[float]
     weights: Sequence[float]
     rollout_logprobs: Sequence[float]
+    group: int = 0
+    shared: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,0 +1,38 @@
+"""`Targets`: the tokens of a microbatch that carry loss, and all that a loss needs to know of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The trained tokens of a microbatch, sequence after sequence.
+
+    Attributes:
+        sources: [trained] int64, place in the microbatch of the hidden state that predicts the token; the first tokens
+            of all reflections of a group have the same one.
+        ids: [trained] int64, the tokens.
+        sequences: [trained] int64, which sequence of the microbatch each belongs to: from 0, never decreasing. A
+            sequence is never split over microbatches.
+        advantages: [trained] float32.
+        weights: [trained] float32, share of the token in the step's loss, never 0.
+        rollout_logprobs: [trained] float32, vLLM's log-probabilities (nats).
+    """
+
+    sources: Tensor
+    ids: Tensor
+    sequences: Tensor
+    advantages: Tensor
+    weights: Tensor
+    rollout_logprobs: Tensor
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        return Targets(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def __len__(self) -> int:
+        return len(self.ids)
