@@ -37,7 +37,7 @@ def _check_lengths(config: Config) -> None:
             f"rollout.max_model_len: {rollout.max_model_len} cannot hold task, attempt, reflection and retry; it "
             f"must be above 2 * rollout.max_answer_tokens + rollout.max_reflection_tokens = {longest}"
         )
-    if actor.packing and actor.microbatch_tokens < rollout.max_model_len:
+    if actor.microbatch_tokens < rollout.max_model_len:
         raise ConfigError(
             f"actor.microbatch_tokens: {actor.microbatch_tokens} cannot hold the longest sequence; it must be at least "
             f"rollout.max_model_len = {rollout.max_model_len}"
