@@ -121,8 +121,11 @@ def _to_context(layout: Layout) -> Parts:
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the halves of each head [tokens, heads, head_dim] by the tokens' angles; -sin turns them back."""
-    first, second = heads.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    (first, second), turned = heads.chunk(2, -1), torch.empty_like(heads, memory_format=torch.contiguous_format)
+    into = turned.chunk(2, -1)
+    torch.mul(first, cos, out=into[0]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=into[1]).addcmul_(first, sin)
+    return turned
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,5 @@ def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
         other: the same queries over other keys.
     """
     lse = torch.logaddexp(one[1], other[1])
-    shares = (torch.exp(part - lse).t()[..., None] for _, part in (one, other))
-    out = sum(share * part for share, (part, _) in zip(shares, (one, other), strict=True))
-    return out.to(one[0].dtype), lse  # type: ignore[union-attr]
+    first, second = (torch.exp(part - lse).t()[..., None].to(one[0].dtype) for _, part in (one, other))
+    return (one[0] * first).addcmul_(other[0], second), lse

@@ -1,6 +1,6 @@
 """The head on trained positions: log-probabilities and entropies without a tensor of all tokens x vocabulary.
 
-    hidden states at the targets' sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
+    hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
 Backward computes each chunk's logits once more: a fifth more work in the head for memory that does not grow with the
 number of tokens.
