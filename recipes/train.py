@@ -58,7 +58,7 @@ def train(argv: Sequence[str]) -> None:
 
         with run.timed("rollout"):
             groups = rl.rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
-        batch = build_update(groups, config.algo, seed=config.seed * 1_000_003 + step)
+        batch = build_update(groups, config, seed=config.seed * 1_000_003 + step)
         speed = rl.progress.rates()
 
         metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
