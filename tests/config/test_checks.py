@@ -51,7 +51,6 @@ def test_refused_together(tmp_path: Path, overrides: list[str], keys: list[str])
     "overrides",
     [
         ["algo.trained_phases=[attempt, retry]"],
-        ["actor.packing=false", "actor.microbatch_tokens=1"],
         ["failures.max_solve_rate=0.5", "failures.samples_per_problem=4"],
         ["actor.sequence_parallel=true", "actor.tensor_parallel=2"],
         ["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.tensor_parallel=4", "actor.pipeline_parallel=2"],
