@@ -130,7 +130,7 @@ def give_up(at: Counters, config: TrainConfig) -> None:
         raise UserError(
             f"{at.skipped_steps} updates in a row were skipped (train.max_skipped_steps={config.max_skipped_steps}): "
             "their gradient was NaN or Inf (lower actor.lr, or resume an earlier checkpoint), or "
-            "algo.mismatch_correction rejected every token (token_mult_prob_error says how far vLLM and the actor differ)"
+            "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off)"
         )
 
 
