@@ -6,6 +6,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRL := .venv-trl
+TRL_STAMP := $(TRL)/.installed
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 # two at a time, see tests/conftest.py
@@ -16,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all check format
+.PHONY: help setup quickstart test test-all check format bench
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -57,3 +59,15 @@ format: setup ## rewrite code and docs/config.md as `make check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m nemo_r3.config > docs/config.md
+
+# Python's own files aside, TRL's environment holds TRL and accelerate; torch, transformers and vLLM are .venv's
+PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
+
+$(TRL_STAMP): requirements/trl.lock $(STAMP)
+	$(BIN)/python -m venv $(TRL)
+	$(BIN)/python -c "$(PACKAGES)" > "$$($(TRL)/bin/python -c "$(PACKAGES)")/project.pth"
+	@$(TRL)/bin/python -m pip install -qq --no-deps -r requirements/trl.lock
+	@touch $@
+
+bench: setup $(TRL_STAMP) ## measure a whole step against TRL's GRPOTrainer: benchmarks/results/
+	$(BIN)/python -m benchmarks.step_vs_trl $(ARGS)

@@ -1,0 +1,1 @@
+"""What nemo_r3 costs, measured."""

@@ -1,0 +1,199 @@
+"""nemo_r3's side: the parts of recipes/train.py in one process, on a given workload.
+
+python -m benchmarks.r3_worker WORKLOAD.json
+
+step N        reflect and retry -> build_update -> update -> refit, timed
+loss WEIGHTS  writes the policy's weights to WEIGHTS; its loss and gradient norm on the workload's check
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from benchmarks.worker import Channel, Stopwatch
+from benchmarks.workload import Context, Workload, wording
+from nemo_r3 import runtime
+from nemo_r3.algo.batch import build_update
+from nemo_r3.config import Config
+from nemo_r3.dialogue import Dialogue
+from nemo_r3.refit import refit
+from nemo_r3.rollout import environment
+from nemo_r3.rollout.sampling import Completion, Sampler, Sampling, request_seed
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
+
+
+class RejectsAll:
+    """A task without problems: rewards are given by the workload."""
+
+    name = "given"
+    verifier = "given-1"
+    wording = wording()
+
+    def problems(self, split: str) -> list[Problem]:
+        """None."""
+        return []
+
+    def verify(self, problem: Problem, text: str) -> bool:
+        """No."""
+        return False
+
+
+class ForcedLengths:
+    """An engine whose requests end at given lengths, which it looks up by the request's seed, and nowhere else."""
+
+    def __init__(self, engine: Sampler) -> None:
+        """Takes the real engine."""
+        self.lengths: dict[int | None, int] = {}
+        self.max_model_len = engine.max_model_len
+        self._engine = engine
+
+    @property
+    def version(self) -> int:
+        """The engine's."""
+        return self._engine.version
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Queues a request of the given length that no token can end."""
+        forced = replace(sampling, max_tokens=self.lengths[sampling.seed], stop_ids=())
+        self._engine.add(request_id, prompt_ids, forced)
+
+    def step(self) -> list[Completion]:
+        """The engine's."""
+        return self._engine.step()
+
+    def forget(self) -> None:
+        """The engine's."""
+        self._engine.forget()
+
+
+class Bench:
+    """A policy and an engine as recipes/train.py has them."""
+
+    def __init__(self, workload: Workload) -> None:
+        """Starts both."""
+        self.workload, self.config = workload, settings(workload)
+        environment.prepare(self.config, on_cuda=False)
+        world = runtime.start(self.config)
+
+        from nemo_r3.actor.policy import Policy
+        from nemo_r3.rollout.engine import Engine
+        from nemo_r3.rollout.scheduler import Rollout
+
+        model = Path(workload.model)
+        self.policy, self.engine = Policy(self.config, world), Engine.start(self.config, model)
+        self.forced = ForcedLengths(self.engine)
+        dialogue = Dialogue(AutoTokenizer.from_pretrained(model), self.config.dialogue, RejectsAll.wording)
+        self.rollout = Rollout(self.forced, dialogue, RejectsAll(), self.config, world)
+
+    def step(self, number: int) -> dict[str, Any]:
+        """One training step with its times."""
+        contexts = self.workload.steps[number]
+        failures = [failure(context, f"{number}/{index}") for index, context in enumerate(contexts)]
+        self._force(failures, number)
+        watch = Stopwatch()
+        with watch.time("step"):
+            runtime.seed_step(self.config.seed, number)
+            with watch.time("rollout"):
+                groups = self.rollout.reflect_and_retry(failures, number, self.workload.group)
+            batch = self._batch([rewarded(group, c.rewards) for group, c in zip(groups, contexts, strict=True)])
+            self.engine.sleep()
+            metrics = self.policy.update(batch)
+            with watch.time("sync"):
+                refit(self.policy, self.engine)
+        return watch.split() | {"metrics": metrics}
+
+    def loss(self, weights: Path) -> dict[str, Any]:
+        """The loss on the check's batch; the reference is the starting model."""
+        save_file({name: tensor.detach().clone() for name, tensor in self.policy.export_hf()}, weights)
+        check = self.workload.check
+        self.config.algo.kl_beta = check.kl_beta
+        batch = self._batch(
+            [given_group(*item) for item in zip(check.contexts, check.completions, strict=True)],
+        )
+        advantages = [advantage for group in check.advantages for advantage in group]
+        rows = [
+            replace(row, advantages=[advantage if weight else 0.0 for weight in row.weights])
+            for row, advantage in zip(batch.rows, advantages, strict=True)
+        ]
+        return dict(self.policy.update(replace(batch, rows=tuple(rows))))
+
+    def _batch(self, groups: Sequence[Group]) -> UpdateBatch:
+        return build_update(groups, self.config.algo, seed=self.config.seed)
+
+    def _force(self, failures: Sequence[Failure], number: int) -> None:
+        """Gives every request of the step its length."""
+        self.forced.lengths = {}
+        for failed, context in zip(failures, self.workload.steps[number], strict=True):
+            for sample, length in enumerate(context.lengths):
+                for phase, tokens in ((Phase.REFLECTION, length), (Phase.RETRY, self.workload.retry_tokens[number])):
+                    seed = request_seed(self.config.seed, number, failed.id, sample, phase)
+                    self.forced.lengths[seed] = tokens
+
+
+def settings(workload: Workload) -> Config:
+    """The run's settings; the learning rate is constant."""
+    config = Config()
+    config.seed = workload.seed
+    config.model.path = workload.model
+    config.actor.precision = "fp32"
+    config.actor.lr = config.actor.lr_min = workload.lr
+    config.actor.lr_warmup_ratio = 0.0
+    config.actor.clip_grad = workload.clip_grad
+    config.algo.group_size = workload.group
+    config.algo.kl_beta = workload.kl_beta
+    config.rollout.temperature = workload.temperature
+    config.rollout.max_model_len = workload.max_model_len
+    return config
+
+
+def sampled(phase: Phase, ids: Sequence[int]) -> Segment:
+    """A segment as if vLLM had sampled it."""
+    return Segment(phase, tuple(ids), (0.0,) * len(ids), 0)
+
+
+def failure(context: Context, name: str) -> Failure:
+    """A row of a failure bank."""
+    attempt = sampled(Phase.ATTEMPT, context.attempt)
+    whole = Trajectory((Segment(Phase.TASK, tuple(context.task)), attempt))
+    return Failure(Problem(name, "", {}), whole, Answer(attempt, "", "length"))
+
+
+def rewarded(group: Group, rewards: Sequence[float]) -> Group:
+    """The group with the given rewards."""
+    pairs = zip(group.reflections, rewards, strict=True)
+    return replace(group, reflections=tuple(replace(reflection, reward=reward) for reflection, reward in pairs))
+
+
+def given_group(context: Context, completions: Sequence[Sequence[int]]) -> Group:
+    """A group of given reflections."""
+    failed = failure(context, "check")
+    request = Segment(Phase.REQUEST, tuple(context.prompt[len(failed.context) :]))
+    found = []
+    for sample, ids in enumerate(completions):
+        segment = sampled(Phase.REFLECTION, ids)
+        answer = Answer(segment, "", "length")
+        trajectory = failed.context.then(request, segment)
+        found.append(Reflection(sample, trajectory, answer, answer, context.rewards[sample]))
+    return Group(failed, tuple(found))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serves commands until there are no more."""
+    channel = Channel()
+    bench = Bench(Workload.read(Path(argv[0])))
+    channel.answer(ready=True)
+    while command := channel.next_command():
+        verb, argument = command
+        channel.answer(**(bench.step(int(argument)) if verb == "step" else bench.loss(Path(argument))))
+
+
+if __name__ == "__main__":
+    runtime.main(main)
+    sys.exit()

