@@ -26,13 +26,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+import torch
+
+from benchmarks.machine import machine, versions
+from benchmarks.plot import picture
 from benchmarks.workload import Sizes, make_model
 from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.types import Phase, Row, UpdateBatch
 
-RESULTS = Path(__file__).parent / "results" / "update.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "update.json"
+PICTURE = ROOT / "docs" / "update_cost.png"
+PACKAGES = ("torch", "megatron-core", "transformers")
 LAYOUTS = ("shared", "packed", "padded")
 ROUNDS = 3
 
@@ -191,7 +197,7 @@ def policy_of(sizes: Sizes, home: Path, world: Any) -> Any:
     """A policy with random weights and the paper's settings, in fp32."""
     from nemo_r3.actor.policy import Policy  # after the world has started
 
-    make_model(sizes, home)
+    make_model(home, sizes, seed=1)
     config = Config()
     config.model.path = str(home)
     config.actor.precision = "fp32"
@@ -203,7 +209,8 @@ def main() -> None:
     """Measures the grid and the main point, and writes both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="tiny models and sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the numbers go")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where the picture goes")
     options = parser.parse_args()
     world = runtime.start(Config())
     grid, main_point, rounds = (SMALL_GRID, SMALL_GRID[0], 1) if options.small else (GRID, MAIN, ROUNDS)
@@ -226,15 +233,20 @@ def main() -> None:
         **{f"memory_{layout}_vs_shared": found["ratios"][layout]["memory"] for layout in LAYOUTS[1:]},
         "main": found,
         "grid": measured,
-        **machine(),
+        "versions": versions(PACKAGES),
+        "machine": machine(torch.get_num_threads()),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
+    base = asdict(grid[0] if options.small else BASE)
+    picture(measured, {name: base[name] for name in ("context", "reflection", "group")}, options.picture)
 
 
 def line(found: dict[str, Any]) -> str:
     """A point in one line."""
-    seconds = "  ".join(f"{name} {of['seconds']:.2f} s {of['memory_mb']:.0f} MiB" for name, of in found["layouts"].items())
+    seconds = "  ".join(
+        f"{name} {of['seconds']:.2f} s {of['memory_mb']:.0f} MiB" for name, of in found["layouts"].items()
+    )
     times = "  ".join(f"{name}/shared {of['time']:.2f}" for name, of in found["ratios"].items())
     return f"context {found['context']} reflection {found['reflection']} G {found['group']}:  {seconds}  {times}"
 
