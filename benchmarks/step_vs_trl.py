@@ -5,7 +5,8 @@
                   -> loss of one given batch on both sides, which must agree
                   -> benchmarks/results/step_vs_trl.json and a table
 
-Taking turns lets a slow minute of the machine hit all sides alike. Exits with 1 when the losses differ.
+Taking turns, with another side first each time, lets a slow minute of the machine hit all sides alike. Exits with 1
+when the losses differ.
 """
 
 from __future__ import annotations
@@ -104,8 +105,10 @@ def take_turns(sides: dict[str, Side], steps: int, deadline: float) -> dict[str,
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for step in range(steps + 1):
         began = time.monotonic()
-        for name, side in sides.items():
-            answer = side.ask(f"step {step}")
+        names = list(sides)
+        first = step % len(names)
+        for name in names[first:] + names[:first]:
+            answer = sides[name].ask(f"step {step}")
             print(f"step {step}  {name:<9}{answer['wall']['step']:8.1f} s", flush=True)
             if step:
                 found[name].append(answer)
