@@ -58,7 +58,7 @@ def train(argv: Sequence[str]) -> None:
 
         with run.timed("rollout"):
             groups = rl.rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
-        batch = build_update(groups, config.algo, seed=config.seed * 1_000_003 + step)
+        batch = build_update(groups, config, seed=config.seed * 1_000_003 + step)
         speed = rl.progress.rates()
 
         metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
@@ -107,9 +107,10 @@ def summary(metrics: dict[str, float | None]) -> str:
     """A step in one line."""
     line = f"retry success {metrics['retry_success']:.3f}  groups {metrics['groups_used']:.0f}"
     if metrics["loss"] is None:
-        return f"{line}  no mixed group: no update"
+        return f"{line}  nothing to train on: no update"
     if metrics["skipped"]:
-        return f"{line}  NaN or Inf gradient: update skipped"
+        rejected = metrics["rejected_tokens"] == metrics["trained_tokens"]
+        return f"{line}  {'all tokens rejected' if rejected else 'NaN or Inf gradient'}: update skipped"
     return f"{line}  loss {metrics['loss']:+.4f}  grad {metrics['grad_norm']:.3f}"
 
 
@@ -117,17 +118,19 @@ def give_up(at: Counters, config: TrainConfig) -> None:
     """Stops a run that learns nothing.
 
     Raises:
-        UserError: too many steps in a row without a mixed group, or with a NaN or Inf gradient.
+        UserError: too many steps in a row with nothing to train on, or with a skipped update.
     """
     if at.empty_steps >= config.max_empty_steps:
         raise UserError(
-            f"{at.empty_steps} steps in a row had no mixed group (train.max_empty_steps={config.max_empty_steps}): "
-            "all retries of each group pass, or all fail; look at rollouts/, and at the task's difficulty"
+            f"{at.empty_steps} steps in a row had nothing to train on "
+            f"(train.max_empty_steps={config.max_empty_steps}): all retries of each group pass, or all fail; "
+            "look at rollouts/, and at the task's difficulty"
         )
     if at.skipped_steps >= config.max_skipped_steps:
         raise UserError(
-            f"{at.skipped_steps} updates in a row had a NaN or Inf gradient "
-            f"(train.max_skipped_steps={config.max_skipped_steps}); lower actor.lr, or resume an earlier checkpoint"
+            f"{at.skipped_steps} updates in a row were skipped (train.max_skipped_steps={config.max_skipped_steps}): "
+            "their gradient was NaN or Inf (lower actor.lr, or resume an earlier checkpoint), or "
+            "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off)"
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 from torch.nn.functional import silu
 
 from nemo_r3.actor.spec import block_spec, resolve_layer_spec
@@ -76,7 +79,24 @@ def transformer_config(
     )
 
 
-def build_model(config: Config, arch: Architecture, world: World) -> GPTModel:
+class Trunk(GPTModel):  # type: ignore[misc]
+    """A stage of the policy that ends in hidden states: `head.py` computes logits, and only where they are needed."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """[tokens (/ tensor_parallel under sequence parallel), 1, hidden_size], on every stage."""
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """[vocabulary / tensor_parallel, hidden_size], on the last stage."""
+        weight: Tensor = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight
+
+
+def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
     """This rank's part of the policy, its weights not yet loaded.
 
     Raises:
@@ -86,7 +106,7 @@ def build_model(config: Config, arch: Architecture, world: World) -> GPTModel:
     on_cuda = world.device.type == "cuda"
     kind = resolve_layer_spec(actor.layer_spec, on_cuda)
     tf_config = transformer_config(actor, arch, precision_of(config), on_cuda)
-    model = GPTModel(
+    model = Trunk(
         config=tf_config,
         transformer_layer_spec=block_spec(tf_config, kind, arch.num_layers // actor.pipeline_parallel),
         vocab_size=arch.padded_vocab(actor.tensor_parallel),
@@ -94,8 +114,7 @@ def build_model(config: Config, arch: Architecture, world: World) -> GPTModel:
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
-        position_embedding_type="rope",
-        rotary_base=arch.rope_theta,  # type: ignore[arg-type]  # megatron-core calls it an int, Qwen's are floats
+        position_embedding_type="none",  # attention.py turns by the layout's positions
     )
     model = model.to(device=world.device, dtype=precision_of(config).dtype)
     mark_tensor_parallel(model, arch)

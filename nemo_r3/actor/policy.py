@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from nemo_r3.actor import cpu
-from nemo_r3.actor.forward import METRICS, policy_loss, run_microbatches, target_logprobs
+from nemo_r3.actor.forward import Pass
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.weights import export_hf, load_hf
+from nemo_r3.algo.balance import Balance
 from nemo_r3.algo.batch import refuse_untrained_weight
-from nemo_r3.algo.packing import Microbatch, deal, pack
+from nemo_r3.algo.objective import METRICS, Objective
+from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
 from nemo_r3.models import Architecture, architecture_of, fingerprint, model_path
+from nemo_r3.models.flops import training_cost
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 from nemo_r3.types import Row, UpdateBatch
@@ -66,40 +70,58 @@ class Policy:
                 self.model.config.finalize_model_grads_func = _sum_gradients
                 self.optimizer = build_optimizer(self.model, config, precision_of(config))
                 self.schedule = build_schedule(self.optimizer, config)
+        self._pass = Pass(self.module, self.arch, config.rollout.temperature)
+        self._objective = Objective(config.algo)
         self._reference = self._snapshot() if trains and config.algo.kl_beta else None
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:
         """One optimizer step on the batch.
 
         Returns:
-            `loss`, `kl`, `token_mult_prob_error`, `grad_norm`, `lr`, `microbatches`, and `skipped`: 1.0 when the
-            gradient was NaN or Inf and the weights were left alone.
+            `loss`, `kl`, `entropy`, `token_mult_prob_error`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`,
+            `microbatches`, and `skipped`: 1.0 when the weights were left alone, because the gradient was NaN or Inf or
+            the correction rejected every token.
 
         Raises:
             RuntimeError: a token that must not be trained has weight.
         """
-        assert self.optimizer is not None, "a policy that does not train"
         refuse_untrained_weight(batch, self.config.algo)
         microbatches = self._microbatches(batch.rows)
-        reference = self._reference_logprobs(microbatches) if self.config.algo.kl_beta else {}
         with cpu.cuda_stand_in():
-            self.model.train()
-            self.model.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            loss = policy_loss(self.config.algo, self._logprobs_of, reference)
-            sums = self._sum(run_microbatches(self.model, microbatches, loss, train=True))
-            lr = self.optimizer.param_groups[0]["lr"]
-            grad_norm = self._step(finite=math.isfinite(sums["loss"]))
+            sums = self._accumulate(microbatches)
+            lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+            grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
+        tokens = max(sums["tokens"], 1.0)
         return {
             "loss": sums["loss"],
             "kl": sums["kl"],
-            "token_mult_prob_error": sums["prob_error"] / max(sums["tokens"], 1.0),
+            "entropy": sums["entropy"] / tokens,
+            "token_mult_prob_error": sums["prob_error"] / tokens,
             "grad_norm": grad_norm,
             "lr": lr,
             "trained_tokens": sums["tokens"],
+            "rejected_tokens": sums["rejected"],
             "microbatches": float(len(microbatches)),
             "skipped": float(not math.isfinite(grad_norm)),
         }
+
+    def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+        """Leaves the step's gradient in the buffers; returns the step's `METRICS`."""
+        assert self.optimizer is not None, "a policy that does not train"
+        reference = self._reference_logprobs(microbatches) if self._reference is not None else {}
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(microbatch: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+            return self._objective(logprobs, microbatch.targets, reference.get(microbatch.rows), entropies)
+
+        sums = self._sum(self._pass.run(self.model, microbatches, loss, train=True))
+        if 0 < sums["kept"] < sums["counted"]:  # what is rejected leaves the denominators of the whole step
+            scale = sums["counted"] / sums["kept"]
+            self.model.scale_gradients(scale)
+            sums |= {name: sums[name] * scale for name in ("loss", "kl")}
+        return sums
 
     def _step(self, finite: bool) -> float:
         """Clips, steps and advances the schedule unless the gradient is NaN or Inf; returns the gradient norm."""
@@ -129,8 +151,8 @@ class Policy:
         rows = [_scored_row(ids) for ids in sequences]
         microbatches = self._microbatches(rows)
         parts: dict[int, Tensor] = {}
-        with self._evaluating():
-            found = run_microbatches(self.model, microbatches, self._score_loss, train=False)
+        with cpu.cuda_stand_in():
+            found = self._score(microbatches)
         for microbatch, logprobs in zip(microbatches, found, strict=False):
             lengths = [len(rows[row]) - 1 for row in microbatch.rows]
             parts.update(zip(microbatch.rows, logprobs.cpu().split(lengths), strict=True))
@@ -147,31 +169,24 @@ class Policy:
 
     def _microbatches(self, rows: Sequence[Row]) -> list[Microbatch]:
         actor = self.config.actor
-        rank = parallel_state.get_data_parallel_rank()
-        dealt = deal(
-            [len(row) - 1 for row in rows],
-            parallel_state.get_data_parallel_world_size(),
-            actor.microbatch_tokens,
-            actor.packing,
-        )
+        if not actor.shared_context:
+            rows = [replace(row, shared=0) for row in rows]
+        balance = Balance(rows, training_cost(self.arch), actor.microbatch_tokens)
+        dealt = balance.deal(parallel_state.get_data_parallel_world_size())
         multiple = actor.tensor_parallel if actor.sequence_parallel else 1
-        return [pack(rows, chosen, multiple).to(self.world.device) for chosen in dealt[rank]]
+        mine = dealt[parallel_state.get_data_parallel_rank()]
+        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine]
 
-    def _logprobs_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        start = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        return target_logprobs(logits, targets, self.config.rollout.temperature, self.arch.vocab_size, start)
+    def _score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Log-probabilities [trained] of each microbatch's targets, on the last stage."""
 
-    def _score_loss(self, microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        trained = microbatch.weights.nonzero()[:, 0]
-        logprobs = self._logprobs_of(logits[trained], microbatch.targets[trained])
-        return logprobs.sum(), logprobs
+        def scored(_: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+            return logprobs.sum(), logprobs
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        with cpu.cuda_stand_in():
-            self.model.eval()
-            yield
-            self.model.train()
+        self.model.eval()
+        found = self._pass.run(self.model, microbatches, scored, train=False)
+        self.model.train()
+        return found
 
     def _sum(self, found: Sequence[Tensor]) -> dict[str, float]:
         """Sums the last stages' metrics over microbatches and data-parallel ranks, each rank counted once."""
@@ -186,23 +201,22 @@ class Policy:
     def _snapshot(self) -> list[Tensor]:
         return [parameter.detach().to("cpu", copy=True) for parameter in self.module.parameters()]
 
-    def _swap_in(self, weights: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, weight in zip(self.module.parameters(), weights, strict=True):
-                parameter.copy_(weight)
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """The starting weights in the model's place; on a CPU nothing is copied."""
+        assert self._reference is not None
+        parameters = list(self.module.parameters())
+        current = [parameter.data for parameter in parameters]
+        for parameter, weight in zip(parameters, self._reference, strict=True):
+            parameter.data = weight.to(parameter.device)
+        yield
+        for parameter, weight in zip(parameters, current, strict=True):
+            parameter.data = weight
 
     def _reference_logprobs(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
-        """The starting model's log-probabilities of the trained tokens; its weights live on the CPU in between."""
-        assert self._reference is not None
-        if self.version == 0:
-            current = None  # still the starting model
-        else:
-            current = self._snapshot()
-            self._swap_in(self._reference)
-        with self._evaluating():
-            found = run_microbatches(self.model, microbatches, self._score_loss, train=False)
-        if current is not None:
-            self._swap_in(current)
+        """The starting model's log-probabilities of the trained tokens, by the microbatch's rows."""
+        with self._as_reference():
+            found = self._score(microbatches)
         return {microbatch.rows: logprobs for microbatch, logprobs in zip(microbatches, found, strict=False)}
 
 

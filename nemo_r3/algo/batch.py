@@ -3,45 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import groupby, takewhile
 
-from nemo_r3.algo.advantages import group_advantages, is_mixed, shuffled
-from nemo_r3.config import AlgoConfig
-from nemo_r3.types import Group, Phase, Row, Segment, Trajectory, UpdateBatch
+from nemo_r3.algo.advantages import Advantage, group_advantages, is_mixed, shuffled
+from nemo_r3.algo.aggregation import token_weights
+from nemo_r3.algo.losses import loss_named
+from nemo_r3.config import AlgoConfig, Config
+from nemo_r3.types import Group, Phase, Reflection, Row, Segment, Trajectory, UpdateBatch
 
 
-def build_update(groups: Sequence[Group], config: AlgoConfig, seed: int) -> UpdateBatch:
+def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBatch:
     """The rows of one optimizer step.
 
-    A group whose rewards are all equal has no advantage to give: it leaves the update and is counted. Over the
-    rows that stay, each row's trained tokens share 1 / rows evenly (GRPO's mean over sequences of the mean over
-    tokens), so the weights of a whole step sum to 1 however it is cut into microbatches and ranks.
+    A group whose rewards are all equal has no advantage to give: it leaves the update and is counted. The rows that
+    stay share the loss as `algo.loss` aggregates (GRPO: 1 / rows each, evenly over the row's trained tokens), so the
+    loss is the same however the step is cut into microbatches and ranks.
 
     Args:
         groups: this step's rollouts, the same on every rank.
-        config: group size, phases, and the shuffled-reward control.
+        config: loss, phases, masking, the shuffled-reward control, and the token limits of the rollout.
         seed: of that control.
     """
+    algo, loss = config.algo, loss_named(config.algo.loss)
     rewards = [group.rewards for group in groups]
-    if config.shuffle_rewards:
+    if algo.shuffle_rewards:
         rewards = shuffled(rewards, seed)
-    advantages = [
-        group_advantages(scores, config.advantage_std) if is_mixed(scores) else [0.0] * len(scores)
-        for scores in rewards
-    ]
-    phases = frozenset(Phase(phase) for phase in config.trained_phases)
-    pairs = [
-        (up_to_trained(reflection.trajectory, phases), advantage)
-        for group, scores, group_values in zip(groups, rewards, advantages, strict=True)
+    kind = advantage_kind(algo, loss.ADVANTAGE)
+    advantages = [group_advantages(scores, kind) if is_mixed(scores) else [0.0] * len(scores) for scores in rewards]
+    phases = frozenset(Phase(phase) for phase in algo.trained_phases)
+    chosen = [
+        (number, trajectory, advantage)
+        for number, (group, scores) in enumerate(zip(groups, rewards, strict=True))
         if is_mixed(scores)
-        for reflection, advantage in zip(group.reflections, group_values, strict=True)
+        for reflection, advantage in zip(group.reflections, advantages[number], strict=True)
+        if (trajectory := up_to_trained(reflection.trajectory, phases)).segments
+        and not (algo.mask_truncated and is_truncated(reflection))
     ]
-    pairs = [(trajectory, advantage) for trajectory, advantage in pairs if trajectory.segments]
+    lengths = [sum(len(segment.ids) for segment in row.segments if _trained(segment, phases)) for _, row, _ in chosen]
+    weights = token_weights(lengths, loss.AGGREGATION, token_limit(config))
+    shared = {
+        number: shared_tokens([trajectory for _, trajectory, _ in members], phases)
+        for number, members in groupby(chosen, key=lambda row: row[0])
+    }
     used = sum(is_mixed(scores) for scores in rewards)
     return UpdateBatch(
-        rows=tuple(build_row(trajectory, advantage, phases, 1 / len(pairs)) for trajectory, advantage in pairs),
+        rows=tuple(
+            build_row(trajectory, phases, advantage, weight, number, shared[number])
+            for (number, trajectory, advantage), weight in zip(chosen, weights, strict=True)
+        ),
         advantages=tuple(tuple(values) for values in advantages),
         groups_used=used,
         groups_dropped=len(groups) - used,
+    )
+
+
+def advantage_kind(algo: AlgoConfig, own: Advantage) -> Advantage:
+    """The loss's own advantage, unless `algo.advantage_std` says otherwise."""
+    if algo.advantage_std is None:
+        return own
+    return Advantage.STD if algo.advantage_std else Advantage.CENTRED
+
+
+def is_truncated(reflection: Reflection) -> bool:
+    """Whether the reflection was cut at its token limit (overlong masking, arXiv 2503.14476, section 3.4)."""
+    return reflection.answer.finish_reason == "length"
+
+
+def token_limit(config: Config) -> int:
+    """The most tokens that a row can train: the token limits of the trained phases."""
+    rollout = config.rollout
+    return sum(
+        rollout.max_reflection_tokens if phase == Phase.REFLECTION else rollout.max_answer_tokens
+        for phase in config.algo.trained_phases
     )
 
 
@@ -51,23 +84,33 @@ def up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajecto
     return Trajectory(trajectory.segments[: last + 1])
 
 
-def build_row(trajectory: Trajectory, advantage: float, phases: Collection[Phase], share: float) -> Row:
-    """One training sequence whose trained tokens share `share` of the loss evenly."""
-    count = sum(len(segment.ids) for segment in trajectory.segments if _trained(segment, phases))
+def shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]) -> int:
+    """How many leading tokens all trajectories have in common, before the first segment that any of them trains."""
+    columns = zip(*(trajectory.segments for trajectory in trajectories), strict=False)
+    alike = takewhile(lambda column: len(set(column)) == 1 and not _trained(column[0], phases), columns)
+    shared = sum(len(column[0].ids) for column in alike)
+    assert shared, "a trajectory begins with its task, which is never trained and the same for a whole group"
+    return shared
+
+
+def build_row(
+    trajectory: Trajectory, phases: Collection[Phase], advantage: float, weight: float, group: int, shared: int
+) -> Row:
+    """One training sequence, each of whose trained tokens has this advantage and weight."""
     tokens = [
         (
             token,
             segment.phase,
             segment.sampled,
             advantage if _trained(segment, phases) else 0.0,
-            share / count if _trained(segment, phases) else 0.0,
+            weight if _trained(segment, phases) else 0.0,
             segment.logprobs[i] if segment.sampled else 0.0,
         )
         for segment in trajectory.segments
         for i, token in enumerate(segment.ids)
     ]
     ids, kinds, sampled, advantages, weights, logprobs = zip(*tokens, strict=True)
-    return Row(ids, kinds, sampled, advantages, weights, logprobs)
+    return Row(ids, kinds, sampled, advantages, weights, logprobs, group, shared)
 
 
 def _trained(segment: Segment, phases: Collection[Phase]) -> bool:

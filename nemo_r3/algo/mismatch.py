@@ -2,24 +2,68 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from nemo_r3.config import AlgoConfig
+from nemo_r3.algo.aggregation import sequence_means
+
+BOUNDS = {"none": (0.0, math.inf), "tis": (0.0, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.99, 1.01)}
+"""Each correction's own `algo.mismatch_low` and `algo.mismatch_high`."""
+
+LOG_RATIO_LIMIT = 20.0
+"""Ratios stay within e^-20 and e^20 (verl's limit), far from what any useful token has and from float32's overflow."""
 
 
 def prob_error(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
     """exp|logp_actor - logp_vllm| at each token; its mean is `token_mult_prob_error` (NeMo-RL's name)."""
-    return torch.exp((logprobs - rollout_logprobs).abs())
+    return _exp((logprobs - rollout_logprobs).abs())
 
 
-def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, config: AlgoConfig) -> Tensor:
-    """Per-token weight of the policy loss: 1, or min(p_actor / p_vllm, cap) (truncated importance sampling).
+def correct(
+    logprobs: Tensor, rollout_logprobs: Tensor, sequences: Tensor, kind: str, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """What importance sampling makes of the policy loss at each token, by ratio = p_actor / p_vllm.
+
+    - "none": nothing.
+    - "tis": the factor is min(ratio, high) (https://fengyao.notion.site/off-policy-rl).
+    - "icepop": the factor is the ratio; a token is rejected unless low <= ratio <= high (arXiv 2510.18855).
+    - "sequence_mask": the factor is the ratio; a sequence is rejected unless the geometric mean of its tokens'
+      ratios is within low and high.
+
+    Bounds are compared as logarithms, which never overflow. A NaN is kept: it must stop the step, not leave it.
+
+    Args:
+        logprobs: [tokens] float of the actor.
+        rollout_logprobs: [tokens] of vLLM.
+        sequences: [tokens] int64, never decreasing.
+        kind: `algo.mismatch_correction`.
+        low: above 0 (of no concern to "none" and "tis").
+        high: above low.
 
     Returns:
-        [tokens] float32, without gradient.
+        Factors [tokens] without gradient, and kept [tokens] bool.
+
+    Raises:
+        ValueError: another kind.
     """
-    if config.mismatch_correction == "none":
-        return torch.ones_like(logprobs)
-    ratio = torch.exp(logprobs.detach() - rollout_logprobs)
-    return ratio.clamp(max=config.mismatch_cap)
+    log_ratio = logprobs.detach() - rollout_logprobs
+    ratio, everything = _exp(log_ratio), torch.ones_like(log_ratio, dtype=torch.bool)
+    if kind == "none":
+        return torch.ones_like(ratio), everything
+    if kind == "tis":
+        return ratio.clamp(max=high), everything
+    if kind == "icepop":
+        return ratio, _within(log_ratio, low, high)
+    if kind == "sequence_mask":
+        return ratio, _within(sequence_means(log_ratio, sequences), low, high)
+    raise ValueError(f"algo.mismatch_correction={kind!r}")
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def _within(log_ratio: Tensor, low: float, high: float) -> Tensor:
+    return ~((log_ratio < math.log(low)) | (log_ratio > math.log(high)))

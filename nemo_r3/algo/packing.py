@@ -1,121 +1,102 @@
-"""Rows -> microbatches: a microbatch is a token budget filled with whole sequences, not a number of padded rows."""
+"""Rows -> microbatches: sequences laid end to end, with a group's context only once."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nemo_r3.algo.layout import Family, Layout
+from nemo_r3.algo.targets import Targets
 from nemo_r3.types import Row
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Sequences laid end to end, shifted so that entry t predicts `targets[t]`.
+    """What one forward pass sees.
 
     Attributes:
-        rows: which rows of the batch it holds, in order.
-        ids: [tokens] int64 input ids (a row's last token is only ever a target).
-        positions: [tokens] int64, from 0 in each sequence.
-        bounds: [sequences + 1] int32, where each sequence begins and the last one ends (padding included).
-        longest: length of its longest sequence.
-        targets: [tokens] int64.
-        advantages: [tokens] float32.
-        weights: [tokens] float32, the target's share of the step's loss.
-        rollout_logprobs: [tokens] float32.
+        rows: which rows of the batch it holds, in the order of their targets.
+        ids: [tokens] int64 input ids. A row's last token is only ever a target.
+        layout: where the sequences lie.
+        targets: the tokens that carry loss.
     """
 
     rows: tuple[int, ...]
     ids: Tensor
-    positions: Tensor
-    bounds: Tensor
-    longest: int
-    targets: Tensor
-    advantages: Tensor
-    weights: Tensor
-    rollout_logprobs: Tensor
+    layout: Layout
+    targets: Targets
 
     def to(self, device: torch.device) -> Microbatch:
         """The same on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Microbatch(rows=self.rows, longest=self.longest, **moved)
+        layout = replace(self.layout, positions=self.layout.positions.to(device))
+        return replace(self, ids=self.ids.to(device), layout=layout, targets=self.targets.to(device))
 
 
-def deal(lengths: Sequence[int], ranks: int, budget: int, packed: bool = True) -> list[list[list[int]]]:
-    """Deals rows to data-parallel ranks and microbatches, longest first onto the lightest.
+def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) -> Microbatch:
+    """Lays pieces end to end; a last dummy sequence without targets fills up to a multiple of `multiple`.
 
     Args:
-        lengths: tokens of each row.
-        ranks: data-parallel ranks.
-        budget: tokens a packed microbatch may hold.
-        packed: False gives every row a microbatch of its own, however long.
-
-    Returns:
-        [ranks][microbatches] lists of row indices; every rank has the same number of microbatches, some maybe
-        empty. The same on every rank, since it depends on the arguments alone.
-
-    Raises:
-        ValueError: a row is longer than the budget.
+        rows: of the batch.
+        pieces: numbers of rows. Rows of one piece share its context: they are of one group. A row on its own is
+            laid whole.
+        multiple: the number of tokens is one of it, and at least one.
     """
-    if not packed:
-        budget = max(lengths, default=0)
-    elif lengths and max(lengths) > budget:
-        raise ValueError(f"a row of {max(lengths)} tokens exceeds actor.microbatch_tokens={budget}")
-    most = max(1, -(-len(lengths) // ranks))
-    count = max(1, -(-sum(lengths) // (budget * ranks))) if packed else most
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    while (bins := _fill(order, lengths, count * ranks, budget, 1 if not packed else len(lengths))) is None:
-        count += 1
-    return [[sorted(rows) for rows in bins[rank::ranks]] for rank in range(ranks)]
-
-
-def _fill(
-    order: Sequence[int], lengths: Sequence[int], count: int, budget: int, most_rows: int
-) -> list[list[int]] | None:
-    """Longest-first onto the lightest of `count` bins; None if one would overflow."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, 0, number) for number in range(count)]  # tokens, rows: an empty row takes its place too
-    for row in order:
-        load, _, number = heapq.heappop(loads)
-        if load + lengths[row] > budget or len(bins[number]) >= most_rows:
-            return None
-        bins[number].append(row)
-        heapq.heappush(loads, (load + lengths[row], len(bins[number]), number))
-    return bins
-
-
-def pack(rows: Sequence[Row], chosen: Sequence[int], multiple: int) -> Microbatch:
-    """Lays the chosen rows end to end; a last dummy sequence without weight fills up to a multiple of `multiple`."""
     ids: list[int] = []
     positions: list[int] = []
-    columns: list[list[float]] = [[], [], [], []]  # targets, advantages, weights, rollout_logprobs
-    bounds = [0]
-    for number in chosen:
-        row = rows[number]
-        ids += row.ids[:-1]
-        positions += range(len(row) - 1)
-        for column, values in zip(columns, (row.ids, row.advantages, row.weights, row.rollout_logprobs), strict=True):
-            column += values[1:]
-        bounds.append(len(ids))
+    cuts, families = [0], []
+    sources: list[int] = []
+
+    def lay(tokens: Sequence[int], first: int) -> None:
+        if tokens:
+            ids.extend(tokens)
+            positions.extend(range(first, first + len(tokens)))
+            cuts.append(len(ids))
+
+    for piece in pieces:
+        start, context = len(ids), rows[piece[0]].shared if len(piece) > 1 else 0
+        lay(rows[piece[0]].ids[:context], 0)
+        branches = len(ids)
+        for number in piece:
+            row = rows[number]
+            begin = len(ids)
+            lay(row.ids[context:-1], context)
+            # a token is predicted by the one before it: for a branch's first, the context's last
+            sources += [(start if place <= context else begin - context) + place - 1 for place in trained(row)]
+        if len(ids) > branches > start:
+            families.append(Family(start, branches, len(ids)))
     padding = max(-len(ids) % multiple, 0 if ids else multiple)
-    if padding:
-        ids += [0] * padding
-        positions += range(padding)
-        for column in columns:
-            column += [0] * padding
-        bounds.append(len(ids))
-    targets, advantages, weights, rollout_logprobs = columns
+    lay([0] * padding, 0)
+    order = [number for piece in pieces for number in piece]
     return Microbatch(
-        rows=tuple(chosen),
+        rows=tuple(order),
         ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
-        bounds=torch.tensor(bounds, dtype=torch.int32),
-        longest=max(end - start for start, end in zip(bounds, bounds[1:], strict=False)),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-        weights=torch.tensor(weights, dtype=torch.float32),
-        rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32),
+        layout=Layout(tuple(cuts), tuple(families), torch.tensor(positions)),
+        targets=_targets([rows[number] for number in order], sources),
     )
+
+
+def _targets(rows: Sequence[Row], sources: Sequence[int]) -> Targets:
+    places = [(number, row, target) for number, row in enumerate(rows) for target in trained(row)]
+
+    def whole(values: Iterator[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64)
+
+    def real(values: Iterator[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float32)
+
+    return Targets(
+        sources=whole(iter(sources)),
+        ids=whole(row.ids[target] for _, row, target in places),
+        sequences=whole(number for number, _, _ in places),
+        advantages=real(row.advantages[target] for _, row, target in places),
+        weights=real(row.weights[target] for _, row, target in places),
+        rollout_logprobs=real(row.rollout_logprobs[target] for _, row, target in places),
+    )
+
+
+def trained(row: Row) -> list[int]:
+    """Places of the row's tokens that carry loss; the first token has no predecessor and is never one."""
+    return [place for place in range(1, len(row)) if row.weights[place]]

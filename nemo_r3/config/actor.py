@@ -25,8 +25,8 @@ class ActorConfig:
     distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks")
     recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
     microbatch_tokens: int = option(8192, low=1, help="token budget of one packed microbatch", resume=True)
-    packing: bool = option(
-        True, help="pack sequences up to the token budget; false: one sequence per microbatch", resume=True
+    shared_context: bool = option(
+        True, help="lay a group's context once, before its reflections; false: once per reflection", resume=True
     )
     lr: float = option(5e-7, low=0.0, help="peak learning rate")
     lr_min: float = option(0.0, low=0.0, help="learning rate at the end of the cosine")

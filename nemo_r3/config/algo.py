@@ -12,20 +12,41 @@ class AlgoConfig:
     """GRPO with the paper's settings."""
 
     group_size: int = option(8, low=2, help="reflections per failure (G)")
-    loss: str = option("grpo", choices=("grpo",), help="policy loss: a file of nemo_r3.algo.losses")
-    clip_low: float = option(
-        0.2, above=0.0, high=1.0, help="PPO clip below 1; no effect while a rollout gets one update"
+    loss: str = option(
+        "grpo",
+        choices=("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
+        help="policy loss: a file of nemo_r3.algo.losses, which says how tokens share it and how rewards are centred",
     )
-    clip_high: float = option(0.2, above=0.0, help="PPO clip above 1; no effect while a rollout gets one update")
-    advantage_std: bool = option(True, help="divide the group's centred rewards by their standard deviation")
+    clip_low: float | None = option(
+        None,
+        above=0.0,
+        high=1.0,
+        help="clip below 1; default: the loss's own; no effect while a rollout gets one update",
+    )
+    clip_high: float | None = option(
+        None, above=0.0, help="clip above 1; default: the loss's own; no effect while a rollout gets one update"
+    )
+    advantage_std: bool | None = option(
+        None, help="divide the group's centred rewards by their standard deviation; default: as the loss does"
+    )
+    mask_truncated: bool = option(
+        False, help="leave out reflections cut at their token limit; their rewards still count in their groups' mean"
+    )
     kl_beta: float = option(0.001, low=0.0, help="weight of the KL to the starting model; 0: no reference is kept")
     kl_estimator: str = option(
         "k3", choices=("k1", "k2", "k3"), help="estimator of that KL (http://joschu.net/blog/kl-approx.html)"
     )
     mismatch_correction: str = option(
-        "none", choices=("none", "tis"), help="importance correction for the gap between vLLM and the actor"
+        "none",
+        choices=("none", "tis", "icepop", "sequence_mask"),
+        help="importance correction for the gap between vLLM and the actor; the last two reject what is far off",
     )
-    mismatch_cap: float = option(2.0, above=1.0, help="tis: truncate the ratio here")
+    mismatch_low: float | None = option(
+        None, above=0.0, high=1.0, help="reject probability ratios below this; default: the correction's own"
+    )
+    mismatch_high: float | None = option(
+        None, above=1.0, help="truncate (tis) or reject ratios above this; default: the correction's own"
+    )
     trained_phases: list[str] = option(
         factory=lambda: ["reflection"], choices=PHASES, help="phases whose sampled tokens carry loss"
     )

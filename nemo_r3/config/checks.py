@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_r3.config.schema import show
 from nemo_r3.config.tree import Config
 from nemo_r3.errors import ConfigError
 
@@ -17,6 +18,7 @@ def check(config: Config) -> None:
     _check_lengths(config)
     _check_optimizer(config)
     _check_method(config)
+    _check_loss(config)
     _check_layout(config)
 
 
@@ -37,7 +39,7 @@ def _check_lengths(config: Config) -> None:
             f"rollout.max_model_len: {rollout.max_model_len} cannot hold task, attempt, reflection and retry; it "
             f"must be above 2 * rollout.max_answer_tokens + rollout.max_reflection_tokens = {longest}"
         )
-    if actor.packing and actor.microbatch_tokens < rollout.max_model_len:
+    if actor.microbatch_tokens < rollout.max_model_len:
         raise ConfigError(
             f"actor.microbatch_tokens: {actor.microbatch_tokens} cannot hold the longest sequence; it must be at least "
             f"rollout.max_model_len = {rollout.max_model_len}"
@@ -64,6 +66,20 @@ def _check_method(config: Config) -> None:
             f"failures.max_solve_rate: {failures.max_solve_rate:g} needs failures.samples_per_problem above 1: "
             "one sample says nothing about how often a problem is solved"
         )
+
+
+def _check_loss(config: Config) -> None:
+    """A setting that the chosen loss or correction would ignore; their own defaults are in nemo_r3.algo."""
+    algo = config.algo
+    ignored = {
+        "loss=rloo": ("clip_low", "clip_high", "advantage_std"),
+        "mismatch_correction=none": ("mismatch_low", "mismatch_high"),
+        "mismatch_correction=tis": ("mismatch_low",),
+    }
+    for choice in (f"loss={algo.loss}", f"mismatch_correction={algo.mismatch_correction}"):
+        for name in ignored.get(choice, ()):
+            if (value := getattr(algo, name)) is not None:
+                raise ConfigError(f"algo.{name}: {show(value)} has no effect with algo.{choice}; leave it out")
 
 
 def _check_layout(config: Config) -> None:

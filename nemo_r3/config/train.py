@@ -17,5 +17,5 @@ class TrainConfig:
         20, low=1, help="stop after this many steps in a row without a mixed group", resume=True
     )
     max_skipped_steps: int = option(
-        5, low=1, help="stop after this many updates in a row with a NaN or Inf gradient", resume=True
+        5, low=1, help="stop after this many updates in a row that were skipped (NaN or Inf gradient)", resume=True
     )

@@ -1,4 +1,4 @@
-"""Three launches of probe.py serve all the tests here; each reads checkpoints that the one before it wrote."""
+"""Three launches of probe.py serve nearly all tests here; each reads checkpoints that the one before it wrote."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ def two(one: Launch) -> Launch:
 def four(two: Launch) -> Launch:
     """TP2xPP2 and TP2xDP2 with sequence parallel."""
     return launch("four", two.home, 4)
+
+
+@pytest.fixture(scope="session")
+def ceiling(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """One process with a vocabulary of 150,000 and little memory."""
+    return launch("ceiling", tmp_path_factory.mktemp("ceiling"), 1)
 
 
 @pytest.fixture(scope="session")

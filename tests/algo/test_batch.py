@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_r3.algo.batch import build_update, refuse_untrained_weight
-from nemo_r3.config import AlgoConfig
+from nemo_r3.config import AlgoConfig, Config, RolloutConfig
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
 
@@ -34,12 +35,27 @@ def group_of(rewards: Sequence[float], lengths: Sequence[int] | None = None) -> 
     return Group(failure, tuple(reflections))
 
 
+def with_algo(**settings: Any) -> Config:
+    return Config(algo=AlgoConfig(**settings), rollout=RolloutConfig(max_reflection_tokens=16, max_answer_tokens=5))
+
+
+def cut(group: Group, *samples: int) -> Group:
+    """The group with these reflections cut at their token limit."""
+    reflections = [
+        replace(reflection, answer=replace(reflection.answer, finish_reason="length"))
+        if reflection.sample in samples
+        else reflection
+        for reflection in group.reflections
+    ]
+    return replace(group, reflections=tuple(reflections))
+
+
 def trained_ids(batch: UpdateBatch, row: int) -> list[int]:
     return [token for token, weight in zip(batch.rows[row].ids, batch.rows[row].weights, strict=True) if weight]
 
 
 def test_a_row_ends_with_its_reflection_and_only_that_has_weight() -> None:
-    batch = build_update([group_of([1, 0], [4, 2])], AlgoConfig(), 0)
+    batch = build_update([group_of([1, 0], [4, 2])], with_algo(), 0)
     first, second = batch.rows
     assert list(first.ids) == [1, 2, 3, 20, 21, 30, 31, 40, 41, 42, 43]
     assert list(second.ids) == [1, 2, 3, 20, 21, 30, 31, 40, 41]
@@ -61,7 +77,7 @@ REWARDS = st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4)
 
 @given(st.lists(st.tuples(REWARDS, st.lists(st.integers(1, 9), min_size=4, max_size=4)), min_size=1, max_size=5))
 def test_weights_sum_to_one_and_every_row_has_the_same_share(found: list[tuple[list[float], list[int]]]) -> None:
-    batch = build_update([group_of(*group) for group in found], AlgoConfig(), 0)
+    batch = build_update([group_of(*group) for group in found], with_algo(), 0)
     mixed = sum(len(set(rewards)) == 2 for rewards, _ in found)
     assert (batch.groups_used, batch.groups_dropped) == (mixed, len(found) - mixed)
     assert len(batch.rows) == 4 * mixed
@@ -74,48 +90,127 @@ def test_weights_sum_to_one_and_every_row_has_the_same_share(found: list[tuple[l
     )
 
 
+SPREAD = 0.5 + 1e-4  # sample standard deviation of one pass in four, and TRL's epsilon
+
+
+@pytest.mark.parametrize(
+    ("loss", "advantages", "weights"),
+    [
+        ("grpo", [0.75 / SPREAD, -0.25 / SPREAD], [1 / 4, 1 / 8]),
+        ("dr_grpo", [0.75, -0.25], [1 / 64, 1 / 64]),  # 4 rows, at most 16 tokens each
+        ("dapo", [0.75 / SPREAD, -0.25 / SPREAD], [1 / 10, 1 / 10]),  # 10 tokens
+        ("gspo", [0.75 / SPREAD, -0.25 / SPREAD], [1 / 4, 1 / 8]),
+        ("cispo", [0.75 / SPREAD, -0.25 / SPREAD], [1 / 10, 1 / 10]),
+        ("rloo", [1.0, -1 / 3], [1 / 4, 1 / 4]),
+    ],
+)
+def test_advantages_and_weights_are_those_of_the_loss(loss: str, advantages: list[float], weights: list[float]) -> None:
+    rows = build_update([group_of([1, 0, 0, 0], [1, 2, 3, 4]), group_of([1, 1])], with_algo(loss=loss), 0).rows
+    assert [row.advantages[-1] for row in rows[:2]] == pytest.approx(advantages, rel=1e-12)
+    assert [row.weights[-1] for row in rows[:2]] == pytest.approx(weights, rel=1e-12)
+
+
+def test_the_standard_deviation_can_be_chosen() -> None:
+    group = group_of([1, 0, 0, 0])
+    assert build_update([group], with_algo(advantage_std=False), 0).advantages[0][0] == 0.75
+    assert build_update([group], with_algo(loss="dr_grpo", advantage_std=True), 0).advantages[0][0] == 0.75 / SPREAD
+
+
+@pytest.mark.parametrize(
+    ("phases", "limit"), [(["attempt"], 5), (["reflection", "retry"], 21), (["attempt", "reflection", "retry"], 26)]
+)
+def test_the_limit_of_a_row_is_that_of_its_trained_phases(phases: list[str], limit: int) -> None:
+    rows = build_update([group_of([1, 0])], with_algo(loss="dr_grpo", trained_phases=phases), 0).rows
+    assert rows[0].weights[-1] == pytest.approx(1 / (2 * limit))
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo"])
+def test_a_reflection_cut_at_its_limit_leaves_loss_and_denominators_but_not_its_group(loss: str) -> None:
+    group = cut(group_of([1, 0, 0, 1], [4, 2, 3, 5]), 0, 2)
+    masked = build_update([group], with_algo(loss=loss, mask_truncated=True), 0)
+    assert [len(row) for row in masked.rows] == [9, 12]
+    assert sum(sum(row.weights) for row in masked.rows) == pytest.approx(1)
+    whole = build_update([group], with_algo(loss=loss), 0)
+    assert len(whole.rows) == 4 and masked.advantages == whole.advantages
+    assert masked.rows[0].advantages == whole.rows[1].advantages
+
+
+def test_masking_every_reflection_leaves_no_rows() -> None:
+    batch = build_update([cut(group_of([1, 0]), 0, 1)], with_algo(mask_truncated=True), 0)
+    assert (batch.rows, batch.groups_used) == ((), 1)
+
+
+def test_rows_know_their_group_and_what_it_shares() -> None:
+    batch = build_update([group_of([0, 1]), group_of([1, 1]), group_of([1, 0, 0])], with_algo(), 0)
+    assert [row.group for row in batch.rows] == [0, 0, 2, 2, 2]
+    assert [row.shared for row in batch.rows] == [7] * 5  # task 3, attempt 2, request 2
+
+
+def test_what_is_trained_or_differs_is_not_shared() -> None:
+    group = group_of([0, 1])
+    trained = build_update([group], with_algo(trained_phases=["attempt", "reflection"]), 0)
+    assert [row.shared for row in trained.rows] == [3, 3], "the attempt is the same in both, and trained"
+
+    first, second = group.reflections
+    segments = list(second.trajectory.segments)
+    segments[2] = Segment(Phase.REQUEST, (30, 99))
+    other = replace(second, trajectory=Trajectory(tuple(segments)))
+    differing = build_update([replace(group, reflections=(first, other))], with_algo(), 0)
+    assert [row.shared for row in differing.rows] == [5, 5]
+    alone = build_update([cut(replace(group, reflections=(first, other)), 0)], with_algo(mask_truncated=True), 0)
+    assert [row.shared for row in alone.rows] == [7], "a row alone shares all that is not trained"
+
+
+def test_a_group_that_shares_nothing_is_a_bug() -> None:
+    group = group_of([0, 1])
+    first, second = group.reflections
+    other = replace(second, trajectory=Trajectory(second.trajectory.segments[1:]))
+    with pytest.raises(AssertionError, match="begins with its task"):
+        build_update([replace(group, reflections=(first, other))], with_algo(), 0)
+
+
 def test_groups_whose_retries_agree_leave_the_update_and_are_counted() -> None:
-    batch = build_update([group_of([1, 1]), group_of([0, 1]), group_of([0, 0])], AlgoConfig(), 0)
+    batch = build_update([group_of([1, 1]), group_of([0, 1]), group_of([0, 0])], with_algo(), 0)
     assert (batch.groups_used, batch.groups_dropped, len(batch.rows)) == (1, 2, 2)
     assert batch.advantages[0] == batch.advantages[2] == (0.0, 0.0)
     assert batch.advantages[1][0] < 0 < batch.advantages[1][1]
 
 
 def test_nothing_mixed_means_no_rows() -> None:
-    batch = build_update([group_of([1, 1])], AlgoConfig(), 0)
+    batch = build_update([group_of([1, 1])], with_algo(), 0)
     assert (batch.rows, batch.groups_used, batch.groups_dropped) == ((), 0, 1)
 
 
 def test_the_shuffled_control_deals_the_same_rewards_by_the_seed_alone() -> None:
     groups = [group_of([1, 1, 1, 1]), group_of([0, 0, 0, 0]), group_of([1, 0, 0, 0])]
-    config = AlgoConfig(shuffle_rewards=True, advantage_std=False)
+    config = with_algo(shuffle_rewards=True, advantage_std=False)
     batch = build_update(groups, config, 5)
     assert batch == build_update(groups, config, 5)
     assert len({build_update(groups, config, seed).advantages for seed in range(8)}) > 4
-    true = build_update(groups, replace(config, shuffle_rewards=False), 5)
+    true = build_update(groups, with_algo(advantage_std=False), 5)
     assert batch.groups_used != true.groups_used or batch.advantages != true.advantages
 
 
 def test_reflection_and_retry_can_be_trained_together() -> None:
-    config = AlgoConfig(trained_phases=["reflection", "retry"])
+    config = with_algo(trained_phases=["reflection", "retry"])
     batch = build_update([group_of([1, 0])], config, 0)
     row = batch.rows[0]
     assert list(row.ids)[-3:] == [50, 60, 61] and trained_ids(batch, 0) == [40, 41, 42, 43, 60, 61]
     assert [weight for weight in row.weights if weight] == pytest.approx([0.5 / 6] * 6)
-    refuse_untrained_weight(batch, config)
+    refuse_untrained_weight(batch, config.algo)
     with pytest.raises(RuntimeError, match="phase retry"):
         refuse_untrained_weight(batch, AlgoConfig())
 
 
 def test_training_the_attempt_alone_cuts_the_row_behind_it() -> None:
-    batch = build_update([group_of([1, 0])], AlgoConfig(trained_phases=["attempt"]), 0)
+    batch = build_update([group_of([1, 0])], with_algo(trained_phases=["attempt"]), 0)
     assert list(batch.rows[0].ids) == [1, 2, 3, 20, 21] and trained_ids(batch, 0) == [20, 21]
 
 
 def test_a_reflection_that_was_never_sampled_makes_no_row() -> None:
     group = group_of([1, 0, 0])
     silent = replace(group.reflections[2], trajectory=Trajectory(group.failure.context.segments))
-    batch = build_update([replace(group, reflections=(*group.reflections[:2], silent))], AlgoConfig(), 0)
+    batch = build_update([replace(group, reflections=(*group.reflections[:2], silent))], with_algo(), 0)
     assert len(batch.rows) == 2
     assert sum(sum(row.weights) for row in batch.rows) == pytest.approx(1)
 
@@ -125,7 +220,7 @@ def test_a_reflection_that_was_never_sampled_makes_no_row() -> None:
     [(0, r"row 1, token 0: phase task \(not sampled by vLLM\)"), (3, r"token 3: phase attempt \(sampled\)")],
 )
 def test_the_gate_names_the_token_that_must_not_be_trained(position: int, expected: str) -> None:
-    batch = build_update([group_of([1, 0])], AlgoConfig(), 0)
+    batch = build_update([group_of([1, 0])], with_algo(), 0)
     weights = list(batch.rows[1].weights)
     weights[position] = 0.25
     rows = (batch.rows[0], replace(batch.rows[1], weights=weights))
@@ -134,14 +229,14 @@ def test_the_gate_names_the_token_that_must_not_be_trained(position: int, expect
 
 
 def test_the_gate_refuses_a_reflection_that_vllm_did_not_sample() -> None:
-    batch = build_update([group_of([1, 0])], AlgoConfig(), 0)
+    batch = build_update([group_of([1, 0])], with_algo(), 0)
     row = replace(batch.rows[0], sampled=[False] * len(batch.rows[0]))
     with pytest.raises(RuntimeError, match="reflection .not sampled by vLLM"):
         refuse_untrained_weight(replace(batch, rows=(row,)), AlgoConfig())
 
 
 def test_the_gate_lets_negative_and_nan_weights_no_more_through() -> None:
-    batch = build_update([group_of([1, 0])], AlgoConfig(), 0)
+    batch = build_update([group_of([1, 0])], with_algo(), 0)
     for weight in (-0.1, float("nan")):
         weights = [weight, *list(batch.rows[0].weights)[1:]]
         with pytest.raises(RuntimeError):

@@ -1,76 +1,169 @@
-"""GRPO's loss and the mismatch correction against the formulas, token by token in float64."""
+"""Every loss, weighted and summed, against its paper's equation in plain Python, and its gradient against differences.
+
+A step is a list of sequences (advantage, [(new, old), ...]) of log-probabilities. A paper's function is also given the
+new log-probabilities once more, `frozen`, where the equation has a stop-gradient.
+"""
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from nemo_r3.algo.losses.grpo import policy_loss
-from nemo_r3.algo.mismatch import importance_weights, prob_error
-from nemo_r3.config import AlgoConfig
+from nemo_r3.algo.aggregation import token_weights
+from nemo_r3.algo.losses import loss_named
+from nemo_r3.config import AlgoConfig, Config, ConfigError, check
 
-LOGPROB = st.floats(-6, 0, width=32)
-TOKENS = st.lists(st.tuples(LOGPROB, LOGPROB, st.floats(-3, 3, width=32)), min_size=1, max_size=12)
-
-
-def obvious_loss(new: float, old: float, advantage: float, low: float, high: float) -> float:
-    ratio = math.exp(new - old)
-    if ratio < 1 - low:
-        clipped = 1 - low
-    elif ratio > 1 + high:
-        clipped = 1 + high
-    else:
-        clipped = ratio
-    return -min(ratio * advantage, clipped * advantage)
+Sequence = tuple[float, list[tuple[float, float]]]
+LIMIT = 7
+LOSSES = AlgoConfig.__dataclass_fields__["loss"].metadata["choices"]
 
 
-@given(TOKENS, st.floats(0.05, 0.5), st.floats(0.05, 0.5))
-def test_grpo_equals_the_formula(tokens: list[tuple[float, float, float]], low: float, high: float) -> None:
-    new, old, advantages = (torch.tensor(column) for column in zip(*tokens, strict=True))
-    found = policy_loss(new, old, advantages, AlgoConfig(clip_low=low, clip_high=high))
-    expected = [obvious_loss(*token, low, high) for token in tokens]
-    assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+def surrogate(ratio: float, advantage: float, low: float, high: float) -> float:
+    clipped = low if ratio < low else high if ratio > high else ratio
+    return min(ratio * advantage, clipped * advantage)
 
 
-@pytest.mark.parametrize(
-    ("shift", "advantage", "flows"),
-    [(0.0, 1.0, True), (0.5, 1.0, False), (0.5, -1.0, True), (-0.5, 1.0, True), (-0.5, -1.0, False)],
-)
-def test_clipping_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(
-    shift: float, advantage: float, flows: bool
-) -> None:
-    old = torch.tensor([-2.0])
-    new = (old + shift).requires_grad_()
-    policy_loss(new, old, torch.tensor([advantage]), AlgoConfig()).sum().backward()
-    assert (new.grad != 0).item() is flows
-    if flows:  # d/dlogp of -ratio * A
-        assert new.grad.item() == pytest.approx(-math.exp(shift) * advantage, rel=1e-6)
+def grpo(step: list[Sequence], frozen: list[list[float]]) -> float:
+    total = 0.0
+    for advantage, tokens in step:
+        total += sum(surrogate(math.exp(new - old), advantage, 0.8, 1.2) for new, old in tokens) / len(tokens)
+    return -total / len(step)
 
 
-def test_at_ratio_one_the_gradient_is_the_policy_gradient() -> None:
+def dr_grpo(step: list[Sequence], frozen: list[list[float]]) -> float:
+    total = 0.0
+    for advantage, tokens in step:
+        total += sum(surrogate(math.exp(new - old), advantage, 0.8, 1.2) for new, old in tokens) / LIMIT
+    return -total / len(step)
+
+
+def dapo(step: list[Sequence], frozen: list[list[float]]) -> float:
+    total, count = 0.0, 0
+    for advantage, tokens in step:
+        total += sum(surrogate(math.exp(new - old), advantage, 0.8, 1.28) for new, old in tokens)
+        count += len(tokens)
+    return -total / count
+
+
+def gspo(step: list[Sequence], frozen: list[list[float]]) -> float:
+    total = 0.0
+    for advantage, tokens in step:
+        ratio = math.exp(sum(new - old for new, old in tokens) / len(tokens))
+        total += surrogate(ratio, advantage, 1 - 3e-4, 1 + 4e-4)
+    return -total / len(step)
+
+
+def cispo(step: list[Sequence], frozen: list[list[float]]) -> float:
+    total, count = 0.0, 0
+    for (advantage, tokens), stopped in zip(step, frozen, strict=True):
+        for (new, old), still in zip(tokens, stopped, strict=True):
+            total += min(math.exp(still - old), 5.0) * advantage * new
+            count += 1
+    return -total / count
+
+
+def rloo(step: list[Sequence], frozen: list[list[float]]) -> float:
+    return -sum(advantage * sum(new for new, _ in tokens) for advantage, tokens in step) / len(step)
+
+
+PAPERS: dict[str, Callable[[list[Sequence], list[list[float]]], float]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "rloo": rloo,
+}
+
+
+def drawn(seed: int) -> list[Sequence]:
+    """Sequences whose ratios stray little (as GSPO's clip is about), some, or much."""
+    draw = random.Random(seed)
+    step = []
+    for scale in [3e-4, 0.02, 0.3, 2.0] * 3:
+        old = [draw.uniform(-4, -0.1) for _ in range(draw.randint(1, LIMIT))]
+        step.append((draw.gauss(0, 1), [(value + draw.gauss(0, scale), value) for value in old]))
+    return step
+
+
+def news(step: list[Sequence]) -> list[list[float]]:
+    return [[new for new, _ in tokens] for _, tokens in step]
+
+
+def difference(step: list[Sequence], paper: Callable[..., float], number: int, token: int, eps: float = 1e-6) -> float:
+    """The derivative of the paper's loss by one log-probability, from two sides."""
+    ends = []
+    for shift in (eps, -eps):
+        advantage, tokens = step[number]
+        moved = [(new + shift * (place == token), old) for place, (new, old) in enumerate(tokens)]
+        ends.append(paper([*step[:number], (advantage, moved), *step[number + 1 :]], news(step)))
+    return (ends[0] - ends[1]) / (2 * eps)
+
+
+def test_every_choice_has_a_paper() -> None:
+    assert set(LOSSES) == set(PAPERS)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", PAPERS)
+def test_value_and_gradient_are_the_papers(name: str, seed: int) -> None:
+    step, loss = drawn(seed), loss_named(name)
+    lengths = [len(tokens) for _, tokens in step]
+    new = torch.tensor(sum(news(step), []), dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([old for _, tokens in step for _, old in tokens], dtype=torch.float64)
+    sequences = torch.arange(len(step)).repeat_interleave(torch.tensor(lengths))
+    advantages = torch.tensor([advantage for advantage, _ in step], dtype=torch.float64)[sequences]
+    weights = torch.tensor(token_weights(lengths, loss.AGGREGATION, LIMIT), dtype=torch.float64)[sequences]
+
+    total = (weights * loss.policy_loss(new, old, advantages, sequences, loss.CLIP)).sum()
+    total.backward()
+
+    assert total.item() == pytest.approx(PAPERS[name](step, news(step)), rel=1e-12)
+    places = [(number, token) for number, length in enumerate(lengths) for token in range(length)]
+    slopes = [difference(step, PAPERS[name], *place) for place in places]
+    assert new.grad.tolist() == pytest.approx(slopes, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_on_policy_every_loss_is_the_policy_gradient(name: str) -> None:
+    loss = loss_named(name)
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    advantages = torch.tensor([0.5, -1.0, 2.0])
-    loss = policy_loss(logprobs, logprobs.detach(), advantages, AlgoConfig())
-    loss.sum().backward()
-    assert loss.tolist() == (-advantages).tolist()
+    advantages = torch.tensor([0.5, 0.5, -2.0])
+    sequences = torch.tensor([0, 0, 1])
+    loss.policy_loss(logprobs, logprobs.detach(), advantages, sequences, loss.CLIP).sum().backward()
     assert logprobs.grad.tolist() == (-advantages).tolist()
 
 
-@given(st.lists(st.tuples(LOGPROB, LOGPROB), min_size=1, max_size=12), st.floats(1.1, 5))
-def test_mismatch_equals_the_formula(tokens: list[tuple[float, float]], cap: float) -> None:
-    ours, theirs = (torch.tensor(column) for column in zip(*tokens, strict=True))
-    error = [math.exp(abs(a - b)) for a, b in tokens]
-    assert prob_error(ours, theirs).tolist() == pytest.approx(error, rel=1e-4)
-    config = AlgoConfig(mismatch_correction="tis", mismatch_cap=cap)
-    truncated = [min(math.exp(a - b), cap) for a, b in tokens]
-    assert importance_weights(ours, theirs, config).tolist() == pytest.approx(truncated, rel=1e-4)
-    assert importance_weights(ours, theirs, AlgoConfig()).tolist() == [1.0] * len(tokens)
+@pytest.mark.parametrize(
+    ("name", "shift", "advantage", "flows"),
+    [
+        ("grpo", 0.5, 1.0, False),
+        ("grpo", 0.5, -1.0, True),
+        ("grpo", -0.5, 1.0, True),
+        ("grpo", -0.5, -1.0, False),
+        ("dapo", 0.24, 1.0, True),  # exp(0.24) = 1.27
+        ("dr_grpo", 0.24, 1.0, False),
+        ("gspo", 1e-3, 1.0, False),
+        ("cispo", 5.0, 1.0, True),
+    ],
+)
+def test_a_clip_stops_the_gradient_where_the_paper_says(name: str, shift: float, advantage: float, flows: bool) -> None:
+    loss, old = loss_named(name), torch.tensor([-6.0])
+    new = (old + shift).requires_grad_()
+    loss.policy_loss(new, old, torch.tensor([advantage]), torch.tensor([0]), loss.CLIP).sum().backward()
+    assert (new.grad != 0).item() is flows
 
 
-def test_importance_weights_carry_no_gradient() -> None:
-    logprobs = torch.tensor([-1.0], requires_grad=True)
-    assert not importance_weights(logprobs, torch.tensor([-2.0]), AlgoConfig(mismatch_correction="tis")).requires_grad
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_clip_may_be_set_exactly_where_the_loss_has_one(name: str) -> None:
+    config = Config()
+    config.model.path, config.algo = "embedded", AlgoConfig(loss=name, clip_high=0.5)
+    if loss_named(name).CLIP is None:
+        with pytest.raises(ConfigError, match=r"algo\.clip_high: 0\.5 has no effect with algo\.loss="):
+            check(config)
+    else:
+        check(config)

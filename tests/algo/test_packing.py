@@ -1,98 +1,102 @@
-"""Rows -> microbatches: every row once, within the budget, balanced, and targets never across sequences."""
+"""Rows in microbatches: the context once, and each target predicted from where its own row would predict it."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_r3.algo.packing import deal, pack
+from nemo_r3.algo.packing import pack, trained
 from nemo_r3.types import Row
 
-BUDGET = 100
-LENGTHS = st.lists(st.integers(0, BUDGET), max_size=40)
-RANKS = st.integers(1, 5)
+
+def row_of(number: int, context: int, own: int, group: int = 0, skip: int = 0) -> Row:
+    """A row whose every entry tells its row and place; the first `skip` of its own tokens are not trained."""
+    length = context + own
+    places = [1000 * (number + 1) + place for place in range(length)]
+    ids = [*range(context), *places[context:]]
+    weights = [0.0] * (context + skip) + [place + 0.5 for place in places[context + skip :]]
+    advantages = [place + 0.25 for place in places]
+    logprobs = [-float(place) for place in places]
+    return Row(ids, (), (), advantages, weights, logprobs, group, context)
 
 
-def row_of(number: int, length: int) -> Row:
-    """A row whose every entry tells its row and place."""
-    places = [number * 1000 + place for place in range(length)]
-    zeros = [0.0] * length
-    return Row(places, (), (), [place + 0.25 for place in places], [place + 0.5 for place in places], zeros)
+def group_of(context: int, lengths: list[int], group: int, first: int) -> list[Row]:
+    return [
+        row_of(first + i, context, length, group, skip=i % 2 * min(1, length - 1)) for i, length in enumerate(lengths)
+    ]
 
 
-@given(LENGTHS, RANKS, st.booleans())
-def test_every_row_is_dealt_exactly_once_within_the_budget(lengths: list[int], ranks: int, packed: bool) -> None:
-    dealt = deal(lengths, ranks, BUDGET, packed)
-    assert len(dealt) == ranks
-    assert len({len(microbatches) for microbatches in dealt}) == 1, "ranks must run as many microbatches"
-    assert sorted(row for rank in dealt for microbatch in rank for row in microbatch) == list(range(len(lengths)))
-    assert all(sum(lengths[row] for row in microbatch) <= BUDGET for rank in dealt for microbatch in rank)
-    assert dealt == deal(lengths, ranks, BUDGET, packed)
-    if not packed:
-        assert max((len(microbatch) for rank in dealt for microbatch in rank), default=0) <= 1
-        assert len(dealt[0]) == max(1, -(-len(lengths) // ranks))
+GROUPS = st.lists(
+    st.tuples(st.integers(0, 12), st.lists(st.integers(1, 9), min_size=1, max_size=6)), min_size=0, max_size=4
+)
 
 
-@given(LENGTHS.filter(bool), RANKS)
-def test_ranks_carry_about_as_many_tokens(lengths: list[int], ranks: int) -> None:
-    dealt = deal(lengths, ranks, BUDGET)
-    loads = [sum(lengths[row] for row in microbatch) for rank in dealt for microbatch in rank]
-    assert max(loads) - min(loads) <= max(lengths)  # what longest-first onto the lightest promises
-    ranked = [sum(lengths[row] for microbatch in rank for row in microbatch) for rank in dealt]
-    assert max(ranked) - min(ranked) <= max(lengths) * len(dealt[0])
+@settings(max_examples=80)
+@given(GROUPS, st.sampled_from([1, 2, 4]))
+def test_targets_are_predicted_from_their_predecessor_in_the_same_sequence(
+    groups: list[tuple[int, list[int]]], multiple: int
+) -> None:
+    rows: list[Row] = []
+    pieces = []
+    for group, (context, lengths) in enumerate(groups):
+        first = len(rows)
+        rows += group_of(context, lengths, group, first)
+        numbers = list(range(first, len(rows)))
+        pieces += [numbers] if context else [[number] for number in numbers]
+    packed = pack(rows, pieces, multiple)
+    layout, targets = packed.layout, packed.targets
+    laid = sum(rows[piece[0]].shared + sum(len(rows[n]) - 1 - rows[n].shared for n in piece) for piece in pieces)
+    assert len(packed.ids) % multiple == 0 and laid <= len(packed.ids) < max(laid, 1) + multiple
+    assert len(layout.positions) == len(packed.ids) == layout.cuts[-1] and layout.cuts[0] == 0
+    expected = [(n, rows[n], place) for n in packed.rows for place in trained(rows[n])]
+    assert len(targets) == len(expected)
+    for i, (number, row, place) in enumerate(expected):
+        assert int(targets.ids[i]) == row.ids[place]
+        assert int(packed.ids[targets.sources[i]]) == row.ids[place - 1]
+        assert int(layout.positions[targets.sources[i]]) == place - 1
+        assert packed.rows[int(targets.sequences[i])] == number
+        assert targets.advantages[i] == row.advantages[place] and targets.weights[i] == row.weights[place]
+        assert targets.rollout_logprobs[i] == row.rollout_logprobs[place]
 
 
-@given(LENGTHS, RANKS)
-def test_few_microbatches_are_wasted(lengths: list[int], ranks: int) -> None:
-    count = len(deal(lengths, ranks, BUDGET)[0])
-    assert count <= max(1, -(-2 * sum(lengths) // (BUDGET * ranks)) + 1)
+def test_a_group_lays_its_context_once() -> None:
+    rows = group_of(5, [3, 1, 4], 0, 0)
+    packed = pack(rows, [[0, 1, 2]], 1)
+    assert packed.ids.tolist() == [0, 1, 2, 3, 4, 1005, 1006, 3005, 3006, 3007]  # the last tokens are only targets
+    assert packed.layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
+    assert packed.layout.cuts == (0, 5, 7, 10)
+    (family,) = packed.layout.families
+    assert (family.start, family.branches, family.end) == (0, 5, 10)
+    assert packed.layout.branch_tokens.tolist() == [5, 6, 7, 8, 9]
+    assert packed.layout.context_tokens.tolist() == [0, 1, 2, 3, 4]
+    assert (packed.layout.branches.cuts, packed.layout.contexts.cuts) == ((0, 5), (0, 5))
+    # the context's last token predicts the first token of rows 0 and 2; row 1's only token is not left out either
+    assert packed.targets.sources.tolist() == [4, 5, 6, 4, 4, 7, 8, 9]
+    assert packed.targets.sequences.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
 
 
-def test_short_rows_share_a_microbatch() -> None:
-    assert deal([30, 30, 30], 1, BUDGET) == [[[0, 1, 2]]]
-    assert deal([30, 30, 30], 1, BUDGET, packed=False) == [[[0], [1], [2]]]
+def test_a_row_on_its_own_is_laid_whole() -> None:
+    packed = pack(group_of(5, [3, 1, 4], 0, 0), [[0]], 1)
+    assert packed.layout.families == () and packed.layout.cuts == (0, 7)
+    assert packed.layout.positions.tolist() == list(range(7))
 
 
-def test_one_row_on_two_ranks_leaves_the_other_an_empty_microbatch() -> None:
-    assert sorted(map(str, deal([7], 2, BUDGET))) == ["[[0]]", "[[]]"]
-    assert deal([], 2, BUDGET) == [[[]], [[]]]
+def test_one_token_reflections_share_a_context_that_nothing_follows() -> None:
+    packed = pack(group_of(4, [1, 1], 0, 0), [[0, 1]], 1)
+    assert packed.layout.families == () and packed.layout.cuts == (0, 4)
+    assert packed.targets.sources.tolist() == [3, 3] and packed.targets.ids.tolist() == [1004, 2004]
 
 
-def test_a_row_beyond_the_budget_is_refused_by_key() -> None:
-    with pytest.raises(ValueError, match=r"101 tokens exceeds actor\.microbatch_tokens=100"):
-        deal([5, 101], 1, BUDGET)
+def test_nothing_at_all_is_a_dummy_sequence_without_targets() -> None:
+    packed = pack([], [], 2)
+    assert packed.ids.tolist() == [0, 0] and len(packed.targets) == 0 and packed.rows == ()
 
 
-def test_without_packing_the_budget_does_not_matter() -> None:
-    assert deal([5, 101], 1, BUDGET, packed=False) == [[[1], [0]]]
-
-
-@settings(max_examples=60)
-@given(st.lists(st.integers(1, 12), max_size=8), st.sampled_from([1, 2, 4]), st.randoms())
-def test_targets_are_the_next_token_of_the_same_sequence(lengths: list[int], multiple: int, random: object) -> None:
-    rows = [row_of(number, length) for number, length in enumerate(lengths)]
-    chosen = sorted(random.sample(range(len(rows)), k=random.randint(0, len(rows))))  # type: ignore[attr-defined]
-    packed = pack(rows, chosen, multiple)
-    assert packed.rows == tuple(chosen)
-    tokens = sum(lengths[number] - 1 for number in chosen)
-    assert len(packed.ids) % multiple == 0 and tokens <= len(packed.ids) < max(tokens, 1) + multiple
-    assert packed.bounds[0] == 0 and packed.bounds[-1] == len(packed.ids)
-    for index, number in enumerate(chosen):
-        part = slice(int(packed.bounds[index]), int(packed.bounds[index + 1]))
-        assert packed.ids[part].tolist() == list(rows[number].ids[:-1])
-        assert packed.targets[part].tolist() == list(rows[number].ids[1:])
-        assert packed.positions[part].tolist() == list(range(lengths[number] - 1))
-        assert packed.advantages[part].tolist() == list(rows[number].advantages[1:])
-        assert packed.weights[part].tolist() == list(rows[number].weights[1:])
-    assert not packed.weights[tokens:].any() and not packed.advantages[tokens:].any(), "padding carries no loss"
-    assert packed.longest == max((packed.bounds[1:] - packed.bounds[:-1]).tolist())
-
-
-def test_what_megatron_reads_has_the_types_it_wants() -> None:
-    for chosen in ([], [0], [0, 1]):
-        packed = pack([row_of(0, 4), row_of(1, 1)], chosen, 2)
-        assert (packed.ids.dtype, packed.positions.dtype, packed.targets.dtype) == (torch.int64,) * 3
-        assert packed.bounds.dtype == torch.int32
-        assert (packed.advantages.dtype, packed.weights.dtype, packed.rollout_logprobs.dtype) == (torch.float32,) * 3
+def test_tensors_have_the_types_that_their_readers_want() -> None:
+    for pieces in ([], [[0]], [[0, 1]]):
+        packed = pack(group_of(3, [4, 2], 0, 0), pieces, 2).to(torch.device("cpu"))
+        targets = packed.targets
+        assert {t.dtype for t in (packed.ids, packed.layout.positions, targets.sources, targets.ids)} == {torch.int64}
+        assert packed.layout.parts.tensor.dtype == torch.int32 and targets.sequences.dtype == torch.int64
+        assert {t.dtype for t in (targets.advantages, targets.weights, targets.rollout_logprobs)} == {torch.float32}

@@ -1,1 +1,55 @@
-"""Policy losses, one file each, found by the name in `algo.loss`."""
+"""Policy losses, one file each, found by the name in `algo.loss`.
+
+A file gives the loss of a token; the paper's loss is the sum over tokens of weight * policy_loss, with the weights of
+its AGGREGATION, and the advantages of its ADVANTAGE.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from nemo_r3.algo.advantages import Advantage
+from nemo_r3.algo.aggregation import Aggregation
+
+
+class Loss(Protocol):
+    """What a file of this folder declares.
+
+    Attributes:
+        AGGREGATION: how tokens share the loss.
+        ADVANTAGE: what rewards are measured against.
+        CLIP: the paper's (low, high): a ratio is cut to [1 - low, 1 + high]; None where nothing is clipped.
+    """
+
+    AGGREGATION: Aggregation
+    ADVANTAGE: Advantage
+    CLIP: tuple[float, float] | None
+
+    def policy_loss(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        sequences: Tensor,
+        clip: tuple[float, float] | None,
+    ) -> Tensor:
+        """The loss of each token.
+
+        Args:
+            logprobs: [tokens] of the policy, with gradient.
+            old_logprobs: [tokens] of the policy before this step's first update, without.
+            advantages: [tokens] of each token's sequence.
+            sequences: [tokens] int64, the sequence of each token: never decreasing, and each sequence whole.
+            clip: low and high; None exactly where CLIP is.
+
+        Returns:
+            [tokens] of the type of `logprobs`.
+        """
+
+
+def loss_named(name: str) -> Loss:
+    """The loss of `algo.loss`."""
+    return cast(Loss, import_module(f"{__name__}.{name}"))

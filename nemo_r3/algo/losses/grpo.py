@@ -1,25 +1,22 @@
-"""GRPO's clipped policy loss per token (arXiv 2402.03300, equation 3, without its KL term)."""
+"""GRPO (arXiv 2402.03300, equation 3, without its KL term): PPO's clipped loss, no critic."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nemo_r3.config import AlgoConfig
+from nemo_r3.algo.advantages import Advantage
+from nemo_r3.algo.aggregation import Aggregation
+
+AGGREGATION = Aggregation.SEQUENCE_MEAN
+ADVANTAGE = Advantage.STD
+CLIP = (0.2, 0.2)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, config: AlgoConfig) -> Tensor:
-    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) at each token.
-
-    Args:
-        logprobs: [tokens] of the policy, float32, with gradient.
-        old_logprobs: [tokens] of the policy before this step's first update.
-        advantages: [tokens] of each token's reflection.
-        config: the clip range.
-
-    Returns:
-        [tokens] float32.
-    """
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequences: Tensor, clip: tuple[float, float]
+) -> Tensor:
+    """-min(ratio * A, clip(ratio) * A) at each token."""
     ratio = torch.exp(logprobs - old_logprobs)
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     return -torch.minimum(ratio * advantages, clipped * advantages)

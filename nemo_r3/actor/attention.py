@@ -1,0 +1,140 @@
+"""Core attention of every layer: exact attention over rows in which a group's context lies only once.
+
+    own      every context, branch and whole sequence attends to itself, causally
+    context  the branches attend to all of their context, all branches of a group in one call and without a mask
+    merged   by the two log-sum-exps into one softmax
+
+The context's keys are read once per group, and no mask of queries x keys exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemo_r3.actor.kernels import Parts, kernel_for
+from nemo_r3.algo.layout import Layout
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """What megatron-core hands to every layer's core attention, beside query, key and value.
+
+    Attributes:
+        layout: of the microbatch.
+        cos: [tokens, 1, head_dim / 2] of each token's rotary angles.
+        sin: the same.
+    """
+
+    layout: Layout | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+def packed(layout: Layout, head_dim: int, rope_theta: float, dtype: torch.dtype) -> Packed:
+    """Rotary angles at the layout's positions (arXiv 2104.09864), as Hugging Face's models have them."""
+    positions = layout.positions
+    halves = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.float()[:, None] / rope_theta ** (halves / head_dim)
+    cos, sin = (wave(angles).to(dtype)[:, None] for wave in (torch.cos, torch.sin))
+    return Packed(qkv_format="thd", layout=layout, cos=cos, sin=sin)
+
+
+class SharedContextAttention(nn.Module):
+    """Rotary positions and attention inside the layout of a microbatch.
+
+    Takes query [tokens, heads, head_dim] and key, value [tokens, kv_heads, head_dim] of this tensor-parallel rank,
+    and `Packed`; returns [tokens, heads * head_dim].
+    """
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Packed | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attends; see the class for shapes."""
+        assert isinstance(packed_seq_params, Packed), "the actor always packs"
+        layout, cos, sin = packed_seq_params.layout, packed_seq_params.cos, packed_seq_params.sin
+        return _SharedContext.apply(query, key, value, cos, sin, layout).flatten(1)
+
+
+class _SharedContext(torch.autograd.Function):
+    """One operation, so that only the rotated query and key, the value and the output are kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, layout: Layout
+    ) -> Tensor:
+        kernel = kernel_for(query)
+        query, key, value = rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
+        out, lse = kernel.forward(query, key, value, Parts(layout.parts, layout.parts, causal=True))
+        if layout.families:
+            branch, context = layout.branch_tokens, layout.context_tokens
+            found = kernel.forward(query[branch], key[context], value[context], _to_context(layout))
+            merged_out, merged_lse = merge((out[branch], lse[:, branch]), found)
+            out[branch], lse[:, branch] = merged_out, merged_lse
+        ctx.save_for_backward(query, key, value, cos, sin, out, lse)
+        ctx.layout = layout
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        query, key, value, cos, sin, out, lse = ctx.saved_tensors
+        layout, kernel = ctx.layout, kernel_for(query)
+        own = Parts(layout.parts, layout.parts, causal=True)
+        d_query, d_key, d_value = kernel.backward(grad, query, key, value, out, lse, own)
+        if layout.families:
+            branch, context = layout.branch_tokens, layout.context_tokens
+            found = kernel.backward(
+                grad[branch],
+                query[branch],
+                key[context],
+                value[context],
+                out[branch],
+                lse[:, branch],
+                _to_context(layout),
+            )
+            d_query.index_add_(0, branch, found[0])
+            d_key.index_add_(0, context, found[1])
+            d_value.index_add_(0, context, found[2])
+        return rotate(d_query, cos, -sin), rotate(d_key, cos, -sin), d_value, None, None, None
+
+
+def _to_context(layout: Layout) -> Parts:
+    return Parts(layout.branches, layout.contexts, causal=False)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the halves of each head [tokens, heads, head_dim] by the tokens' angles; -sin turns them back."""
+    (first, second), turned = heads.chunk(2, -1), torch.empty_like(heads, memory_format=torch.contiguous_format)
+    into = turned.chunk(2, -1)
+    torch.mul(first, cos, out=into[0]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=into[1]).addcmul_(first, sin)
+    return turned
+
+
+def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two outputs over disjoint keys, with their log-sum-exps, into one over all of them.
+
+    Args:
+        one: output [tokens, heads, head_dim] and log-sum-exp [heads, tokens].
+        other: the same queries over other keys.
+    """
+    lse = torch.logaddexp(one[1], other[1])
+    first, second = (torch.exp(part - lse).t()[..., None].to(one[0].dtype) for _, part in (one, other))
+    return (one[0] * first).addcmul_(other[0], second), lse

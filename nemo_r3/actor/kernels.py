@@ -1,0 +1,184 @@
+"""Variable-length attention that also says its log-sum-exp, so that parts of one softmax can be merged.
+
+All kernels take query [query tokens, heads, head_dim], key and value [key tokens, kv_heads, head_dim]; part i of the
+queries attends to part i of the keys. The log-sum-exp (nats) is [heads, query tokens], float32. The gradient takes the
+output and the log-sum-exp of the whole softmax and gives this part's share, as in ring attention (arXiv 2310.01889).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_r3.algo.layout import Bounds
+
+
+class Parts(NamedTuple):
+    """Which queries attend to which keys.
+
+    Attributes:
+        queries: bounds of the parts of the queries.
+        keys: bounds of the parts of the keys, as many.
+        causal: whether query j of a part sees only its keys 0..j.
+    """
+
+    queries: Bounds
+    keys: Bounds
+    causal: bool
+
+
+class Kernel(Protocol):
+    """One way to compute it."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Output [query tokens, heads, head_dim] and log-sum-exp."""
+        ...
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value."""
+        ...
+
+
+def kernel_for(query: Tensor) -> Kernel:
+    """The fastest kernel that there is for a tensor's device and dtype."""
+    if query.device.type == "cpu":
+        return CpuFlash()
+    return CudaFlash() if query.dtype in (torch.bfloat16, torch.float16) else Plain()
+
+
+def _cut(tensor: Tensor, bounds: Bounds) -> Iterator[Tensor]:
+    """[tokens, heads, head_dim] -> [1, heads, tokens of the part, head_dim] views."""
+    for start, end in bounds.spans:
+        yield tensor[start:end].transpose(0, 1).unsqueeze(0)
+
+
+def _cut_all(tensors: tuple[Tensor, ...], bounds: Bounds) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(_cut(tensor, bounds) for tensor in tensors), strict=True)
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    """[1, heads, tokens of the part, head_dim] each -> [tokens, heads, head_dim]."""
+    return torch.cat([piece.squeeze(0).transpose(0, 1) for piece in pieces])
+
+
+class CpuFlash:
+    """The operator behind torch's SDPA on a CPU, a call per part."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        queries, keys = _cut(query, parts.queries), _cut_all((key, value), parts.keys)
+        found = [run(q, k, v, 0.0, parts.causal) for q, (k, v) in zip(queries, keys, strict=True)]
+        return _join([out for out, _ in found]), torch.cat([lse.squeeze(0) for _, lse in found], -1)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel`."""
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        queries = _cut_all((grad, query, out), parts.queries)
+        sums = (lse[None, :, start:end] for start, end in parts.queries.spans)
+        keys = _cut_all((key, value), parts.keys)
+        found = [
+            run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
+            for (g, q, o), s, (k, v) in zip(queries, sums, keys, strict=True)
+        ]
+        return _join([f[0] for f in found]), _join([f[1] for f in found]), _join([f[2] for f in found])
+
+
+class CudaFlash:
+    """torch's FlashAttention (arXiv 2307.08691), one call for all parts; bfloat16 and float16."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            parts.queries.tensor,
+            parts.keys.tensor,
+            parts.queries.longest,
+            parts.keys.longest,
+            0.0,
+            parts.causal,
+            False,
+        )
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel`."""
+        no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(),
+            query,
+            key,
+            value,
+            out,
+            lse.contiguous(),
+            parts.queries.tensor,
+            parts.keys.tensor,
+            parts.queries.longest,
+            parts.keys.longest,
+            0.0,
+            parts.causal,
+            no_dropout,
+            torch.empty((), dtype=torch.uint64, device=query.device),
+        )
+        return found
+
+
+class Plain:
+    """The formulas as they stand, any device and dtype: slow, and what the others are compared with."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        queries, keys = _cut(query, parts.queries), _cut_all((key, value), parts.keys)
+        outputs, sums = [], []
+        for q, (k, v) in zip(queries, keys, strict=True):
+            scores = _scores(q, k, parts.causal)
+            sums.append(scores.logsumexp(-1).squeeze(0))
+            outputs.append(torch.softmax(scores, -1) @ _per_head(v, q))
+        return _join(outputs), torch.cat(sums, -1)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel`."""
+        queries = _cut_all((grad, query, out), parts.queries)
+        sums = (lse[None, :, start:end, None] for start, end in parts.queries.spans)
+        keys = _cut_all((key, value), parts.keys)
+        found = []
+        for (g, q, o), s, (k, v) in zip(queries, sums, keys, strict=True):
+            probabilities = torch.exp(_scores(q, k, parts.causal) - s)
+            inner = g @ _per_head(v, q).transpose(-1, -2) - (g * o).sum(-1, keepdim=True)
+            scored = probabilities * inner / math.sqrt(q.shape[-1])
+            d_key = _per_kv_head(scored.transpose(-1, -2) @ q, k)
+            d_value = _per_kv_head(probabilities.transpose(-1, -2) @ g, v)
+            found.append((scored @ _per_head(k, q), d_key, d_value))
+        return _join([f[0] for f in found]), _join([f[1] for f in found]), _join([f[2] for f in found])
+
+
+def _per_head(tensor: Tensor, query: Tensor) -> Tensor:
+    """Repeats key/value heads for the query heads that share them."""
+    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1)
+
+
+def _per_kv_head(tensor: Tensor, key: Tensor) -> Tensor:
+    """Sums over the query heads that share a key/value head."""
+    return tensor.unflatten(1, (key.shape[1], -1)).sum(2)
+
+
+def _scores(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    scores = query @ _per_head(key, query).transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return scores

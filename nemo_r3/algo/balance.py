@@ -1,0 +1,156 @@
+"""Rows -> data-parallel ranks -> microbatches, so that every rank computes for about as long.
+
+    groups --cut to the token budget--> pieces --costliest onto the lightest--> ranks --move what helps--> ranks
+    a rank's pieces --costliest onto the lightest--> microbatches, as many on every rank
+
+A piece is some rows of a group that share its context. It may be cut in two, which repeats the context: worth it when
+the slowest rank gets faster by it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nemo_r3.algo.packing import trained
+from nemo_r3.types import Row
+
+Piece = tuple[int, ...]
+"""Numbers of rows that are laid behind one context."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one training pass over a model, by what causes them.
+
+    Attributes:
+        per_token: of an input token in the layers' matrices.
+        per_pair: of a query token and a key token it attends to, in all layers.
+        per_target: of a trained token in the head.
+    """
+
+    per_token: float
+    per_pair: float
+    per_target: float
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A row's tokens: shared with its group, of its own, and trained."""
+
+    shared: int
+    own: int
+    targets: int
+
+
+class Balance:
+    """Deals rows; a function of its arguments alone, so every rank finds the same.
+
+    Example: ``Balance(rows, Cost(2, 0, 0), budget=8192).deal(ranks=4)``
+    """
+
+    def __init__(self, rows: Sequence[Row], cost: Cost, budget: int) -> None:
+        """Measures the rows.
+
+        Args:
+            rows: rows of one group lie together and share their context; rows with `shared` 0 stand alone.
+            cost: what is balanced.
+            budget: tokens that a microbatch may hold.
+
+        Raises:
+            ValueError: a row alone is longer than the budget.
+        """
+        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, len(trained(row))) for row in rows]
+        self._cost, self._budget = cost, budget
+        longest = max((row.shared + row.own for row in self._rows), default=0)
+        if longest > budget:
+            raise ValueError(f"a row of {longest} tokens exceeds actor.microbatch_tokens={budget}")
+        groups: dict[object, list[int]] = {}
+        for number, row in enumerate(rows):
+            groups.setdefault(row.group if row.shared else (number,), []).append(number)
+        self._pieces = [piece for members in groups.values() for piece in self._within_budget(members)]
+
+    def deal(self, ranks: int) -> list[list[list[Piece]]]:
+        """Pieces by [rank][microbatch]; every rank has as many microbatches, some maybe empty."""
+        dealt = [self._in_budget(held) for held in self._over(ranks)]
+        count = max(1, *(-(-sum(map(self.tokens, pieces)) // self._budget) for pieces in dealt))
+        while any((filled := self._fill(pieces, count)) is None for pieces in dealt):
+            count += 1
+        return [filled for pieces in dealt if (filled := self._fill(pieces, count)) is not None]
+
+    def tokens(self, piece: Piece) -> int:
+        """Tokens that a piece takes in a microbatch."""
+        return self._rows[piece[0]].shared + sum(self._rows[number].own for number in piece)
+
+    def flops(self, piece: Piece) -> float:
+        """FLOPs of training on a piece."""
+        if not piece:
+            return 0.0
+        shared, own = self._rows[piece[0]].shared, [self._rows[number].own for number in piece]
+        pairs = shared * (shared + 1) / 2 + sum(length * shared + length * (length + 1) / 2 for length in own)
+        targets = sum(self._rows[number].targets for number in piece)
+        cost = self._cost
+        return cost.per_token * self.tokens(piece) + cost.per_pair * pairs + cost.per_target * targets
+
+    def _within_budget(self, members: Sequence[int]) -> list[Piece]:
+        """Cuts a group into the fewest pieces that its rows fill in order."""
+        pieces: list[Piece] = []
+        for number in members:
+            longer = (*pieces[-1], number) if pieces else (number,)
+            if pieces and self.tokens(longer) <= self._budget:
+                pieces[-1] = longer
+            else:
+                pieces.append((number,))
+        return pieces
+
+    def _over(self, ranks: int) -> list[dict[int, Piece]]:
+        """What each rank holds of every piece, by the piece's number."""
+        held: list[dict[int, Piece]] = [{} for _ in range(ranks)]
+        loads = [(0.0, rank) for rank in range(ranks)]
+        for number in sorted(range(len(self._pieces)), key=lambda n: (-self.flops(self._pieces[n]), n)):
+            load, rank = heapq.heappop(loads)
+            held[rank][number] = self._pieces[number]
+            heapq.heappush(loads, (load + self.flops(self._pieces[number]), rank))
+        while self._improve(held):
+            pass
+        return held
+
+    def _improve(self, held: list[dict[int, Piece]]) -> bool:
+        """Moves rows from the slowest rank to the fastest, if that makes the slower of the two faster."""
+        loads = [sum(map(self.flops, pieces.values())) for pieces in held]
+        slow, fast = loads.index(max(loads)), loads.index(min(loads))
+        best, move = loads[slow] * 0.999, None
+        for number, piece in held[slow].items():
+            there = held[fast].get(number, ())
+            for count in range(1, len(piece) + 1):
+                gone, stays = piece[:count], piece[count:]
+                left = loads[slow] - self.flops(piece) + self.flops(stays)
+                right = loads[fast] - self.flops(there) + self.flops((*there, *gone))
+                if max(left, right) < best:
+                    best, move = max(left, right), (number, stays, (*there, *gone))
+        if move is None:
+            return False
+        number, stays, moved = move
+        held[fast][number] = moved
+        held[slow][number] = stays
+        if not stays:
+            del held[slow][number]
+        return True
+
+    def _in_budget(self, held: Mapping[int, Piece]) -> list[Piece]:
+        return sorted(held.values(), key=lambda piece: (-self.flops(piece), piece))
+
+    def _fill(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:
+        """Costliest first onto the lightest of `count` microbatches with room; None if one has no room."""
+        filled: list[list[Piece]] = [[] for _ in range(count)]
+        loads, tokens = [0.0] * count, [0] * count
+        for piece in pieces:
+            room = [n for n in range(count) if tokens[n] + self.tokens(piece) <= self._budget]
+            if not room:
+                return None
+            lightest = min(room, key=lambda n: (loads[n], len(filled[n]), n))
+            filled[lightest].append(piece)
+            loads[lightest] += self.flops(piece)
+            tokens[lightest] += self.tokens(piece)
+        return filled

@@ -1,0 +1,100 @@
+"""`Layout`: where sequences lie in a microbatch, and which of them share a context.
+
+    [ context ][ branch ][ branch ][ branch ] [ context ][ branch ][ branch ] [ sequence ]
+      0 .. c-1   c ..      c ..      c ..                                       0 ..          positions
+
+Every part attends to itself, causally, and a branch to its context too: what it would see in a row of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Parts laid end to end: part i is tokens cuts[i] up to cuts[i + 1]."""
+
+    cuts: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(start, end) of each part."""
+        return list(zip(self.cuts, self.cuts[1:], strict=False))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest part."""
+        return max((end - start for start, end in self.spans), default=0)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """[parts + 1] int32, as variable-length kernels want it."""
+        return torch.tensor(self.cuts, dtype=torch.int32, device=self.device)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A context and the branches that follow it.
+
+    Attributes:
+        start: its first token.
+        branches: the first token of its first branch.
+        end: behind its last branch.
+    """
+
+    start: int
+    branches: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a microbatch.
+
+    Attributes:
+        cuts: where contexts, branches and whole sequences begin, in order, and where the last one ends.
+        families: contexts with branches; whole sequences belong to none.
+        positions: [tokens] int64; a branch's continue its context's.
+    """
+
+    cuts: tuple[int, ...]
+    families: tuple[Family, ...]
+    positions: Tensor
+
+    @cached_property
+    def parts(self) -> Bounds:
+        """All contexts, branches and whole sequences; they cover all tokens."""
+        return Bounds(self.cuts, self.positions.device)
+
+    @cached_property
+    def branches(self) -> Bounds:
+        """The branches' tokens of each family, once `branch_tokens` has picked them."""
+        return self._end_to_end([family.end - family.branches for family in self.families])
+
+    @cached_property
+    def contexts(self) -> Bounds:
+        """The context's tokens of each family, once `context_tokens` has picked them."""
+        return self._end_to_end([family.branches - family.start for family in self.families])
+
+    @cached_property
+    def branch_tokens(self) -> Tensor:
+        """[branch tokens] int64 places of all branches' tokens."""
+        return self._places([(family.branches, family.end) for family in self.families])
+
+    @cached_property
+    def context_tokens(self) -> Tensor:
+        """[context tokens] int64 places of all contexts' tokens."""
+        return self._places([(family.start, family.branches) for family in self.families])
+
+    def _end_to_end(self, lengths: list[int]) -> Bounds:
+        return Bounds((0, *accumulate(lengths)), self.positions.device)
+
+    def _places(self, spans: list[tuple[int, int]]) -> Tensor:
+        return torch.cat([torch.arange(start, end, device=self.positions.device) for start, end in spans])

@@ -1,0 +1,75 @@
+"""`Objective`: the whole loss of a microbatch.
+
+log-probabilities -> mismatch correction: factors, rejected tokens -> policy loss and KL of the kept tokens -> scalar
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_r3.algo.aggregation import denominators, kept_weights
+from nemo_r3.algo.kl import kl
+from nemo_r3.algo.losses import loss_named
+from nemo_r3.algo.mismatch import BOUNDS, correct, prob_error
+from nemo_r3.algo.targets import Targets
+from nemo_r3.config import AlgoConfig
+
+METRICS = ("loss", "kl", "prob_error", "entropy", "tokens", "counted", "kept", "rejected")
+"""What an `Objective` sums, so that the sums of microbatches and data-parallel ranks add up:
+
+- loss: the scalar, KL included, and kl: the KL alone, weighted like the loss and without `algo.kl_beta`. At the end
+  of a step both, and the gradient, are multiplied by counted / kept.
+- prob_error, entropy: over all trained tokens, the rejected ones too; / tokens is the mean.
+- tokens: trained tokens, of which rejected: were rejected by `algo.mismatch_correction`.
+- counted, kept: the loss's denominator before and after they left (tokens or sequences, as the loss aggregates).
+  Where kept is 0, so are loss, kl and gradient.
+"""
+
+
+class Objective:
+    """The loss that `algo` describes, made once per run. One update per rollout: the old policy is the current one."""
+
+    def __init__(self, algo: AlgoConfig) -> None:
+        self.algo = algo
+        self.loss = loss_named(algo.loss)
+        self.clip = None if self.loss.CLIP is None else _bounds(self.loss.CLIP, algo.clip_low, algo.clip_high)
+        self.trust = _bounds(BOUNDS[algo.mismatch_correction], algo.mismatch_low, algo.mismatch_high)
+
+    def __call__(
+        self, logprobs: Tensor, targets: Targets, reference: Tensor | None, entropy: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and sums of a microbatch; it may be empty, and all its tokens may be rejected.
+
+        Args:
+            logprobs: [trained] float32 of the policy, with gradient.
+            targets: its trained tokens.
+            reference: [trained] of the frozen reference; None exactly where `algo.kl_beta` is 0.
+            entropy: [trained] of the policy's distributions, without gradient.
+
+        Returns:
+            The scalar to differentiate, and the sums of METRICS, [8] float64, without gradient.
+        """
+        algo, aggregation = self.algo, self.loss.AGGREGATION
+        rollout, sequences = targets.rollout_logprobs, targets.sequences
+        factors, kept = correct(logprobs, rollout, sequences, algo.mismatch_correction, *self.trust)
+        weights = kept_weights(targets.weights, kept, sequences, aggregation)
+        new = logprobs[kept]
+        policy = self.loss.policy_loss(new, new.detach(), targets.advantages[kept], sequences[kept], self.clip)
+        drift = torch.zeros_like(new) if reference is None else kl(new, reference[kept], algo.kl_estimator)
+        loss = (weights * (factors[kept] * policy + algo.kl_beta * drift)).sum()
+        sums = (
+            loss,
+            (weights * drift).sum(),
+            prob_error(logprobs, rollout).sum(),
+            entropy.sum(),
+            len(targets),
+            *denominators(kept, sequences, aggregation),
+            len(targets) - len(new),
+        )
+        return loss, torch.stack([torch.as_tensor(value, device=loss.device).detach().double() for value in sums])
+
+
+def _bounds(own: tuple[float, float], low: float | None, high: float | None) -> tuple[float, float]:
+    """Two settings, each of which may be left to its own default."""
+    return own[0] if low is None else low, own[1] if high is None else high

@@ -1,0 +1,146 @@
+"""The tiny models of the layout tests, the batches they train on, and what transformers makes of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from nemo_r3.types import Phase, Row, UpdateBatch
+
+KINDS = ("llama_tied", "llama", "qwen2_tied", "qwen2")
+TEMPERATURES = (0.7, 1.0)
+VOCAB = 131  # not a multiple of 2: padded at TP2
+LENGTHS = (25, 60, 33, 97, 120, 7, 90)
+PROMPTS = (20, 25, 20, 61, 70, 4, 71)
+GROUPS = ((0, 20), (0, 20), (0, 20), (1, 61), (1, 61), (2, 4), (3, 71))  # of each row: its group, what that shares
+TENSORS = dict[str, torch.Tensor]
+
+
+def make_models(home: Path) -> None:
+    """One tiny checkpoint of each kind, and transformers' log-probabilities of `sequences()`."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    expected: TENSORS = {}
+    for seed, kind in enumerate(KINDS):
+        shape = {"head_dim": 24} if kind == "llama" else {}
+        layers = 4 if kind == "llama_tied" else 2
+        hf_config = (LlamaConfig if "llama" in kind else Qwen2Config)(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            rope_theta=10000.0 if "llama" in kind else 1000000.0,
+            tie_word_embeddings="tied" in kind,
+            **shape,
+        )
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.ndim == 1 else 0.12)
+            filled = torch.tensor(
+                [ids + [0] * (max(LENGTHS) - len(ids)) for ids in sequences()]
+            )  # causal: filling is unseen
+            logits = model(filled).logits
+            for number, ids in enumerate(sequences()):
+                for temperature in TEMPERATURES:
+                    logprobs = torch.log_softmax(logits[number, : len(ids) - 1] / temperature, -1)
+                    picked = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+                    expected[f"{kind} {temperature} {number}"] = picked
+        model.save_pretrained(home / kind)
+    save_file(expected, home / "transformers.safetensors")
+
+
+def sequences() -> list[list[int]]:
+    """Seven sequences; those of a group begin alike."""
+    draw = torch.Generator().manual_seed(3)
+    drawn = [torch.randint(0, VOCAB, (length,), generator=draw).tolist() for length in LENGTHS]
+    contexts = {group: drawn[number][:shared] for number, (group, shared) in reversed(list(enumerate(GROUPS)))}
+    return [contexts[group] + ids[shared:] for ids, (group, shared) in zip(drawn, GROUPS, strict=True)]
+
+
+def plain_updates(home: Path, kind: str, count: int = 3) -> list[dict[str, float]]:
+    """What `Lab.trial`'s first updates should give, by transformers, torch's AdamW and the formulas as they stand."""
+    from transformers import AutoModelForCausalLM
+
+    filled = torch.tensor([ids + [0] * (max(LENGTHS) - len(ids)) for ids in sequences()])
+    rows = batch_of().rows
+    weights, advantages = torch.zeros(filled.shape), torch.zeros(filled.shape)
+    for number, row in enumerate(rows):
+        weights[number, : len(row)] = torch.tensor(row.weights)
+        advantages[number, : len(row)] = torch.tensor(row.advantages)
+    weights, advantages = weights[:, 1:], advantages[:, 1:]
+
+    def logprobs_of(network: torch.nn.Module) -> torch.Tensor:
+        logits = network(filled).logits[:, :-1] / 0.7
+        return torch.log_softmax(logits, -1).gather(2, filled[:, 1:, None])[..., 0]
+
+    model, frozen = (AutoModelForCausalLM.from_pretrained(home / kind, dtype=torch.float32) for _ in range(2))
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5)
+    with torch.no_grad():
+        reference = logprobs_of(frozen)
+    metrics = []
+    for step in range(count):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4 + 9e-4 * (1 + math.cos(math.pi * step / 8)) / 2
+        logprobs = logprobs_of(model)
+        drift = torch.exp(reference - logprobs) - (reference - logprobs) - 1
+        policy = -torch.exp(logprobs - logprobs.detach()) * advantages
+        loss, kl = (weights * (policy + 0.2 * drift)).sum(), (weights * drift).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        metrics.append({"loss": loss.item(), "kl": kl.item(), "grad_norm": norm.item()})
+    tied = {"lm_head.weight"} if "tied" in kind else set()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(state, home / f"plain-{kind}-{count}.weights.safetensors")
+    return metrics
+
+
+def batch_of(rows: Sequence[int] = range(len(LENGTHS))) -> UpdateBatch:
+    """Rows with an uneven prompt, uneven advantages of both signs, and uneven weights that sum to 1."""
+    made, total = [], 0.0
+    for number in rows:
+        ids = sequences()[number]
+        draw = torch.Generator().manual_seed(number)
+        prompt = PROMPTS[number]
+        trained = len(ids) - prompt
+        weights = (0.5 + torch.rand(trained, generator=draw)).tolist()
+        logprobs = (-4 - 2 * torch.rand(trained, generator=draw)).tolist()
+        advantage = (-1) ** number * (0.4 + 0.2 * number)
+        made.append(
+            Row(
+                ids,
+                [Phase.TASK] * prompt + [Phase.REFLECTION] * trained,
+                [False] * prompt + [True] * trained,
+                [0.0] * prompt + [advantage] * trained,
+                [0.0] * prompt + weights,
+                [0.0] * prompt + logprobs,
+                *GROUPS[number],
+            )
+        )
+        total += sum(weights)
+    scaled = [replace(row, weights=[weight / total for weight in row.weights]) for row in made]
+    return UpdateBatch(tuple(scaled), (), 1, 0)
+
+
+def broken(batch: UpdateBatch, number: int, **columns: Any) -> UpdateBatch:
+    """The batch with columns of one row replaced."""
+    rows = list(batch.rows)
+    rows[number] = replace(rows[number], **columns)
+    return replace(batch, rows=tuple(rows))

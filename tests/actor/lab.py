@@ -1,0 +1,192 @@
+"""`Lab`: real policies of any kind at any layout of one launch, and what is compared between them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import KINDS, LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, make_models, sequences
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+
+from nemo_r3 import runtime
+from nemo_r3.actor import checkpoint
+from nemo_r3.actor import policy as policy_module
+from nemo_r3.actor.model import start_parallel_groups
+from nemo_r3.actor.policy import Policy
+from nemo_r3.config import Config
+from nemo_r3.runtime import World
+from nemo_r3.types import Phase
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tp2": {"tensor_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+    "dp2": {},
+    "tp2pp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
+    "tp2dp2": {"tensor_parallel": 2, "sequence_parallel": True},
+}
+
+
+class Lab:
+    """Makes policies of any kind at any layout of this launch."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.world: World = runtime.start(Config())
+        self.groups: tuple[int, int] | None = None
+        policy_module.start_parallel_groups = self._start_groups  # type: ignore[assignment]
+        if self.world.is_main and not (home / KINDS[0]).exists():
+            make_models(home)
+        self.world.barrier()
+        self.expected = load_file(home / "transformers.safetensors")
+        self.results: dict[str, Any] = {}
+
+    def _start_groups(self, actor: Any, seed: int) -> None:
+        groups = (actor.tensor_parallel, actor.pipeline_parallel)
+        if groups == self.groups:
+            return
+        if self.groups is not None:
+            parallel_state.destroy_model_parallel()
+        start_parallel_groups(actor, seed)
+        self.groups = groups
+
+    def policy(self, layout: str, kind: str, **actor: Any) -> Policy:
+        config = Config()
+        config.model.path = str(self.home / kind)
+        config.rollout.temperature = 0.7
+        config.rollout.max_model_len = 128
+        config.train.steps = 8
+        config.algo.kl_beta = 0.2
+        settings = {
+            "precision": "fp32",
+            "microbatch_tokens": 130,
+            "lr": 1e-3,
+            "lr_min": 1e-4,
+            "lr_warmup_ratio": 0.0,
+            "adam_eps": 1e-5,
+            "weight_decay": 0.1,
+            "clip_grad": 1.0,
+        }
+        for name, value in (settings | LAYOUTS[layout] | actor).items():
+            setattr(config.actor, name, value)
+        return Policy(config, self.world)
+
+    def weights(self, policy: Policy) -> TENSORS:
+        return {name: tensor.detach().clone().contiguous() for name, tensor in policy.export_hf()}
+
+    def same_everywhere(self, weights: TENSORS) -> bool:
+        digest = hashlib.sha256()
+        for name in sorted(weights):
+            digest.update(name.encode() + weights[name].numpy().tobytes())
+        return len(set(self.world.gather(digest.hexdigest()))) == 1
+
+    def keep(self, name: str, weights: TENSORS) -> None:
+        if self.world.is_main:
+            save_file(weights, self.home / f"{name}.weights.safetensors")
+
+    def note(self, name: str, found: Any) -> None:
+        self.results[name] = found
+        if self.world.is_main:
+            (self.home / f"{sys.argv[1]}.json").write_text(json.dumps(self.results))
+
+    def trial(self, layout: str, kind: str, save: bool = False, **actor: Any) -> None:
+        """Everything that is compared between layouts, on one policy."""
+        policy = self.policy(layout, kind, **actor)
+        found: dict[str, Any] = {"score": self.score_errors(policy, kind), "export": self.export_facts(policy, kind)}
+        metrics = [policy.update(batch_of()) for _ in range(2)]
+        if save:
+            checkpoint.save(policy, self.home / f"{layout}-{kind}-checkpoints", 2, {"cursor": 5}, keep=2)
+        name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
+        found |= self.second_half(policy, name, metrics)
+        self.note(name, found)
+
+    def second_half(self, policy: Policy, name: str, metrics: list[dict[str, float]]) -> dict[str, Any]:
+        """The third update, a NaN, a batch to refuse, a fourth update, and one of a single row."""
+        metrics = [*metrics, policy.update(batch_of())]
+        third = self.weights(policy)
+        found = {
+            "same_everywhere": self.same_everywhere(third),
+            "nan": self.nan(policy),
+            "refused": self.refuse(policy),
+        }
+        metrics.append(policy.update(batch_of()))
+        metrics.append(policy.update(batch_of([3])))
+        self.keep(f"{name}-3", third)
+        self.keep(f"{name}-5", self.weights(policy))
+        return found | {"metrics": metrics, "version": policy.version, "steps": policy.schedule.num_steps}
+
+    def resume(self, saved: str, layout: str, kind: str, **actor: Any) -> None:
+        policy = self.policy(layout, kind, **actor)
+        manifest = checkpoint.load(policy, self.home / f"{saved}-{kind}-checkpoints" / "step_000002")
+        name = "-".join([saved, "to", layout, kind, *(f"{key}={value}" for key, value in actor.items())])
+        found = {"step": manifest["step"], "state": manifest["state"], "loaded_version": policy.version}
+        self.note(name, found | self.second_half(policy, name, []))
+
+    def score_errors(self, policy: Policy, kind: str) -> dict[str, float]:
+        """Largest differences from transformers; the last entry: a lone sequence, for which other ranks have no row."""
+        errors = {}
+        for temperature in TEMPERATURES:
+            policy._pass = replace(policy._pass, temperature=temperature)
+            expected = [self.expected[f"{kind} {temperature} {number}"] for number in range(len(LENGTHS))]
+            errors[f"{temperature}"] = largest_gap(policy.score(sequences()), expected)
+            errors[f"{temperature} alone"] = largest_gap(policy.score(sequences()[3:4]), expected[3:4])
+        policy._pass = replace(policy._pass, temperature=0.7)
+        return errors
+
+    def export_facts(self, policy: Policy, kind: str) -> dict[str, Any]:
+        ours, theirs = self.weights(policy), load_file(self.home / kind / "model.safetensors")
+        return {
+            "same_names": ours.keys() == theirs.keys(),
+            "bit_exact": all(torch.equal(ours[name], theirs[name]) for name in ours.keys() & theirs.keys()),
+            "tensors": len(ours),
+            "same_everywhere": self.same_everywhere(ours),
+        }
+
+    def unchanged(self, policy: Policy, act: Callable[[], Any]) -> tuple[Any, bool]:
+        """What `act` gave, and whether it left weights, version, schedule and learning rate alone."""
+
+        def state() -> tuple[Any, ...]:
+            return policy.version, policy.schedule.num_steps, policy.optimizer.param_groups[0]["lr"]
+
+        before, facts = self.weights(policy), state()
+        given = act()
+        after = self.weights(policy)
+        return given, facts == state() and all(torch.equal(before[name], after[name]) for name in before)
+
+    def nan(self, policy: Policy) -> dict[str, Any]:
+        batch = batch_of()
+        bad = broken(batch, 1, advantages=[float("nan") if weight else 0.0 for weight in batch.rows[1].weights])
+        metrics, same = self.unchanged(policy, lambda: policy.update(bad))
+        return {"skipped": metrics["skipped"], "unchanged": same}
+
+    def refuse(self, policy: Policy) -> dict[str, Any]:
+        batch = batch_of()
+        row = batch.rows[2]
+        bad = {
+            "phase": broken(batch, 2, phases=[Phase.RETRY] * len(row)),
+            "text": broken(batch, 2, sampled=[False] * len(row)),
+        }
+        found = {}
+        for name, one in bad.items():
+            message, same = self.unchanged(policy, lambda one=one: error_of(lambda: policy.update(one), RuntimeError))
+            found[name] = {"message": message, "unchanged": same}
+        return found
+
+
+def largest_gap(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    return max((ours - theirs).abs().max().item() for ours, theirs in zip(found, expected, strict=True))
+
+
+def error_of(act: Callable[[], Any], kind: type[Exception]) -> str:
+    try:
+        act()
+    except kind as error:
+        return str(error)
+    return "accepted"

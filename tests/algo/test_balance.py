@@ -1,0 +1,112 @@
+"""Dealing rows: each once, within the budget, and so that the slowest rank is not much slower than the mean."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_r3.algo.balance import Balance, Cost, Piece
+from nemo_r3.types import Row
+
+BUDGET = 100
+TOKENS = Cost(1.0, 0.0, 0.0)
+ALL = Cost(10.0, 0.01, 3.0)
+GROUPS = st.lists(
+    st.tuples(st.integers(0, 60), st.lists(st.integers(1, 41), min_size=1, max_size=8)), min_size=0, max_size=10
+)
+RANKS = st.integers(1, 6)
+
+
+def rows_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
+    rows = []
+    for group, (context, lengths) in enumerate(groups):
+        for length in lengths:
+            flat = [0.0] * (context + length)
+            weights = [0.0] * context + [1.0] * length
+            rows.append(Row([0] * len(flat), (), (), flat, weights, flat, group, context))
+    return rows
+
+
+def laid(rows: list[Row], piece: Piece) -> int:
+    return rows[piece[0]].shared + sum(len(rows[number]) - 1 - rows[number].shared for number in piece)
+
+
+@settings(max_examples=80)
+@given(GROUPS, RANKS)
+def test_every_row_is_dealt_once_within_the_budget_beside_its_own_group(
+    groups: list[tuple[int, list[int]]], ranks: int
+) -> None:
+    rows = rows_of(groups)
+    dealt = Balance(rows, ALL, BUDGET).deal(ranks)
+    assert len(dealt) == ranks
+    assert len({len(microbatches) for microbatches in dealt}) == 1, "ranks must run as many microbatches"
+    pieces = [piece for microbatches in dealt for pieces in microbatches for piece in pieces]
+    assert sorted(number for piece in pieces for number in piece) == list(range(len(rows)))
+    assert all(len({rows[number].group for number in piece}) == 1 for piece in pieces)
+    assert all(len(piece) == 1 for piece in pieces if not rows[piece[0]].shared), "nothing to share, nothing shared"
+    assert all(
+        sum(laid(rows, piece) for piece in pieces) <= BUDGET for microbatches in dealt for pieces in microbatches
+    )
+    assert dealt == Balance(rows, ALL, BUDGET).deal(ranks)
+
+
+@given(GROUPS.filter(bool))
+def test_flops_of_a_piece_are_counted_token_by_token(groups: list[tuple[int, list[int]]]) -> None:
+    rows = rows_of(groups)
+    balance = Balance(rows, ALL, BUDGET)
+    members = [number for number, row in enumerate(rows) if row.group == 0]
+    context, lengths = groups[0]
+    if not context:
+        members, lengths = members[:1], lengths[:1]
+    seen = sum(place + 1 for place in range(context))
+    for length in lengths:
+        seen += sum(context + place + 1 for place in range(length - 1))
+    tokens = context + sum(length - 1 for length in lengths)
+    targets = sum(lengths) - (0 if context else 1)  # a row's first token has no predecessor
+    assert balance.flops(tuple(members)) == pytest.approx(10 * tokens + 0.01 * seen + 3 * targets)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_slowest_rank_is_within_a_few_percent_of_the_mean(ranks: int) -> None:
+    """32 groups as in the paper, contexts of 400 to 1,600 tokens, reflections of 64 to 192."""
+    draw = random.Random(3)
+    groups = [(draw.randint(400, 1600), [draw.randint(64, 192) for _ in range(8)]) for _ in range(32)]
+    balance = Balance(rows_of(groups), Cost(1e3, 1.0, 300.0), 8192)
+    dealt = balance.deal(ranks)
+    loads = [sum(balance.flops(piece) for pieces in microbatches for piece in pieces) for microbatches in dealt]
+    assert max(loads) < 1.03 * sum(loads) / ranks
+    whole = sum(balance.tokens(piece) for microbatches in dealt for pieces in microbatches for piece in pieces)
+    assert whole < 1.02 * sum(context + sum(lengths) - 8 for context, lengths in groups), "contexts are hardly repeated"
+
+
+def test_a_group_is_cut_where_that_makes_the_slowest_rank_faster() -> None:
+    rows = rows_of([(10, [20] * 4)])
+    (alone,), (other,) = Balance(rows, TOKENS, BUDGET).deal(2)
+    assert [len(piece) for piece in alone + other] == [2, 2]
+    one_token_each = rows_of([(90, [1] * 4)])
+    assert Balance(one_token_each, TOKENS, BUDGET).deal(2) == [[[(0, 1, 2, 3)]], [[]]], "nothing would get faster"
+
+
+def test_a_group_beyond_the_budget_repeats_its_context() -> None:
+    rows = rows_of([(50, [21] * 5)])
+    (microbatches,) = Balance(rows, TOKENS, BUDGET).deal(1)
+    assert sorted(len(piece) for pieces in microbatches for piece in pieces) == [1, 2, 2]
+    assert len(microbatches) == 3
+
+
+def test_short_groups_share_a_microbatch() -> None:
+    rows = rows_of([(10, [11, 11]), (10, [11, 11])])
+    assert Balance(rows, TOKENS, BUDGET).deal(1) == [[[(0, 1), (2, 3)]]]
+
+
+def test_fewer_rows_than_ranks_leave_empty_microbatches() -> None:
+    assert Balance(rows_of([(0, [7])]), TOKENS, BUDGET).deal(2) == [[[(0,)]], [[]]]
+    assert Balance([], TOKENS, BUDGET).deal(2) == [[[]], [[]]]
+
+
+def test_a_row_beyond_the_budget_is_refused_by_key() -> None:
+    with pytest.raises(ValueError, match=r"101 tokens exceeds actor\.microbatch_tokens=100"):
+        Balance(rows_of([(50, [5, 52])]), TOKENS, BUDGET)

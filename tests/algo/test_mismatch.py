@@ -1,0 +1,80 @@
+"""The corrections for the gap between vLLM and the actor, token by token in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_r3.algo.mismatch import BOUNDS, correct, prob_error
+from nemo_r3.config import AlgoConfig
+
+LOGPROB = st.floats(-6, 0)
+STEPS = st.lists(st.lists(st.tuples(LOGPROB, LOGPROB), min_size=1, max_size=5), min_size=1, max_size=4)
+KINDS = AlgoConfig.__dataclass_fields__["mismatch_correction"].metadata["choices"]
+
+
+def obvious(step: list[list[tuple[float, float]]], kind: str, low: float, high: float) -> tuple[list, list]:
+    factors, kept = [], []
+    for sequence in step:
+        ratios = [math.exp(ours - theirs) for ours, theirs in sequence]
+        middle = math.exp(sum(ours - theirs for ours, theirs in sequence) / len(sequence))
+        for ratio in ratios:
+            factors.append({"none": 1.0, "tis": min(ratio, high)}.get(kind, ratio))
+            kept.append({"icepop": low <= ratio <= high, "sequence_mask": low <= middle <= high}.get(kind, True))
+    return factors, kept
+
+
+@given(STEPS, st.sampled_from(KINDS), st.floats(0.2, 0.99), st.floats(1.01, 5))
+def test_corrections_equal_the_formula(
+    step: list[list[tuple[float, float]]], kind: str, low: float, high: float
+) -> None:
+    ours, theirs = torch.tensor(sum(step, []), dtype=torch.float64).unbind(1)
+    sequences = torch.arange(len(step)).repeat_interleave(torch.tensor([len(sequence) for sequence in step]))
+    factors, kept = correct(ours, theirs, sequences, kind, low, high)
+    expected_factors, expected_kept = obvious(step, kind, low, high)
+    assert factors.tolist() == pytest.approx(expected_factors, rel=1e-12)
+    assert kept.tolist() == expected_kept
+    assert prob_error(ours, theirs).tolist() == pytest.approx([math.exp(abs(a - b)) for a, b in sum(step, [])])
+
+
+def test_own_bounds_are_those_of_the_papers() -> None:
+    assert set(BOUNDS) == set(KINDS)
+    assert BOUNDS["tis"][1] == 2.0 and BOUNDS["icepop"] == (0.5, 5.0) and BOUNDS["sequence_mask"] == (0.99, 1.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_carries_no_gradient(kind: str) -> None:
+    logprobs = torch.tensor([-1.0], requires_grad=True)
+    factors, _ = correct(logprobs, torch.tensor([-1.5]), torch.tensor([0]), kind, 0.5, 2.0)
+    assert not factors.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_overflows(kind: str) -> None:
+    ours, theirs = torch.tensor([-1.0, -900.0, -1.0]), torch.tensor([-900.0, -1.0, -math.inf])
+    factors, kept = correct(ours, theirs, torch.arange(3), kind, 0.5, 2.0)
+    assert factors.isfinite().all()
+    assert kept.tolist() == [kind in ("none", "tis")] * 3
+    assert prob_error(ours, theirs).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["icepop", "sequence_mask"])
+def test_nan_is_kept_so_that_it_stops_the_step(kind: str) -> None:
+    factors, kept = correct(torch.tensor([math.nan]), torch.tensor([-1.0]), torch.tensor([0]), kind, 0.5, 2.0)
+    assert factors.isnan().all() and kept.all()
+
+
+def test_one_stray_token_rejects_its_whole_sequence_and_no_other() -> None:
+    theirs = torch.tensor([-1.0, -1.0, -1.0, -1.0])
+    ours = torch.tensor([-1.0, -0.9, -1.0, -1.005])
+    _, kept = correct(ours, theirs, torch.tensor([0, 0, 1, 1]), "sequence_mask", *BOUNDS["sequence_mask"])
+    assert kept.tolist() == [False, False, True, True]
+
+
+def test_an_unknown_correction_is_refused_by_key() -> None:
+    with pytest.raises(ValueError, match=r"algo\.mismatch_correction='mis'"):
+        correct(torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64), "mis", 0.5, 2.0)
