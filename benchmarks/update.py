@@ -234,7 +234,9 @@ def main() -> None:
 
 def line(found: dict[str, Any]) -> str:
     """A point in one line."""
-    seconds = "  ".join(f"{name} {of['seconds']:.2f} s {of['memory_mb']:.0f} MiB" for name, of in found["layouts"].items())
+    seconds = "  ".join(
+        f"{name} {of['seconds']:.2f} s {of['memory_mb']:.0f} MiB" for name, of in found["layouts"].items()
+    )
     times = "  ".join(f"{name}/shared {of['time']:.2f}" for name, of in found["ratios"].items())
     return f"context {found['context']} reflection {found['reflection']} G {found['group']}:  {seconds}  {times}"
 
