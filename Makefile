@@ -69,5 +69,8 @@ $(TRL_STAMP): requirements/trl.lock $(STAMP)
 	@$(TRL)/bin/python -m pip install -qq --no-deps -r requirements/trl.lock
 	@touch $@
 
-bench: setup $(TRL_STAMP) ## measure a whole step against TRL's GRPOTrainer: benchmarks/results/
+# alone on the machine: what else runs there is in the numbers
+bench: export OMP_NUM_THREADS := 2
+bench: setup $(TRL_STAMP) ## the update by layout, and a whole step against TRL's GRPOTrainer: benchmarks/results/
+	$(BIN)/python -W ignore -m benchmarks.update $(ARGS)
 	$(BIN)/python -m benchmarks.step_vs_trl $(ARGS)

@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import machine
 from benchmarks.workload import SMALL, Sizes, make
 
 ROOT = Path(__file__).parents[1]
@@ -143,13 +144,6 @@ def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
             numbers[key] = statistics.median(theirs) / statistics.median(ours)
             numbers[f"{key}_low"], numbers[f"{key}_high"] = min(pairs), max(pairs)
     return numbers
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What it ran on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "threads": threads}
 
 
 def versions(trl_python: str) -> dict[str, str]:
