@@ -172,7 +172,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, default=2, help="failures per step")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of every side")
     parser.add_argument("--rows", type=int, default=4, help="TRL's per_device_train_batch_size")
-    parser.add_argument("--minutes", type=float, default=20, help="no further step that would end later")
+    parser.add_argument("--minutes", type=float, default=21, help="no further step that would end later")
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that everything works")
     parser.add_argument("--trl-python", default=str(ROOT / ".venv-trl/bin/python"), help="Python that has TRL")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the numbers go")
