@@ -8,6 +8,7 @@ names and type strings around while megatron-core runs, and only then, so vLLM n
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class _Stream:
@@ -61,6 +63,7 @@ def prepare() -> None:
     """Replaces what megatron-core calls of `torch.cuda`; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
+    _keep_freed_memory()
     from megatron.core.tensor_parallel import random as mcore_random  # after torch.compile is switched off
 
     cpu = torch.device("cpu")
@@ -76,6 +79,13 @@ def prepare() -> None:
     mcore: Any = mcore_random
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc reuse what is freed: it would map and unmap large tensors, and the kernel clears each page anew."""
+    malloc = ctypes.CDLL(None)
+    malloc.mallopt(M_MMAP_MAX, 0)
+    malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cuda_stand_in() -> AbstractContextManager[Any]:

@@ -2,8 +2,7 @@
 
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
-Backward computes each chunk's logits once more: a fifth more work in the head for memory that does not grow with the
-number of tokens.
+Backward keeps the last chunk's logits and computes the others anew: memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -71,26 +70,29 @@ class _TargetLogprobs(torch.autograd.Function):
         real = weight[: columns.count]
         local = targets - columns.start
         chunk = max(1, CHUNK_ELEMENTS // max(1, columns.count))
-        found = [
-            _forward_chunk(_logits(part, real, temperature), index, columns)
-            for part, index in zip(hidden.split(chunk), local.split(chunk), strict=True)
-        ]
-        logprobs, entropies, lse = (torch.cat([one[i] for one in found]) for i in range(3))
-        ctx.save_for_backward(hidden, weight, local, lse)
+        found = []
+        for part, index in zip(hidden.split(chunk), local.split(chunk), strict=True):
+            logits = _logits(part, real, temperature)
+            found.append(_forward_chunk(logits, index, columns))
+        totals = [total + largest for _, _, total, largest in found]
+        totals[-1] = found[-1][2]  # the last chunk's logits are kept, and are less by the largest
+        ctx.save_for_backward(hidden, weight, local, torch.cat(totals), logits)
         ctx.temperature, ctx.columns, ctx.chunk = temperature, columns, chunk
+        logprobs, entropies = torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found])
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, lse = ctx.saved_tensors
+        hidden, weight, local, totals, kept = ctx.saved_tensors
         real = weight[: ctx.columns.count]
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        pieces = zip(*(t.split(ctx.chunk) for t in (hidden, local, lse, grads[0], d_hidden)), strict=True)
-        for part, index, total, grad, d_part in pieces:
+        pieces = list(zip(*(t.split(ctx.chunk) for t in (hidden, local, totals, grads[0], d_hidden)), strict=True))
+        for number, (part, index, total, grad, d_part) in enumerate(pieces):
             # d logprob / d logits = (one-hot - softmax) / temperature
-            d_logits = _logits(part, real, ctx.temperature).sub_(total[:, None]).exp_()
+            logits = kept if number + 1 == len(pieces) else _logits(part, real, ctx.temperature)
+            d_logits = logits.sub_(total[:, None]).exp_()
             rows, places = _held(index, ctx.columns)
             d_logits[rows, places] -= 1
             d_logits.mul_(-grad[:, None] / ctx.temperature)
@@ -100,8 +102,11 @@ class _TargetLogprobs(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def _forward_chunk(logits: Tensor, local: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and log-sum-exps of a chunk of logits [tokens, columns], which it overwrites."""
+def _forward_chunk(logits: Tensor, local: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a chunk of logits [tokens, columns]: log-probabilities, entropies, log-sum-exps and largest logits.
+
+    Takes the largest logit off the logits, and off the log-sum-exps that it returns.
+    """
     rows, places = _held(local, columns)
     sums = logits.new_zeros(3, len(logits))  # of exp, of exp * logit, and the target's logit
     largest = logits.amax(-1)
@@ -113,7 +118,7 @@ def _forward_chunk(logits: Tensor, local: Tensor, columns: Columns) -> tuple[Ten
     sums[1] = torch.linalg.vecdot(exponentials, logits)
     columns.reduce(sums, dist.ReduceOp.SUM)
     log_total = sums[0].log()
-    return sums[2] - log_total, log_total - sums[1] / sums[0], log_total + largest
+    return sums[2] - log_total, log_total - sums[1] / sums[0], log_total, largest
 
 
 def _held(local: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:

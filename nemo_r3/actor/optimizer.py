@@ -61,6 +61,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, AdamW):  # no Apex, no Transformer Engine
             _start_adam_state(part.optimizer)
+            part.optimizer.param_groups[:] = [group | {"fused": True} for group in part.optimizer.param_groups]
             if isinstance(part, DistributedOptimizer):
                 part._set_main_param_and_optimizer_states = partial(_set_with_own_step, part)
     return optimizer

@@ -29,8 +29,9 @@ from nemo_r3.models.names import table
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.sampling import Completion, Sampling, seeds_requests
 
-KV_BLOCK = 128
-"""Tokens per block of vLLM's KV cache on a CPU."""
+KV_BLOCK = 32
+"""Tokens per block of vLLM's KV cache on a CPU. Only whole blocks of a shared context are reused: with vLLM's 128, G
+reflections on a short task would share nothing."""
 CPU_BATCHED_TOKENS = 4096
 """Most tokens of one forward pass on a CPU; prompts are never cut there, so at least a whole dialogue."""
 
@@ -79,6 +80,7 @@ class Engine:
             tensor_parallel_size=rollout.tensor_parallel,
             distributed_executor_backend="external_launcher",
             enable_prefix_caching=rollout.prefix_caching,
+            block_size=None if on_cuda else KV_BLOCK,
             enforce_eager=rollout.enforce_eager or not on_cuda,
             logprobs_mode="processed_logprobs",
             gpu_memory_utilization=rollout.gpu_memory_utilization,
