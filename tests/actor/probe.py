@@ -18,6 +18,7 @@ from ceiling import ceiling
 from damage import after_the_kill, bad_checkpoints, full_disk, killed_while_saving, limited
 from data import KINDS, batch_of, plain_updates
 from lab import Lab
+from rejection import rejection
 from shared import shared_and_separate
 
 from nemo_r3 import runtime
@@ -31,6 +32,7 @@ def one(lab: Lab) -> None:
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}, {"distributed_optimizer": False}):
         lab.trial("one", "qwen2", **actor)
+    rejection(lab, "one", "qwen2")
     shared_and_separate(lab, "one", "llama_tied")
     for recompute in ("selective", "full"):
         shared_and_separate(lab, "one", "qwen2", recompute=recompute)
@@ -56,6 +58,7 @@ def two(lab: Lab) -> None:
     for kind in ("llama_tied", "qwen2"):
         lab.trial("dp2", kind, save=True)
     lab.trial("dp2", "qwen2", shared_context=False)
+    rejection(lab, "dp2", "qwen2")
     lab.resume("pp2", "dp2", "llama_tied")
     lab.resume("dp2", "dp2", "qwen2")
     policy = lab.policy("dp2", "llama")

@@ -120,3 +120,14 @@ def test_the_learning_rate_follows_the_cosine(one: Any) -> None:
     expected = 1e-4 + (1e-3 - 1e-4) * (1 + torch.cos(torch.pi * steps / 8)) / 2
     found = [step["lr"] for step in one.found["one-llama"]["metrics"]]
     assert found == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["rejection-one-qwen2", "rejection-dp2-qwen2"])
+def test_rejected_tokens_leave_loss_gradient_and_denominators_of_the_whole_step(
+    every: dict[str, Any], name: str
+) -> None:
+    found, expected = every[name]["found"], every[name]["expected"]
+    assert (found["trained_tokens"], found["rejected_tokens"], expected["trained_tokens"]) == (161, 54, 107)
+    for key in ("loss", "kl", "grad_norm"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
+    assert every[name]["weight_gap"] < WEIGHT_TOLERANCE

@@ -1,0 +1,48 @@
+"""Tokens that the mismatch correction rejects, against a batch that never had them: one update of two policies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from data import batch_of, sequences
+from lab import Lab
+
+from nemo_r3.algo.objective import Objective
+from nemo_r3.types import Row, UpdateBatch
+
+WHOLE = 5
+"""A row whose tokens are all rejected: it leaves the number of sequences, too."""
+
+
+def rejection(lab: Lab, layout: str, kind: str) -> None:
+    """Notes both updates' metrics, and how far the weights are apart afterwards."""
+    policy, other = lab.policy(layout, kind), lab.policy(layout, kind)
+    policy._objective = Objective(replace(policy.config.algo, mismatch_correction="icepop"))
+    scores = [[0.0, *score.tolist()] for score in policy.score(sequences())]
+    given = batch_of().rows
+    rows = [sampled_as(row, scores[number], number) for number, row in enumerate(given)]
+    kept = [without(row, logprobs, len(rows)) for row, logprobs in zip(rows, scores, strict=True)]
+    found = policy.update(UpdateBatch(tuple(rows), (), 1, 0))
+    expected = other.update(UpdateBatch(tuple(kept), (), 1, 0))
+    ours, theirs = lab.weights(policy), lab.weights(other)
+    gap = max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
+    lab.note(f"rejection-{layout}-{kind}", {"found": found, "expected": expected, "weight_gap": gap})
+
+
+def sampled_as(row: Row, logprobs: list[float], number: int) -> Row:
+    """As if vLLM had sampled with the actor's probabilities, but for every third token and one whole row."""
+    far = [10.0 if number == WHOLE or place % 3 == 0 else 0.0 for place in range(len(row))]
+    return replace(row, rollout_logprobs=[logprob - gap for logprob, gap in zip(logprobs, far, strict=True)])
+
+
+def without(row: Row, logprobs: list[float], rows: int) -> Row:
+    """The row's rejected tokens have no weight; the others share its weight, and that of the row that is gone."""
+    stays = [
+        bool(weight) and abs(ours - theirs) < 1
+        for weight, ours, theirs in zip(row.weights, logprobs, row.rollout_logprobs, strict=True)
+    ]
+    if not any(stays):
+        return replace(row, weights=[0.0] * len(row))
+    scale = sum(map(bool, row.weights)) / sum(stays) * rows / (rows - 1)
+    weights = [weight * scale if stay else 0.0 for weight, stay in zip(row.weights, stays, strict=True)]
+    return replace(row, weights=weights)
