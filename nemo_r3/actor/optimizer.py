@@ -61,7 +61,8 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, AdamW):  # no Apex, no Transformer Engine
             _start_adam_state(part.optimizer)
-            part.optimizer.param_groups[:] = [group | {"fused": True} for group in part.optimizer.param_groups]
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
             if isinstance(part, DistributedOptimizer):
                 part._set_main_param_and_optimizer_states = partial(_set_with_own_step, part)
     return optimizer
@@ -71,7 +72,7 @@ def _start_adam_state(adam: AdamW) -> None:
     """Allocates torch AdamW's moments: checkpoints read them before the first step. Fused optimizers do their own."""
     for parameter in (p for group in adam.param_groups for p in group["params"]):
         adam.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
