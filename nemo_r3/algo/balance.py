@@ -73,11 +73,11 @@ class Balance:
 
     def deal(self, ranks: int) -> list[list[list[Piece]]]:
         """Pieces by [rank][microbatch]; every rank has as many microbatches, some maybe empty."""
-        dealt = [self._in_budget(held) for held in self._over(ranks)]
+        dealt = [self._costliest_first(held) for held in self._over(ranks)]
         count = max(1, *(-(-sum(map(self.tokens, pieces)) // self._budget) for pieces in dealt))
-        while any((filled := self._fill(pieces, count)) is None for pieces in dealt):
+        while len(filled := [fill for pieces in dealt if (fill := self._fill(pieces, count)) is not None]) < ranks:
             count += 1
-        return [filled for pieces in dealt if (filled := self._fill(pieces, count)) is not None]
+        return filled
 
     def tokens(self, piece: Piece) -> int:
         """Tokens that a piece takes in a microbatch."""
@@ -138,7 +138,7 @@ class Balance:
             del held[slow][number]
         return True
 
-    def _in_budget(self, held: Mapping[int, Piece]) -> list[Piece]:
+    def _costliest_first(self, held: Mapping[int, Piece]) -> list[Piece]:
         return sorted(held.values(), key=lambda piece: (-self.flops(piece), piece))
 
     def _fill(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:

@@ -131,11 +131,10 @@ def test_a_branch_sees_neither_its_sisters_nor_the_group_before() -> None:
     microbatch = pack(rows, [(0, 1), (2, 3)], 1)
     tables = draws(1700, 1700)
     before = outputs(microbatch, tables)
-    target = int((microbatch.targets.sequences == 1).nonzero()[0])  # of row 1
     tables[2][100:200] += 10  # the first reflections' tokens: row 0's and row 2's
     changed = (outputs(microbatch, tables) - before).abs().amax(-1) > 1e-9
     assert not changed[microbatch.targets.sequences == 1].any() and not changed[microbatch.targets.sequences == 3].any()
-    assert changed[microbatch.targets.sequences == 0].any() and target == 4
+    assert changed[microbatch.targets.sequences == 0].any()
 
 
 def test_the_kernel_follows_device_and_dtype() -> None:
