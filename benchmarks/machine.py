@@ -9,6 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
+
+
+def results(file: str, small: bool) -> Path:
+    """Where a benchmark writes; what a small run finds is no result and stays out of git."""
+    return ROOT / ("build" if small else "benchmarks/results") / file
+
 
 def machine(threads: int) -> dict[str, Any]:
     """Processor, cores, and the threads that were used."""

@@ -24,11 +24,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import ROOT, machine, results
 from benchmarks.workload import SMALL, Sizes, make
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "step_vs_trl.json"
 PARTS = ("rollout", "update", "sync", "step")
 ENDINGS = {"trl": "", "trl_vllm": "_vllm"}
 """TRL's sides, and how their numbers' names end."""
@@ -194,7 +192,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=21, help="no further step that would end later")
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that everything works")
     parser.add_argument("--trl-python", default=str(ROOT / ".venv-trl/bin/python"), help="Python that has TRL")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the numbers go")
     return parser.parse_args()
 
 
@@ -218,8 +215,9 @@ def main() -> None:
         "versions": versions(args.trl_python),
         "machine": machine(args.threads),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(numbers | about | {"steps": steps}, indent=2) + "\n")
+    out = results("step_vs_trl.json", args.small)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(numbers | about | {"steps": steps}, indent=2) + "\n")
     print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items()))
     if apart:
         raise SystemExit(f"TRL and nemo_r3 disagree: {', '.join(apart)}")

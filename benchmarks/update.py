@@ -28,15 +28,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine, versions
+from benchmarks.machine import ROOT, machine, results, versions
 from benchmarks.plot import picture
 from benchmarks.workload import Sizes, make_model
 from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.types import Phase, Row, UpdateBatch
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "update.json"
 PICTURE = ROOT / "docs" / "update_cost.png"
 PACKAGES = ("torch", "megatron-core", "transformers")
 LAYOUTS = ("shared", "packed", "padded")
@@ -207,8 +205,6 @@ def main() -> None:
     """Measures the grid and the main point, and writes both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="tiny models and sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the numbers go")
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where the picture goes")
     options = parser.parse_args()
     world = runtime.start(Config())
     grid, main_point = (SMALL_GRID, SMALL_GRID[0]) if options.small else (GRID, MAIN)
@@ -224,7 +220,7 @@ def main() -> None:
         parallel_state.destroy_model_parallel()
         found = measure(policy_of(models[1], Path(scratch) / "main", world), main_point, MAIN_ROUNDS)
     print(line(found), flush=True)
-    results = {
+    numbers = {
         **{f"shared_vs_{layout}": found["ratios"][layout]["time"] for layout in LAYOUTS[1:]},
         **{f"shared_vs_{layout}_low": found["ratios"][layout]["time_low"] for layout in LAYOUTS[1:]},
         **{f"shared_vs_{layout}_high": found["ratios"][layout]["time_high"] for layout in LAYOUTS[1:]},
@@ -234,10 +230,15 @@ def main() -> None:
         "versions": versions(PACKAGES),
         "machine": machine(torch.get_num_threads()),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    out = results("update.json", options.small)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(numbers, indent=1) + "\n")
     base = asdict(grid[0] if options.small else BASE)
-    picture(measured, {name: base[name] for name in ("context", "reflection", "group")}, options.picture)
+    picture(
+        measured,
+        {name: base[name] for name in ("context", "reflection", "group")},
+        out.with_suffix(".png") if options.small else PICTURE,
+    )
 
 
 def line(found: dict[str, Any]) -> str:
