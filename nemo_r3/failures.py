@@ -149,7 +149,11 @@ def _row(attempt: Attempted, solve_rate: float) -> dict[str, Any]:
     answer = attempt.answer
     return {
         "problem_id": attempt.problem.id,
-        "problem": {"text": attempt.problem.text, "data": attempt.problem.data},
+        "problem": {
+            "text": attempt.problem.text,
+            "data": attempt.problem.data,
+            "tools": attempt.problem.tools,
+        },
         "sample": attempt.sample,
         "solve_rate": round(solve_rate, 4),
         "task_ids": attempt.context.segments[0].ids,
@@ -163,7 +167,8 @@ def _row(attempt: Attempted, solve_rate: float) -> dict[str, Any]:
 
 def _failure(row: Mapping[str, Any]) -> Failure:
     """The inverse of `_row`."""
-    problem = Problem(row["problem_id"], row["problem"]["text"], row["problem"]["data"])
+    asked = row["problem"]
+    problem = Problem(row["problem_id"], asked["text"], asked["data"], tuple(asked["tools"]))
     task = Segment(Phase.TASK, tuple(row["task_ids"]))
     segment = Segment(Phase.ATTEMPT, tuple(row["attempt_ids"]), tuple(row["attempt_logprobs"]), row["weights_version"])
     answer = Answer(segment, row["attempt"], row["finish_reason"])

@@ -36,11 +36,14 @@ class Problem:
         id: unique and stable across runs and machines.
         text: the user's first turn.
         data: JSON-able facts that the verifier needs; never shown to the model.
+        tools: the functions that the model may call, each as chat templates take them:
+            ``{"type": "function", "function": {"name": ..., "description": ..., "parameters": <JSON Schema>}}``.
     """
 
     id: str
     text: str
     data: Mapping[str, Any]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
