@@ -11,6 +11,6 @@ class ModelConfig:
 
     path: str = option(
         "",
-        help="directory of a Hugging Face checkpoint, or 'embedded' for the tiny one shipped with nemo_r3",
+        help="directory or hub name of a Hugging Face checkpoint; 'embedded' is the tiny one shipped with nemo_r3",
         resume=True,
     )

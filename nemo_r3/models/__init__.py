@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import llama, qwen2
 from nemo_r3.models.architecture import Architecture, check_layout, read_hf_config
 from nemo_r3.models.fingerprint import fingerprint
+from nemo_r3.models.location import EMBEDDED, model_path
 
 FAMILIES = (llama, qwen2)
-EMBEDDED = Path(__file__).parents[1] / "assets" / "countdown_tiny"
 
-__all__ = ["Architecture", "architecture_of", "check_layout", "fingerprint", "model_path"]
-
-
-def model_path(config: Config) -> Path:
-    """The directory of the starting checkpoint; 'embedded' is the one shipped with nemo_r3."""
-    return EMBEDDED if config.model.path == "embedded" else Path(config.model.path).expanduser()
+__all__ = ["EMBEDDED", "Architecture", "architecture_of", "check_layout", "fingerprint", "model_path"]
 
 
 def architecture_of(path: Path) -> Architecture:
