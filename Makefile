@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all check format bench
+.PHONY: help setup quickstart test test-all test-slurm check format bench
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -43,10 +43,14 @@ quickstart: setup ## mine, train, evaluate and export the embedded model on smal
 	$(BIN)/python -m recipes.export $(CONFIG) $(ARGS)
 
 test: setup ## all tests of a CPU machine but the slow ones
-	$(BIN)/python -m pytest $(JOBS) -m "not slow and not gpu and not te" $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) -m "not slow and not gpu and not te and not slurm" $(ARGS)
 
 test-all: setup ## all tests of a CPU machine
-	$(BIN)/python -m pytest $(JOBS) -m "not gpu and not te" $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) -m "not gpu and not te and not slurm" $(ARGS)
+
+# one job at a time: each takes all cores
+test-slurm: setup ## jobs on a virtual Slurm cluster; needs root, slurm-wlm and munge; ARGS='-m "slurm and not slow"': the quick ones
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: setup ## format, lint, types, floors, then `make test`: what CI runs
 	$(BIN)/ruff format --check .

@@ -1,0 +1,66 @@
+"""Whether a node can run its ranks: `python3 -m slurm.health LOGS GPUS DISK_GB SHM_GB`, once per node, before them.
+
+Prints "host: fine" or "host: what is wrong"; imports nothing but Python's own library, in the ranks' environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from slurm.slices import FINE
+
+GPU_SECONDS = 60
+
+
+def wrong_with_gpus(wanted: int) -> str:
+    """What is wrong with the node's GPUs; empty where nothing is."""
+    if not wanted:
+        return ""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=GPU_SECONDS)
+    except FileNotFoundError:
+        return f"{wanted} GPUs were allocated and there is no nvidia-smi (container or driver?)"
+    except subprocess.TimeoutExpired:
+        return f"nvidia-smi did not answer in {GPU_SECONDS} s"
+    seen = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    if done.returncode or seen < wanted:
+        return " ".join(f"nvidia-smi lists {seen} GPUs, {wanted} were allocated {done.stderr.strip()}".split())
+    return ""
+
+
+def wrong_with_disk(logs: Path, wanted_gb: float) -> str:
+    """What is wrong with the run directory as this node sees it; empty where nothing is."""
+    probe = logs / f".health_{socket.gethostname()}"
+    try:
+        probe.write_text("written by the health check\n")
+        probe.unlink()
+    except OSError as error:
+        return f"cannot write {logs} ({error.strerror}); run.dir must lie on a file system that all nodes share"
+    return _short_of(logs, wanted_gb, "cluster.min_disk_gb")
+
+
+def wrong_with_shm(wanted_gb: float) -> str:
+    """What is wrong with shared memory, which NCCL and data loaders use; empty where nothing is."""
+    return _short_of(Path("/dev/shm"), wanted_gb, "cluster.min_shm_gb")
+
+
+def _short_of(where: Path, wanted_gb: float, setting: str) -> str:
+    free = shutil.disk_usage(where).free / 1e9
+    return f"{where} has {free:.1f} GB free, {setting}={wanted_gb:g}" if free < wanted_gb else ""
+
+
+def main(logs: str, gpus: str, disk_gb: str, shm_gb: str) -> int:
+    """Prints the verdict; 1 where the node is not fit."""
+    found = (wrong_with_gpus(int(gpus)), wrong_with_disk(Path(logs), float(disk_gb)), wrong_with_shm(float(shm_gb)))
+    wrong = "; ".join(text for text in found if text)
+    print(f"{os.environ['SLURMD_NODENAME']}: {wrong or FINE}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

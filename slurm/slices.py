@@ -1,0 +1,237 @@
+"""Slices of a run: a job's life from one (re)start to the next, how it ended, and whether it gets another.
+
+<run.dir>/slurm.json             what must outlive a slice: faults, failures per host, progress at its start
+<run.dir>/logs/JOB_RESTART/      health.log, rank_N.log, rank_N.exit ("code host seconds") of one slice
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from nemo_r3.config import Config
+from nemo_r3.errors import UserError
+
+FINISHED, REFUSED, STOPPED = 0, 2, 75
+"""Exit codes of `recipes.train`: done; an error the user must mend; stopped on request, saved. Any other is a fault."""
+FAULT = 1
+FINE = "fine"
+HOST_FAILURES = 2
+"""A host with so many failures is excluded."""
+IDLE_SLICES = 2
+"""So many slices in a row without a checkpoint or mined shard end the job."""
+ERROR_LINE = re.compile(r"(\[rank ?\d+\]:? ?)?(error: |([a-zA-Z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt)\b)")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `slurm.json` keeps.
+
+    Attributes:
+        job: the job that wrote it; another one starts to count anew.
+        faults: slices of this job that ended in a fault.
+        idle: slices in a row that were stopped without progress.
+        progress: newest checkpoint's step and number of mined shards when the slice began.
+        hosts: failures by host, of all jobs on this run directory.
+    """
+
+    job: str = ""
+    faults: int = 0
+    idle: int = 0
+    progress: tuple[int, int] = (0, 0)
+    hosts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a slice ended: its code, why in one line, and the hosts to blame."""
+
+    code: int
+    cause: str = ""
+    hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from an end: the record to keep, whether the job runs again, and the reason in words."""
+
+    record: Record
+    requeue: bool
+    reason: str
+
+
+def logs_of(config: Config, job: str, restarts: int) -> Path:
+    """Where a slice's logs lie."""
+    return Path(config.run.dir, "logs", f"{job}_{restarts}")
+
+
+def begin(config: Config, job: str, restarts: int) -> None:
+    """Makes the log directory and records where the run stands.
+
+    Raises:
+        UserError: the run directory cannot be written.
+    """
+    try:
+        logs_of(config, job, restarts).mkdir(parents=True, exist_ok=True)
+        record = read_record(config)
+        if record.job != job:
+            record = Record(job=job, hosts=record.hosts)
+        write_record(config, replace(record, progress=progress_of(config)))
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write {config.run.dir} ({error.strerror})") from error
+
+
+def end(config: Config, environ: Mapping[str, str], code: int) -> int:
+    """Says how a slice ended, in one place, and requeues the job where that helps.
+
+    Returns:
+        The batch script's exit code.
+    """
+    job, restarts = environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT", "0"))
+    hosts = _ask("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]).split()
+    ended = read_end(logs_of(config, job, restarts), code, hosts)
+    verdict = decide(config, read_record(config), ended, progress_of(config))
+    write_record(config, verdict.record)
+    print(f"slice {restarts} of job {job}: {ended.cause}; {verdict.reason}", flush=True)
+    if verdict.requeue:
+        requeue(job, [host for host, failures in verdict.record.hosts.items() if failures >= HOST_FAILURES])
+    return ended.code
+
+
+def read_end(logs: Path, code: int, hosts: list[str]) -> End:
+    """How a slice ended. srun's code mixes those of all ranks, so the first rank that failed is what counts.
+
+    Args:
+        logs: the slice's log directory.
+        code: what srun returned, for the health check or for the ranks.
+        hosts: of the job.
+    """
+    if code == FINISHED:
+        return End(FINISHED, "finished")
+    answers = dict(line.split(": ", 1) for line in _lines(logs / "health.log") if ": " in line)
+    if not answers:
+        return End(FAULT, "no node answered the health check (cluster.setup, cluster.container?); see the lines above")
+    sick = {host: answers.get(host, "no answer to the health check") for host in hosts}
+    sick = {host: cause for host, cause in sick.items() if cause != FINE}
+    if sick:  # what all nodes of several share is nobody's fault
+        blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()
+        return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
+    failed = [(at, rank, code, host) for rank, code, host, at in _exits(logs) if code]
+    if not failed:
+        return End(FAULT, f"srun ended with code {code} and no rank said why; see the lines above")
+    _, rank, code, host = min(failed)
+    if code == STOPPED:
+        return End(STOPPED, "stopped on request, saved")
+    return End(code, f"rank {rank} on {host} {_said(logs / f'rank_{rank}.log', code)}", (host,))
+
+
+def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]) -> Verdict:
+    """Whether a job gets another slice."""
+    if ended.code == FINISHED:
+        return Verdict(replace(record, idle=0), False, "done")
+    if ended.code == REFUSED:
+        return Verdict(record, False, "not requeued: mend that and submit again")
+    if ended.code == STOPPED:
+        record = replace(record, idle=0 if progress != record.progress else record.idle + 1)
+        if record.idle < IDLE_SLICES:
+            return Verdict(record, True, "requeued")
+        return Verdict(
+            record,
+            False,
+            f"not requeued: {record.idle} slices in a row made no checkpoint; the time limit is too short for "
+            f"train.save_every={config.train.save_every} and cluster.signal_seconds={config.cluster.signal_seconds}: "
+            "raise --time (cluster.time_minutes)",
+        )
+    hosts = record.hosts | {host: record.hosts.get(host, 0) + 1 for host in ended.hosts}
+    record, limit = replace(record, faults=record.faults + 1, hosts=hosts), config.cluster.max_requeues
+    if record.faults > limit:
+        return Verdict(record, False, f"not requeued: cluster.max_requeues={limit} is used up")
+    return Verdict(record, True, f"requeued: fault {record.faults} of {limit} allowed (cluster.max_requeues)")
+
+
+def requeue(job: str, bad_hosts: list[str]) -> None:
+    """Puts the job back in the queue, without hosts that failed again and again.
+
+    A job that Slurm itself is ending (cancelled, preempted, a node lost) is Slurm's to requeue.
+    """
+    state = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
+    if state != "RUNNING":
+        print(f"job {job} is {state}: Slurm is ending it, and decides whether it runs again", flush=True)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing ends this script, but not before the hosts are excluded
+    _ask("scontrol", "requeue", job)
+    if bad_hosts:  # beside those of --exclude; Slurm takes a new list from a pending job only
+        shown = re.search(r"\bExcNodeList=(\S+)", _ask("scontrol", "show", "job", job))
+        others = [shown[1]] if shown and shown[1] != "(null)" else []
+        _ask("scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join([*others, *bad_hosts])}")
+        print(f"excluded, {HOST_FAILURES} failures or more: {', '.join(bad_hosts)}", flush=True)
+
+
+def progress_of(config: Config) -> tuple[int, int]:
+    """The newest complete checkpoint's step, and how many shards of the failure bank are mined."""
+    found = Path(config.run.dir, "checkpoints").glob("step_*/manifest.json")
+    steps = [int(file.parent.name.removeprefix("step_")) for file in found]
+    return max(steps, default=0), len(list(Path(config.failures.path).glob("shard_*.jsonl")))
+
+
+def read_record(config: Config) -> Record:
+    """The run's record; a new one where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = json.loads(_file(config).read_text())
+        return Record(**found | {"progress": tuple(found["progress"])})
+    except FileNotFoundError:
+        return Record()
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{_file(config)} is damaged ({error}); remove it: it only counts faults") from error
+
+
+def write_record(config: Config, record: Record) -> None:
+    """Writes `slurm.json`, whole."""
+    file = _file(config)
+    writing = file.with_name(f".{file.name}.writing")
+    writing.write_text(json.dumps(asdict(record)) + "\n")
+    writing.replace(file)
+
+
+def _file(config: Config) -> Path:
+    return Path(config.run.dir, "slurm.json")
+
+
+def _exits(logs: Path) -> Iterator[tuple[int, int, str, float]]:
+    """Rank, exit code, host and time of every rank that ended by itself or was killed alone."""
+    for file in logs.glob("rank_*.exit"):
+        if len(words := file.read_text().split()) == 3:
+            yield int(file.stem.removeprefix("rank_")), int(words[0]), words[1], float(words[2])
+
+
+def _said(log: Path, code: int) -> str:
+    """What a rank died of: a signal, or the first error in its log."""
+    if code > 128:
+        return f"was killed by signal {code - 128} ({signal.Signals(code - 128).name})"
+    said = next((line for line in _lines(log) if ERROR_LINE.match(line)), "its log names no error")
+    return f"ended with code {code}: {said} ({log})"
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(errors="replace").splitlines() if file.exists() else []
+
+
+def _ask(*command: str) -> str:
+    """What a Slurm command prints.
+
+    Raises:
+        UserError: it failed.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+    return done.stdout

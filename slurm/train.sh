@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=nemo_r3
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
+
+# Trains on Slurm; run it from the repository's root. docs/slurm.md says more.
+#   sbatch [OPTIONS] slurm/train.sh [CONFIG.yaml key=value ...]
+#   bash slurm/train.sh --print CONFIG.yaml key=value ...      the sbatch line for a config: #SBATCH cannot read one
+set -uo pipefail
+
+printing=
+[ "${1-}" = --print ] && printing=yes && shift
+[ $# -gt 0 ] || set -- configs/quickstart.yaml
+
+# sbatch runs a copy of this file, so $0 does not say where the repository is
+[ -n "$printing" ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+if [ ! -f slurm/train.sh ]; then
+    echo "error: $PWD is not the repository's root: go there, then run or submit slurm/train.sh" >&2
+    exit 2
+fi
+[ ! -x .venv/bin/python3 ] || PATH=$PWD/.venv/bin:$PATH
+[ -z "$printing" ] || exec python3 -m slurm.job print "$@"
+if [ -z "${SLURM_JOB_ID-}" ]; then
+    echo "error: there is no Slurm job around this: submit it with sbatch, or use --print" >&2
+    exit 2
+fi
+
+# LOGS LAUNCHER RANKS_PER_NODE THREADS SETUP CONTAINER NODE_STEP RANK_STEP HEALTH, quoted for the shell
+settings=$(python3 -m slurm.job begin "$@") || exit 2
+eval "$settings"
+
+unset RANK LOCAL_RANK WORLD_SIZE
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that Linux gives to clients
+export LOGS LAUNCHER RANKS_PER_NODE MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$THREADS}" NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+
+prepared=(bash -ec "$SETUP"$'\nexec "$@"' setup) # runs a command after the line of cluster.setup
+srun=(srun --export=ALL "${CONTAINER[@]}")
+
+step='' stop=''
+forward() { # again and again: a rank that is still importing does not listen yet
+    stop=yes
+    [ -z "$step" ] || while kill -USR1 "$step" 2>/dev/null; do sleep 10; done &
+}
+trap forward USR1 TERM
+
+code=0
+timeout 300 "${srun[@]}" "${NODE_STEP[@]}" \
+    "${prepared[@]}" python3 -m slurm.health "${HEALTH[@]}" >"$LOGS/health.log" || code=$?
+
+if [ "$code" = 0 ]; then
+    "${srun[@]}" --kill-on-bad-exit=1 "${RANK_STEP[@]}" "${prepared[@]}" bash slurm/rank.sh "$@" &
+    step=$!
+    [ -z "$stop" ] || forward
+    tail -n +1 -F --pid="$step" "$LOGS/rank_0.log" 2>/dev/null &
+    shown=$!
+    while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done # a signal ends a wait early
+    wait "$step"
+    code=$?
+    wait "$shown"
+fi
+
+trap '' USR1 TERM
+python3 -m slurm.job end "$code" "$@"

@@ -1,0 +1,50 @@
+"""What makes a node unfit; no Slurm is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slurm import health
+
+
+def nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_gpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, "echo 'GPU 0: H100 (UUID: x)'; echo 'GPU 1: H100 (UUID: y)'", monkeypatch)
+    assert health.wrong_with_gpus(0) == health.wrong_with_gpus(2) == ""
+    assert health.wrong_with_gpus(8) == "nvidia-smi lists 2 GPUs, 8 were allocated"
+
+
+def test_a_broken_driver_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, "echo 'GPU 0: H100'; echo 'GPU is lost' >&2; exit 15", monkeypatch)
+    assert health.wrong_with_gpus(1) == "nvidia-smi lists 1 GPUs, 1 were allocated GPU is lost"
+
+
+def test_gpus_without_a_driver_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no nvidia-smi" in health.wrong_with_gpus(1)
+
+
+def test_room_and_rights_on_disk(tmp_path: Path) -> None:
+    assert health.wrong_with_disk(tmp_path, 0) == ""
+    assert not list(tmp_path.iterdir())
+    assert "GB free, cluster.min_disk_gb=1e+09" in health.wrong_with_disk(tmp_path, 1e9)
+    assert "all nodes share" in health.wrong_with_disk(tmp_path / "elsewhere", 0)
+    assert "cluster.min_shm_gb=1e+09" in health.wrong_with_shm(1e9)
+
+
+def test_the_answer_names_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    assert health.main(str(tmp_path), "0", "0", "0") == 0
+    assert health.main(str(tmp_path), "0", "1e9", "0") == 1
+    fine, sick = capsys.readouterr().out.splitlines()
+    assert fine == "n7: fine" and sick.startswith(f"n7: {tmp_path} has ")

@@ -1,0 +1,183 @@
+"""The sbatch line of a config, and whether an allocation fits one; no Slurm is needed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_r3.config import Config, ConfigError, load
+from slurm.job import Allocation, assignments, launch, ranks_per_node, read_allocation
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = "configs/quickstart.yaml"
+
+LINES = {
+    (): (
+        "sbatch --job-name=quickstart --nodes=1 --ntasks-per-node=1 --signal=B:USR1@600 "
+        "slurm/train.sh configs/quickstart.yaml"
+    ),
+    ("cluster.nodes=8", "cluster.gpus_per_node=8", "cluster.partition=gpu", "cluster.time_minutes=1440"): (
+        "sbatch --job-name=quickstart --partition=gpu --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 --time=1440 "
+        "--signal=B:USR1@600 slurm/train.sh configs/quickstart.yaml "
+        "cluster.nodes=8 cluster.gpus_per_node=8 cluster.partition=gpu cluster.time_minutes=1440"
+    ),
+    (
+        "run.dir=/scratch/my run",
+        "actor.tensor_parallel=8",
+        "actor.pipeline_parallel=2",
+        "cluster.nodes=64",
+        "cluster.gpus_per_node=8",
+        "cluster.account=llm",
+        "cluster.cpus_per_task=14",
+        "cluster.memory_gb=1800",
+        "cluster.options=[--exclusive, --comment=it's mine]",
+        "cluster.signal_seconds=900",
+    ): (
+        "sbatch '--job-name=my run' --account=llm --nodes=64 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=14 "
+        """--mem=1800G --signal=B:USR1@900 --exclusive '--comment=it'"'"'s mine' slurm/train.sh """
+        "configs/quickstart.yaml 'run.dir=/scratch/my run' actor.tensor_parallel=8 actor.pipeline_parallel=2 "
+        "cluster.nodes=64 cluster.gpus_per_node=8 cluster.account=llm cluster.cpus_per_task=14 cluster.memory_gb=1800 "
+        """'cluster.options=[--exclusive, --comment=it'"'"'s mine]' cluster.signal_seconds=900"""
+    ),
+}
+
+
+def train_sh(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    command = ["bash", str(ROOT / "slurm" / "train.sh"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("overrides", LINES, ids=["1 node", "8 nodes", "64 nodes"])
+def test_print_writes_the_sbatch_line(overrides: tuple[str, ...]) -> None:
+    done = train_sh("--print", QUICKSTART, *overrides)
+    assert (done.returncode, done.stdout, done.stderr) == (0, LINES[overrides] + "\n", "")
+    assert shlex.split(done.stdout)[-1 - len(overrides) :] == [QUICKSTART, *overrides]
+
+
+def test_print_takes_the_quickstart_where_no_config_is_named() -> None:
+    assert train_sh("--print").stdout == LINES[()] + "\n"
+
+
+def test_a_bad_setting_or_place_is_one_line(tmp_path: Path) -> None:
+    unknown = train_sh("--print", QUICKSTART, "cluster.node=2")
+    assert unknown.returncode == 2 and "did you mean cluster.nodes?" in unknown.stderr
+    outside = train_sh(QUICKSTART)
+    assert outside.returncode == 2 and "there is no Slurm job around this" in outside.stderr
+    elsewhere = train_sh("--print", cwd=tmp_path)
+    assert elsewhere.returncode == 2 and "is not the repository's root" in elsewhere.stderr
+    for done in (unknown, outside, elsewhere):
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_the_scripts_own_options_are_the_defaults() -> None:
+    """A plain `sbatch slurm/train.sh` gets the signal that `--print` would ask for."""
+    script = (ROOT / "slurm" / "train.sh").read_text()
+    assert f"#SBATCH --signal=B:USR1@{Config().cluster.signal_seconds}\n" in script
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS": "8"}
+
+
+def test_an_allocation_is_read_from_slurms_variables() -> None:
+    gpus = {"SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": "3"}
+    assert read_allocation(JOB | gpus) == Allocation("7", restarts=3, nodes=2, tasks=4, gpus=4)
+    assert read_allocation(JOB) == Allocation("7", restarts=0, nodes=2, tasks=4, gpus=None)
+    unasked = {name: value for name, value in JOB.items() if name != "SLURM_NTASKS"}
+    assert read_allocation(unasked).tasks == 1, "Slurm then counts cores"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [({"SLURM_TASKS_PER_NODE": "3,1"}, "uneven (3,1)"), ({"SLURM_GPUS_PER_TASK": "1"}, "--gpus-per-node instead")],
+)
+def test_an_allocation_without_a_layout_is_refused(more: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_allocation(JOB | more)
+    assert expected in str(caught.value)
+
+
+def config_with(*overrides: str) -> Config:
+    return load([str(ROOT / QUICKSTART), *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "got", "ranks"),
+    [
+        ([], Allocation("7", 0, nodes=1, tasks=1, gpus=None), 1),
+        ([], Allocation("7", 0, nodes=2, tasks=4, gpus=None), 4),
+        ([], Allocation("7", 0, nodes=2, tasks=4, gpus=4), 4),
+        (["cluster.nodes=2", "cluster.gpus_per_node=4"], Allocation("7", 0, nodes=2, tasks=4, gpus=None), 4),
+        (["cluster.launcher=torchrun"], Allocation("7", 0, nodes=2, tasks=1, gpus=8), 8),
+        (["cluster.launcher=torchrun"], Allocation("7", 0, nodes=2, tasks=2, gpus=None), 2),
+    ],
+)
+def test_an_allocation_that_fits(overrides: list[str], got: Allocation, ranks: int) -> None:
+    assert ranks_per_node(config_with(*overrides), got) == ranks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "got", "both"),
+    [
+        (
+            ["cluster.nodes=4"],
+            Allocation("7", 0, nodes=2, tasks=1, gpus=None),
+            ["the job has 2 nodes", "cluster.nodes=4"],
+        ),
+        (
+            ["cluster.gpus_per_node=8"],
+            Allocation("7", 0, nodes=1, tasks=8, gpus=4),
+            ["the job has 4 GPUs per node", "cluster.gpus_per_node=8"],
+        ),
+        (
+            ["cluster.gpus_per_node=8"],
+            Allocation("7", 0, nodes=1, tasks=1, gpus=8),
+            ["the job has 1 tasks per node", "cluster.gpus_per_node=8", "--ntasks-per-node=8"],
+        ),
+        (
+            [],
+            Allocation("7", 0, nodes=1, tasks=1, gpus=8),
+            ["the job has 1 tasks per node", "a task for each of a node's 8 GPUs"],
+        ),
+        (
+            ["actor.tensor_parallel=4"],
+            Allocation("7", 0, nodes=2, tasks=3, gpus=None),
+            ["= 4 * 1 * 1 = 4", "6 ranks were launched"],
+        ),
+    ],
+)
+def test_a_misfit_says_both(overrides: list[str], got: Allocation, both: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ranks_per_node(config_with(*overrides), got)
+    assert all(part in str(caught.value) for part in both), caught.value
+
+
+def test_what_starts_the_ranks() -> None:
+    got = Allocation("7", restarts=2, nodes=2, tasks=8, gpus=8)
+    asked = ("run.dir=/r", "cluster.cpus_per_task=6", "cluster.container=/i.sqsh", "cluster.container_mounts=[/d:/d]")
+    values = launch(config_with(*asked), got)
+    assert values["LOGS"] == "/r/logs/7_2"
+    assert values["RANK_STEP"] == ["--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=6"]
+    assert values["NODE_STEP"] == ["--ntasks=2", "--ntasks-per-node=1"]
+    here = os.getcwd()
+    assert values["CONTAINER"] == [
+        "--container-image=/i.sqsh",
+        f"--container-mounts={here}:{here},/d:/d",
+        f"--container-workdir={here}",
+    ]
+    values = launch(config_with(*asked, "cluster.launcher=torchrun"), got)
+    assert values["RANK_STEP"] == ["--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=48"]
+
+
+def test_what_a_user_wrote_reaches_the_shell_unread() -> None:
+    nasty = "$(touch /tmp/x) `id` \"'; echo\n&& *"
+    values: dict[str, str | list[str]] = {"ONE": nasty, "MANY": [nasty, "", "a b"], "NONE": []}
+    script = assignments(values) + r'printf "%s\0" "$ONE" "${MANY[@]}" "${#NONE[@]}"'
+    done = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[:-1] == [nasty, nasty, "", "a b", "0"]

@@ -1,0 +1,130 @@
+"""How a slice's end is read and what follows from it; no Slurm is needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_r3.config import Config, load
+from nemo_r3.errors import UserError
+from slurm import slices
+from slurm.slices import FINISHED, REFUSED, STOPPED, End, Record, decide, read_end
+
+ROOT = Path(__file__).parents[2]
+HOSTS = ["n1", "n2"]
+
+
+def leave(logs: Path, exits: dict[int, str], said: dict[int, str] | None = None, health: str = "fine") -> None:
+    """What a slice leaves: exit files by rank, log texts by rank, and n2's health."""
+    (logs / "health.log").write_text(f"n2: {health}\nn1: fine\n")
+    for rank, text in exits.items():
+        (logs / f"rank_{rank}.exit").write_text(text + "\n")
+    for rank, text in (said or {}).items():
+        (logs / f"rank_{rank}.log").write_text(text)
+
+
+TRACEBACK = "step 1\nTraceback (most recent call last):\n  File x\n    raise\ntorch.OutOfMemoryError: 3 GiB\nlater\n"
+
+
+def test_the_first_rank_that_failed_is_the_cause(tmp_path: Path) -> None:
+    """Rank 1 ran out of memory; the others lost their connection to it, or were killed by srun."""
+    exits = {0: "1 n1 105.2", 1: "1 n1 101.5", 2: "143 n2 101.6", 3: "0 n2 100.0"}
+    leave(tmp_path, exits, {0: "RuntimeError: Connection closed by peer\n", 1: TRACEBACK})
+    ended = read_end(tmp_path, 143, HOSTS)
+    assert ended.code == 1 and ended.hosts == ("n1",)
+    assert ended.cause.startswith("rank 1 on n1 ended with code 1: torch.OutOfMemoryError: 3 GiB (")
+
+
+def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
+    leave(tmp_path, {0: "1 n1 105.2", 3: "137 n2 101.5"})
+    assert read_end(tmp_path, 137, HOSTS).cause == "rank 3 on n2 was killed by signal 9 (SIGKILL)"
+
+
+def test_a_stop_counts_although_srun_killed_late_ranks(tmp_path: Path) -> None:
+    leave(tmp_path, {0: "75 n1 100.0", 1: "137 n1 103.0"})
+    assert read_end(tmp_path, 137, HOSTS).code == STOPPED
+
+
+@pytest.mark.parametrize("line", ["error: model.path: mend me", "[rank 3] error: mend me"])
+def test_a_users_error_is_quoted(tmp_path: Path, line: str) -> None:
+    leave(tmp_path, {0: "2 n1 100.0"}, {0: f"warning: ...\n{line}\n"})
+    ended = read_end(tmp_path, 2, HOSTS)
+    assert ended.code == REFUSED and line in ended.cause
+
+
+def test_an_unfit_node_is_named_and_blamed(tmp_path: Path) -> None:
+    leave(tmp_path, {}, health="nvidia-smi lists 7 GPUs, 8 were allocated")
+    assert read_end(tmp_path, 2, HOSTS) == End(1, "node n2: nvidia-smi lists 7 GPUs, 8 were allocated", ("n2",))
+
+
+def test_a_node_that_does_not_answer_is_blamed(tmp_path: Path) -> None:
+    (tmp_path / "health.log").write_text("n2: fine\n")
+    assert read_end(tmp_path, 124, HOSTS) == End(1, "node n1: no answer to the health check", ("n1",))
+
+
+def test_what_all_nodes_share_is_no_nodes_fault(tmp_path: Path) -> None:
+    (tmp_path / "health.log").write_text("n2: disk full\nn1: disk full\n")
+    assert read_end(tmp_path, 1, HOSTS) == End(1, "node n1: disk full; node n2: disk full")
+    (tmp_path / "health.log").write_text("")
+    assert not read_end(tmp_path, 1, HOSTS).hosts
+
+
+def test_srun_alone_may_fail(tmp_path: Path) -> None:
+    leave(tmp_path, {})
+    assert read_end(tmp_path, 2, HOSTS).code == 1, "only a rank's own code 2 is the user's"
+
+
+def verdicts(record: Record, ends: list[tuple[int, tuple[int, int]]], *overrides: str) -> list[bool]:
+    """Whether each of some slices is followed by another; a pair is its code and where the run then stands."""
+    config, requeued = load([str(ROOT / "configs/quickstart.yaml"), *overrides]), []
+    for code, progress in ends:
+        verdict = decide(config, record, End(code, "", ("n2",)), progress)
+        record = replace(verdict.record, progress=progress)
+        requeued.append(verdict.requeue)
+    return requeued
+
+
+def test_finished_and_refused_jobs_are_over() -> None:
+    assert verdicts(Record(), [(FINISHED, (4, 1))]) == [False]
+    assert verdicts(Record(), [(REFUSED, (4, 1))]) == [False]
+
+
+def test_slices_that_get_on_go_on() -> None:
+    """By a checkpoint, or by a shard of the failure bank."""
+    steps = [(STOPPED, (step, 1)) for step in range(1, 9)]
+    assert verdicts(Record(), steps) == [True] * 8
+    assert verdicts(Record(), [(STOPPED, (0, shards)) for shards in range(1, 9)]) == [True] * 8
+
+
+def test_slices_too_short_end_the_job() -> None:
+    assert verdicts(Record(), [(STOPPED, (0, 0))] * 2) == [True, False]
+    still, on = (STOPPED, (0, 0)), (STOPPED, (5, 0))
+    assert verdicts(Record(), [still, on, on, on]) == [True, True, True, False]
+    said = decide(Config(), Record(idle=1), End(STOPPED), (0, 0)).reason
+    assert "too short" in said and "train.save_every=50" in said
+
+
+def test_faults_are_capped_and_counted_by_host() -> None:
+    faults = [(1, (step, 0)) for step in range(1, 5)]
+    assert verdicts(Record(), faults) == [True, True, True, False]
+    assert verdicts(Record(), faults[:1], "cluster.max_requeues=0") == [False]
+    once = decide(Config(), Record(hosts={"n2": 1}), End(1, "", ("n2", "n1")), (0, 0))
+    assert once.record.hosts == {"n2": 2, "n1": 1}
+
+
+def test_the_record_outlives_a_slice_but_not_a_job(tmp_path: Path) -> None:
+    config = load([str(ROOT / "configs/quickstart.yaml"), f"run.dir={tmp_path}/run"])
+    slices.begin(config, "7", 0)
+    slices.write_record(config, Record("7", faults=2, idle=1, hosts={"n2": 1}))
+    for step in (5, 20):
+        (tmp_path / f"run/checkpoints/step_{step:06d}").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step_000005/manifest.json").write_text("{}")
+    slices.begin(config, "7", 1)
+    assert slices.read_record(config) == Record("7", 2, 1, progress=(5, 0), hosts={"n2": 1})
+    slices.begin(config, "8", 0)
+    assert slices.read_record(config) == Record("8", progress=(5, 0), hosts={"n2": 1})
+    (tmp_path / "run/slurm.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        slices.begin(config, "8", 1)

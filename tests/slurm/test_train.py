@@ -1,0 +1,128 @@
+"""`sbatch slurm/train.sh` on the virtual cluster: the embedded model, two ranks on each of two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from launch import QUICKSTART, SMALL, run
+
+pytestmark = pytest.mark.slurm
+
+SCRIPT = "slurm/train.sh"
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+LAYOUT = ("actor.tensor_parallel=2", "actor.pipeline_parallel=2")
+
+
+def untimed(run_dir: Path) -> list[dict[str, Any]]:
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in step.items() if not key.startswith("time/")} for step in steps]
+
+
+def settings(failures: Path, run_dir: Path, *more: str) -> list[str]:
+    return [QUICKSTART, *SMALL, *LAYOUT, f"failures.path={failures}", f"run.dir={run_dir}", "train.steps=2", *more]
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(failures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of the run that torchrun starts on this machine alone."""
+    path = tmp_path_factory.mktemp("torchrun") / "run"
+    run("train", *settings(failures, path), ranks=4)
+    return untimed(path)
+
+
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_job_trains_as_torchrun_does(
+    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path, launcher: str
+) -> None:
+    path = tmp_path / "run dir"  # a blank in the name: everything is quoted
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, path, f"cluster.launcher={launcher}"))
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert untimed(path) == by_torchrun
+    assert "step    2/2" in cluster.output(job), "rank 0's log is shown as it grows"
+    logs = path / "logs" / f"{job}_0"
+    assert sorted(log.name for log in logs.glob("rank_*.log")) == [f"rank_{rank}.log" for rank in range(4)]
+    hosts = [(logs / f"rank_{rank}.exit").read_text().split()[:2] for rank in range(4)]
+    assert hosts == [["0", "n1"], ["0", "n1"], ["0", "n2"], ["0", "n2"]]
+
+
+def test_a_misfit_ends_at_once_with_both_said(cluster: Cluster, tmp_path: Path) -> None:
+    wanted = ("cluster.nodes=3", "cluster.gpus_per_node=2")
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, QUICKSTART, f"run.dir={tmp_path}/run", *wanted)
+    assert cluster.wait(job, 60) == "FAILED"
+    assert "error: the job has 2 nodes, the config wants cluster.nodes=3" in cluster.output(job)
+    assert cluster.show(job)["ExitCode"] == "2:0"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_rank_is_named_and_the_job_resumes(
+    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path, "train.save_every=1"))
+    until(lambda: (tmp_path / "checkpoints" / "step_000001" / "manifest.json").exists(), cluster, job)
+    os.kill(rank_process(job, 3), signal.SIGKILL)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert "rank 3 on n2 was killed by signal 9 (SIGKILL); requeued: fault 1 of 3 allowed" in cluster.output(job)
+    assert cluster.show(job)["Restarts"] == "1"
+    assert untimed(tmp_path) == by_torchrun
+    assert json.loads((tmp_path / "slurm.json").read_text())["hosts"] == {"n2": 1}
+
+
+def test_faults_requeue_up_to_the_cap(cluster: Cluster, tmp_path: Path) -> None:
+    """Every start fails, on all nodes alike, so that no host is to blame."""
+    broken = ("cluster.setup='source /nowhere/activate'", "cluster.max_requeues=1")
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, QUICKSTART, f"run.dir={tmp_path}/run", *broken)
+    assert cluster.wait(job, 120) == "FAILED"
+    said = cluster.output(job)
+    assert "/nowhere/activate: No such file or directory" in said
+    assert "requeued: fault 1 of 1 allowed" in said
+    assert "not requeued: cluster.max_requeues=1 is used up" in said
+    assert cluster.show(job)["Restarts"] == "1"
+    assert json.loads((tmp_path / "run" / "slurm.json").read_text())["hosts"] == {}
+
+
+def test_an_unfit_node_is_named_and_in_the_end_left_out(cluster: Cluster, tmp_path: Path) -> None:
+    """n2 does not see the run directory, twice; then the job runs on n1 and n3, to an error of its own."""
+    home = tmp_path / "shared"
+    home.mkdir()
+    cluster.on("n2", "mount", "-t", "tmpfs", "none", str(home))
+    try:
+        job = cluster.submit(*TWO_BY_TWO, SCRIPT, QUICKSTART, f"run.dir={home}/run", "model.path=/nowhere")
+        state = cluster.wait(job, 180)
+    finally:
+        cluster.on("n2", "umount", str(home))
+    said = cluster.output(job)
+    assert state == "FAILED", said
+    assert said.count(f"node n2: cannot write {home}/run/logs/") == 2
+    assert "excluded, 2 failures or more: n2" in said
+    assert cluster.show(job)["NodeList"] == "n[1,3]"
+    assert re.search(r"rank \d on n[13] ended with code 2: error: model.path", said)
+    assert "not requeued: mend that and submit again" in said
+
+
+def until(happened: Any, cluster: Cluster, job: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, cluster.output(job)[-4000:]
+        time.sleep(0.05)
+
+
+def rank_process(job: str, rank: int) -> int:
+    """The host's id of a rank's Python."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_text().split("\0")
+            environ = set((place / "environ").read_text(errors="replace").split("\0"))
+        except OSError:
+            continue
+        if words[1:3] == ["-m", "recipes.train"] and wanted <= environ:
+            return int(place.name)
+    raise AssertionError(f"rank {rank} of job {job} is not running")
