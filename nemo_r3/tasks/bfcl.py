@@ -23,7 +23,7 @@ from typing import Any
 from nemo_r3.errors import UserError
 from nemo_r3.tasks.matching import Equality, fits
 from nemo_r3.tasks.records import Record, Row, well_formed
-from nemo_r3.tasks.schemas import as_declared, object_of_berkeley, tool
+from nemo_r3.tasks.schemas import as_declared, member_of, object_of_berkeley, tool
 
 CATEGORIES = (
     "simple_python",
@@ -37,16 +37,17 @@ CATEGORIES = (
 )
 WHEEL = "bfcl-eval==2026.3.23"
 
-_WORDS = re.compile(r"[^\W\d_]+(?:[ ,.'-]+[^\W\d_]+)*\.?")
+_WORDS = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_]+(?:[ ,.'-]+[^\W\d_]+)*\.?")
 _GAP = re.compile(r"[ ,]+")
 
 
 def spelling(text: str) -> str:
     """What two spellings of the same words have in common: neither case, nor commas and spaces between them, count.
 
-    Only text made of letters, spaces and , . ' - is words. Where there is a digit or any other sign it may be a number,
-    a date, a formula, a path or a name in some system, and is compared as it is. The leaderboard itself ignores case
-    and all of " ,./-_*^" everywhere, which makes "1.5" and "15", or "x^2" and "x2", the same.
+    Only text made of letters, spaces and , . ' - is words, and only if three letters stand together: the genotypes "AA"
+    and "aa" are two. Where there is a digit or any other sign it may be a number, a date, a formula, a path or a name
+    in some system, and is compared as it is. The leaderboard itself ignores case and all of " ,./-_*^" everywhere,
+    which makes "1.5" and "15", or "x^2" and "x2", the same.
 
     Example: ``spelling("Paris, France") == spelling("paris france")``
     """
@@ -120,7 +121,7 @@ def bfcl_record(row: Any) -> Record:
             _gold_call(name, arguments, schemas) for call in row["ground_truth"] for name, arguments in call.items()
         ]
         (messages,) = row["question"]
-        query = "\n\n".join(message["content"] for message in messages)
+        query = "\n\n".join(message["content"].strip() for message in messages)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a question with its answer ({type(error).__name__}: {error})") from None
     return Record(f"bfcl-{row['id']}", query, json.dumps(offered), json.dumps(gold))
@@ -137,17 +138,18 @@ def _gold_call(
             continue  # to be left out
         if listed == [] and schema.get("type") == "array":
             listed = [[]]
-        gold[key] = [as_declared(_listed(one), schema) for one in listed]
+        gold[key] = [_listed(one, schema) for one in listed]
     return {"name": name, "arguments": gold}
 
 
-def _listed(one: Any) -> Any:
-    """An allowed value, with a list for every key of every object in it."""
+def _listed(one: Any, schema: Mapping[str, Any]) -> Any:
+    """An allowed value, in the types that are declared, and with a list for every key of every object in it."""
     if isinstance(one, dict):
-        return {
-            key: [_listed(v) for v in (value if isinstance(value, list) else [value])] for key, value in one.items()
-        }
-    return [_listed(item) for item in one] if isinstance(one, list) else one
+        lists = {key: value if isinstance(value, list) else [value] for key, value in one.items()}
+        return {key: [_listed(value, member_of(schema, key)) for value in lists[key]] for key in lists}
+    if isinstance(one, list):
+        return [_listed(item, schema.get("items", {})) for item in one]
+    return as_declared(one, schema)
 
 
 def _questions(folder: Path, category: str) -> Path:
@@ -158,14 +160,16 @@ def _rows(folder: Path) -> Iterator[Row]:
     for category in CATEGORIES:
         file = _questions(folder, category)
         try:
-            questions = file.read_text(encoding="utf-8").splitlines()
-            answers = (folder / "possible_answer" / file.name).read_text(encoding="utf-8").splitlines()
-            golds = {answer["id"]: answer for answer in map(json.loads, answers)}
-            asked = [json.loads(question) for question in questions]
+            golds = {answer["id"]: answer for answer in _json_lines(folder / "possible_answer" / file.name)}
+            rows = [{**question, **golds.get(question["id"], {})} for question in _json_lines(file)]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
-                f"task.options.source: {str(file)!r} and its answers cannot be read ({error}); `pip install --no-deps "
+                f"task.options.source: {str(file)!r} or its answers cannot be read ({error}); `pip install --no-deps "
                 f"--force-reinstall {WHEEL}`"
             ) from error
-        for number, question in enumerate(asked, 1):
-            yield f"{file.name} line {number}", {**question, **golds.get(question["id"], {})}
+        for number, row in enumerate(rows, 1):
+            yield f"{file.name} line {number}", row
+
+
+def _json_lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]

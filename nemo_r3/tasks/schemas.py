@@ -75,10 +75,20 @@ def defaults_of(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_declared(value: Any, schema: Mapping[str, Any]) -> Any:
-    """An integer as a float where the schema declares a number and the two are equal, else the value as it is."""
-    if schema.get("type") == "number" and type(value) is int and abs(value) <= 2**53:
+    """The value with its integers as floats wherever the schema declares numbers."""
+    if isinstance(value, list):
+        return [as_declared(item, schema.get("items", {})) for item in value]
+    if isinstance(value, dict):
+        return {key: as_declared(one, member_of(schema, key)) for key, one in value.items()}
+    if schema.get("type") == "number" and type(value) is int and abs(value) <= 2**53:  # beyond it floats skip integers
         return float(value)
     return value
+
+
+def member_of(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What the schema of an object says of the value at `key`."""
+    found = schema.get("properties", {}).get(key, schema.get("additionalProperties", {}))
+    return found if isinstance(found, Mapping) else {}
 
 
 def _declared(text: Any) -> tuple[dict[str, Any], bool]:
