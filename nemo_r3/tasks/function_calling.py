@@ -78,7 +78,10 @@ def build(options: Options, wording: Wording) -> Task:
 
 def _split(records: list[Record], options: Options) -> dict[str, list[Record]]:
     """Unique records as "test" and "train"; the latter may be empty, for a data set that is there to be measured on."""
-    unique = list({record.id: record for record in records}.values())
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(record.id, record)
+    unique = list(first.values())
     if options.test_size > len(unique):
         raise ConfigError(
             f"task.options.test_size: {options.test_size} is more than the {len(unique)} problems of {options.source!r}"
