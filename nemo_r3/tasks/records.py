@@ -141,9 +141,10 @@ def xlam_record(row: Any) -> Record:
     gold = [_xlam_call(one, schemas) for one in _list_in(answers, "answers")]
     if not 0 < len(gold) <= MOST_CALLS:
         raise ValueError(f"answers has {len(gold)} calls, not 1 to {MOST_CALLS}")
-    facts = [_question(query), *sorted(map(json.dumps, offered)), *sorted(map(json.dumps, gold))]
+    written = [[json.dumps(one) for one in ones] for ones in (offered, gold)]
+    facts = [[_question(query)], *map(sorted, written)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Record(f"xlam-{digest[:16]}", query, json.dumps(offered), json.dumps(gold))
+    return Record(f"xlam-{digest[:16]}", query, *(f"[{', '.join(ones)}]" for ones in written))
 
 
 def _question(query: str) -> str:

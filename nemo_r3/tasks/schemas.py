@@ -8,6 +8,7 @@ xLAM names Python's types ("List[int], optional"), the Berkeley leaderboard near
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 _SCALARS = {
@@ -47,6 +48,8 @@ def object_of_python(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     """
     properties, required = {}, []
     for name, facts in parameters.items():
+        if not isinstance(facts["type"], str):
+            raise ValueError(f"type {facts['type']!r} is not text")
         schema, optional = _declared(facts["type"])
         properties[name] = {**schema, **{key: value for key, value in facts.items() if key != "type"}}
         if not optional and "default" not in facts:
@@ -91,10 +94,9 @@ def member_of(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _declared(text: Any) -> tuple[dict[str, Any], bool]:
+@cache  # 60,000 rows name a few dozen types; what comes back is never changed
+def _declared(text: str) -> tuple[dict[str, Any], bool]:
     """The schema of a parameter's type, and whether the type says that the parameter is optional."""
-    if not isinstance(text, str):
-        raise ValueError(f"type {text!r} is not text")
     kind, *remarks = _split(text, ",")
     for remark in remarks:
         if remark.lower() != "optional" and not remark.lower().startswith("default"):
