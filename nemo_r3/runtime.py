@@ -157,6 +157,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
 
 def _leave(message: str, code: int) -> None:
     rank = int(os.environ.get("RANK", "0"))
+    signals.deaf()
     if rank:
         time.sleep(3)  # an error that all ranks meet is printed by rank 0; the launcher ends the others meanwhile
         message = f"[rank {rank}] {message}"

@@ -34,6 +34,12 @@ def listen() -> None:
         signal.signal(number, _note)
 
 
+def deaf() -> None:
+    """From now on either of them ends the process again: it has nothing left to save."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def noted() -> str | None:
     """The signal that asked this process to stop, e.g. "SIGUSR1"; None while there was none."""
     return _noted[0][0] if _noted else None
