@@ -104,6 +104,8 @@ def _finish(
         _write_config(writing, source, dtype)
         (writing / "README.md").write_text(card)
         _check_tokenizer(writing, source)
+        if config.dialogue.chat_template is not None:  # the model was trained with this one
+            shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
         difference = _compare(writing, *probe, config.rollout.temperature, dtype)
         _replace(out, writing)
     except (OSError, SafetensorError) as error:

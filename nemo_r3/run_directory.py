@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from nemo_r3 import signals
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World
@@ -99,6 +100,7 @@ class RunDirectory:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Adds the wall and CPU seconds of its block to `times`."""
+        signals.alive()
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         for name, spent in ((phase, time.perf_counter() - wall), (f"cpu_{phase}", time.process_time() - cpu)):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nemo_r3 import signals
 from nemo_r3.config import Config, check_world
 from nemo_r3.errors import ConfigError, UserError
 
@@ -50,19 +51,31 @@ class World:
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's `item`, in rank order, on every rank."""
+        signals.alive()
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item, group=self.objects)
         return items
 
     def broadcast(self, item: Any) -> Any:
         """Rank 0's `item`, on every rank."""
+        signals.alive()
         box = [item]
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
     def barrier(self) -> None:
         """Waits for every rank."""
+        signals.alive()
         dist.barrier(group=self.objects)
+
+    def leave_if_asked(self) -> None:
+        """Every rank calls this.
+
+        Raises:
+            Stopped: a signal asked any of them to stop.
+        """
+        if asked := [name for name in self.gather(signals.noted()) if name is not None]:
+            raise signals.Stopped(f"stopped by {asked[0]}")
 
 
 def start(config: Config) -> World:
@@ -84,6 +97,8 @@ def start(config: Config) -> World:
     if on_cuda:
         torch.cuda.set_device(device)
     patience = timedelta(minutes=config.run.timeout_minutes)
+    signals.listen()
+    signals.watch(patience.total_seconds())
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
     objects = dist.new_group(backend="gloo", timeout=patience)
@@ -119,7 +134,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def main(recipe: Callable[[Sequence[str]], None]) -> None:
-    """Runs a recipe on the command line's arguments; a `UserError` becomes one line and exit code 2.
+    """Runs a recipe on the command line's arguments; a `UserError` becomes one line and exit code 2, a stop code 75.
 
     Every failure leaves through os._exit: interpreter shutdown would run vLLM's exit hooks, which wait for
     ranks that are themselves waiting in a collective.
@@ -128,6 +143,8 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         recipe(sys.argv[1:])
     except UserError as error:
         _leave(f"error: {error}", 2)
+    except signals.Stopped as error:
+        _leave(f"{error}: what was done is saved, and the same command goes on from there", signals.STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except Exception as error:  # noqa: BLE001  the last frame of the process: print what it was, end the rank
@@ -140,6 +157,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
 
 def _leave(message: str, code: int) -> None:
     rank = int(os.environ.get("RANK", "0"))
+    signals.deaf()
     if rank:
         time.sleep(3)  # an error that all ranks meet is printed by rank 0; the launcher ends the others meanwhile
         message = f"[rank {rank}] {message}"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_r3 import config as configuration
 from nemo_r3 import tasks
@@ -117,6 +118,44 @@ def newest_checkpoint(ground: Ground) -> Path | None:
 
     newest: Path | None = ground.world.broadcast(checkpoint.latest(ground.run.checkpoints))
     return newest
+
+
+def resume(ground: Ground, policy: Policy, session: Session) -> dict[str, Any]:
+    """Goes on from the newest checkpoint of the run that is sound, with its weights in the engine too.
+
+    Returns:
+        The loop's counters that the checkpoint keeps; none where the run has no checkpoint.
+
+    Raises:
+        UserError: all of them are damaged, or the newest is of another model.
+    """
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+    from nemo_r3.refit import refit
+
+    found = ground.world.broadcast(checkpoint.complete(ground.run.checkpoints))
+    for path in found:
+        try:
+            manifest = checkpoint.load(policy, path)
+        except checkpoint.DamagedError as error:
+            if path == found[-1]:
+                raise
+            if ground.world.is_main:
+                print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
+        else:
+            refit(policy, session.engine)
+            session.progress.say(f"resuming after step {manifest['step']} from {path}; {policy.describe_schedule()}")
+            return dict(manifest["state"])
+    return {}
+
+
+def save(ground: Ground, policy: Policy, session: Session, step: int, counters: dict[str, Any]) -> None:
+    """Writes the checkpoint of a step that is done, with the loop's counters."""
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+
+    session.progress.during("save")
+    with ground.run.timed("save"):
+        keep = ground.plan.config.train.keep_checkpoints
+        checkpoint.save(policy, ground.run.checkpoints, step, counters, keep)
 
 
 def trained_checkpoint(ground: Ground) -> Path | None:

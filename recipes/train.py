@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from nemo_r3 import runtime
+from nemo_r3 import runtime, signals
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
@@ -36,56 +36,54 @@ def train(argv: Sequence[str]) -> None:
     ground = session.join(session.plan(argv))
     world, run, config = ground.world, ground.run, ground.plan.config
 
-    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
-
-    newest = session.newest_checkpoint(ground)
-    run.open(resuming=newest is not None)
+    run.open(resuming=session.newest_checkpoint(ground) is not None)
     bank = session.open_bank(ground)
     policy = session.start_policy(ground)
     rl = session.start_engine(ground)
     source = session.failure_source(bank, ground, rl)
-    at = Counters()
-    if newest is not None:
-        at = Counters(**checkpoint.load(policy, newest)["state"])
-        source.cursor = at.cursor
-        refit(policy, rl.engine)
-        rl.progress.say(f"resuming after step {at.step} from {newest}; {policy.describe_schedule()}")
+    at = Counters(**session.resume(ground, policy, rl))
+    source.cursor, saved = at.cursor, at.step
     run.cut_back(at.step)
 
-    for step in range(at.step + 1, config.train.steps + 1):
-        runtime.seed_step(config.seed, step)
-        rl.progress.begin(f"step {step}/{config.train.steps}")
+    try:
+        for step in range(at.step + 1, config.train.steps + 1):
+            world.leave_if_asked()
+            runtime.seed_step(config.seed, step)
+            rl.progress.begin(f"step {step}/{config.train.steps}")
 
-        with run.timed("rollout"):
-            groups = rl.rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
-        batch = build_update(groups, config, seed=config.seed * 1_000_003 + step)
-        speed = rl.progress.rates()
+            with run.timed("rollout"):
+                groups = rl.rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
+            batch = build_update(groups, config, seed=config.seed * 1_000_003 + step)
+            speed = rl.progress.rates()
 
-        metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
-        if batch.rows:
-            rl.progress.during("update")
-            with run.timed("update"):
-                rl.engine.sleep()
-                metrics = dict(policy.update(batch))
-            rl.progress.during("refit")
-            with run.timed("refit"):
-                refit(policy, rl.engine)
+            metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
+            if batch.rows:
+                rl.progress.during("update")
+                with run.timed("update"):
+                    rl.engine.sleep()
+                    metrics = dict(policy.update(batch))
+                rl.progress.during("refit")
+                with run.timed("refit"):
+                    refit(policy, rl.engine)
 
-        at = Counters(
-            step=step,
-            cursor=source.cursor,
-            empty_steps=0 if batch.rows else at.empty_steps + 1,
-            skipped_steps=at.skipped_steps + 1 if metrics.get("skipped") else 0,
-        )
-        metrics |= measures(groups) | {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
-        run.log_rollouts(step, groups, batch)
-        run.log(step, metrics)
-        rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics)}  {speed}")
-        if step % config.train.save_every == 0 or step == config.train.steps:
-            rl.progress.during("save")
-            with run.timed("save"):
-                checkpoint.save(policy, run.checkpoints, step, asdict(at), config.train.keep_checkpoints)
-        give_up(at, config.train)
+            at = Counters(
+                step=step,
+                cursor=source.cursor,
+                empty_steps=0 if batch.rows else at.empty_steps + 1,
+                skipped_steps=at.skipped_steps + 1 if metrics.get("skipped") else 0,
+            )
+            metrics |= measures(groups) | {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
+            run.log_rollouts(step, groups, batch)
+            run.log(step, metrics)
+            rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics)}  {speed}")
+            if step % config.train.save_every == 0 or step == config.train.steps:
+                session.save(ground, policy, rl, step, asdict(at))
+                saved = step
+            give_up(at, config.train)
+    except signals.Stopped:
+        if at.step > saved:
+            session.save(ground, policy, rl, at.step, asdict(at))
+        raise
     run.add_to_summary(versions=session.versions())
     if world.is_main and at.step:
         curve(run.metrics, run.path / "curve.png")

@@ -31,6 +31,7 @@ from nemo_r3.runtime import World
 from recipes.export import probe_of
 
 KINDS = ("llama", "qwen2")
+OWN_CHAT = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
 VOCAB = 307  # more than the tokenizer has, and not a multiple of 2
 PROBE = [[(7 * row + 11 * place) % VOCAB for place in range(length)] for row, length in enumerate((40, 2, 17))]
@@ -136,6 +137,8 @@ def one(home: Path) -> None:
     make_models(home)
     lab = Lab(home)
     policy = lab.policy("llama", "bf16")
+    (home / "own.jinja").write_text(OWN_CHAT)
+    policy.config.dialogue.chat_template = str(home / "own.jinja")
     lab.findings["bf16"] = lab.export("bf16", policy)
     lab.refused("bf16", "wrong in bf16", Broken(policy, 5.0))
     policy = lab.policy("llama")
@@ -257,6 +260,10 @@ def test_files(home: Path, found: dict[str, Any]) -> None:
     for kind in KINDS:
         old, new = (json.loads((place / kind / "config.json").read_text()) for place in (home, home / "out"))
         assert new == {**old, "dtype": "float32"}
+
+
+def test_a_chat_template_that_replaced_the_models_goes_along(home: Path, found: dict[str, Any]) -> None:
+    assert transformers.AutoTokenizer.from_pretrained(home / "out" / "bf16").chat_template == OWN_CHAT
 
 
 def test_chat_template(found: dict[str, Any]) -> None:

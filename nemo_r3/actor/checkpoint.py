@@ -1,8 +1,8 @@
 """Checkpoints of the policy: written whole or not at all, loadable at another layout.
 
     checkpoints/step_000040/   megatron dist_checkpointing ("fully_reshardable"): model, optimizer, schedule
-                manifest.json  written last: step, weights version, model shape, the other files' sizes, and the
-                               loop's own counters
+                manifest.json  written last: step, weights version, model shape, the other files' sizes and SHA-256,
+                               and the loop's own counters
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_step`.
@@ -10,6 +10,7 @@ No generator state is kept: every step is seeded by (seed, step), see `runtime.s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from nemo_r3.actor.checkpoint_writer import InProcessSave
 from nemo_r3.actor.cpu import on_any_device
 from nemo_r3.actor.policy import Policy
 from nemo_r3.errors import UserError
+from nemo_r3.runtime import World
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
@@ -39,24 +41,32 @@ WAY_OUT = "remove that checkpoint to resume from the one before"
 FIELDS = {"step", "version", "architecture", "files", "state", "model"}
 
 
+class DamagedError(UserError):
+    """A checkpoint that is not what was saved; the one before may be."""
+
+
+def complete(directory: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` that have a manifest, newest first."""
+    return sorted((file.parent for file in directory.glob(f"step_*/{MANIFEST}")), reverse=True)
+
+
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint in a run's `checkpoints`, or None."""
-    complete = sorted(file.parent for file in directory.glob(f"step_*/{MANIFEST}"))
-    return complete[-1] if complete else None
+    return next(iter(complete(directory)), None)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
     Raises:
-        UserError: it is no complete checkpoint.
+        DamagedError: it is no complete checkpoint.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
+        raise DamagedError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
     if not isinstance(manifest, dict) or not manifest.keys() >= FIELDS:
-        raise UserError(f"{checkpoint / MANIFEST} is damaged: it lacks {sorted(FIELDS - set(manifest))}; {WAY_OUT}")
+        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it lacks {sorted(FIELDS - set(manifest))}; {WAY_OUT}")
     return manifest
 
 
@@ -83,8 +93,9 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
         strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), _data_parallel_group())
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(writing), strategy)
         policy.world.barrier()
+        sums = _file_sums(writing, policy.world)
         if policy.world.is_main:
-            _finish(writing, final, policy, step, state)
+            _finish(writing, final, policy, step, state, sums)
             for old in sorted(directory.glob("step_*"))[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
@@ -100,14 +111,26 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
     return final
 
 
-def _finish(writing: Path, final: Path, policy: Policy, step: int, state: Mapping[str, Any]) -> None:
+def _file_sums(directory: Path, world: World) -> dict[str, str]:
+    """SHA-256 of every file; the ranks share the reading."""
+    files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
+    found: dict[str, str] = {}
+    for file in files[world.rank :: world.size]:
+        with file.open("rb") as handle:
+            found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {name: total for part in world.gather(found) for name, total in part.items()}
+
+
+def _finish(
+    writing: Path, final: Path, policy: Policy, step: int, state: Mapping[str, Any], sums: Mapping[str, str]
+) -> None:
     """Writes the manifest and moves the directory into place: from here on the checkpoint counts."""
     manifest = {
         "step": step,
         "version": policy.version,
         "architecture": asdict(policy.arch),
         "model": policy.fingerprint,
-        "files": {file.name: file.stat().st_size for file in sorted(writing.iterdir())},
+        "files": {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)},
         "state": dict(state),
     }
     with (writing / MANIFEST).open("w") as file:
@@ -138,7 +161,8 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         The manifest: `step`, `version`, `architecture`, and the loop's `state`.
 
     Raises:
-        UserError: the checkpoint is incomplete, damaged, or of another model.
+        DamagedError: the checkpoint is incomplete or damaged, on every rank alike.
+        UserError: it is of another model.
     """
     manifest = read_manifest(checkpoint)
     if manifest["architecture"] != asdict(policy.arch):
@@ -151,14 +175,14 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} began with other weights (fingerprint {manifest['model']}) than model.path="
             f"{policy.config.model.path} ({policy.fingerprint}); set model.path to the model that the run began with"
         )
-    _check_files(checkpoint, manifest["files"])
+    _check_files(checkpoint, manifest["files"], policy.world)
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
     )
     try:
         found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        raise UserError(f"{checkpoint} is damaged: {_cause(error)}; {WAY_OUT}") from error
+        raise DamagedError(f"{checkpoint} is damaged: {_cause(error)}; {WAY_OUT}") from error
     policy.module.load_state_dict(found["model"])
     if policy.optimizer is not None:
         policy.optimizer.load_state_dict(found["optimizer"])
@@ -168,14 +192,18 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_files(checkpoint: Path, sizes: Mapping[str, int]) -> None:
-    """Refuses a checkpoint with a lost or cut file before anything is loaded from it."""
-    for name, size in sizes.items():
+def _check_files(checkpoint: Path, files: Mapping[str, tuple[int, str]], world: World) -> None:
+    """Refuses a checkpoint with a lost, cut or altered file before anything is loaded from it."""
+    for name, (size, _) in files.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes of {size}"
-            raise UserError(f"{checkpoint} is damaged: {name} {state}; {WAY_OUT}")
+            raise DamagedError(f"{checkpoint} is damaged: {name} {state}; {WAY_OUT}")
+    sums = _file_sums(checkpoint, world)
+    for name, (_, total) in files.items():
+        if sums[name] != total:
+            raise DamagedError(f"{checkpoint} is damaged: {name} has other content than was saved; {WAY_OUT}")
 
 
 def _differences(found: Mapping[str, Any], policy: Policy) -> str:

@@ -5,6 +5,14 @@ from typing import Any
 
 from nemo_r3.config.option import option
 
+TOOLS_TEXT = """\
+You can call these functions:
+{tools}
+
+{task}
+
+Answer with nothing but a JSON list of calls: [{"name": <function>, "arguments": {<parameter>: <value>}}]"""
+
 
 @dataclass
 class TaskConfig:
@@ -22,3 +30,16 @@ class DialogueConfig:
     task: str | None = option(None, help="wording of the task turn, with the task's {placeholders}")
     reflect: str | None = option(None, help="user turn that asks for a reflection after a failed answer")
     retry: str | None = option(None, help="user turn that asks to try again after the reflection")
+    tools: str = option(
+        "auto",
+        choices=("auto", "template", "plain"),
+        help="how a problem's tools are offered: as the chat template shows them, or in the user's turn; auto: the "
+        "template's way, if it has one that leaves earlier turns in their places",
+    )
+    tools_text: str = option(
+        TOOLS_TEXT, help="with tools in the user's turn: its wording around {tools} (JSON) and {task} (the task turn)"
+    )
+    chat_template: str | None = option(None, help="a Jinja file that replaces the tokenizer's chat template")
+    template_options: dict[str, Any] = option(
+        factory=dict, help="variables for the chat template, such as {enable_thinking: false} for Qwen3"
+    )

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+import torch.distributed as dist
+
+from nemo_r3 import signals
 from nemo_r3.runtime import World
 
 T = TypeVar("T")
 
+STEPS_BETWEEN_VOTES = 16
+"""Engine steps, a few hundred milliseconds, between two questions whether the ranks of an engine were asked to stop."""
 
-@dataclass(frozen=True)
+
 class Fleet:
     """The engines of a run: engine e is made of ranks e * tensor_parallel and the next ones.
 
     Attributes:
         world: all ranks.
         tensor_parallel: ranks per engine.
+        engines: number of engines.
     """
 
-    world: World
-    tensor_parallel: int
-
-    @property
-    def engines(self) -> int:
-        """Number of engines."""
-        return self.world.size // self.tensor_parallel
+    def __init__(self, world: World, tensor_parallel: int) -> None:
+        """Every rank calls this."""
+        self.world, self.tensor_parallel = world, tensor_parallel
+        self.engines = world.size // tensor_parallel
+        self._steps = 0
+        if tensor_parallel > 1:
+            starts = range(0, world.size, tensor_parallel)
+            groups = [dist.new_group(list(range(at, at + tensor_parallel)), backend="gloo") for at in starts]
+            self._group = groups[self.index]
 
     @property
     def index(self) -> int:
@@ -37,13 +45,28 @@ class Fleet:
         """The items that this rank's engine works on, in ascending order."""
         return deal(costs, self.engines)[self.index]
 
+    def asked_to_stop(self) -> bool:
+        """Whether this rank's engine should leave what it does; its ranks call this before each step, and all agree."""
+        if self.tensor_parallel == 1:
+            return signals.noted() is not None
+        self._steps += 1
+        if self._steps % STEPS_BETWEEN_VOTES:
+            return False
+        asked = torch.tensor(signals.noted() is not None, dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        return bool(asked)
+
     def collect(self, done: Mapping[int, T], count: int) -> list[T]:
         """What every engine has done, by item, on every rank.
 
         Args:
-            done: item -> result, of this rank's engine.
+            done: item -> result, of this rank's engine; not all of its items where it was asked to stop.
             count: number of items of all engines together.
+
+        Raises:
+            Stopped: an engine was asked to stop.
         """
+        self.world.leave_if_asked()
         speaks = self.world.rank % self.tensor_parallel == 0
         merged: dict[int, T] = {}
         for part in self.world.gather(dict(done) if speaks else {}):

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.rollout.placement import Fleet
@@ -119,6 +120,9 @@ class Rollout:
             samples: answers per problem.
             greedy: take the likeliest token instead of sampling.
 
+        Raises:
+            Stopped: a signal asked to stop.
+
         Returns:
             len(problems) * samples attempts: all of the first problem's, then the next one's.
         """
@@ -154,6 +158,9 @@ class Rollout:
             step: part of every request's seed.
             group_size: reflections per failure.
             greedy: take the likeliest token instead of sampling.
+
+        Raises:
+            Stopped: a signal asked to stop.
         """
         prompts = [self._dialogue.reflect(failure.context) for failure in failures]
         mine = self._fleet.mine([len(prompt) * group_size for prompt in prompts])
@@ -181,11 +188,12 @@ class Rollout:
         done = {
             item: Group(failures[item], tuple(by_sample[sample] for sample in range(group_size)))
             for item, by_sample in found.items()
+            if len(by_sample) == group_size
         }
         return self._fleet.collect(done, len(failures))
 
     def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, totals: dict[Phase, int]) -> None:
-        """Samples turns and those that follow from them until none is left."""
+        """Samples turns and those that follow from them until none is left, or a signal asks to stop."""
         waiting: dict[str, _Turn] = {}
         ended: Counter[Phase] = Counter()
         tokens: Counter[Phase] = Counter()
@@ -211,7 +219,8 @@ class Rollout:
             self._engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
         for turn in turns:
             begin(turn)
-        while waiting:
+        while waiting and not self._fleet.asked_to_stop():
+            signals.alive()
             completions = self._engine.step()
             for completion in completions:
                 turn = waiting.pop(completion.request_id)

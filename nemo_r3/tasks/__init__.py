@@ -1,11 +1,20 @@
 """Verifiable tasks: one module each, found by name.
 
-A task module, here or the user's own, has
+A task module, here or the user's own, has two functions,
 
-    Options                       a dataclass: the settings under `task.options`
-    WORDING: Wording              its own words for the three user turns
-    PLACEHOLDERS: tuple[str, ...] the {names} that the wording of the task turn may use
+    problems(split)        -> the Problems of "train" or "test", in a fixed order; problems(split, options) with Options
+    verify(problem, text)  -> True or False
+
+and may have
+
+    Options                a dataclass: the settings under `task.options`
+    WORDING: Wording       its own words for the three user turns; {problem} is a problem's text
+
+A task that words its problems itself has, instead of the functions,
+
     build(options, wording)       -> Task
+    Options, WORDING              as above
+    PLACEHOLDERS: tuple[str, ...] the {names} that the wording of the task turn may use
 
 Importing this package needs neither torch nor the network.
 """
@@ -14,17 +23,22 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
-from nemo_r3.config.schema import Layer, build
+from nemo_r3.config.schema import Layer, build, show
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError
+from nemo_r3.tasks.functions import PLACEHOLDERS, FunctionTask
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import unknown_placeholders
 
-CONTRACT = ("Options", "WORDING", "PLACEHOLDERS", "build")
+BUILT = ("Options", "WORDING", "PLACEHOLDERS", "build")
+FUNCTIONS = ("problems", "verify")
+TOOLS_PLACEHOLDERS = ("tools", "task")
 
 
 def load(task: TaskConfig, dialogue: DialogueConfig) -> Task:
@@ -38,48 +52,85 @@ def load(task: TaskConfig, dialogue: DialogueConfig) -> Task:
 
     Raises:
         ConfigError: unknown task, option or {placeholder}, or a value that is not allowed.
-        UserError: the task's data cannot be read.
+        UserError: the task's data cannot be read, or its verifier does not work.
     """
     module = find(task.name)
-    options = build(module.Options, [Layer(task.options)], "task.options")
-    return cast(Task, module.build(options, read_wording(module, dialogue)))
+    options = read_options(module, task)
+    wording = read_wording(module, dialogue)
+    if hasattr(module, "build"):
+        return cast(Task, module.build(options, wording))
+    return FunctionTask(module, options, wording)
 
 
 def find(name: str) -> ModuleType:
-    """The module of a task.
+    """The module of a task: one of this package, else one that Python finds, from the working directory on.
 
     Raises:
         ConfigError: there is no such module, or it is not a task.
     """
-    path = name if "." in name else f"{__name__}.{name}"
+    module = None
+    if re.fullmatch(r"\w+(\.\w+)*", name):
+        module = (None if "." in name else _import(f"{__name__}.{name}")) or _import(name)
+    if module is None:
+        raise ConfigError(f"task.name: no task is called {name!r}; {_known()}")
+    wanted = BUILT if hasattr(module, "build") else FUNCTIONS
+    missing = [part for part in wanted if not hasattr(module, part)]
+    if missing:
+        raise ConfigError(
+            f"task.name: {name!r} is not a task: {module.__name__} lacks {', '.join(missing)}; {_known()}"
+        )
+    return module
+
+
+def _import(path: str) -> ModuleType | None:
     try:
-        module = importlib.import_module(path)
+        return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
             raise
-        raise ConfigError(f"task.name: no task is called {name!r}; {_known()}") from None
-    missing = [part for part in CONTRACT if not hasattr(module, part)]
-    if missing:
-        raise ConfigError(f"task.name: {name!r} is not a task: {path} lacks {', '.join(missing)}; {_known()}")
-    return module
+        return None
 
 
 def _known() -> str:
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     known = [name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "build")]
-    return f"known: {', '.join(known)}, or the dotted path of your own module"
+    return f"known: {', '.join(known)}, or the dotted path of your own module, as seen from the working directory"
+
+
+def read_options(module: ModuleType, task: TaskConfig) -> Any:
+    """The task's options as an object of the module's Options; None where it has none.
+
+    Raises:
+        ConfigError: an option that is unknown or not allowed.
+    """
+    if hasattr(module, "Options"):
+        return build(module.Options, [Layer(task.options)], "task.options")
+    if task.options:
+        raise ConfigError(f"task.options: {task.name} has no options, got {show(task.options)}")
+    return None
 
 
 def read_wording(module: ModuleType, dialogue: DialogueConfig) -> Wording:
     """The task's wording with what `dialogue` replaces.
 
     Raises:
-        ConfigError: `dialogue.task` holds a {placeholder} that the task does not fill.
+        ConfigError: a {placeholder} in `dialogue.task` or `dialogue.tools_text` that nothing fills, or one that is
+            missing there.
     """
     given = {name: getattr(dialogue, name) for name in ("task", "reflect", "retry")}
-    wording: Wording = replace(module.WORDING, **{name: text for name, text in given.items() if text is not None})
-    unknown = unknown_placeholders(wording.task, module.PLACEHOLDERS)
-    if unknown:
-        known = ", ".join(f"{{{name}}}" for name in module.PLACEHOLDERS)
-        raise ConfigError(f"dialogue.task: unknown placeholder {{{unknown[0]}}} in {wording.task!r}; known: {known}")
+    own: Wording = module.WORDING if hasattr(module, "WORDING") else Wording()
+    wording = replace(own, **{name: text for name, text in given.items() if text is not None})
+    placeholders = module.PLACEHOLDERS if hasattr(module, "build") else PLACEHOLDERS
+    _check_placeholders("dialogue.task", wording.task, placeholders)
+    _check_placeholders("dialogue.tools_text", dialogue.tools_text, TOOLS_PLACEHOLDERS)
+    for name in TOOLS_PLACEHOLDERS:
+        if f"{{{name}}}" not in dialogue.tools_text:
+            raise ConfigError(f"dialogue.tools_text: {{{name}}} is missing in {show(dialogue.tools_text)}")
     return wording
+
+
+def _check_placeholders(key: str, text: str, placeholders: Sequence[str]) -> None:
+    unknown = unknown_placeholders(text, placeholders)
+    if unknown:
+        known = ", ".join(f"{{{name}}}" for name in placeholders)
+        raise ConfigError(f"{key}: unknown placeholder {{{unknown[0]}}} in {text!r}; known: {known}")

@@ -30,9 +30,6 @@ PLACEHOLDERS = ("numbers", "target")
 WORDING = Wording(
     task="Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
     "operations (+, -, *, /) and each number can only be used once.",
-    reflect="You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a short "
-    "explanation that will help you do better next time.",
-    retry="Now try to solve the problem again.",
 )
 MOST_HANDS = 20_000
 FRUITLESS_DRAWS = 50_000

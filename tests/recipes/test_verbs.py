@@ -15,6 +15,7 @@ import torch
 from launch import QUICKSTART, SMALL, run, start
 from safetensors.torch import load_file
 
+from nemo_r3 import signals
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
@@ -165,6 +166,31 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Pa
     for step in (3, 4):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert (path / name).read_text() == (trained / name).read_text()
+
+
+def test_a_damaged_checkpoint_and_a_request_to_stop_cost_nothing_but_time(
+    trained: Path, bank: Path, tmp_path: Path
+) -> None:
+    """The newest checkpoint is damaged: steps 3 and 4 are done again, from 2; SIGUSR1 comes in between."""
+    path = tmp_path / "stopped"
+    shutil.copytree(trained, path)
+    largest = max((path / "checkpoints" / "step_000004").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    (path / "rollouts" / "step_000003.jsonl").unlink()
+    process = start("train", *settings(bank, path, "train.save_every=4"))
+    while not (path / "rollouts" / "step_000003.jsonl").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == signals.STOPPED, told
+    assert f"warning: {path}/checkpoints/step_000004 is damaged: {largest.name} has other content" in told
+    assert "stopped by SIGUSR1" in told
+    assert (path / "checkpoints" / "step_000003" / "manifest.json").exists()  # between two saves
+    run("train", *settings(bank, path, "train.save_every=4"))
+    assert untimed(path / "metrics.jsonl") == untimed(trained / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(

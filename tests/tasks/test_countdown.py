@@ -128,12 +128,54 @@ TRAPS = [
     '__import__("os").getpid()*0+3+4',
     "9**9**9",
     "9**9**9**9+3+4",
+    "9" * 40 + "**" + "9" * 40,
+    "(3+4)**(2**(2**(2**99)))",
+    "10**100000000",
+    "3+4\n# 7",
+    "3+4 /* 7 */",
+    "3+4 // 7",
+    '3+4 "7"',
+    "７-0+3-3",
+    "Ⅲ+Ⅳ",
+    "③+④",
+    "3+४",
+    "3\u200b+4",
+    "3\u2028+4",
+    "eval('3+4')",
+    "exec('3+4')",
+    "(lambda: 3+4)()",
+    "int('3')+4",
+    "f'{3+4}'",
+    "().__class__.__base__.__subclasses__()",
+    "__builtins__['print'](3+4)",
+    "3+4 or breakpoint()",
     "(3+4)/(3-3)",
     "3/(4-4)",
     "4/0+3",
 ]
 
+DEEP = 10_000
+MILLION = 1_000_000
 HUGE = [
+    "(" * DEEP + "3+4" + ")" * DEEP,
+    "\\boxed{" + "(" * DEEP + "3+4" + ")" * DEEP + "}",
+    "<answer>" + "(" * DEEP + "3+4" + ")" * DEEP + "</answer>",
+    "\\frac{" * DEEP + "3+4" + "}{1}" * DEEP,
+    "(" * 400 + "3+4" + ")" * 400,
+    "a" * MILLION,
+    "9" * MILLION,
+    "(" * MILLION,
+    "3+4 " * (MILLION // 4),
+    "9**" * (MILLION // 3) + "9",
+    "<answer>" * (MILLION // 8),
+    "<answer" * (MILLION // 7),
+    "<answer>3+4</answer" * (MILLION // 19),
+    "\\boxed{" * (MILLION // 7),
+    "\\boxed{" + "{}" * (MILLION // 2),
+    "\n" * MILLION,
+    " \n" * (MILLION // 2) + ".",
+    "=" * MILLION,
+    "$" * MILLION,
     "(" * 100_000,
     "(" * 300 + "3+4" + ")" * 300,
     "3+4" + "+0" * 50_000,
@@ -171,9 +213,17 @@ def test_exploits_of_other_verifiers_are_rejected(text: str) -> None:
 
 @pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
 def test_huge_texts_are_rejected_at_once(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert not TASK.verify(SEVEN, text)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.05
+
+
+@pytest.mark.parametrize("code", ["{}", "3+4+0*({})", "<answer>{}</answer>", r"\boxed{{{}}}", "3+4 if {} else 0"])
+def test_nothing_is_executed(code: str, tmp_path) -> None:
+    trace = tmp_path / "executed"
+    for call in (f"open({str(trace)!r}, 'w').close()", f"__import__('os').mkdir({str(trace)!r})"):
+        assert not TASK.verify(SEVEN, code.format(call))
+    assert not trace.exists()
 
 
 def test_a_long_thought_before_the_answer_does_not_matter() -> None:

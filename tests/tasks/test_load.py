@@ -71,7 +71,7 @@ def test_bad_options_are_refused_by_name(options: dict, parts: list[str]) -> Non
 
 
 def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
-    for name in ("nope", "protocol", "no.such.module", "json"):
+    for name in ("nope", "protocol", "no.such.module", "json", "nope.py", "./nope", ".nope", ""):
         message = refusal(name)
         assert "task.name" in message and name in message and "countdown" in message
 
@@ -79,6 +79,9 @@ def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
 def test_unknown_placeholders_are_refused() -> None:
     message = refusal(task="Make {goal} of {numbers}")
     assert "dialogue.task" in message and "{goal}" in message and "{target}" in message
+    message = refusal(tools_text="{tools} {question}")
+    assert "dialogue.tools_text" in message and "{question}" in message and "{task}" in message
+    assert "dialogue.tools_text: {tools} is missing" in refusal(tools_text="{task}")
 
 
 def test_a_users_module_is_a_task(tmp_path, monkeypatch) -> None:

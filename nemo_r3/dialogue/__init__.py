@@ -1,0 +1,13 @@
+"""The turns of a trajectory as token ids, spliced around what vLLM sampled.
+
+    [system, user turn, generation prompt] sampled [close, user turn, generation prompt] sampled ...
+     `-- text, tokenised once -----------'          `-- text, tokenised once ---------'
+
+Text comes from the model's own chat template; sampled ids are never decoded and tokenised again, so a longer
+trajectory begins with exactly the ids of the shorter one. What a template would do to an answer's text is found out
+at set-up by rendering marked turns. No torch, no vLLM.
+"""
+
+from nemo_r3.dialogue.turns import Dialogue, stop_token_ids
+
+__all__ = ["Dialogue", "stop_token_ids"]

@@ -1,0 +1,98 @@
+"""`ChatTemplate`: a model's chat template, from turns and tools to text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_r3.config.task import DialogueConfig
+from nemo_r3.errors import ConfigError, UserError
+
+DATE = "26 Jul 2024"
+"""Templates that print today's date get this one (Llama 3's own default): contexts must not change overnight."""
+
+OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
+
+Tool = Mapping[str, Any]
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    chat_template: Any
+    eos_token_id: int | None
+    added_tokens_decoder: Mapping[int, Any]
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any:
+        """Renders messages as text."""
+        ...
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Text -> ids; special tokens written out in the text become their ids."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Ids -> text."""
+        ...
+
+
+class ChatTemplate:
+    """Renders dialogues that a user's turn ends, with the generation prompt behind it.
+
+    Attributes:
+        setting: the key that says which template this is; error messages begin with it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: DialogueConfig) -> None:
+        """Takes the tokenizer's own template, or the one that `dialogue.chat_template` names.
+
+        Raises:
+            ConfigError: that file cannot be read, or `dialogue.template_options` sets what the template never reads.
+            UserError: there is no chat template.
+        """
+        self.setting = "model.path" if config.chat_template is None else "dialogue.chat_template"
+        source = tokenizer.chat_template if config.chat_template is None else _read(config.chat_template)
+        if source is None:
+            raise UserError(
+                "model.path: the tokenizer has no chat template; add one (chat_template.jinja), or name one in "
+                "dialogue.chat_template"
+            )
+        for name in config.template_options:
+            if name in OWN_VARIABLES:
+                raise ConfigError(f"dialogue.template_options.{name}: it is filled in from the dialogue; leave it out")
+            if not re.search(rf"\b{re.escape(name)}\b", str(source)):
+                raise ConfigError(
+                    f"dialogue.template_options.{name}: the chat template of {self.setting} never reads it"
+                )
+        self._tokenizer = tokenizer
+        self._system = config.system
+        self._source = None if config.chat_template is None else source
+        self._options = {"date_string": DATE, **config.template_options}
+
+    def render(self, turns: Sequence[str], tools: Sequence[Tool] = ()) -> str:
+        """The text of user and assistant turns in alternation, after the system turn, with the generation prompt.
+
+        Raises:
+            jinja2.TemplateError: the template does not want such a dialogue.
+        """
+        messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": turn} for i, turn in enumerate(turns)]
+        if self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system})
+        rendered: str = self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._source,
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            **self._options,
+        )
+        return rendered
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"dialogue.chat_template: {path!r} cannot be read ({error}); name a Jinja file") from None

@@ -1,0 +1,115 @@
+"""`objection`: what a chat template would do to a dialogue, found out by rendering marked turns.
+
+    opening + answer one + close(user two) + answer two + close(user three) + ...
+
+A template may be used when every dialogue renders like this: then sampled ids can stand in the answers' places. Two
+differences between how a template asks for an answer and how it shows a past one are harmless, because what was asked
+and sampled is what stays: white space before a past answer (Mistral; the model samples it), and an empty thought in
+the generation prompt that past answers lose (Qwen3 with enable_thinking: false).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from os.path import commonprefix
+
+from jinja2 import TemplateError
+
+from nemo_r3.dialogue.chat_template import ChatTemplate, Tool
+from nemo_r3.types import Problem
+
+USER = ("[[user turn one]]", "[[user turn two]]", "[[user turn three]]", "[[user turn four]]")
+ANSWER = (
+    "[[answer one]] a\n\n  b <x> {y} 'z' [[end of one]]",
+    "[[answer two]] a\n\n  b <x> {y} 'z' [[end of two]]",
+    "[[answer three]] a\n\n  b <x> {y} 'z' [[end of three]]",
+)
+COUNTS = (1, 2, 3)
+THOUGHT = "<think>\n[[thought]]\n</think>\n\n"
+NO_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
+MOVES = (
+    "renders a longer conversation differently from a shorter one (it rewrites or moves earlier turns), so sampled ids "
+    "could not be kept"
+)
+FUNCTION, PARAMETER = "probe_function", "probe_parameter"
+TOOL: Tool = {
+    "type": "function",
+    "function": {
+        "name": FUNCTION,
+        "description": "Probes.",
+        "parameters": {
+            "type": "object",
+            "properties": {PARAMETER: {"type": "string", "description": "What to probe."}},
+            "required": [PARAMETER],
+        },
+    },
+}
+PROBLEM = Problem("probe", USER[0], {}, (TOOL,))
+
+
+def objection(template: ChatTemplate, tools: Sequence[Tool] = ()) -> str | None:
+    """Why sampled answers could not be kept as they are: what the template does to a dialogue; None if they can.
+
+    Args:
+        template: that would be used.
+        tools: `TOOL` asks about dialogues whose first turn offers tools, and later turns do not name them again.
+    """
+    try:
+        return next(_objections(template, tools), None)
+    except TemplateError as error:
+        return f"cannot render this dialogue ({error})"
+
+
+def after_answer(rendered: str) -> str:
+    """What a template wrote after `ANSWER[0]`."""
+    return rendered[rendered.index(ANSWER[0]) + len(ANSWER[0]) :]
+
+
+def _objections(template: ChatTemplate, tools: Sequence[Tool]) -> Iterator[str]:
+    """Every check in turn; a later one relies on the earlier ones having found nothing."""
+    first = template.render(USER[:1], tools)
+    if tools and not (FUNCTION in first and PARAMETER in first):
+        yield "does not show the tools"
+    dialogues = [template.render(_alternate(count), tools) for count in COUNTS]
+    for rendered, count in zip(dialogues, COUNTS, strict=True):
+        for answer in ANSWER[:count]:
+            yield from _lost(rendered, answer)
+    if not NO_THOUGHT.search(first):
+        if THOUGHT.strip() not in template.render((USER[0], THOUGHT + ANSWER[0], USER[1]), tools):
+            yield (
+                "drops the reasoning (<think>...</think>) of earlier answers, so a reflection would not see the "
+                "attempt it is about; switch reasoning off where the template can (Qwen3: dialogue.template_options="
+                "{enable_thinking: false}), or name a template that keeps it in dialogue.chat_template"
+            )
+    opening = dialogues[0][: dialogues[0].index(ANSWER[0])]
+    close = after_answer(template.render(_alternate(1)))
+    same = len(commonprefix([first, opening]))
+    asked, shown = first[same:], opening[same:]
+    if shown.strip() or (asked and not NO_THOUGHT.fullmatch(asked)):
+        yield MOVES
+    expected = opening
+    for rendered, count in zip(dialogues, COUNTS, strict=True):
+        expected = expected + ANSWER[count - 1] + close.replace(USER[1], USER[count])
+        if rendered != expected:
+            yield MOVES
+        expected = expected.removesuffix(asked) + shown
+
+
+def _alternate(count: int) -> list[str]:
+    """User, answer, user, ... with `count` answers; a user's turn is last."""
+    turns = [USER[0]]
+    for index in range(count):
+        turns += [ANSWER[index], USER[index + 1]]
+    return turns
+
+
+def _lost(rendered: str, answer: str) -> Iterator[str]:
+    found = rendered.count(answer)
+    if found == 1:
+        return
+    start = answer[: answer.index("]]") + 2]
+    if start not in rendered:
+        yield "drops an earlier answer; the failed answer must stay in context"
+    how = "repeats" if found > 1 else "trims or rewrites"
+    yield f"{how} the text of an answer; sampled ids could not be kept"

@@ -1,0 +1,156 @@
+"""`Dialogue`: the conversation of a task, turn by turn, as trajectories of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nemo_r3.config.task import DialogueConfig
+from nemo_r3.dialogue.chat_template import ChatTemplate, Tokenizer, Tool
+from nemo_r3.dialogue.probe import ANSWER, PROBLEM, TOOL, USER, after_answer, objection
+from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.tasks.protocol import Wording
+from nemo_r3.tasks.template import fill
+from nemo_r3.types import Phase, Problem, Segment, Trajectory
+
+
+class Dialogue:
+    """The conversation of a task, turn by turn.
+
+    Example: ``context = dialogue.task(problem).then(answer); dialogue.reflect(context)`` is the prompt of a reflection.
+
+    Attributes:
+        tools: how a problem's tools are offered: "template" (as the model's own template shows them) or "plain" (in
+            the user's turn, see `dialogue.tools_text`).
+        end_of_turn: ids that end an assistant's turn, sorted: the tokenizer's, the checkpoint's, the template's.
+        fingerprint: changes when the text, template, tools or stop tokens around a first answer do; banks store it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: DialogueConfig, wording: Wording, stop_ids: Iterable[int] = ()
+    ) -> None:
+        """Cuts the chat template into pieces.
+
+        Args:
+            tokenizer: with the chat template of the model.
+            config: the template, the system turn, how to offer tools, and what replaces the task's wording.
+            wording: the task's own words.
+            stop_ids: the checkpoint's further end-of-turn ids, see `stop_token_ids`.
+
+        Raises:
+            UserError: there is no chat template, or one in which an answer would not stay what was sampled.
+            ConfigError: a setting that the chat template cannot do.
+        """
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer, config)
+        self._task = wording.task if config.task is None else config.task
+        self._reflect = wording.reflect if config.reflect is None else config.reflect
+        self._retry = wording.retry if config.retry is None else config.retry
+        self._tools_text = config.tools_text
+        self._pieces: dict[str, tuple[int, ...]] = {}
+        reason = objection(self._template)
+        if reason is not None:
+            raise UserError(f"{self._template.setting}: the chat template {reason}")
+        if config.system is not None and config.system.strip() not in self._template.render(USER[:1]):
+            raise ConfigError("dialogue.system: the chat template drops the system turn; leave it unset")
+        self.tools = self._way_to_offer(config.tools)
+        known = {*stop_ids} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+        self._close = self._closing_token(known)
+        self.end_of_turn = tuple(sorted(known | {self._close}))
+        self.fingerprint = self._fingerprint()
+
+    def task(self, problem: Problem) -> Trajectory:
+        """[task]: the prompt of a first attempt, with the problem's tools."""
+        text, tools = problem.text, problem.tools
+        if tools and self.tools == "plain":
+            text, tools = fill(self._tools_text, {"tools": _written(tools), "task": text}), ()
+        return Trajectory((Segment(Phase.TASK, self._encode(self._template.render([text], tools))),))
+
+    def reflect(self, trajectory: Trajectory) -> Trajectory:
+        """[..., sampled] -> [..., sampled][request]: the prompt of a reflection on what was sampled last."""
+        return self.ask(trajectory, Phase.REQUEST, self._reflect)
+
+    def retry(self, trajectory: Trajectory) -> Trajectory:
+        """[..., sampled] -> [..., sampled][request]: the prompt of another try after the reflection."""
+        return self.ask(trajectory, Phase.REQUEST, self._retry)
+
+    def ask(self, trajectory: Trajectory, phase: Phase, text: str) -> Trajectory:
+        """Closes the turn that was sampled last and adds a user turn and the generation prompt.
+
+        Args:
+            trajectory: ends with a sampled segment. If that one ends with the template's end-of-turn token, the
+                template's own is left out; if not (it was cut at the token limit), the template closes the turn.
+            phase: of the added segment.
+            text: what the user says.
+        """
+        last = trajectory.segments[-1]
+        assert last.sampled and last.ids, "only a sampled turn can be followed by a user turn"
+        piece = self._piece(text)
+        if last.ids[-1] == self._close:
+            piece = piece[piece.index(self._close) + 1 :]
+        return trajectory.then(Segment(phase, piece))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _piece(self, text: str) -> tuple[int, ...]:
+        """[close][user turn][generation prompt] for a user's `text`, tokenised once."""
+        if text not in self._pieces:
+            self._pieces[text] = self._encode(after_answer(self._template.render((USER[0], ANSWER[0], text))))
+        return self._pieces[text]
+
+    def _way_to_offer(self, asked: str) -> str:
+        """`dialogue.tools`, decided: the template's way, if it has one that leaves earlier turns in their places."""
+        if asked == "plain":
+            return asked
+        reason = objection(self._template, (TOOL,))
+        if reason is not None and asked == "template":
+            raise ConfigError(
+                f"dialogue.tools: template: with tools, the chat template of {self._template.setting} {reason}; choose "
+                "auto or plain, or name another template in dialogue.chat_template"
+            )
+        return "template" if reason is None else "plain"
+
+    def _closing_token(self, known: set[int]) -> int:
+        """The first token after an answer that ends a turn: a known one, or the template's own special token."""
+        rendered = after_answer(self._template.render((USER[0], ANSWER[0], USER[1])))
+        closing = self._encode(rendered[: rendered.index(USER[1])])
+        special = known.union(i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special)
+        for token in closing:
+            if token in special:
+                return token
+        raise UserError(
+            f"{self._template.setting}: the chat template ends an assistant's turn without a special token; sampling "
+            "could not know where a turn ends"
+        )
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _fingerprint(self) -> str:
+        pieces = (
+            self._encode(self._template.render(USER[:1])),
+            self.task(PROBLEM).ids,
+            self._piece(USER[1]),
+            self._task,
+            self.end_of_turn,
+        )
+        return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
+
+
+def stop_token_ids(model_dir: Path) -> list[int]:
+    """The end-of-sequence ids of a checkpoint: generation_config.json's, else config.json's, else none."""
+    for name in ("generation_config.json", "config.json"):
+        file = model_dir / name
+        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
+
+
+def _written(tools: Sequence[Tool]) -> str:
+    """Tools as JSON, for `dialogue.tools_text`: names, descriptions and parameters, a line each."""
+    return "[" + ",\n ".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools) + "]"

@@ -1,0 +1,73 @@
+"""What ends a process from outside: a request to stop, and a hang.
+
+    SIGUSR1 or SIGTERM -> noted -> a rollout is left, an update is finished -> all ranks agree -> save -> exit code 75
+    a second one       -> the process ends at once; the last checkpoint stands
+    no sign of life    -> every thread's stack on stderr, then the end
+
+Signals belong to the process, so what is noted is this module's own state.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import time
+from types import FrameType
+
+STOPPED = 75
+"""Exit code (EX_TEMPFAIL of sysexits.h) of a process that stopped on request: the same command goes on from there."""
+SAME_REQUEST = 5.0
+"""Seconds within which a second signal belongs to the first: Slurm may send one to the tasks and one to the script."""
+
+_noted: list[tuple[str, float]] = []
+_watched: list[float] = []
+
+
+class Stopped(Exception):  # noqa: N818  nothing is wrong
+    """All ranks agree to stop; raised on every one of them."""
+
+
+def listen() -> None:
+    """Notes SIGUSR1 and SIGTERM from now on, instead of dying of them."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, _note)
+
+
+def deaf() -> None:
+    """From now on either of them ends the process again: it has nothing left to save."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def noted() -> str | None:
+    """The signal that asked this process to stop, e.g. "SIGUSR1"; None while there was none."""
+    return _noted[0][0] if _noted else None
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _noted and now - _noted[0][1] > SAME_REQUEST:
+        os._exit(128 + number)
+    if not _noted:
+        _noted.append((signal.Signals(number).name, now))
+
+
+def watch(seconds: float) -> None:
+    """From now on, `seconds` without `alive` end the process: stacks at 0.9 of them, the end at 1.1.
+
+    In between a hung collective has its own time-out, which says more. The end is the kernel's doing (SIGALRM): a
+    thread that hangs inside a library runs no Python.
+    """
+    _watched[:] = [seconds, 0.0]
+    alive()
+
+
+def alive() -> None:
+    """A sign of life; costs nothing when called often."""
+    now = time.monotonic()
+    if not _watched or now - _watched[1] < 1:
+        return
+    seconds, _watched[1] = _watched[0], now
+    faulthandler.dump_traceback_later(0.9 * seconds)
+    signal.setitimer(signal.ITIMER_REAL, 1.1 * seconds)

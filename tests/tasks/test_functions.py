@@ -1,0 +1,133 @@
+"""Tasks made of two functions: what they become, and what is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_r3.config.task import DialogueConfig, TaskConfig
+from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.tasks import load
+from nemo_r3.tasks.protocol import Task
+from nemo_r3.types import Problem
+
+PROBLEMS = """
+from nemo_r3.types import Problem
+
+def problems(split):
+    yield Problem(split + "-1", "Say {word}.", {"word": "one", "more": [1, None, 0.5]})
+"""
+VERIFY = """
+def verify(problem, text):
+    return problem.data["word"] in text
+"""
+OPTIONS = """
+from dataclasses import dataclass
+from nemo_r3.config.option import option
+from nemo_r3.types import Problem
+
+@dataclass
+class Options:
+    word: str = option("one", help="what to say")
+
+def problems(split, options):
+    return [Problem(split, "Say it.", {"word": options.word})]
+"""
+
+Write = Callable[..., Task]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Loads a task from the text of its file."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(*parts: str, options: dict[str, Any] | None = None, **dialogue: str) -> Task:
+        sys.modules.pop("said", None)
+        (tmp_path / "said.py").write_text("".join(parts))
+        return load(TaskConfig("said", options or {}), DialogueConfig(**dialogue))
+
+    yield write
+    sys.modules.pop("said", None)
+
+
+def test_problems_keep_their_text_or_get_words_around_it(write: Write) -> None:
+    task = write(PROBLEMS, VERIFY)
+    assert task.problems("train") == (Problem("train-1", "Say {word}.", {"word": "one", "more": [1, None, 0.5]}),)
+    assert task.name == "said" and task.wording.reflect.startswith("You tried solving the problem")
+    assert task.verify(task.problems("test")[0], "one!") is True
+    assert write(PROBLEMS, VERIFY, task="Now: {problem}").problems("test")[0].text == "Now: Say {word}."
+    with pytest.raises(ConfigError, match=r"dialogue\.task: unknown placeholder \{word\}"):
+        write(PROBLEMS, VERIFY, task="{word}")
+    with pytest.raises(KeyError):
+        task.problems("validation")
+
+
+def test_options_go_to_problems(write: Write) -> None:
+    assert write(OPTIONS, VERIFY, options={"word": "two"}).problems("test")[0].data == {"word": "two"}
+    with pytest.raises(ConfigError, match=r"task\.options\.wort.*task\.options\.word"):
+        write(OPTIONS, VERIFY, options={"wort": "two"})
+    with pytest.raises(ConfigError, match=r"task\.options: said has no options"):
+        write(PROBLEMS, VERIFY, options={"word": "two"})
+
+
+def test_the_verifiers_stamp_follows_the_file_and_its_options(write: Write) -> None:
+    stamps = [
+        write(OPTIONS, VERIFY).verifier,
+        write(OPTIONS, VERIFY, options={"word": "two"}).verifier,
+        write(OPTIONS, VERIFY.replace(" in ", " not in ")).verifier,
+    ]
+    assert len(set(stamps)) == 3 and write(OPTIONS, VERIFY).verifier == stamps[0]
+
+
+GIVES = "from nemo_r3.types import Problem\ndef problems(split):\n    "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PROBLEMS, "'said' is not a task: said lacks verify"),
+        (VERIFY, "'said' is not a task: said lacks problems"),
+        (GIVES + "return []" + VERIFY, r"problems\('train'\) gives no problems"),
+        (GIVES + "return [Problem('a', 't', {'word': 'x'})] * 2" + VERIFY, "gives the id 'a' twice"),
+        (GIVES + "return [Problem('a', 't', {'word': 'x'})]" + VERIFY, "problem 'a' is in train and in test"),
+        (GIVES + "return [('a', 't')]" + VERIFY, r"gives \('a', 't'\); it must give nemo_r3.types.Problem"),
+        (GIVES + "return [Problem(1, 't', {})]" + VERIFY, "gives the id 1 and the text 't'"),
+        (GIVES + "return [Problem('a', '', {})]" + VERIFY, "gives the id 'a' and the text ''"),
+        (GIVES + "return [Problem('a', 't', {'word': (1, 2)})]" + VERIFY, "data of problem 'a' is not what JSON would"),
+        (GIVES + "return [Problem('a', 't', {'word': {1}})]" + VERIFY, "data of problem 'a' is not what JSON would"),
+        (GIVES + "return [Problem('a', 't', {'word': float('nan')})]" + VERIFY, "data of problem 'a' is not"),
+        (GIVES + "return [Problem('a', 't', {}, ({'type': print},))]" + VERIFY, "tools of problem 'a' is not"),
+    ],
+)
+def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"task\.name: .*{message}"):
+        write(text)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "return text.index('x') > 0",
+            r"said\.verify raised ValueError \(.*\) in .*said\.py:8 on .* problem 'train-1'",
+        ),
+        ("return None", "returned None of type NoneType"),
+        ("return 1", "returned 1 of type int"),
+    ],
+)
+def test_a_verifier_that_gives_no_verdict_is_refused_at_load(write: Write, body: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"task\.name: .*{message}"):
+        write(PROBLEMS, f"\ndef verify(problem, text):\n    {body}\n")
+
+
+def test_a_verifier_that_fails_later_stops_with_its_problem(write: Write) -> None:
+    task = write(PROBLEMS, "\ndef verify(problem, text):\n    return text == '' or int(text) == 1\n")
+    assert task.verify(task.problems("test")[0], "1")
+    with pytest.raises(UserError, match=r"said\.verify raised ValueError .*on an answer to problem 'test-1'"):
+        task.verify(task.problems("test")[0], "one")

@@ -1,0 +1,36 @@
+"""`Worker`: results come back, and time, memory and errors of the function stay its own."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from nemo_r3.errors import UserError
+from nemo_r3.tasks.worker import Worker
+
+
+def test_results_come_back_until_time_runs_out_and_then_again() -> None:
+    sleep = Worker("time:sleep", seconds=0.5)
+    assert sleep(0.0) is None
+    began = time.monotonic()
+    assert sleep(60) is None
+    assert time.monotonic() - began < 30
+    power = Worker("operator:pow", seconds=0.5)
+    assert power(2, 10) == 1024
+    assert power(9, 10**9) is None  # one long instruction, which no signal interrupts
+    assert power(3, 2) == 9
+
+
+def test_memory_is_limited() -> None:
+    repeat = Worker("operator:mul", seconds=30, megabytes=512)
+    assert repeat([0], 10**9) is None
+    assert repeat([0], 2) == [0, 0]
+
+
+def test_what_the_function_prints_or_raises_is_no_result() -> None:
+    assert Worker("builtins:print")("noise") is None
+    with pytest.raises(UserError, match="json:loads raised JSONDecodeError"):
+        Worker("json:loads")("{")
+    with pytest.raises(UserError, match="no_such_module:f cannot be imported"):
+        Worker("no_such_module:f")()

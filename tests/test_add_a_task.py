@@ -1,0 +1,75 @@
+"""The tasks of docs/add-a-task.md, from the files that it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_r3.config import load
+from nemo_r3.tasks import load as load_task
+from nemo_r3.tasks.protocol import Task
+
+ROOT = Path(__file__).parents[1]
+SHOWN = (ROOT / "docs" / "add-a-task.md").read_text(encoding="utf-8")
+FILES = {name: text for text, name in re.findall(r"```\w+\n(# (\S+\.(?:py|yaml))\n.*?)```", SHOWN, flags=re.DOTALL)}
+QUESTIONS = [{"question": f"What is {n} / 4?", "answer": rf"\frac{{{n}}}{{4}}"} for n in range(20)]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with the files of the document, as `python -m` would have it."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in FILES:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def task_of(config: str) -> Task:
+    loaded = load([config])
+    return load_task(loaded.task, loaded.dialogue)
+
+
+def test_the_document_shows_three_tasks() -> None:
+    assert [name for name in FILES if name.endswith(".py")] == ["doubles.py", "final_answers.py", "gym_task.py"]
+
+
+def test_two_functions_are_a_task(home: Path) -> None:
+    task = task_of("doubles.yaml")
+    problem = task.problems("test")[21]
+    assert len(task.problems("train")) == 900 and problem.text == "What is 21 + 21?"
+    assert task.verify(problem, "That is 42") and not task.verify(problem, "41")
+
+
+def test_final_answers_are_compared_as_mathematics(home: Path) -> None:
+    task = task_of("final_answers.yaml")
+    half = next(problem for problem in task.problems("train") if problem.data["answer"] == r"\frac{2}{4}")
+    assert half.text.endswith("Put your final answer within \\boxed{}.")
+    assert [len(task.problems(split)) for split in ("train", "test")] == [18, 2]
+    assert all(task.verify(half, rf"So \boxed{{{answer}}}.") for answer in ("0.5", r"\frac12", "1/2", r"\sqrt{0.25}"))
+    assert not any(task.verify(half, answer) for answer in (r"\boxed{2}", "", "half", r"\boxed{__import__('os')}"))
+
+
+def test_a_generator_of_reasoning_gym_is_a_task(home: Path) -> None:
+    task = task_of("gym_task.yaml")
+    train, test = task.problems("train"), task.problems("test")
+    assert len(test) == 50 and 300 < len(train) <= 450
+    assert not {problem.text for problem in train} & {problem.text for problem in test}
+    assert train[0].text.endswith("End with the answer on a line of its own.")
+    assert task.verify(train[0], f"I add.\n{train[0].data['answer']}")
+    assert not task.verify(train[0], f"I add.\n__import__('os').getpid()*0 + {train[0].data['answer']}")
+
+
+def test_a_verb_finds_a_task_in_the_working_directory(home: Path) -> None:
+    command = [sys.executable, "-m", "recipes.train", "doubles.yaml", "model.path=/nowhere"]
+    done = subprocess.run(command, cwd=home, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert "error: model.path: /nowhere" in done.stderr  # the task comes before the model
