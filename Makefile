@@ -48,8 +48,8 @@ test: setup ## all tests of a CPU machine but the slow ones
 test-all: setup ## all tests of a CPU machine
 	$(BIN)/python -m pytest $(JOBS) -m "not gpu and not te and not slurm" $(ARGS)
 
-# one job at a time: each takes all cores
-test-slurm: setup ## jobs on a virtual Slurm cluster; needs root, slurm-wlm and munge; ARGS='-m "slurm and not slow"': the quick ones
+# one job at a time: each takes all cores; ARGS="-m 'slurm and not slow'" leaves the quick ones
+test-slurm: setup ## jobs on a virtual Slurm cluster; needs root and Debian's slurm-wlm and munge
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: setup ## format, lint, types, floors, then `make test`: what CI runs

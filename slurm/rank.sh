@@ -12,7 +12,7 @@ if [ "$LAUNCHER" = torchrun ] && [ -z "${RANK:-}" ]; then
 fi
 
 rank=${RANK:-$SLURM_PROCID}
-python3 -m recipes.train "$@" >>"$LOGS/rank_$rank.log" 2>&1
+python3 -m slurm.rank "$@" >>"$LOGS/rank_$rank.log" 2>&1
 code=$?
 echo "$code $SLURMD_NODENAME $(date +%s.%N)" >"$LOGS/rank_$rank.exit"
 exit "$code"

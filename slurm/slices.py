@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 
-FINISHED, REFUSED, STOPPED = 0, 2, 75
+FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
 """Exit codes of `recipes.train`: done; an error the user must mend; stopped on request, saved. Any other is a fault."""
 FAULT = 1
 FINE = "fine"
@@ -95,9 +96,14 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
     job, restarts = environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT", "0"))
     hosts = _ask("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]).split()
     ended = read_end(logs_of(config, job, restarts), code, hosts)
+    what = f"slice {restarts} of job {job}: {ended.cause}"
+    state = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
+    if state != "RUNNING":  # cancelled, preempted, a node lost
+        print(f"{what}; the job is {state}: Slurm is ending it, and decides whether it runs again", flush=True)
+        return ended.code
     verdict = decide(config, read_record(config), ended, progress_of(config))
     write_record(config, verdict.record)
-    print(f"slice {restarts} of job {job}: {ended.cause}; {verdict.reason}", flush=True)
+    print(f"{what}; {verdict.reason}", flush=True)
     if verdict.requeue:
         requeue(job, [host for host, failures in verdict.record.hosts.items() if failures >= HOST_FAILURES])
     return ended.code
@@ -122,11 +128,13 @@ def read_end(logs: Path, code: int, hosts: list[str]) -> End:
         blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()
         return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
     failed = [(at, rank, code, host) for rank, code, host, at in _exits(logs) if code]
+    if not failed and code == STOPPED:
+        return End(STOPPED, "stopped on request before the ranks began")
     if not failed:
         return End(FAULT, f"srun ended with code {code} and no rank said why; see the lines above")
     _, rank, code, host = min(failed)
     if code == STOPPED:
-        return End(STOPPED, "stopped on request, saved")
+        return End(STOPPED, "stopped on request")
     return End(code, f"rank {rank} on {host} {_said(logs / f'rank_{rank}.log', code)}", (host,))
 
 
@@ -143,9 +151,8 @@ def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]
         return Verdict(
             record,
             False,
-            f"not requeued: {record.idle} slices in a row made no checkpoint; the time limit is too short for "
-            f"train.save_every={config.train.save_every} and cluster.signal_seconds={config.cluster.signal_seconds}: "
-            "raise --time (cluster.time_minutes)",
+            f"not requeued: {record.idle} slices in a row made no checkpoint; the time limit is too short for a step and its "
+            f"save, cluster.signal_seconds={config.cluster.signal_seconds} before it: raise --time (cluster.time_minutes)",
         )
     hosts = record.hosts | {host: record.hosts.get(host, 0) + 1 for host in ended.hosts}
     record, limit = replace(record, faults=record.faults + 1, hosts=hosts), config.cluster.max_requeues
@@ -155,14 +162,7 @@ def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]
 
 
 def requeue(job: str, bad_hosts: list[str]) -> None:
-    """Puts the job back in the queue, without hosts that failed again and again.
-
-    A job that Slurm itself is ending (cancelled, preempted, a node lost) is Slurm's to requeue.
-    """
-    state = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
-    if state != "RUNNING":
-        print(f"job {job} is {state}: Slurm is ending it, and decides whether it runs again", flush=True)
-        return
+    """Puts the job back in the queue, without hosts that failed again and again."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing ends this script, but not before the hosts are excluded
     _ask("scontrol", "requeue", job)
     if bad_hosts:  # beside those of --exclude; Slurm takes a new list from a pending job only

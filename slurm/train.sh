@@ -26,6 +26,13 @@ if [ -z "${SLURM_JOB_ID-}" ]; then
     exit 2
 fi
 
+step='' stop=''
+forward() { # once: a second signal ends a rank before it has saved
+    stop=yes
+    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
+}
+trap forward USR1 TERM
+
 # LOGS LAUNCHER RANKS_PER_NODE THREADS SETUP CONTAINER NODE_STEP RANK_STEP HEALTH, quoted for the shell
 settings=$(python3 -m slurm.job begin "$@") || exit 2
 eval "$settings"
@@ -39,21 +46,15 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$THREADS}" NCCL_DEBUG="${NCCL_DEBUG:-
 prepared=(bash -ec "$SETUP"$'\nexec "$@"' setup) # runs a command after the line of cluster.setup
 srun=(srun --export=ALL "${CONTAINER[@]}")
 
-step='' stop=''
-forward() { # again and again: a rank that is still importing does not listen yet
-    stop=yes
-    [ -z "$step" ] || while kill -USR1 "$step" 2>/dev/null; do sleep 10; done &
-}
-trap forward USR1 TERM
-
 code=0
 timeout 300 "${srun[@]}" "${NODE_STEP[@]}" \
     "${prepared[@]}" python3 -m slurm.health "${HEALTH[@]}" >"$LOGS/health.log" || code=$?
 
-if [ "$code" = 0 ]; then
-    "${srun[@]}" --kill-on-bad-exit=1 "${RANK_STEP[@]}" "${prepared[@]}" bash slurm/rank.sh "$@" &
+if [ -n "$stop" ]; then
+    code=75
+elif [ "$code" = 0 ]; then
+    "${srun[@]}" --kill-on-bad-exit=1 --distribution=block "${RANK_STEP[@]}" "${prepared[@]}" bash slurm/rank.sh "$@" &
     step=$!
-    [ -z "$stop" ] || forward
     tail -n +1 -F --pid="$step" "$LOGS/rank_0.log" 2>/dev/null &
     shown=$!
     while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done # a signal ends a wait early

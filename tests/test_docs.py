@@ -41,6 +41,13 @@ def test_a_verb_exists_and_its_settings_load(words: list[str], monkeypatch: pyte
     load(words[place + 1 :])
 
 
+@pytest.mark.parametrize("words", [words for words in commands() if "slurm/train.sh" in words], ids=" ".join)
+def test_settings_of_a_job_load(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    if arguments := [word for word in words[words.index("slurm/train.sh") + 1 :] if word != "--print"]:
+        load(arguments)
+
+
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] == "make"], ids=" ".join)
 def test_a_make_target_exists(words: list[str]) -> None:
     subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)

@@ -19,7 +19,7 @@ def check(config: Config) -> None:
     _check_optimizer(config)
     _check_method(config)
     _check_loss(config)
-    _check_layout(config)
+    _check_cluster(config)
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -82,13 +82,18 @@ def _check_loss(config: Config) -> None:
                 raise ConfigError(f"algo.{name}: {show(value)} has no effect with algo.{choice}; leave it out")
 
 
-def _check_layout(config: Config) -> None:
+def _check_cluster(config: Config) -> None:
     actor, cluster = config.actor, config.cluster
     if actor.sequence_parallel and actor.tensor_parallel == 1:
         raise ConfigError("actor.sequence_parallel: true needs actor.tensor_parallel above 1, got 1")
     if cluster.gpus_per_node:
         world_size = cluster.nodes * cluster.gpus_per_node
         _check_divides(config, world_size, f"cluster.nodes * cluster.gpus_per_node = {world_size} ranks")
+    if 0 < cluster.time_minutes * 60 <= cluster.signal_seconds:
+        raise ConfigError(
+            f"cluster.time_minutes: {cluster.time_minutes} leaves no time to train: the job stops to save "
+            f"cluster.signal_seconds = {cluster.signal_seconds} before it"
+        )
 
 
 def _check_divides(config: Config, world_size: int, ranks: str) -> None:

@@ -37,6 +37,7 @@ def load_with(folder: Path, *overrides: str) -> Config:
         (["cluster.gpus_per_node=3", "actor.tensor_parallel=2"], ["= 2 * 1 * 1 = 2", "= 3 ranks"]),
         (["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.pipeline_parallel=3"], ["= 1 * 3 * 1 = 3", "= 8 ranks"]),
         (["cluster.gpus_per_node=4", "rollout.tensor_parallel=3"], ["rollout.tensor_parallel: 3", "= 4 ranks"]),
+        (["cluster.time_minutes=10"], ["cluster.time_minutes: 10", "cluster.signal_seconds = 600"]),
     ],
 )
 def test_refused_together(tmp_path: Path, overrides: list[str], keys: list[str]) -> None:

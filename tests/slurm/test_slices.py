@@ -37,6 +37,11 @@ def test_the_first_rank_that_failed_is_the_cause(tmp_path: Path) -> None:
     assert ended.cause.startswith("rank 1 on n1 ended with code 1: torch.OutOfMemoryError: 3 GiB (")
 
 
+def test_a_stop_may_come_before_the_ranks(tmp_path: Path) -> None:
+    leave(tmp_path, {})
+    assert read_end(tmp_path, STOPPED, HOSTS).code == STOPPED
+
+
 def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     leave(tmp_path, {0: "1 n1 105.2", 3: "137 n2 101.5"})
     assert read_end(tmp_path, 137, HOSTS).cause == "rank 3 on n2 was killed by signal 9 (SIGKILL)"
@@ -103,7 +108,7 @@ def test_slices_too_short_end_the_job() -> None:
     still, on = (STOPPED, (0, 0)), (STOPPED, (5, 0))
     assert verdicts(Record(), [still, on, on, on]) == [True, True, True, False]
     said = decide(Config(), Record(idle=1), End(STOPPED), (0, 0)).reason
-    assert "too short" in said and "train.save_every=50" in said
+    assert "too short" in said and "cluster.signal_seconds=600" in said
 
 
 def test_faults_are_capped_and_counted_by_host() -> None:

@@ -27,7 +27,7 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def settings(failures: Path, run_dir: Path, *more: str) -> list[str]:
-    return [QUICKSTART, *SMALL, *LAYOUT, f"failures.path={failures}", f"run.dir={run_dir}", "train.steps=2", *more]
+    return [QUICKSTART, *SMALL, *LAYOUT, f"failures.path={failures}", f"run.dir={run_dir}", "train.steps=5", *more]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_job_trains_as_torchrun_does(
     job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, path, f"cluster.launcher={launcher}"))
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert untimed(path) == by_torchrun
-    assert "step    2/2" in cluster.output(job), "rank 0's log is shown as it grows"
+    assert "step    5/5" in cluster.output(job), "rank 0's log is shown as it grows"
     logs = path / "logs" / f"{job}_0"
     assert sorted(log.name for log in logs.glob("rank_*.log")) == [f"rank_{rank}.log" for rank in range(4)]
     hosts = [(logs / f"rank_{rank}.exit").read_text().split()[:2] for rank in range(4)]
@@ -107,6 +107,81 @@ def test_an_unfit_node_is_named_and_in_the_end_left_out(cluster: Cluster, tmp_pa
     assert "not requeued: mend that and submit again" in said
 
 
+def test_a_stop_saves_and_goes_on_as_if_nothing_had_happened(
+    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The signal that Slurm sends before the time limit; the only checkpoint so far is the one it makes."""
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path))
+    until(lambda: (tmp_path / "metrics.jsonl").exists(), cluster, job)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    said = cluster.output(job)
+    assert f"slice 0 of job {job}: stopped on request; requeued" in said
+    assert "resuming after step 1 " in said
+    assert (tmp_path / "logs" / f"{job}_0" / "rank_0.exit").read_text().startswith("75 n1 ")
+    assert untimed(tmp_path) == by_torchrun
+
+
+def preempt(cluster: Cluster, job: str) -> None:
+    """A job of a higher priority takes all nodes for a moment."""
+    script = cluster.home / "urgent.sh"
+    script.write_text("#!/bin/sh\nsleep 3\n")
+    cluster.submit("--partition=urgent", f"--nodes={len(cluster.nodes)}", "--exclusive", str(script))
+
+
+INTERRUPTIONS = {
+    "requeue": lambda cluster, job: cluster.ask("scontrol", "requeue", job),
+    "preemption": preempt,
+    "node_down": lambda cluster, job: cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test"),
+    "power_cut": lambda cluster, job: cluster.power_cut("n2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+def test_slurm_interrupts_a_job_and_it_goes_on(
+    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path, interruption: str
+) -> None:
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path, "train.save_every=1"))
+    until(lambda: (tmp_path / "checkpoints" / "step_000001" / "manifest.json").exists(), cluster, job)
+    INTERRUPTIONS[interruption](cluster, job)
+    try:
+        assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    finally:
+        cluster.mend("n2")
+    assert cluster.show(job)["Restarts"] == "1"
+    assert untimed(tmp_path) == by_torchrun
+    assert json.loads((tmp_path / "slurm.json").read_text())["faults"] == 0, "not the job's fault"
+
+
+@pytest.mark.slow
+def test_a_time_limit_ends_slices_and_the_job_goes_on(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
+    """Slurm may send its signal up to a minute early: between 60 and 120 of 180 seconds."""
+    limit = ("--time=3", "--signal=B:USR1@60")
+    job = cluster.submit(*TWO_BY_TWO, *limit, SCRIPT, *settings(failures, tmp_path, "train.steps=60"))
+    assert cluster.wait(job, 600) == "COMPLETED", cluster.output(job)
+    assert f"slice 0 of job {job}: stopped on request; requeued" in cluster.output(job)
+    assert [line["step"] for line in untimed(tmp_path)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_slices_that_are_too_short_end_the_job(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
+    limit = ("--time=2", "--signal=B:USR1@115")  # at once
+    job = cluster.submit(*TWO_BY_TWO, *limit, SCRIPT, *settings(failures, tmp_path))
+    assert cluster.wait(job, 400) == "FAILED", cluster.output(job)
+    assert "not requeued: 2 slices in a row made no checkpoint; the time limit is too short" in cluster.output(job)
+    assert cluster.show(job)["ExitCode"] == "75:0"
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path))
+    until(lambda: (tmp_path / "logs" / f"{job}_0" / "rank_3.log").exists(), cluster, job)
+    cluster.ask("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    until(lambda: "Slurm is ending it" in cluster.output(job), cluster, job, 60)
+
+
 def until(happened: Any, cluster: Cluster, job: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
@@ -123,6 +198,6 @@ def rank_process(job: str, rank: int) -> int:
             environ = set((place / "environ").read_text(errors="replace").split("\0"))
         except OSError:
             continue
-        if words[1:3] == ["-m", "recipes.train"] and wanted <= environ:
+        if words[1:3] == ["-m", "slurm.rank"] and wanted <= environ:
             return int(place.name)
     raise AssertionError(f"rank {rank} of job {job} is not running")
