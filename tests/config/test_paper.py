@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from nemo_r3.config import Config, load
-from nemo_r3.models import architecture_of_shape, check_layout
+from nemo_r3.models import check_layout, shape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = sorted(CONFIGS.glob("*-*.yaml"), key=lambda path: path.name)
@@ -69,7 +69,7 @@ def test_a_config_is_what_its_name_says(path: Path) -> None:
     assert (config.cluster.nodes, config.cluster.gpus_per_node) == (nodes, gpus)
     assert layout_of(config, ending) == layout
     assert config.model.path.split("/")[1].lower().removesuffix("-instruct") == model
-    check_layout(config, architecture_of_shape(model))
+    check_layout(config, shape(model))
 
 
 @pytest.mark.parametrize("path", [*PAPER, CONFIGS / "countdown.yaml", CONFIGS / "fc.yaml"], ids=lambda path: path.stem)
