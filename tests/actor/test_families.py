@@ -13,7 +13,7 @@ CASES = [f"family-{layout}-{kind}" for layout in LAYOUTS for kind in KINDS]
 
 @pytest.mark.parametrize("name", CASES)
 def test_scores_equal_transformers(every: dict[str, Any], name: str) -> None:
-    assert every[name]["score"] < 1e-4  # seen:
+    assert every[name]["score"] < 1e-4  # seen: 1.1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -29,4 +29,4 @@ def test_an_update_equals_a_plain_loop_on_transformers(one: Any, every: dict[str
     assert {key: every[name]["update"][key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     ours, theirs = (load_file(one.home / f"{which}-1.weights.safetensors") for which in (name, f"plain-{kind}"))
     assert ours.keys() == theirs.keys()
-    assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-5  # seen:
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-5  # seen: 2.1e-6
