@@ -6,11 +6,16 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nemo_r3.config import load
+
+sys.path.append(str(Path(__file__).parent))
+
+import families
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,3 +68,16 @@ def test_links_lead_somewhere() -> None:
     for file in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+def test_the_families_table_is_the_tested_families() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme == families.rewritten(readme), "python tests/families.py rewrites it"
+
+
+def test_code_shown_from_a_file_is_in_it() -> None:
+    shown = [block.split("\n", 1) for block in blocks("python") if re.match(r"# (nemo_r3|tests)/\S+\.py\n", block)]
+    assert shown
+    for name, code in shown:
+        file = ROOT / name.removeprefix("# ")
+        assert code in file.read_text(), f"{name}: the document shows another state of it"

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_r3.actor.kernels import Parts, kernel_for
+from nemo_r3.actor.rotary import Rotary
 from nemo_r3.algo.layout import Layout
 
 
@@ -27,7 +28,7 @@ class Packed(PackedSeqParams):
 
     Attributes:
         layout: of the microbatch.
-        cos: [tokens, 1, head_dim / 2] of each token's rotary angles.
+        cos: [tokens, 1, turning channels / 2] of each token's rotary angles.
         sin: the same.
     """
 
@@ -36,12 +37,9 @@ class Packed(PackedSeqParams):
     sin: Tensor | None = None
 
 
-def packed(layout: Layout, head_dim: int, rope_theta: float, dtype: torch.dtype) -> Packed:
-    """Rotary angles at the layout's positions (arXiv 2104.09864), as Hugging Face's models have them."""
-    positions = layout.positions
-    halves = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[:, None] / rope_theta ** (halves / head_dim)
-    cos, sin = (wave(angles).to(dtype)[:, None] for wave in (torch.cos, torch.sin))
+def packed(layout: Layout, rotary: Rotary, dtype: torch.dtype) -> Packed:
+    """What goes with a microbatch of this layout."""
+    cos, sin = rotary.waves(layout.positions, dtype)
     return Packed(qkv_format="thd", layout=layout, cos=cos, sin=sin)
 
 
@@ -120,11 +118,17 @@ def _to_context(layout: Layout) -> Parts:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the halves of each head [tokens, heads, head_dim] by the tokens' angles; -sin turns them back."""
-    (first, second), turned = heads.chunk(2, -1), torch.empty_like(heads, memory_format=torch.contiguous_format)
-    into = turned.chunk(2, -1)
+    """Turns the first channels of each head [tokens, heads, head_dim] by the tokens' angles, in two halves.
+
+    Linear in `heads`; with -sin it is the transpose, which a gradient passes through.
+    """
+    half = cos.shape[-1]
+    halves = [half, half, heads.shape[-1] - 2 * half]
+    turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    (first, second, rest), into = heads.split(halves, -1), turned.split(halves, -1)
     torch.mul(first, cos, out=into[0]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=into[1]).addcmul_(first, sin)
+    into[2].copy_(rest)
     return turned
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of the policy: written whole or not at all, loadable at another layout.
 
     checkpoints/step_000040/   megatron dist_checkpointing ("fully_reshardable"): model, optimizer, schedule
-                manifest.json  written last: step, weights version, model shape, the other files' sizes and SHA-256,
-                               and the loop's own counters
+                manifest.json  written last: step, weights version, model shape, which of longrope's factors, the
+                               other files' sizes and SHA-256, and the loop's own counters
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_step`.
@@ -38,7 +38,7 @@ from nemo_r3.runtime import World
 WRITING = ".writing"
 MANIFEST = "manifest.json"
 WAY_OUT = "remove that checkpoint to resume from the one before"
-FIELDS = {"step", "version", "architecture", "files", "state", "model"}
+FIELDS = {"step", "version", "architecture", "rope", "files", "state", "model"}
 
 
 class DamagedError(UserError):
@@ -128,7 +128,8 @@ def _finish(
     manifest = {
         "step": step,
         "version": policy.version,
-        "architecture": asdict(policy.arch),
+        "architecture": _described(policy),
+        "rope": _regime(policy),
         "model": policy.fingerprint,
         "files": {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)},
         "state": dict(state),
@@ -162,10 +163,10 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: the checkpoint is incomplete or damaged, on every rank alike.
-        UserError: it is of another model.
+        UserError: it is of another model, or of the other rotary factors.
     """
     manifest = read_manifest(checkpoint)
-    if manifest["architecture"] != asdict(policy.arch):
+    if manifest["architecture"] != _described(policy):
         raise UserError(
             f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
             "set model.path to the model that the run began with"
@@ -174,6 +175,11 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint} began with other weights (fingerprint {manifest['model']}) than model.path="
             f"{policy.config.model.path} ({policy.fingerprint}); set model.path to the model that the run began with"
+        )
+    if manifest["rope"] != _regime(policy):
+        raise UserError(
+            f"{checkpoint} was trained with longrope's {manifest['rope']} factors, and rollout.max_model_len="
+            f"{policy.config.rollout.max_model_len} takes the {_regime(policy)} ones; set it back to the run's own"
         )
     _check_files(checkpoint, manifest["files"], policy.world)
     strategy = FullyParallelLoadStrategyWrapper(
@@ -206,9 +212,20 @@ def _check_files(checkpoint: Path, files: Mapping[str, tuple[int, str]], world: 
             raise DamagedError(f"{checkpoint} is damaged: {name} has other content than was saved; {WAY_OUT}")
 
 
+def _described(policy: Policy) -> dict[str, Any]:
+    """The model's shape as JSON gives it back."""
+    described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
+    return described
+
+
+def _regime(policy: Policy) -> str:
+    return policy.arch.rope.regime(policy.config.rollout.max_model_len)
+
+
 def _differences(found: Mapping[str, Any], policy: Policy) -> str:
-    ours = asdict(policy.arch)
-    return ", ".join(f"{key} {found.get(key)} != {ours[key]}" for key in ours if found.get(key) != ours[key])
+    ours = _described(policy)
+    other = [key for key in ours if found.get(key) != ours[key]]
+    return ", ".join(f"another {key}" if key == "rope" else f"{key} {found.get(key)} != {ours[key]}" for key in other)
 
 
 def _data_parallel_group() -> torch.distributed.ProcessGroup:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nemo_r3.actor.attention import packed
 from nemo_r3.actor.head import Columns, target_logprobs
 from nemo_r3.actor.model import Trunk
+from nemo_r3.actor.rotary import Rotary
 from nemo_r3.algo.packing import Microbatch
 from nemo_r3.models import Architecture
 
@@ -36,11 +37,13 @@ class Pass:
     Attributes:
         trunk: this stage.
         arch: the model's shape.
+        rotary: its rotary positions at the rollout's lengths.
         temperature: the rollout's.
     """
 
     trunk: Trunk
     arch: Architecture
+    rotary: Rotary
     temperature: float
 
     def run(self, model: nn.Module, microbatches: Sequence[Microbatch], loss: LossFunction, train: bool) -> list[Any]:
@@ -58,7 +61,7 @@ class Pass:
 
         def forward_step(stream: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             microbatch = next(stream)
-            params = packed(microbatch.layout, self.arch.head_dim, self.arch.rope_theta, self.trunk.config.params_dtype)
+            params = packed(microbatch.layout, self.rotary, self.trunk.config.params_dtype)
             ids, positions = microbatch.ids[None], microbatch.layout.positions[None]
             hidden = model(ids, positions, None, packed_seq_params=params)
 

@@ -19,6 +19,7 @@ from nemo_r3.actor import cpu
 from nemo_r3.actor.forward import Pass
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
+from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance
 from nemo_r3.algo.batch import refuse_untrained_weight
@@ -70,7 +71,8 @@ class Policy:
                 self.model.config.finalize_model_grads_func = _sum_gradients
                 self.optimizer = build_optimizer(self.model, config, precision_of(config))
                 self.schedule = build_schedule(self.optimizer, config)
-        self._pass = Pass(self.module, self.arch, config.rollout.temperature)
+        rotary = Rotary.of(self.arch.rope, config.rollout.max_model_len, world.device)
+        self._pass = Pass(self.module, self.arch, rotary, config.rollout.temperature)
         self._objective = Objective(config.algo)
         self._reference = self._snapshot() if trains and config.algo.kl_beta else None
 

@@ -45,13 +45,16 @@ def resolve_layer_spec(asked: str, on_cuda: bool) -> str:
 def block_spec(config: TransformerConfig, kind: str, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of this pipeline stage's `num_layers` layers; `kind` is "te" or "local"."""
     if kind == "te":
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         layer.submodules.self_attention.submodules.core_attention = SharedContextAttention
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SharedContextAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SharedContextAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import llama, qwen2
+from nemo_r3.models import llama, mistral, phi3, qwen2, qwen3
 from nemo_r3.models.architecture import Architecture, check_layout, read_hf_config
 from nemo_r3.models.fingerprint import fingerprint
 from nemo_r3.models.location import EMBEDDED, model_path
 
-FAMILIES = (llama, qwen2)
+FAMILIES = (llama, mistral, phi3, qwen2, qwen3)
+SHAPES = Path(__file__).parent / "shapes"
 
-__all__ = ["EMBEDDED", "Architecture", "architecture_of", "check_layout", "fingerprint", "model_path"]
+__all__ = [
+    "EMBEDDED",
+    "Architecture",
+    "architecture_of",
+    "check_layout",
+    "fingerprint",
+    "model_path",
+    "shape",
+    "shapes",
+]
 
 
 def architecture_of(path: Path) -> Architecture:
-    """Reads a checkpoint directory's config.json with the family that its class belongs to.
+    """Reads a config.json, or that of a checkpoint directory, with the family that its class belongs to.
 
     Raises:
         ConfigError: no such checkpoint, no family for it, or a missing field.
@@ -28,6 +38,22 @@ def architecture_of(path: Path) -> Architecture:
             try:
                 return family.architecture(hf)
             except KeyError as error:
-                raise ConfigError(f"model.path: {path}/config.json lacks {error.args[0]!r}") from error
+                raise ConfigError(f"model.path: config.json of {path} lacks {error.args[0]!r}") from error
     known = ", ".join(family.HF_CLASS for family in FAMILIES)
     raise ConfigError(f"model.path: {path} is a {classes[0]}; supported: {known}")
+
+
+def shapes() -> tuple[str, ...]:
+    """Names of the models whose config.json is shipped, without weights: those of arXiv 2505.24726."""
+    return tuple(sorted(file.stem for file in SHAPES.glob("*.json")))
+
+
+def shape(name: str) -> Architecture:
+    """The architecture of a shipped shape.
+
+    Raises:
+        ConfigError: there is no such shape.
+    """
+    if name not in shapes():
+        raise ConfigError(f"no shape is called {name!r} (there are: {', '.join(shapes())})")
+    return architecture_of(SHAPES / f"{name}.json")

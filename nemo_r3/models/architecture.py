@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
+from nemo_r3.models.rope import Rope, read_rope
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,12 @@ class Architecture:
         vocab_size: rows of the embedding in the checkpoint, before any padding.
         max_positions: longest sequence the checkpoint was made for, in tokens.
         norm_eps: epsilon of the RMSNorms.
-        rope_theta: base of the rotary positions.
+        rope: the rotary positions.
         tied: whether the head shares the embedding's weight.
         qkv_bias: whether the query, key and value projections have a bias.
+        qk_norm: whether every head's query and key pass an RMSNorm before they are turned.
+        fused: whether the checkpoint holds query, key and value in one tensor, and gate and up in another.
+        window: most recent tokens that a token sees in the sliding layers; None where all layers see all.
     """
 
     family: str
@@ -42,9 +46,12 @@ class Architecture:
     vocab_size: int
     max_positions: int
     norm_eps: float
-    rope_theta: float
+    rope: Rope
     tied: bool
-    qkv_bias: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    window: int | None = None
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Embedding rows once padded so that every tensor-parallel rank holds as many."""
@@ -52,13 +59,16 @@ class Architecture:
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face checkpoint directory.
+    """The config.json of a Hugging Face checkpoint.
+
+    Args:
+        path: the checkpoint's directory, or a config.json by any name.
 
     Raises:
-        ConfigError: the directory or a readable config.json is missing.
+        ConfigError: there is no readable config.json.
     """
-    file = path / "config.json"
-    if not path.is_dir():
+    file = path if path.suffix == ".json" else path / "config.json"
+    if path != file and not path.is_dir():
         raise ConfigError(f"model.path: {path} is not a directory; name a Hugging Face checkpoint, or 'embedded'")
     if not file.is_file():
         raise ConfigError(f"model.path: {path} has no config.json; it is not a Hugging Face checkpoint")
@@ -71,17 +81,38 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def rope_theta(hf: Mapping[str, Any], default: float) -> float:
-    """The rotary base, from either of the places where transformers has kept it.
+def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
+    """What nearly every config.json says in the same words.
+
+    Args:
+        hf: config.json.
+        family: the module of nemo_r3.models that reads it.
+        traits: what this family says otherwise or beyond; it takes precedence.
 
     Raises:
-        ConfigError: the checkpoint scales its rotary positions, which no family here reads yet.
+        ConfigError: biases or an activation that the actor does not have, or unsupported rotary positions.
+        KeyError: a field is missing.
     """
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"model.path: rope type {kind!r} is not supported yet (only 'default')")
-    return float(scaling.get("rope_theta", hf.get("rope_theta", default)))
+    for key in ("attention_bias", "mlp_bias"):
+        if hf.get(key):
+            raise ConfigError(f"model.path: {family} with {key}=true is not supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"model.path: {family} with hidden_act={hf['hidden_act']!r} is not supported (only 'silu')")
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    common = {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_heads": hf["num_attention_heads"],
+        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_dim": head_dim,
+        "vocab_size": hf["vocab_size"],
+        "max_positions": hf["max_position_embeddings"],
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "rope": read_rope(hf, head_dim),
+        "tied": hf.get("tie_word_embeddings", False),
+    }
+    return Architecture(family=family, **common | traits)
 
 
 def check_layout(config: Config, arch: Architecture) -> None:
@@ -108,4 +139,9 @@ def check_layout(config: Config, arch: Architecture) -> None:
     if rollout.max_model_len > arch.max_positions:
         raise ConfigError(
             f"rollout.max_model_len={rollout.max_model_len} exceeds the model's {arch.max_positions} positions"
+        )
+    if arch.window is not None and rollout.max_model_len > arch.window:
+        raise ConfigError(
+            f"rollout.max_model_len={rollout.max_model_len} exceeds the model's sliding window of {arch.window} "
+            "tokens, which the actor does not apply: up to there it makes no difference"
         )

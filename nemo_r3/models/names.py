@@ -9,6 +9,7 @@ the round trip bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ class Row:
     Attributes:
         megatron: parameter name with the global layer number, as the local layer spec names it.
         hf: the Hugging Face names it holds, in the order of `merge`.
-        kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab".
+        kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab". The names of
+            "qkv" and "gate_up" may be one: the tensor in which a family has fused them, one after the other.
         cut: the axis that tensor parallelism cuts; None where every rank holds the whole.
         layer: the global layer it belongs to; None for embedding, final norm and head.
     """
@@ -38,7 +40,7 @@ class Row:
 
 
 def table(arch: Architecture) -> list[Row]:
-    """The rows of a Llama-style decoder, in a fixed order that every rank iterates alike."""
+    """The rows of a decoder, in a fixed order that every rank iterates alike."""
     rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0)]
     for layer in range(arch.num_layers):
         rows += _layer_rows(arch, layer)
@@ -54,17 +56,20 @@ def _layer_rows(arch: Architecture, layer: int) -> list[Row]:
     def row(name: str, *sources: str, kind: str = "copy", cut: int | None = None) -> Row:
         return Row(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), kind, cut, layer)
 
-    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
+    qkv = ["self_attn.qkv_proj"] if arch.fused else [f"self_attn.{part}_proj" for part in "qkv"]
+    gate_up = ["mlp.gate_up_proj"] if arch.fused else ["mlp.gate_proj", "mlp.up_proj"]
     rows = [
         row("input_layernorm.weight", "input_layernorm.weight"),
         row("self_attention.linear_qkv.weight", *(f"{name}.weight" for name in qkv), kind="qkv", cut=0),
         row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", cut=1),
         row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
-        row("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", kind="gate_up", cut=0),
+        row("mlp.linear_fc1.weight", *(f"{name}.weight" for name in gate_up), kind="gate_up", cut=0),
         row("mlp.linear_fc2.weight", "mlp.down_proj.weight", cut=1),
     ]
     if arch.qkv_bias:
         rows.append(row("self_attention.linear_qkv.bias", *(f"{name}.bias" for name in qkv), kind="qkv", cut=0))
+    if arch.qk_norm:
+        rows += [row(f"self_attention.{part}_layernorm.weight", f"self_attn.{part}_norm.weight") for part in "qk"]
     return rows
 
 
@@ -78,6 +83,9 @@ def fused_norm_name(name: str) -> str:
 def merge(row: Row, tensors: Sequence[Tensor], arch: Architecture, tensor_parallel: int) -> Tensor:
     """Hugging Face tensors -> the full megatron tensor of a row (vocabulary rows padded with zeros)."""
     if row.kind == "qkv":
+        if len(tensors) == 1:
+            query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+            tensors = tensors[0].split([query, key, key])
         groups = [tensor.unflatten(0, (arch.num_kv_heads, -1)) for tensor in tensors]
         return torch.cat(groups, dim=1).flatten(0, 1)
     if row.kind == "gate_up":
@@ -94,9 +102,10 @@ def split(row: Row, full: Tensor, arch: Architecture) -> list[Tensor]:
     if row.kind == "qkv":
         query = arch.num_heads // arch.num_kv_heads * arch.head_dim
         parts = full.unflatten(0, (arch.num_kv_heads, -1)).split([query, arch.head_dim, arch.head_dim], dim=1)
-        return [part.flatten(0, 1).contiguous() for part in parts]
+        tensors = [part.flatten(0, 1).contiguous() for part in parts]
+        return tensors if len(row.hf) == 3 else [torch.cat(tensors)]
     if row.kind == "gate_up":
-        return list(full.chunk(2, dim=0))
+        return list(full.chunk(2, dim=0)) if len(row.hf) == 2 else [full]
     if row.kind == "vocab":
         return [full[: arch.vocab_size]]
     return [full]
@@ -135,4 +144,11 @@ def full_shape(row: Row, arch: Architecture, tensor_parallel: int) -> tuple[int,
         return (hidden, arch.num_heads * head)
     if row.megatron.endswith("linear_fc2.weight"):
         return (hidden, arch.ffn_hidden_size)
+    if row.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+        return (head,)
     return (hidden,)
+
+
+def count_parameters(arch: Architecture) -> int:
+    """Parameters of the checkpoint; a tied head counts once."""
+    return sum(math.prod(full_shape(row, arch, tensor_parallel=1)) for row in table(arch))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 PROBE = Path(__file__).with_name("probe.py")
+PYTHONPATH = os.pathsep.join([str(PROBE.parents[1]), os.environ.get("PYTHONPATH", "")])
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def launch(verb: str, home: Path, ranks: int) -> Launch:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *torchrun, str(PROBE), verb, str(home)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=400,

@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import torch
+from families import VOCAB
 from safetensors.torch import save_file
 
 from nemo_r3.types import Phase, Row, UpdateBatch
 
-KINDS = ("llama_tied", "llama", "qwen2_tied", "qwen2")
+KINDS = ("llama_tied", "llama", "qwen2_tied", "qwen2")  # those with a trial of everything; the others have `family`
 TEMPERATURES = (0.7, 1.0)
-VOCAB = 131  # not a multiple of 2: padded at TP2
 LENGTHS = (25, 60, 33, 97, 120, 7, 90)
 PROMPTS = (20, 25, 20, 61, 70, 4, 71)
 GROUPS = ((0, 20), (0, 20), (0, 20), (1, 61), (1, 61), (2, 4), (3, 71))  # of each row: its group, what that shares
@@ -23,40 +24,17 @@ TENSORS = dict[str, torch.Tensor]
 
 
 def make_models(home: Path) -> None:
-    """One tiny checkpoint of each kind, and transformers' log-probabilities of `sequences()`."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
-
+    """One tiny checkpoint of each family and head, and transformers' log-probabilities of `sequences()`."""
     expected: TENSORS = {}
-    for seed, kind in enumerate(KINDS):
-        shape = {"head_dim": 24} if kind == "llama" else {}
-        layers = 4 if kind == "llama_tied" else 2
-        hf_config = (LlamaConfig if "llama" in kind else Qwen2Config)(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            rope_theta=10000.0 if "llama" in kind else 1000000.0,
-            tie_word_embeddings="tied" in kind,
-            **shape,
-        )
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
+    filled = torch.tensor([ids + [0] * (max(LENGTHS) - len(ids)) for ids in sequences()])  # causal: filling is unseen
+    for kind in families.KINDS:
+        model = families.make_checkpoint(home / kind, kind)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.ndim == 1 else 0.12)
-            filled = torch.tensor(
-                [ids + [0] * (max(LENGTHS) - len(ids)) for ids in sequences()]
-            )  # causal: filling is unseen
             logits = model(filled).logits
-            for number, ids in enumerate(sequences()):
-                for temperature in TEMPERATURES:
-                    logprobs = torch.log_softmax(logits[number, : len(ids) - 1] / temperature, -1)
-                    picked = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-                    expected[f"{kind} {temperature} {number}"] = picked
-        model.save_pretrained(home / kind)
+        for number, ids in enumerate(sequences()):
+            for temperature in TEMPERATURES:
+                logprobs = torch.log_softmax(logits[number, : len(ids) - 1] / temperature, -1)
+                expected[f"{kind} {temperature} {number}"] = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     save_file(expected, home / "transformers.safetensors")
 
 

@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import KINDS, LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, make_models, sequences
+from data import LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, sequences
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
@@ -42,11 +43,12 @@ class Lab:
         self.world: World = runtime.start(Config())
         self.groups: tuple[int, int] | None = None
         policy_module.start_parallel_groups = self._start_groups  # type: ignore[assignment]
-        if self.world.is_main and not (home / KINDS[0]).exists():
-            make_models(home)
-        self.world.barrier()
-        self.expected = load_file(home / "transformers.safetensors")
         self.results: dict[str, Any] = {}
+
+    @cached_property
+    def expected(self) -> TENSORS:
+        """What `make_models` kept of transformers."""
+        return load_file(self.home / "transformers.safetensors")
 
     def _start_groups(self, actor: Any, seed: int) -> None:
         groups = (actor.tensor_parallel, actor.pipeline_parallel)
@@ -106,6 +108,15 @@ class Lab:
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         found |= self.second_half(policy, name, metrics)
         self.note(name, found)
+
+    def family(self, layout: str, kind: str) -> None:
+        """What every family has to pass: log-probabilities, export, and one update with its gradients."""
+        policy = self.policy(layout, kind)
+        expected = [self.expected[f"{kind} 0.7 {number}"] for number in range(len(LENGTHS))]
+        found = {"score": largest_gap(policy.score(sequences()), expected), "export": self.export_facts(policy, kind)}
+        found["update"] = policy.update(batch_of())
+        self.keep(f"family-{layout}-{kind}-1", self.weights(policy))
+        self.note(f"family-{layout}-{kind}", found)
 
     def second_half(self, policy: Policy, name: str, metrics: list[dict[str, float]]) -> dict[str, Any]:
         """The third update, a NaN, a batch to refuse, a fourth update, and one of a single row."""

@@ -14,9 +14,10 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+import families
 from ceiling import ceiling
 from damage import after_the_kill, bad_checkpoints, full_disk, killed_while_saving, limited
-from data import KINDS, batch_of, plain_updates
+from data import KINDS, batch_of, make_models, plain_updates
 from lab import Lab
 from rejection import rejection
 from shared import shared_and_separate
@@ -26,12 +27,16 @@ from nemo_r3.actor import checkpoint
 
 
 def one(lab: Lab) -> None:
+    make_models(lab.home)
     for kind in KINDS:
         lab.trial("one", kind, save=True)
         lab.note(f"plain-{kind}", plain_updates(lab.home, kind))
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}, {"distributed_optimizer": False}):
         lab.trial("one", "qwen2", **actor)
+    for kind in families.KINDS:
+        lab.family("one", kind)
+        lab.note(f"plain-family-{kind}", plain_updates(lab.home, kind, count=1))
     rejection(lab, "one", "qwen2")
     shared_and_separate(lab, "one", "llama_tied")
     for recompute in ("selective", "full"):
@@ -46,6 +51,8 @@ def one(lab: Lab) -> None:
 def two(lab: Lab) -> None:
     for kind in KINDS:
         lab.trial("tp2", kind, save=kind == "qwen2")
+    for kind in families.KINDS:
+        lab.family("tp2", kind)
     shared_and_separate(lab, "tp2", "qwen2")
     lab.resume("one", "tp2", "llama_tied")
     lab.resume("tp2", "tp2", "qwen2")
@@ -71,6 +78,8 @@ def two(lab: Lab) -> None:
 def four(lab: Lab) -> None:
     for kind in ("llama_tied", "qwen2"):
         lab.trial("tp2pp2", kind, save=kind == "llama_tied")
+    for kind in families.KINDS:
+        lab.family("tp2pp2", kind)
     shared_and_separate(lab, "tp2pp2", "llama_tied")
     lab.resume("dp2", "tp2pp2", "qwen2")
     lab.trial("tp2dp2", "qwen2")

@@ -6,7 +6,8 @@ import random
 from typing import Any
 
 import torch
-from data import VOCAB, batch_of
+from data import batch_of
+from families import VOCAB
 from lab import Lab
 
 from nemo_r3.actor import cpu

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from nemo_r3.actor.attention import SharedContextAttention, merge, packed, rotate
 from nemo_r3.actor.kernels import CpuFlash, CudaFlash, Kernel, Parts, Plain, kernel_for
+from nemo_r3.actor.rotary import Rotary
 from nemo_r3.algo.layout import Bounds, Layout
 from nemo_r3.algo.packing import Microbatch, pack
+from nemo_r3.models.rope import Rope
 from nemo_r3.types import Row
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 CPU = torch.device("cpu")
+ROTARY = Rotary.of(Rope(10000.0, DIM), 1700, CPU)
 THREE = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -68,7 +71,7 @@ def test_two_halves_of_the_keys_merge_into_the_whole_softmax() -> None:
 
 
 def test_rotation_depends_on_distance_alone_and_turns_back() -> None:
-    angles = packed(Layout((0, 60), (), torch.arange(60)), DIM, 10000.0, torch.float64)
+    angles = packed(Layout((0, 60), (), torch.arange(60)), ROTARY, torch.float64)
     cos, sin = angles.cos, angles.sin
     query, key, _ = draws(60, 60)
     same = query[:1].expand(60, -1, -1), key[:1, :1].expand(60, HEADS, -1)
@@ -92,7 +95,7 @@ def batch_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
 def outputs(microbatch: Microbatch, tables: THREE) -> torch.Tensor:
     """Attention's output [trained, heads * head_dim] at the targets' sources; tokens are their query, key and value."""
     attention = SharedContextAttention(None)  # type: ignore[arg-type]
-    params = packed(microbatch.layout, DIM, 10000.0, tables[0].dtype)
+    params = packed(microbatch.layout, ROTARY, tables[0].dtype)
     query, key, value = (table[microbatch.ids] for table in tables)
     out: torch.Tensor = attention(query, key, value, None, packed_seq_params=params)
     return out[microbatch.targets.sources]

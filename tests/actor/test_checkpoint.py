@@ -26,7 +26,7 @@ DAMAGED = {
     "common_cut": "common.pt has 100 bytes of",
     "manifest_lost": "is not a complete checkpoint",
     "manifest_cut": "is not a complete checkpoint",
-    "manifest_empty": "manifest.json is damaged: it lacks ['architecture', 'files', 'model', 'state'",
+    "manifest_empty": "manifest.json is damaged: it lacks ['architecture', 'files', 'model', 'rope', 'state'",
     "absent": "is not a complete checkpoint",
 }
 

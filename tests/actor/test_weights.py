@@ -14,8 +14,9 @@ from nemo_r3.actor import weights
 from nemo_r3.actor.weights import HFTensors, load_hf
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture, names
+from nemo_r3.models.rope import Rope
 
-ARCH = Architecture("llama", 0, 4, 4, 2, 2, 2, 5, 64, 1e-6, 1e4, False, False)
+ARCH = Architecture("llama", 0, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False)
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(20.0).reshape(5, 4),
     "model.norm.weight": torch.ones(4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
+from nemo_r3.models import Architecture, architecture_of, check_layout, model_path, shape, shapes
+from nemo_r3.models.names import count_parameters
+from nemo_r3.models.rope import Llama3, LongRope, Rope
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,7 +43,7 @@ def refusal(act: Callable[[], Any]) -> str:
 
 def test_a_llama_is_read_with_its_defaults(tmp_path: Path) -> None:
     found = architecture_of(write(tmp_path, json.dumps(LLAMA)))
-    assert found == Architecture("llama", 4, 64, 96, 4, 2, 16, 131, 512, 1e-6, 10000.0, False, False)
+    assert found == Architecture("llama", 4, 64, 96, 4, 2, 16, 131, 512, 1e-6, Rope(10000.0, 16), tied=False)
 
 
 def test_a_qwen2_has_a_bias_and_keeps_its_theta(tmp_path: Path) -> None:
@@ -51,7 +54,7 @@ def test_a_qwen2_has_a_bias_and_keeps_its_theta(tmp_path: Path) -> None:
         "rms_norm_eps": 1e-5,
     }
     found = architecture_of(write(tmp_path, json.dumps(hf)))
-    assert found == Architecture("qwen2", 4, 64, 96, 4, 2, 16, 131, 512, 1e-5, 1e6, True, True)
+    assert found == Architecture("qwen2", 4, 64, 96, 4, 2, 16, 131, 512, 1e-5, Rope(1e6, 16), tied=True, qkv_bias=True)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_a_qwen2_has_a_bias_and_keeps_its_theta(tmp_path: Path) -> None:
     [{"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}, {"rope_scaling": None, "rope_theta": 5e5}],
 )
 def test_theta_is_found_where_transformers_has_kept_it(tmp_path: Path, change: dict[str, Any]) -> None:
-    assert architecture_of(write(tmp_path, json.dumps(LLAMA | change))).rope_theta == 5e5
+    assert architecture_of(write(tmp_path, json.dumps(LLAMA | change))).rope.theta == 5e5
 
 
 def test_head_dim_may_differ_from_hidden_over_heads(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
         hf_config.architectures = [type(hf_config).__name__.replace("Config", "ForCausalLM")]
         hf_config.save_pretrained(tmp_path)
         found = architecture_of(tmp_path)
-        assert (found.num_kv_heads, found.head_dim, found.rope_theta) == (2, 16, 10000.0)
+        assert (found.num_kv_heads, found.head_dim, found.rope) == (2, 16, Rope(10000.0, 16))
         assert found.qkv_bias is (found.family == "qwen2")
 
 
@@ -85,19 +88,20 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
         ("[1, 2]", "config.json holds no object"),
         (
             json.dumps(LLAMA | {"architectures": ["GPT2LMHeadModel"]}),
-            "is a GPT2LMHeadModel; supported: LlamaForCausalLM, Qwen2ForCausalLM",
+            "is a GPT2LMHeadModel; supported: LlamaForCausalLM, MistralForCausalLM",
         ),
-        ("{}", "supported: LlamaForCausalLM, Qwen2ForCausalLM"),
-        (json.dumps(LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "rope type 'llama3'"),
+        ("{}", "supported: LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
         (json.dumps(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}}), "rope type 'linear'"),
         (json.dumps(LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}), "rope type 'yarn'"),
-        (json.dumps({key: LLAMA[key] for key in LLAMA if key != "vocab_size"}), "config.json lacks 'vocab_size'"),
+        (json.dumps({key: LLAMA[key] for key in LLAMA if key != "vocab_size"}), "lacks 'vocab_size'"),
         (json.dumps(LLAMA | {"attention_bias": True}), "attention_bias=true is not supported"),
         (json.dumps(LLAMA | {"mlp_bias": True}), "mlp_bias=true is not supported"),
         (json.dumps(LLAMA | {"hidden_act": "gelu"}), "hidden_act='gelu' is not supported"),
         (
-            json.dumps(LLAMA | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}),
-            "use_sliding_window=true is not supported",
+            json.dumps(
+                LLAMA | {"architectures": ["Qwen2ForCausalLM"], "dual_chunk_attention_config": {"chunk_size": 8}}
+            ),
+            "dual_chunk_attention_config is not supported",
         ),
     ],
 )
@@ -125,7 +129,7 @@ def test_embedded_and_home_paths() -> None:
     assert model_path(config) == Path.home() / "models" / "x"
 
 
-ARCH = Architecture("llama", 6, 96, 90, 12, 4, 8, 131, 512, 1e-6, 1e4, True, False)
+ARCH = Architecture("llama", 6, 96, 90, 12, 4, 8, 131, 512, 1e-6, Rope(1e4, 8), tied=True)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +152,7 @@ ARCH = Architecture("llama", 6, 96, 90, 12, 4, 8, 131, 512, 1e-6, 1e4, True, Fal
             "actor.pipeline_parallel=4 does not divide the model's 6 layers (allowed: 1, 2, 3, 6)",
         ),
         ("rollout.tensor_parallel", 8, "rollout.tensor_parallel=8 does not divide the model's 12 attention heads"),
+        ("actor.tensor_parallel", 12, "actor.tensor_parallel=12 does not divide the model's 4 key/value heads"),
         ("rollout.max_model_len", 513, "rollout.max_model_len=513 exceeds the model's 512 positions"),
     ],
 )
@@ -165,3 +170,122 @@ def test_a_layout_that_divides_is_accepted() -> None:
     config.actor.tensor_parallel = config.rollout.tensor_parallel = 2
     config.actor.pipeline_parallel = 3
     check_layout(config, ARCH)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_llama3s_scaling_is_read(tmp_path: Path, place: str, key: str) -> None:
+    found = architecture_of(write(tmp_path, json.dumps(LLAMA | {place: LLAMA3 | {key: "llama3"}, "rope_theta": 5e5})))
+    assert found.rope == Rope(5e5, 16, Llama3(8.0, 1.0, 4.0, 128))
+    assert found.rope.regime(64) == found.rope.regime(512) == "only"
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_longrope_is_read_and_its_factors_follow_the_longest_sequence(tmp_path: Path, kind: str, inside: bool) -> None:
+    original = {"original_max_position_embeddings": 128}
+    scaling = LONGROPE | {"type": kind} | (original if inside else {})
+    hf = LLAMA | {"architectures": ["Phi3ForCausalLM"], "rope_scaling": scaling} | ({} if inside else original)
+    found = architecture_of(write(tmp_path, json.dumps(hf)))
+    assert found.rope == Rope(
+        1e4, 16, LongRope((1.0,) * 8, (4.0,) * 8, 128, math.sqrt(1 + math.log(4) / math.log(128)))
+    )
+    assert (found.rope.regime(128), found.rope.regime(129)) == ("short", "long")
+
+
+@pytest.mark.parametrize("place", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
+def test_a_share_of_the_head_may_turn(tmp_path: Path, place: dict[str, Any]) -> None:
+    assert architecture_of(write(tmp_path, json.dumps(LLAMA | place))).rope.dim == 8
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (LLAMA3 | {"rope_type": "dynamic"}, "rope type 'dynamic' is not supported (only 'default', 'llama3'"),
+        (LLAMA3 | {"rope_type": "llama3", "factor": 0}, "rope's factor=0 is not a positive number"),
+        (LLAMA3 | {"rope_type": "llama3", "factor": "8"}, "rope's factor='8' is not a positive number"),
+        (LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor=4 is not below high_freq_factor=4"),
+        ({"rope_type": "llama3"}, "lacks 'low_freq_factor'"),
+        (LONGROPE | {"type": "longrope"}, "lacks 'original_max_position_embeddings'"),
+        (LONGROPE | {"type": "longrope", "original_max_position_embeddings": 128, "factor": 3.0}, "factor=3.0 is not"),
+        (
+            LONGROPE | {"type": "longrope", "original_max_position_embeddings": 128, "long_mscale": 1.2},
+            "longrope's long_mscale is not supported",
+        ),
+        (
+            LONGROPE | {"type": "longrope", "original_max_position_embeddings": 128, "long_factor": [1.0] * 7},
+            "longrope's long_factor must be a list of 8 numbers",
+        ),
+        ({"partial_rotary_factor": 0.05}, "partial_rotary_factor=0.05 of a head's 16 channels makes no pairs"),
+        ({"full_attention": {"rope_type": "default"}}, "rope settings per layer type (full_attention)"),
+    ],
+)
+def test_rotary_positions_that_the_actor_does_not_compute_are_refused(
+    tmp_path: Path, rope: dict[str, Any], expected: str
+) -> None:
+    message = refusal(lambda: architecture_of(write(tmp_path, json.dumps(LLAMA | {"rope_scaling": rope}))))
+    assert message.startswith("model.path: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "window"),
+    [
+        ("Mistral", {"sliding_window": 256}, 256),
+        ("Mistral", {"sliding_window": None}, None),
+        ("Phi3", {"sliding_window": 256}, 256),
+        ("Qwen2", {"sliding_window": 256, "use_sliding_window": False}, None),
+        ("Qwen3", {"sliding_window": 256, "use_sliding_window": True}, 256),
+    ],
+)
+def test_a_sliding_window_is_refused_where_it_would_matter(
+    tmp_path: Path, family: str, settings: dict[str, Any], window: int | None
+) -> None:
+    hf = LLAMA | settings | {"architectures": [f"{family}ForCausalLM"], "head_dim": 16}
+    arch = architecture_of(write(tmp_path, json.dumps(hf)))
+    assert arch.window == window
+    config = Config()
+    config.rollout.max_model_len = 256
+    check_layout(config, arch)
+    config.rollout.max_model_len = 257
+    if window is None:
+        check_layout(config, arch)
+    else:
+        assert "max_model_len=257 exceeds the model's sliding window of 256" in refusal(
+            lambda: check_layout(config, arch)
+        )
+
+
+BILLIONS = {  # as their authors count them
+    "llama-3.1-70b": 70.6,
+    "llama-3.1-8b": 8.03,
+    "llama-3.2-3b": 3.21,
+    "phi-3.5-mini": 3.82,
+    "qwen2-1.5b": 1.54,
+    "qwen2-7b": 7.62,
+    "qwen2-72b": 72.7,
+    "qwen2.5-1.5b": 1.54,
+    "qwen2.5-3b": 3.09,
+    "qwen2.5-7b": 7.62,
+    "qwen2.5-32b": 32.8,
+    "qwen2.5-72b": 72.7,
+}
+
+
+def test_every_shipped_shape_has_its_known_size() -> None:
+    assert set(shapes()) == BILLIONS.keys()
+    found = {name: count_parameters(shape(name)) / 1e9 for name in shapes()}
+    assert found == pytest.approx(BILLIONS, rel=0.01)
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
+    assert "'llama-9' (there are: llama-3.1-70b, " in refusal(lambda: shape("llama-9"))
+
+
+def test_the_shipped_phi_turns_as_its_authors_say() -> None:
+    scaling = shape("phi-3.5-mini").rope.scaling
+    assert isinstance(scaling, LongRope) and len(scaling.short) == len(scaling.long) == 48
+    assert scaling.magnitude == pytest.approx(1.190238)  # of Microsoft's modeling_phi3.py: sqrt(1 + ln 32 / ln 4096)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nemo_r3.models import names
 from nemo_r3.models.architecture import Architecture
+from nemo_r3.models.rope import Rope
 
 TP = st.sampled_from([1, 2, 4])
 
@@ -29,9 +30,11 @@ def architectures(draw: st.DrawFn, tensor_parallel: int) -> Architecture:
         vocab_size=draw(st.integers(1, 40)),
         max_positions=64,
         norm_eps=1e-6,
-        rope_theta=1e4,
+        rope=Rope(1e4, 2),
         tied=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        fused=draw(st.booleans()),
     )
 
 
@@ -49,16 +52,17 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         own: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (q, hidden),
-            "self_attn.k_proj.weight": (kv, hidden),
-            "self_attn.v_proj.weight": (kv, hidden),
             "self_attn.o_proj.weight": (hidden, q),
-            "mlp.gate_proj.weight": (ffn, hidden),
-            "mlp.up_proj.weight": (ffn, hidden),
             "mlp.down_proj.weight": (hidden, ffn),
         }
+        heads = {"qkv": q + 2 * kv} if arch.fused else {"q": q, "k": kv, "v": kv}
+        columns = {"gate_up": 2 * ffn} if arch.fused else {"gate": ffn, "up": ffn}
+        own |= {f"self_attn.{part}_proj.weight": (size, hidden) for part, size in heads.items()}
+        own |= {f"mlp.{part}_proj.weight": (size, hidden) for part, size in columns.items()}
         if arch.qkv_bias:
-            own |= {f"self_attn.{part}_proj.bias": (size,) for part, size in (("q", q), ("k", kv), ("v", kv))}
+            own |= {f"self_attn.{part}_proj.bias": (size,) for part, size in heads.items()}
+        if arch.qk_norm:
+            own |= {f"self_attn.{part}_norm.weight": (arch.head_dim,) for part in "qk"}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in own.items()}
     return shapes
 
@@ -96,9 +100,9 @@ def test_a_rank_holds_whole_attention_groups_and_matching_columns(case: tuple[in
     def heads(count: int, offset: int) -> torch.Tensor:
         return (offset + torch.arange(count)).repeat_interleave(dim)[:, None].expand(-1, arch.hidden_size).float()
 
-    query, key, value = heads(arch.num_heads, 0), heads(arch.num_kv_heads, 1000), heads(arch.num_kv_heads, 2000)
+    parts = [heads(arch.num_heads, 0), heads(arch.num_kv_heads, 1000), heads(arch.num_kv_heads, 2000)]
     row = rows["self_attention.linear_qkv.weight"]
-    full = names.merge(row, [query, key, value], arch, size)
+    full = names.merge(row, [torch.cat(parts)] if arch.fused else parts, arch, size)
     for rank in range(size):
         groups = names.shard(row, full, rank, size)[:, 0].reshape(arch.num_kv_heads // size, per_kv + 2, dim)
         for group in groups[..., 0].int().tolist():
@@ -107,14 +111,15 @@ def test_a_rank_holds_whole_attention_groups_and_matching_columns(case: tuple[in
             assert queries == list(range((k - 1000) * per_kv, (k - 999) * per_kv))
     gate = torch.arange(arch.ffn_hidden_size).float()[:, None].expand(-1, arch.hidden_size)
     row = rows["mlp.linear_fc1.weight"]
-    full = names.merge(row, [gate, gate + 1000], arch, size)
+    parts = [gate, gate + 1000]
+    full = names.merge(row, [torch.cat(parts)] if arch.fused else parts, arch, size)
     for rank in range(size):
         ours, up = names.shard(row, full, rank, size)[:, 0].chunk(2)
         assert torch.equal(ours + 1000, up), "a rank's gate and up columns belong together"
 
 
 def test_padding_is_zero_and_does_not_come_back() -> None:
-    arch = Architecture("any", 1, 4, 4, 2, 2, 2, 5, 64, 1e-6, 1e4, False, False)
+    arch = Architecture("any", 1, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False)
     assert [arch.padded_vocab(size) for size in (1, 2, 4)] == [5, 6, 8]
     row = names.table(arch)[0]
     full = names.merge(row, [torch.ones(5, 4)], arch, 4)
@@ -128,6 +133,7 @@ def test_padding_is_zero_and_does_not_come_back() -> None:
         ("decoder.layers.3.input_layernorm.weight", "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight"),
         ("decoder.layers.3.pre_mlp_layernorm.weight", "decoder.layers.3.mlp.linear_fc1.layer_norm_weight"),
         ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+        ("decoder.layers.3.self_attention.q_layernorm.weight", "decoder.layers.3.self_attention.q_layernorm.weight"),
     ],
 )
 def test_transformer_engine_folds_the_norms(local: str, fused: str) -> None:

@@ -1,48 +1,58 @@
 """Launched by test_refit.py: actor and engine in one process, compared before and after updates and refits.
 
-probe.py MODEL_DIR CONFIG_YAML OUT_JSON key=value ...
+    probe.py CONFIG_YAML OUT_JSON MODEL_DIR,MODEL_DIR,... key=value ...
+
+The models come one after the other, and their engines stay alive: one that goes takes vLLM's groups with it.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemo_r3 import config as configuration
 from nemo_r3 import runtime
+from nemo_r3.refit import refit
 from nemo_r3.rollout import environment
+from nemo_r3.rollout.sampling import Sampling
 from nemo_r3.types import Phase, Row, UpdateBatch
+
+if TYPE_CHECKING:
+    from nemo_r3.actor.policy import Policy
+    from nemo_r3.rollout.engine import Engine
 
 PROMPTS = [[(7 * i + j * j) % 131 for j in range(length)] for i, length in enumerate((3, 40, 150, 17))]
 
 
 def main(argv: list[str]) -> None:
-    model, yaml, out, *overrides = argv
-    config = configuration.load([yaml, f"model.path={model}", *overrides])
+    yaml, out, models, *overrides = argv
+    paths = [Path(path) for path in models.split(",")]
+    config = configuration.load([yaml, f"model.path={paths[0]}", *overrides])
     environment.prepare(config, on_cuda=False)
     world = runtime.start(config)
 
-    from nemo_r3.actor.policy import Policy
-    from nemo_r3.refit import refit
+    from nemo_r3.actor import policy as actor
     from nemo_r3.rollout.engine import Engine
-    from nemo_r3.rollout.sampling import Sampling
 
-    policy, engine = Policy(config, world), Engine.start(config, Path(model))
+    engines, results = [], {}
+    for path in paths:
+        config.model.path = str(path)
+        policy = actor.Policy(config, world)
+        actor.start_parallel_groups = lambda *_: None  # all models share the first one's
+        engines.append(Engine.start(config, path))
+        results[path.name] = compare(policy, engines[-1])
+    if world.is_main:
+        Path(out).write_text(json.dumps(results))
 
-    def sample() -> list[tuple[list[int], list[float], int]]:
-        for number, prompt in enumerate(PROMPTS):
-            engine.add(str(number), prompt, Sampling(config.rollout.temperature, 30, (), seed=number))
-        done: dict[int, Any] = {}
-        while len(done) < len(PROMPTS):
-            done.update((int(completion.request_id), completion) for completion in engine.step())
-        return [(list(done[i].ids), list(done[i].logprobs), done[i].version) for i in range(len(PROMPTS))]
 
+def compare(policy: Policy, engine: Engine) -> list[dict[str, Any]]:
+    """What the two think of the same tokens: with the starting weights, then after one and after two updates."""
     results = []
-    for _ in range(3):  # the starting weights, then after one and after two updates
-        sampled = sample()
+    for _ in range(3):
+        sampled = sample(engine, policy.config.rollout.temperature)
         whole = [prompt + ids for prompt, (ids, _, _) in zip(PROMPTS, sampled, strict=True)]
         scored = policy.score(whole)
         errors = [
@@ -59,8 +69,17 @@ def main(argv: list[str]) -> None:
                 "moved": (policy.score(whole)[2] - scored[2]).abs().max().item(),
             }
         )
-    if world.is_main:
-        Path(out).write_text(json.dumps(results))
+    return results
+
+
+def sample(engine: Engine, temperature: float) -> list[tuple[list[int], list[float], int]]:
+    """(ids, log-probabilities, version) of one completion of each prompt."""
+    for number, prompt in enumerate(PROMPTS):
+        engine.add(str(number), prompt, Sampling(temperature, 30, (), seed=number))
+    done: dict[int, Any] = {}
+    while len(done) < len(PROMPTS):
+        done.update((int(completion.request_id), completion) for completion in engine.step())
+    return [(list(done[i].ids), list(done[i].logprobs), done[i].version) for i in range(len(PROMPTS))]
 
 
 def batch(sampled: list[tuple[list[int], list[float], int]]) -> UpdateBatch:

@@ -1,0 +1,145 @@
+"""`Rope`: what a config.json says of its rotary positions ; `actor/rotary.py` computes them. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_r3.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Llama 3.1's scaling: slow channels turn `factor` times slower, fast ones as before, those between in between.
+
+    Attributes:
+        factor: how many times longer the context became.
+        low_freq_factor: channels that turn less often than this within the original context are slow.
+        high_freq_factor: channels that turn more often than this within the original context are fast.
+        original_positions: the context before scaling, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Phi-3's scaling (arXiv 2402.13753): every channel has a factor of its own, and one set of factors per regime.
+
+    Attributes:
+        short: factors [dim / 2] of models that never see more than `original_positions` tokens.
+        long: factors [dim / 2] of the others, for all of their positions.
+        original_positions: the context before scaling, in tokens.
+        magnitude: what cosines and sines are multiplied by, in both regimes.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_positions: int
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions.
+
+    Attributes:
+        theta: base of the wavelengths.
+        dim: how many channels of a head turn; those behind them do not.
+        scaling: how they were stretched to a longer context; None where they were not.
+    """
+
+    theta: float
+    dim: int
+    scaling: Llama3 | LongRope | None = None
+
+    def regime(self, max_model_len: int) -> str:
+        """Which factors turn sequences of up to `max_model_len` tokens: "short" or "long"; "only" without a choice.
+
+        vLLM's rule: one set of factors for all positions of all sequences, as its cache of turned keys needs it.
+        transformers goes by the length of the sequence at hand.
+        """
+        if not isinstance(self.scaling, LongRope):
+            return "only"
+        return "long" if max_model_len > self.scaling.original_positions else "short"
+
+
+def read_rope(hf: Mapping[str, Any], head_dim: int, theta: float = 10000.0) -> Rope:
+    """The rotary positions of a config.json, from any of the places where transformers has kept them.
+
+    Args:
+        hf: config.json.
+        head_dim: width of one head.
+        theta: the base if config.json names none.
+
+    Raises:
+        ConfigError: a scaling that the actor does not compute, or values that make none.
+    """
+    found = {"rope_theta": theta, "partial_rotary_factor": 1.0} | _settings(hf)
+    share = _number(found, "partial_rotary_factor")
+    dim = int(head_dim * share)
+    if share > 1 or dim % 2 or not dim:
+        raise ConfigError(f"model.path: partial_rotary_factor={share:g} of a head's {head_dim} channels makes no pairs")
+    return Rope(_number(found, "rope_theta"), dim, _read_scaling(hf, found, dim))
+
+
+def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything about rotary positions in one place; the order of precedence is transformers'."""
+    inner = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if any(isinstance(value, dict) for value in inner.values()):
+        raise ConfigError(f"model.path: rope settings per layer type ({', '.join(inner)}) are not supported")
+    outer = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf}
+    original = {key: hf[key] for key in ("original_max_position_embeddings",) if key in hf}
+    return outer | inner | original
+
+
+def _read_scaling(hf: Mapping[str, Any], found: Mapping[str, Any], dim: int) -> Llama3 | LongRope | None:
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "llama3":
+        low, high = _number(found, "low_freq_factor"), _number(found, "high_freq_factor")
+        if not low < high:
+            raise ConfigError(f"model.path: rope's low_freq_factor={low:g} is not below high_freq_factor={high:g}")
+        return Llama3(_number(found, "factor"), low, high, int(_number(found, "original_max_position_embeddings")))
+    if kind in ("longrope", "su"):  # its first name
+        return _read_longrope(hf, found, dim)
+    raise ConfigError(f"model.path: rope type {kind!r} is not supported (only 'default', 'llama3' and 'longrope')")
+
+
+def _read_longrope(hf: Mapping[str, Any], found: Mapping[str, Any], dim: int) -> LongRope:
+    original = int(_number(found, "original_max_position_embeddings"))
+    stretch = hf["max_position_embeddings"] / original
+    for key in ("attention_factor", "short_mscale", "long_mscale"):
+        if found.get(key) is not None:
+            raise ConfigError(f"model.path: longrope's {key} is not supported: transformers and vLLM differ about it")
+    if found.get("factor", stretch) != stretch:
+        raise ConfigError(
+            f"model.path: longrope's factor={found['factor']} is not supported: only {stretch:g}, which is "
+            "max_position_embeddings / original_max_position_embeddings and what vLLM takes"
+        )
+    short, long = (_factors(found, key, dim // 2) for key in ("short_factor", "long_factor"))
+    magnitude = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return LongRope(short, long, original, magnitude)
+
+
+def _factors(found: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    factors = found[key]
+    if not isinstance(factors, list) or len(factors) != count:
+        raise ConfigError(f"model.path: longrope's {key} must be a list of {count} numbers, one per turning pair")
+    return tuple(_positive(factor, key) for factor in factors)
+
+
+def _number(found: Mapping[str, Any], key: str) -> float:
+    return _positive(found[key], key)
+
+
+def _positive(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"model.path: rope's {key}={value!r} is not a positive number")
+    return float(value)

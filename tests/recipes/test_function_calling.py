@@ -1,0 +1,78 @@
+"""Function calling through mine, train and evaluate at TP2, on a model that half-remembers its problems."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import run
+
+from nemo_r3.config import load
+from nemo_r3.tasks import load as load_task
+
+pytestmark = pytest.mark.slow
+
+LAYOUT = ("actor.tensor_parallel=2", "actor.sequence_parallel=true", "rollout.tensor_parallel=1")
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config, its model and its run after all verbs."""
+    import half_memory
+
+    home = tmp_path_factory.mktemp("function_calling")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config = half_memory.make(home)
+    torch.set_num_threads(threads)
+    for verb in ("mine", "train", "evaluate"):
+        run(verb, str(config), f"run.dir={home}/run", *LAYOUT, ranks=2)
+    return home
+
+
+def test_the_bank_holds_wrong_calls_and_their_tools(home: Path) -> None:
+    config = load([str(home / "half.yaml")])
+    task = load_task(config.task, config.dialogue)
+    by_id = {problem.id: problem for problem in task.problems("train")}
+    rows = lines(home / "run" / "failures" / "shard_00000.jsonl")
+    assert 5 < len(rows) < 50
+    for row in rows:
+        problem = by_id[row["problem_id"]]
+        assert row["problem"]["tools"] == list(problem.tools)
+        assert not task.verify(problem, row["attempt"])
+    assert any(row["attempt"].startswith('[{"name":') for row in rows)
+
+
+def test_rewards_are_the_verifiers_and_mixed(home: Path) -> None:
+    config = load([str(home / "half.yaml")])
+    task = load_task(config.task, config.dialogue)
+    by_id = {problem.id: problem for problem in task.problems("train")}
+    for step in (1, 2):
+        rows = lines(home / "run" / "rollouts" / f"step_{step:06d}.jsonl")
+        assert all(row["reward"] == float(task.verify(by_id[row["problem_id"]], row["retry"])) for row in rows)
+        assert 0 < sum(row["reward"] for row in rows) < len(rows)
+
+
+def test_only_reflections_are_trained_and_the_weights_move(home: Path) -> None:
+    for number, line in enumerate(lines(home / "run" / "metrics.jsonl"), 1):
+        rows = lines(home / "run" / "rollouts" / f"step_{number:06d}.jsonl")
+        groups = [rows[at : at + 8] for at in range(0, len(rows), 8)]
+        used = [group for group in groups if len({row["reward"] for row in group}) > 1]
+        assert line["groups_used"] == len(used) > 0
+        assert line["trained_tokens"] == sum(len(row["reflection_ids"]) for group in used for row in group)
+        assert math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
+        assert abs(line["token_mult_prob_error"] - 1) < 1e-4
+    assert line["kl"] > 0
+
+
+def test_evaluation_has_before_and_after(home: Path) -> None:
+    summary = json.loads((home / "run" / "summary.json").read_text())
+    assert summary["before"]["first_try"]["sampled"]["n"] == summary["after"]["first_try"]["sampled"]["n"] == 6
