@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from nemo_r3.config.actor import ActorConfig
 from nemo_r3.config.algo import AlgoConfig
 from nemo_r3.config.cluster import ClusterConfig
+from nemo_r3.config.drill import DrillConfig
 from nemo_r3.config.evaluate import EvaluateConfig
 from nemo_r3.config.failures import FailuresConfig
 from nemo_r3.config.model import ModelConfig
@@ -31,3 +32,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    drill: DrillConfig = field(default_factory=DrillConfig)

@@ -1,0 +1,156 @@
+"""The resume drill: a run that is killed again and again must end as the one that is left alone.
+
+<run.dir>/drill/whole    trains to its end
+<run.dir>/drill/killed   is ended at a random moment, while it saves, and by SIGUSR1, in turns, and started again
+verdict                  failure bank, metrics (all but time/) and rollouts are the same, every step there once
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nemo_r3 import config as configuration
+from nemo_r3 import runtime, signals
+from nemo_r3.config import Config
+from nemo_r3.errors import UserError
+
+KINDS = ("at random", "while saving", "SIGUSR1")
+PATIENCE = 5.0
+"""A launch may take so many times as long as the whole run did before it counts as hung."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the run under test is started.
+
+    Attributes:
+        argv: CONFIG.yaml and its settings.
+        ranks: processes of torchrun.
+        path: the run directory.
+    """
+
+    argv: Sequence[str]
+    ranks: int
+    path: Path
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """A process group of its own, whose output goes to <path>.log."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        settings = [f"run.dir={self.path}", f"failures.path={self.path}/failures"]
+        with Path(f"{self.path}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *(launcher if self.ranks > 1 else []), "-m", "recipes.train", *self.argv, *settings],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def drill(argv: Sequence[str]) -> None:
+    """`python -m recipes.drill CONFIG.yaml key=value ...`; exits with 1 where the two runs differ."""
+    config = configuration.load(argv)
+    _refuse_chance(config)
+    home = Path(config.run.dir) / "drill"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    actor = config.actor
+    ranks = config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel
+    whole, killed = (Launch(argv, ranks, home / name) for name in ("whole", "killed"))
+
+    begun = time.monotonic()
+    if code := whole.start().wait():
+        raise UserError(f"the run that is left alone ended with code {code}; see {whole.path}.log")
+    seconds = time.monotonic() - begun
+    print(f"left alone: {config.train.steps} steps in {seconds:.0f} s", flush=True)
+
+    draw = random.Random(config.seed)
+    for number in range(config.drill.kills):
+        kind = KINDS[number % len(KINDS)]
+        wait = draw.uniform(0.3, 1.0) * seconds
+        code, lived = end(killed, kind, wait, PATIENCE * seconds)
+        print(f"kill {number + 1}/{config.drill.kills} {kind}: after {lived:.0f} s, code {code}", flush=True)
+    if code := killed.start().wait():
+        raise UserError(f"the killed run did not come to its end (code {code}); see {killed.path}.log")
+    differing = differences(whole.path, killed.path, config.train.steps)
+    for line in differing:
+        print(f"differs: {line}")
+    if differing:
+        raise UserError(f"the run that was killed {config.drill.kills} times differs from the one left alone")
+    print(f"the same, after {config.drill.kills} kills: failure bank, {config.train.steps} steps, rollouts")
+
+
+def _refuse_chance(config: Config) -> None:
+    asked = config.rollout.deterministic
+    if asked is False or (asked is None and torch.cuda.is_available()):
+        raise UserError(f"rollout.deterministic: {asked}: two runs would differ anyway; a drill needs true")
+
+
+def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, float]:
+    """Starts the run and ends it; one that is faster than its end ends by itself.
+
+    Returns:
+        Its exit code, and the seconds that it lived.
+    """
+    process, begun = launch.start(), time.monotonic()
+    while process.poll() is None:
+        lived = time.monotonic() - begun
+        saving = kind == "while saving" and (launch.path / "checkpoints" / ".writing").exists()
+        if saving or lived > (patience if kind == "while saving" else wait):
+            soft = kind == "SIGUSR1"
+            _signal_all(process.pid, signal.SIGUSR1 if soft else signal.SIGKILL)
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                _signal_all(process.pid, signal.SIGKILL)
+                raise UserError(f"{signal.Signals.SIGUSR1.name} did not end the run; see {launch.path}.log") from None
+            if soft and process.returncode not in (0, signals.STOPPED, 1):
+                raise UserError(f"SIGUSR1 ended the run with code {process.returncode}; see {launch.path}.log")
+        time.sleep(0.002)
+    return process.returncode, time.monotonic() - begun
+
+
+def _signal_all(group: int, number: signal.Signals) -> None:
+    """Signals the ranks, and with SIGKILL their launcher too: torchrun dies of SIGUSR1 and takes the ranks with it."""
+    if number is signal.SIGKILL:
+        os.killpg(group, number)
+        return
+    children = Path(f"/proc/{group}/task/{group}/children").read_text().split()
+    for child in children or [str(group)]:
+        os.kill(int(child), number)
+
+
+def differences(whole: Path, killed: Path, steps: int) -> list[str]:
+    """What the killed run has otherwise."""
+    found = []
+    ours, theirs = (_untimed(path / "metrics.jsonl") for path in (killed, whole))
+    if [line["step"] for line in ours] != list(range(1, steps + 1)):
+        found.append(f"metrics.jsonl has the steps {[line['step'] for line in ours]}")
+    found += [f"metrics of step {b['step']}: {a} != {b}" for a, b in zip(ours, theirs, strict=False) if a != b]
+    for folder, pattern in (("failures", "shard_*.jsonl"), ("rollouts", "step_*.jsonl")):
+        names = {file.name for path in (whole, killed) for file in (path / folder).glob(pattern)}
+        for name in sorted(names):
+            one, other = (path / folder / name for path in (whole, killed))
+            if not (one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()):
+                found.append(f"{folder}/{name}")
+    return found
+
+
+def _untimed(file: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+if __name__ == "__main__":
+    runtime.main(drill)
