@@ -151,8 +151,8 @@ def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]
         return Verdict(
             record,
             False,
-            f"not requeued: {record.idle} slices in a row made no checkpoint; the time limit is too short for a step and "
-            f"its save, cluster.signal_seconds={config.cluster.signal_seconds} before it: raise --time "
+            f"not requeued: {record.idle} slices in a row made no checkpoint; the time limit is too short for a step "
+            f"and its save, cluster.signal_seconds={config.cluster.signal_seconds} before it: raise --time "
             "(cluster.time_minutes)",
         )
     hosts = record.hosts | {host: record.hosts.get(host, 0) + 1 for host in ended.hosts}
