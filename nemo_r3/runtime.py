@@ -157,9 +157,10 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
 
 def _leave(message: str, code: int) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    signals.deaf()
-    if rank:
+    if rank and code != signals.STOPPED:
+        signals.deaf()
         time.sleep(3)  # an error that all ranks meet is printed by rank 0; the launcher ends the others meanwhile
+    if rank:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)

@@ -61,6 +61,8 @@ elif [ "$code" = 0 ]; then
     wait "$step"
     code=$?
     wait "$shown"
+    # in cluster.setup a signal ends a task that is not a rank yet
+    [ -z "$stop" ] || compgen -G "$LOGS/rank_*.exit" >/dev/null || code=75
 fi
 
 trap '' USR1 TERM
