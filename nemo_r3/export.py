@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nemo_r3.config import Config, to_yaml
 from nemo_r3.errors import UserError
+from nemo_r3.models import architecture_of
 from nemo_r3.models.architecture import read_hf_config
 from nemo_r3.precision import precision_of
 from nemo_r3.report import rates
@@ -106,7 +107,8 @@ def _finish(
         _check_tokenizer(writing, source)
         if config.dialogue.chat_template is not None:  # the model was trained with this one
             shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
-        difference = _compare(writing, *probe, config.rollout.temperature, dtype)
+        regime = architecture_of(writing).rope.regime(config.rollout.max_model_len)
+        difference = _compare(writing, *probe, config.rollout.temperature, dtype, regime)
         _replace(out, writing)
     except (OSError, SafetensorError) as error:
         return 0.0, f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
@@ -204,7 +206,12 @@ def _check_tokenizer(directory: Path, source: Path) -> None:
 
 
 def _compare(
-    directory: Path, probe: Sequence[Sequence[int]], expected: Sequence[Tensor], temperature: float, dtype: torch.dtype
+    directory: Path,
+    probe: Sequence[Sequence[int]],
+    expected: Sequence[Tensor],
+    temperature: float,
+    dtype: torch.dtype,
+    regime: str,
 ) -> float:
     """The largest difference between the actor's log-probabilities and those of the export as transformers reads it.
 
@@ -214,12 +221,18 @@ def _compare(
     times on average. (On random models of 4 to 24 layers on a CPU it is as far to within 7 %, while another rotary
     base, or one layer's gate and up projections in each other's place, are many times as far.)
 
+    A model that was trained with longrope's long factors is compared with them, which transformers would not take for
+    probes as short as these.
+
     Raises:
         UserError: beyond tolerance; names the worst token.
     """
     transformers.utils.logging.disable_progress_bar()
+    hf = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if regime == "long":
+        hf.rope_parameters["short_factor"] = hf.rope_parameters["long_factor"]
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, local_files_only=True, use_safetensors=True
+        directory, config=hf, dtype=dtype, local_files_only=True, use_safetensors=True
     ).eval()
     found, most, mean = _logprobs(model, probe, temperature), TOLERANCE, TOLERANCE
     if dtype is not torch.float32:

@@ -37,12 +37,14 @@ class World:
         size: number of processes.
         device: where the actor's tensors live.
         objects: gloo group of all ranks, for Python objects.
+        patience: how long a collective may wait.
     """
 
     rank: int
     size: int
     device: torch.device
     objects: ProcessGroup
+    patience: timedelta
 
     @property
     def is_main(self) -> bool:
@@ -103,7 +105,7 @@ def start(config: Config) -> World:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
     objects = dist.new_group(backend="gloo", timeout=patience)
     assert objects is not None
-    return World(rank, size, device, objects)
+    return World(rank, size, device, objects, patience)
 
 
 def _read_srun() -> None:
@@ -144,7 +146,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         _leave(f"error: {error}", 2)
     except signals.Stopped as error:
-        _leave(f"{error}: what was done is saved, and the same command goes on from there", signals.STOPPED)
+        _leave(f"{error}: the same command goes on from what is saved", signals.STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except Exception as error:  # noqa: BLE001  the last frame of the process: print what it was, end the rank

@@ -103,17 +103,19 @@ def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, f
     Returns:
         Its exit code, and the seconds that it lived.
     """
+    writing = launch.path / "checkpoints" / ".writing"
+    shutil.rmtree(writing, ignore_errors=True)  # of the kill before
     process, begun = launch.start(), time.monotonic()
     while process.poll() is None:
         lived = time.monotonic() - begun
-        saving = kind == "while saving" and (launch.path / "checkpoints" / ".writing").exists()
+        saving = kind == "while saving" and writing.exists()
         if saving or lived > (patience if kind == "while saving" else wait):
             soft = kind == "SIGUSR1"
-            _signal_all(process.pid, signal.SIGUSR1 if soft else signal.SIGKILL)
+            _signal(process.pid, launch.ranks, signal.SIGUSR1 if soft else signal.SIGKILL)
             try:
                 process.wait(patience)
             except subprocess.TimeoutExpired:
-                _signal_all(process.pid, signal.SIGKILL)
+                _signal(process.pid, launch.ranks, signal.SIGKILL)
                 raise UserError(f"{signal.Signals.SIGUSR1.name} did not end the run; see {launch.path}.log") from None
             if soft and process.returncode not in (0, signals.STOPPED, 1):
                 raise UserError(f"SIGUSR1 ended the run with code {process.returncode}; see {launch.path}.log")
@@ -121,14 +123,14 @@ def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, f
     return process.returncode, time.monotonic() - begun
 
 
-def _signal_all(group: int, number: signal.Signals) -> None:
+def _signal(process: int, ranks: int, number: signal.Signals) -> None:
     """Signals the ranks, and with SIGKILL their launcher too: torchrun dies of SIGUSR1 and takes the ranks with it."""
     if number is signal.SIGKILL:
-        os.killpg(group, number)
+        os.killpg(process, number)
         return
-    children = Path(f"/proc/{group}/task/{group}/children").read_text().split()
-    for child in children or [str(group)]:
-        os.kill(int(child), number)
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    for rank in children if ranks > 1 else [str(process)]:
+        os.kill(int(rank), number)
 
 
 def differences(whole: Path, killed: Path, steps: int) -> list[str]:

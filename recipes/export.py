@@ -34,6 +34,7 @@ def export(argv: Sequence[str]) -> None:
     with run.timed("export"):
         policy = session.start_policy(ground, trains=False)
         step = checkpoint.load(policy, trained)["step"]
+        world.leave_if_asked()
         recorded = run.path / "config.yaml"
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else plan.config
         card = model_card(trained_with, run.add_to_summary(versions=session.versions()), step, plan.model.name)

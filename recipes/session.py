@@ -140,6 +140,7 @@ def resume(ground: Ground, policy: Policy, session: Session) -> dict[str, Any]:
             if path == found[-1]:
                 raise
             if ground.world.is_main:
+                checkpoint.set_aside(path)
                 print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
         else:
             refit(policy, session.engine)

@@ -118,7 +118,7 @@ def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:
     cluster, ranks = config.cluster, ranks_per_node(config, got)
     tasks = ranks if cluster.launcher == "srun" else 1
     step = [f"--ntasks={got.nodes * tasks}", f"--ntasks-per-node={tasks}"]
-    cpus = cluster.cpus_per_task or int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
+    cpus = cluster.cpus_per_task or int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) * got.tasks // ranks
     if cpus:  # srun does not take it from sbatch
         step.append(f"--cpus-per-task={cpus * ranks // tasks}")
     logs = slices.logs_of(config, got.job, got.restarts)

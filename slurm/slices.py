@@ -216,7 +216,7 @@ def _exits(logs: Path) -> Iterator[tuple[int, int, str, float]]:
 
 def _said(log: Path, code: int) -> str:
     """What a rank died of: a signal, or the first error in its log."""
-    if code > 128:
+    if code - 128 in [*signal.Signals]:
         return f"was killed by signal {code - 128} ({signal.Signals(code - 128).name})"
     said = next((line for line in _lines(log) if ERROR_LINE.match(line)), "its log names no error")
     return f"ended with code {code}: {said} ({log})"

@@ -28,6 +28,7 @@ fi
 
 step='' stop=''
 forward() { # once: a second signal ends a rank before it has saved
+    [ -z "$stop" ] || return
     stop=yes
     [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
 }
@@ -55,6 +56,7 @@ if [ -n "$stop" ]; then
 elif [ "$code" = 0 ]; then
     "${srun[@]}" --kill-on-bad-exit=1 --distribution=block "${RANK_STEP[@]}" "${prepared[@]}" bash slurm/rank.sh "$@" &
     step=$!
+    [ -z "$stop" ] || kill -USR1 "$step" 2>/dev/null # it came between the check and here
     tail -n +1 -F --pid="$step" "$LOGS/rank_0.log" 2>/dev/null &
     shown=$!
     while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done # a signal ends a wait early

@@ -69,6 +69,28 @@ def make_models(home: Path) -> None:
     (home / "qwen2" / "generation_config.json").unlink()
 
 
+def make_long_model(home: Path) -> None:
+    """A Phi-3 whose long factors turn otherwise than its short ones, which the probes are short enough for."""
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        rope_scaling={"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.5**p for p in range(8)]},
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    torch.manual_seed(7)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / "long")
+    transformers.AutoTokenizer.from_pretrained(home / "llama").save_pretrained(home / "long")
+
+
 # what the launches do
 
 
@@ -162,6 +184,8 @@ def one(home: Path) -> None:
     lab.findings["qwen2"] = lab.export("qwen2", policy)
     (home / "qwen2" / "tokenizer.json").write_text("{")
     lab.refused("no_tokenizer", "no tokenizer", policy)
+    make_long_model(home)
+    lab.findings["long"] = lab.export("long", lab.policy("long"))
     lab.report()
 
 
@@ -240,6 +264,10 @@ def test_bf16(home: Path, found: dict[str, Any]) -> None:
     expected = {name: tensor.bfloat16() for name, tensor in weights(home / "llama").items()}
     assert_same_bits(weights(home / "out" / "bf16"), expected)
     assert json.loads((home / "out" / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_longropes_long_factors_are_compared_with_themselves(found: dict[str, Any]) -> None:
+    assert found["long"] < 1e-4
 
 
 def test_files(home: Path, found: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ No generator state is kept: every step is seeded by (seed, step), see `runtime.s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from nemo_r3.runtime import World
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
+UNREADABLE = "unreadable"
 WAY_OUT = "remove that checkpoint to resume from the one before"
 FIELDS = {"step", "version", "architecture", "rope", "files", "state", "model"}
 
@@ -93,12 +95,16 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
         strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), _data_parallel_group())
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(writing), strategy)
         policy.world.barrier()
-        sums = _file_sums(writing, policy.world)
+        sums = _file_sums(writing, _names(writing, policy.world), policy.world)
+        if UNREADABLE in sums.values():
+            raise OSError(errno.EIO, "what was written cannot be read back")
         if policy.world.is_main:
             _finish(writing, final, policy, step, state, sums)
             for old in sorted(directory.glob("step_*"))[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        if not _by_storage(error):
+            raise
         if policy.world.is_main:
             shutil.rmtree(writing, ignore_errors=True)
         good = latest(directory)
@@ -111,13 +117,28 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
     return final
 
 
-def _file_sums(directory: Path, world: World) -> dict[str, str]:
-    """SHA-256 of every file; the ranks share the reading."""
-    files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
+def _by_storage(error: BaseException | None) -> bool:
+    """Whether a save failed for what the user can mend, and not because a rank or the network did."""
+    if isinstance(error, OSError | CheckpointingException | CheckpointException):
+        return True
+    return error is not None and _by_storage(error.__cause__)
+
+
+def _names(directory: Path, world: World) -> list[str]:
+    """The directory's files as rank 0 sees them."""
+    names: list[str] = world.broadcast(sorted(file.name for file in directory.iterdir()))
+    return names
+
+
+def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
+    """SHA-256 of files, or UNREADABLE, the same on every rank; they share the reading."""
     found: dict[str, str] = {}
-    for file in files[world.rank :: world.size]:
-        with file.open("rb") as handle:
-            found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    for name in names[world.rank :: world.size]:
+        try:
+            with (directory / name).open("rb") as handle:
+                found[name] = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError:
+            found[name] = UNREADABLE
     return {name: total for part in world.gather(found) for name, total in part.items()}
 
 
@@ -187,8 +208,8 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     )
     try:
         found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
-    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        raise DamagedError(f"{checkpoint} is damaged: {_cause(error)}; {WAY_OUT}") from error
+    except CheckpointException as error:
+        raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
     policy.module.load_state_dict(found["model"])
     if policy.optimizer is not None:
         policy.optimizer.load_state_dict(found["optimizer"])
@@ -206,10 +227,18 @@ def _check_files(checkpoint: Path, files: Mapping[str, tuple[int, str]], world: 
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes of {size}"
             raise DamagedError(f"{checkpoint} is damaged: {name} {state}; {WAY_OUT}")
-    sums = _file_sums(checkpoint, world)
+    sums = _file_sums(checkpoint, sorted(files), world)
     for name, (_, total) in files.items():
         if sums[name] != total:
-            raise DamagedError(f"{checkpoint} is damaged: {name} has other content than was saved; {WAY_OUT}")
+            how = "cannot be read" if sums[name] == UNREADABLE else "has other content than was saved"
+            raise DamagedError(f"{checkpoint} is damaged: {name} {how}; {WAY_OUT}")
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Takes a damaged checkpoint out of the count, and keeps it as damaged_step_..."""
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def _described(policy: Policy) -> dict[str, Any]:

@@ -11,4 +11,9 @@ class RunConfig:
 
     dir: str = option("", help="run directory; empty: runs/<config file's stem>", resume=True)
     tensorboard: bool = option(True, help="write TensorBoard events beside metrics.jsonl", resume=True)
-    timeout_minutes: int = option(30, low=1, help="minutes a collective may wait before the job fails", resume=True)
+    timeout_minutes: int = option(
+        30,
+        low=1,
+        help="minutes a collective may wait, or a rank give no sign of life, before the job fails",
+        resume=True,
+    )

@@ -96,6 +96,10 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
             raise ConfigError(f"model.path: {family} with {key}=true is not supported")
+    if hf.get("quantization_config"):
+        raise ConfigError(
+            "model.path: the checkpoint is quantized (quantization_config); train from the unquantized one"
+        )
     if hf.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"model.path: {family} with hidden_act={hf['hidden_act']!r} is not supported (only 'silu')")
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]

@@ -177,7 +177,7 @@ def _xlam_tool(value: Any) -> dict[str, Any]:
     for parameter, facts in parameters.items():
         if not isinstance(facts, dict) or "type" not in facts:
             raise ValueError(f"tool {name!r}: parameter {parameter!r} has no type")
-    return tool(name, str(value.get("description", "")), object_of_python(parameters))
+    return tool(name, str(value.get("description") or ""), object_of_python(parameters))
 
 
 def _xlam_call(value: Any, schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -80,17 +80,30 @@ def defaults_of(function: Mapping[str, Any]) -> dict[str, Any]:
 def as_declared(value: Any, schema: Mapping[str, Any]) -> Any:
     """The value with its integers as floats wherever the schema declares numbers."""
     if isinstance(value, list):
-        return [as_declared(item, schema.get("items", {})) for item in value]
+        return [as_declared(item, _part(schema, "items")) for item in value]
     if isinstance(value, dict):
         return {key: as_declared(one, member_of(schema, key)) for key, one in value.items()}
-    if schema.get("type") == "number" and type(value) is int and abs(value) <= 2**53:  # beyond it floats skip integers
+    if _is_number(schema) and type(value) is int and abs(value) <= 2**53:  # beyond it floats skip integers
         return float(value)
     return value
 
 
+def _is_number(schema: Mapping[str, Any]) -> bool:
+    """Whether the schema declares a number, perhaps among other types but integers."""
+    options = schema.get("anyOf", [schema])
+    kinds = [one.get("type") for one in options if isinstance(one, Mapping)] if isinstance(options, list) else []
+    return "number" in kinds and "integer" not in kinds
+
+
 def member_of(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """What the schema of an object says of the value at `key`."""
-    found = schema.get("properties", {}).get(key, schema.get("additionalProperties", {}))
+    properties = _part(schema, "properties")
+    return _part(properties, key) if key in properties else _part(schema, "additionalProperties")
+
+
+def _part(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A schema within a schema; data sets say other things there too, which say nothing of types."""
+    found = schema.get(key)
     return found if isinstance(found, Mapping) else {}
 
 

@@ -96,6 +96,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
         (json.dumps({key: LLAMA[key] for key in LLAMA if key != "vocab_size"}), "lacks 'vocab_size'"),
         (json.dumps(LLAMA | {"attention_bias": True}), "attention_bias=true is not supported"),
         (json.dumps(LLAMA | {"mlp_bias": True}), "mlp_bias=true is not supported"),
+        (json.dumps(LLAMA | {"quantization_config": {"quant_method": "fp8"}}), "the checkpoint is quantized"),
         (json.dumps(LLAMA | {"hidden_act": "gelu"}), "hidden_act='gelu' is not supported"),
         (
             json.dumps(

@@ -189,6 +189,7 @@ def test_a_damaged_checkpoint_and_a_request_to_stop_cost_nothing_but_time(
     assert f"warning: {path}/checkpoints/step_000004 is damaged: {largest.name} has other content" in told
     assert "stopped by SIGUSR1" in told
     assert (path / "checkpoints" / "step_000003" / "manifest.json").exists()  # between two saves
+    assert (path / "checkpoints" / "damaged_step_000004").exists() and not largest.exists()
     run("train", *settings(bank, path, "train.save_every=4"))
     assert untimed(path / "metrics.jsonl") == untimed(trained / "metrics.jsonl")
 

@@ -91,7 +91,7 @@ class Cluster:
     @staticmethod
     def lacks() -> str:
         """Why no cluster can run here; empty where one can."""
-        missing = [name for name in (*SLURM, *TOOLS) if shutil.which(name, path=_path()) is None]
+        missing = [name for name in (*SLURM, *TOOLS) if shutil.which(name, path=search_path()) is None]
         if missing:
             return f"Slurm is not installed (no {', '.join(missing)}): apt-get install slurm-wlm munge"
         if os.geteuid() != 0:
@@ -103,7 +103,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """What Slurm's commands need to find this cluster, with nothing of a job around the tests."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        own = {"SLURM_CONF": str(self.home / "slurm.conf"), "PATH": _path(), "OMP_NUM_THREADS": "1"}
+        own = {"SLURM_CONF": str(self.home / "slurm.conf"), "PATH": search_path(), "OMP_NUM_THREADS": "1"}
         return kept | own
 
     def start(self) -> None:
@@ -241,7 +241,8 @@ class Cluster:
         (self.home / "hosts").write_text("127.0.0.1 localhost\n" + "".join(hosts))
 
 
-def _path() -> str:
+def search_path() -> str:
+    """PATH with this Python, and with Slurm's daemons."""
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 

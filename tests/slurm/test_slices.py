@@ -47,6 +47,12 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     assert read_end(tmp_path, 137, HOSTS).cause == "rank 3 on n2 was killed by signal 9 (SIGKILL)"
 
 
+def test_a_code_beyond_all_signals_is_a_code(tmp_path: Path) -> None:
+    (tmp_path / "health.log").write_text("n1: fine\nn2: fine\n")
+    (tmp_path / "rank_0.exit").write_text("255 n1 1.0")
+    assert read_end(tmp_path, 255, HOSTS).cause.startswith("rank 0 on n1 ended with code 255: its log names no error")
+
+
 def test_a_stop_counts_although_srun_killed_late_ranks(tmp_path: Path) -> None:
     leave(tmp_path, {0: "75 n1 100.0", 1: "137 n1 103.0"})
     assert read_end(tmp_path, 137, HOSTS).code == STOPPED
