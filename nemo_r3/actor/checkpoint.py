@@ -103,7 +103,7 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
             for old in sorted(directory.glob("step_*"))[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        if not _by_storage(error):
+        if _is_fault(error):
             raise
         if policy.world.is_main:
             shutil.rmtree(writing, ignore_errors=True)
@@ -117,11 +117,12 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
     return final
 
 
-def _by_storage(error: BaseException | None) -> bool:
-    """Whether a save failed for what the user can mend, and not because a rank or the network did."""
-    if isinstance(error, OSError | CheckpointingException | CheckpointException):
-        return True
-    return error is not None and _by_storage(error.__cause__)
+def _is_fault(error: BaseException) -> bool:
+    """Whether a save failed because a rank, the network or a GPU did: nothing that a user could mend.
+
+    torch's writer in C++ raises a bare RuntimeError for a full disk, and so does gloo for a lost rank.
+    """
+    return isinstance(error, torch.distributed.DistError | torch.OutOfMemoryError) or "/gloo/" in str(error)
 
 
 def _names(directory: Path, world: World) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, Family
+from chat_families import FAMILIES, Family
 
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import Config
