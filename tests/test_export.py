@@ -330,6 +330,7 @@ def test_nothing_half_written(home: Path, found_by_four: list[dict[str, Any]]) -
         "bf16",
         "llama",
         "llama-four",
+        "long",
         "qwen2",
         "qwen2-four",
     ]
