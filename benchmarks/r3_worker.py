@@ -132,13 +132,13 @@ class Bench:
         self.forced.lengths = {}
         for failed, context in zip(failures, self.workload.steps[number], strict=True):
             for sample, length in enumerate(context.lengths):
-                for phase, tokens in ((Phase.REFLECTION, length), (Phase.RETRY, self.workload.retry_tokens[number])):
+                for phase, tokens in ((Phase.REFLECTION, length), (Phase.RETRY, self.workload.retry_tokens)):
                     seed = request_seed(self.config.seed, number, failed.id, sample, phase)
                     self.forced.lengths[seed] = tokens
 
 
 def settings(workload: Workload) -> Config:
-    """The run's settings; the learning rate is constant."""
+    """The run's settings; the learning rate is constant, and a microbatch holds one group."""
     config = Config()
     config.seed = workload.seed
     config.model.path = workload.model
@@ -146,6 +146,7 @@ def settings(workload: Workload) -> Config:
     config.actor.lr = config.actor.lr_min = workload.lr
     config.actor.lr_warmup_ratio = 0.0
     config.actor.clip_grad = workload.clip_grad
+    config.actor.microbatch_tokens = max(len(c.prompt) + sum(c.lengths) for step in workload.steps for c in step)
     config.algo.group_size = workload.group
     config.algo.kl_beta = workload.kl_beta
     config.rollout.temperature = workload.temperature

@@ -103,7 +103,7 @@ class ReflectAndRetry:
         contexts = [self._workload.steps[step][index] for step, index in places[::group]]
         contexts_ids = [context.prompt for context in contexts for _ in range(group)]
         reflections = self._generate(trainer, contexts_ids, [n for context in contexts for n in context.lengths])
-        request, tokens = self._workload.retry_request, self._workload.retry_tokens[places[0][0]]
+        request, tokens = self._workload.retry_request, self._workload.retry_tokens
         retry_prompts = [ids + reflection + request for ids, reflection in zip(contexts_ids, reflections, strict=True)]
         retries = self._generate(trainer, retry_prompts, [tokens] * len(prompts))
         assert [len(retry) for retry in retries] == [tokens] * len(prompts)

@@ -38,7 +38,7 @@ class Sizes:
         vocabulary: of the model.
     """
 
-    contexts: int = 2
+    contexts: int = 4
     group: int = 8
     prompt: int = 1024
     shortest: int = 64
@@ -49,8 +49,8 @@ class Sizes:
     vocabulary: int = 32768
 
     @property
-    def warmup(self) -> Sizes:
-        """A step small enough to be thrown away."""
+    def eighth(self) -> Sizes:
+        """The same with an eighth of the tokens."""
         eighth = {name: max(getattr(self, name) // 8, 4) for name in ("shortest", "longest", "retry")}
         return Sizes(**asdict(self) | eighth | {"prompt": max(self.prompt // 8, 64)})
 
@@ -102,21 +102,21 @@ class Workload:
         model: directory of the checkpoint.
         group: reflections per failure (G).
         retry_request: token ids between a reflection and its retry.
-        retry_tokens: [steps] tokens of each retry.
+        retry_tokens: tokens of each retry.
         max_model_len: longest dialogue.
         temperature: of sampling and of the loss.
         kl_beta: weight of the KL to the starting model (the paper's).
         lr: AdamW's, constant; no weight decay.
         clip_grad: largest gradient norm.
         seed: of everything.
-        steps: contexts of each step; the first is a small warm-up.
+        steps: contexts of each step; the first is a warm-up: one context of full size, the others an eighth.
         check: where both sides must agree.
     """
 
     model: str
     group: int
     retry_request: list[int]
-    retry_tokens: list[int]
+    retry_tokens: int
     max_model_len: int
     temperature: float
     kl_beta: float
@@ -151,14 +151,16 @@ def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
     make_model(model, sizes, seed)
     dialogue = Dialogue(AutoTokenizer.from_pretrained(model), DialogueConfig(), wording())
     draw = random.Random(seed)
-    all_sizes = [sizes.warmup] + [sizes] * steps
-    contexts = [[_context(dialogue, size, draw) for _ in range(size.contexts)] for size in all_sizes]
+    warm_up = [sizes] + [sizes.eighth] * (sizes.contexts - 1)
+    contexts = [
+        [_context(dialogue, size, draw) for size in step] for step in [warm_up, *[[sizes] * sizes.contexts] * steps]
+    ]
     request = _retry_request(dialogue, contexts[0][0])
     workload = Workload(
         model=str(model),
         group=sizes.group,
         retry_request=request,
-        retry_tokens=[size.retry for size in all_sizes],
+        retry_tokens=sizes.retry,
         max_model_len=sizes.prompt + sizes.longest + len(request) + sizes.retry,
         temperature=0.9,
         kl_beta=0.001,
@@ -166,7 +168,7 @@ def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
         clip_grad=1.0,
         seed=seed,
         steps=contexts,
-        check=_check([_context(dialogue, sizes.warmup, draw) for _ in range(sizes.contexts)], sizes, draw),
+        check=_check([_context(dialogue, sizes.eighth, draw) for _ in range(sizes.contexts)], sizes, draw),
     )
     workload.write(home / "workload.json")
     return workload
