@@ -1,12 +1,54 @@
-"""`Precision`: the arithmetic of a run, read by both the actor and the rollout."""
+"""`Precision`: the arithmetic of a run, read by both the actor and the rollout.
+
+    actor.precision -> Precision -> fields of megatron-core's configs, length of packed rows, environment, vLLM's dtype
+                           `-> Recipe, with FP8: how Transformer Engine scales, and what that needs of machine and model
+
+Under FP8 the matrices of the layers are multiplied in FP8. Embedding, norms, attention, head and gradients' sums are not,
+nor are the first and last layers where the recipe says so. The weights themselves stay BF16: refit, export, reference
+and checkpoints read them, and would otherwise hand on what was rounded for one recipe's scales.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from nemo_r3.config import Config
+from nemo_r3.config import ActorConfig, Config
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of Transformer Engine to scale numbers into FP8.
+
+    Attributes:
+        name: megatron-core's.
+        format: "e4m3", or "hybrid": gradients in e5m2, whose range is larger.
+        row_multiple: tokens that the length of a packed row is a multiple of.
+        block: what every dimension of a layer's matrices on a rank is a multiple of.
+        edges: layers at each end of the model that stay BF16; 0 where the recipe cannot leave any out.
+        te: the oldest Transformer Engine that has it.
+        cuda: the oldest CUDA.
+        chips: the first CUDA compute capability that has it, and the first again that has not.
+        environment: what Transformer Engine must find when it is imported.
+    """
+
+    name: str
+    format: str
+    row_multiple: int
+    block: int
+    edges: int
+    te: Version
+    cuda: Version
+    chips: tuple[Version, Version]
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -17,21 +59,87 @@ class Precision:
         name: the setting.
         dtype: of the actor's parameters and activations; main weights, gradients and moments stay fp32.
         vllm_dtype: vLLM's name for the rollout's dtype.
+        fp8: how the layers' matrices are multiplied in FP8; None where they are not.
     """
 
     name: str
     dtype: torch.dtype
     vllm_dtype: str
+    fp8: Recipe | None = None
 
     @property
     def bf16(self) -> bool:
         """Whether megatron-core must keep fp32 main weights beside bf16 ones."""
         return self.dtype is torch.bfloat16
 
+    def row_multiple(self, actor: ActorConfig) -> int:
+        """Tokens that the length of every packed row is a multiple of.
+
+        Under FP8 that is Transformer Engine's own multiple, 8 on each tensor-parallel rank (it looks at the tokens before
+        sequence parallelism gathers them), and two equal parts on each context-parallel rank.
+        """
+        if self.fp8 is None:
+            return actor.tensor_parallel if actor.sequence_parallel else 1
+        ways = actor.tensor_parallel
+        return math.lcm(self.fp8.row_multiple, 8 * ways, 2 * actor.context_parallel * ways)
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """Its part of megatron-core's TransformerConfig."""
+        fields: dict[str, Any] = {"params_dtype": self.dtype, "pipeline_dtype": self.dtype, "bf16": self.bf16}
+        if self.fp8 is not None:
+            fields |= {
+                "fp8": self.fp8.format,
+                "fp8_recipe": self.fp8.name,
+                "fp8_param": False,
+                "fp8_amax_history_len": 1024,
+                "fp8_amax_compute_algo": "max",
+                "fp8_dot_product_attention": False,
+                "fp8_multi_head_attention": False,
+                "first_last_layers_bf16": self.fp8.edges > 0,
+                "num_layers_at_start_in_bf16": self.fp8.edges,
+                "num_layers_at_end_in_bf16": self.fp8.edges,
+            }
+        return fields
+
+    def gradient_fields(self) -> dict[str, Any]:
+        """Its part of megatron-core's DistributedDataParallelConfig: sums in fp32, parameters gathered in BF16."""
+        return {"grad_reduce_in_fp32": True, "fp8_param_gather": False}
+
+    def optimizer_fields(self) -> dict[str, Any]:
+        """Its part of megatron-core's OptimizerConfig; main weights and moments are fp32 by its own defaults."""
+        return {
+            "params_dtype": self.dtype,
+            "bf16": self.bf16,
+            "fp8_recipe": None if self.fp8 is None else self.fp8.name,
+        }
+
+
+ADA, HOPPER, BLACKWELL, BLACKWELL_RTX, ANY = (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)
+TENSORWISE = Recipe("tensorwise", "hybrid", 16, 16, edges=1, te=(2, 2), cuda=(12, 1), chips=(ADA, ANY))
+BLOCKWISE = Recipe(
+    "blockwise",
+    "e4m3",
+    row_multiple=128,
+    block=128,
+    edges=1,
+    te=(2, 3),
+    cuda=(12, 9),
+    chips=(HOPPER, BLACKWELL),  # from Blackwell on it is emulated by mxfp8, with other scales
+    environment=(("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1"),),  # not rounded to powers of two
+)
+DELAYED = Recipe("delayed", "hybrid", 16, 16, edges=0, te=(2, 0), cuda=(12, 1), chips=(ADA, ANY))
+MXFP8 = Recipe("mxfp8", "e4m3", 32, 32, edges=1, te=(2, 1), cuda=(12, 8), chips=(BLACKWELL, BLACKWELL_RTX))
 
 PRECISIONS = {
-    "bf16": Precision("bf16", torch.bfloat16, "bfloat16"),
-    "fp32": Precision("fp32", torch.float32, "float32"),
+    precision.name: precision
+    for precision in (
+        Precision("bf16", torch.bfloat16, "bfloat16"),
+        Precision("fp8-tensorwise", torch.bfloat16, "bfloat16", TENSORWISE),
+        Precision("fp8-blockwise", torch.bfloat16, "bfloat16", BLOCKWISE),
+        Precision("fp8-delayed", torch.bfloat16, "bfloat16", DELAYED),
+        Precision("mxfp8", torch.bfloat16, "bfloat16", MXFP8),
+        Precision("fp32", torch.float32, "float32"),
+    )
 }
 
 

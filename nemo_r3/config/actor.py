@@ -15,11 +15,15 @@ class ActorConfig:
     sequence_parallel: bool = option(
         False, help="split norms and residuals over the tensor-parallel ranks", resume=True
     )
-    precision: str = option("bf16", choices=("bf16", "fp32"), help="arithmetic of the update and of the rollout")
+    precision: str = option(
+        "bf16",
+        choices=("bf16", "fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "mxfp8", "fp32"),
+        help="arithmetic of the update; the rollout's is bf16, or fp32 with fp32; fp8 needs Transformer Engine",
+    )
     layer_spec: str = option(
         "auto",
         choices=("auto", "te", "local"),
-        help="auto: Transformer Engine on CUDA (required there), local on CPU",
+        help="auto: Transformer Engine on CUDA but for fp32, which it would round to TF32; local elsewhere",
         resume=True,
     )
     distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks")

@@ -10,6 +10,12 @@ class RolloutConfig:
     """Engines are world / tensor_parallel many; their layout is independent of the actor's."""
 
     tensor_parallel: int = option(1, low=1, help="ranks per vLLM engine", resume=True)
+    quantization: str = option(
+        "none",
+        choices=("none", "fp8_per_tensor", "fp8_per_block"),
+        help="vLLM's online FP8: the layers' bf16 weights are quantised at every refit, activations as they come; "
+        "algo.mismatch_correction=tis makes up for the difference",
+    )
     temperature: float = option(0.9, above=0.0, help="sampling temperature; the actor divides its logits by it too")
     top_p: float = option(
         1.0, low=1.0, high=1.0, help="nucleus sampling, off: a truncated distribution is not the policy's"

@@ -139,7 +139,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("algo.mismatch_high=1", ["algo.mismatch_high: 1 is not allowed; it must be above 1"]),
         ("algo.loss=ppo", ["algo.loss: 'ppo' is not allowed; it must be one of grpo, dr_grpo, dapo, gspo, cispo"]),
         ("rollout.top_p=0.9", ["rollout.top_p: 0.9 is not allowed; it must be 1 (", "not the policy's"]),
-        ("actor.precision=fp8", ["actor.precision: 'fp8' is not allowed; it must be one of bf16, fp32"]),
+        ("actor.precision=fp8", ["actor.precision: 'fp8' is not allowed; it must be one of bf16, fp8-tensorwise"]),
         ("algo.trained_phases=[reflection, task]", ["algo.trained_phases: 'task' is not allowed", "retry"]),
         ("model.path=${oc.env:HOME}", ["model.path: '${oc.env:HOME}' is not allowed", "write the value"]),
         ("model.path=???", ["model.path: '???' is not allowed"]),
