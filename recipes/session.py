@@ -93,12 +93,15 @@ def join(plan: Plan) -> Ground:
     """
     import torch  # slow, and what comes before needs none
 
-    from nemo_r3 import runtime
+    from nemo_r3 import precision, runtime
     from nemo_r3.rollout import environment
     from nemo_r3.run_directory import RunDirectory
 
     environment.prepare(plan.config, torch.cuda.is_available())
     world = runtime.start(plan.config)
+    precision.prepare(plan.config, plan.arch)
+    if world.is_main and (advice := precision.advice(plan.config)):
+        print(f"warning: {advice}", file=sys.stderr, flush=True)
     return Ground(plan, world, RunDirectory(plan.config, world), _read_dialogue(plan))
 
 

@@ -57,10 +57,7 @@ def transformer_config(
         sequence_parallel=actor.sequence_parallel,
         variable_seq_lengths=actor.pipeline_parallel > 1,
         moe_token_dispatcher_type="alltoall",  # not used; 0.16.1 wants it for variable_seq_lengths
-        # precision
-        params_dtype=precision.dtype,
-        pipeline_dtype=precision.dtype,
-        bf16=precision.bf16,
+        **precision.transformer_fields(),
         # the loss carries global denominators: gradients are summed, never averaged
         calculate_per_token_loss=True,
         # memory
@@ -103,20 +100,23 @@ def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
     Raises:
         ConfigError: the layer spec that is asked for cannot run here.
     """
-    actor = config.actor
-    on_cuda = world.device.type == "cuda"
-    kind = resolve_layer_spec(actor.layer_spec, on_cuda)
-    tf_config = transformer_config(actor, arch, precision_of(config), on_cuda)
-    model = Trunk(
+    on_cuda, precision = world.device.type == "cuda", precision_of(config)
+    kind = resolve_layer_spec(config.actor.layer_spec, precision, on_cuda)
+    model = trunk(transformer_config(config.actor, arch, precision, on_cuda), arch, kind)
+    model = model.to(device=world.device, dtype=precision.dtype)
+    mark_tensor_parallel(model, arch)
+    return model
+
+
+def trunk(tf_config: TransformerConfig, arch: Architecture, kind: str) -> Trunk:
+    """This stage's modules, of the layer spec `kind`, on the device where megatron-core makes parameters."""
+    return Trunk(
         config=tf_config,
-        transformer_layer_spec=block_spec(tf_config, kind, arch.num_layers // actor.pipeline_parallel),
-        vocab_size=arch.padded_vocab(actor.tensor_parallel),
+        transformer_layer_spec=block_spec(tf_config, kind),
+        vocab_size=arch.padded_vocab(tf_config.tensor_model_parallel_size),
         max_sequence_length=arch.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="none",  # attention.py turns by the layout's positions
     )
-    model = model.to(device=world.device, dtype=precision_of(config).dtype)
-    mark_tensor_parallel(model, arch)
-    return model

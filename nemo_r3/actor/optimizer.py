@@ -14,13 +14,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim import AdamW
 
 from nemo_r3.config import Config
-from nemo_r3.precision import Precision
+from nemo_r3.precision import Precision, precision_of
 
 
 def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     """Gradient buffers over the data-parallel ranks, reduced in fp32."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        **precision_of(config).gradient_fields(),
         use_distributed_optimizer=config.actor.distributed_optimizer,
         overlap_grad_reduce=False,
     )
@@ -53,8 +53,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
         adam_beta2=actor.adam_beta2,
         adam_eps=actor.adam_eps,
         clip_grad=actor.clip_grad,
-        bf16=precision.bf16,
-        params_dtype=precision.dtype,
+        **precision.optimizer_fields(),
         use_distributed_optimizer=actor.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(settings, [model])

@@ -175,7 +175,7 @@ class Policy:
             rows = [replace(row, shared=0) for row in rows]
         balance = Balance(rows, training_cost(self.arch), actor.microbatch_tokens)
         dealt = balance.deal(parallel_state.get_data_parallel_world_size())
-        multiple = actor.tensor_parallel if actor.sequence_parallel else 1
+        multiple = precision_of(self.config).row_multiple(actor)
         mine = dealt[parallel_state.get_data_parallel_rank()]
         return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine]
 

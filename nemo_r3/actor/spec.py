@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from nemo_r3.actor.attention import SharedContextAttention
 from nemo_r3.errors import ConfigError
-
-try:
-    import transformer_engine  # noqa: F401
-
-    HAVE_TE = True
-except ImportError:
-    HAVE_TE = False
+from nemo_r3.precision import Precision
 
 
-def resolve_layer_spec(asked: str, on_cuda: bool) -> str:
-    """ "te" or "local" for `actor.layer_spec`.
+def resolve_layer_spec(asked: str, precision: Precision, on_cuda: bool) -> str:
+    """ "te" or "local" for `actor.layer_spec`. Transformer Engine multiplies fp32 in TF32, so auto leaves it out there.
 
     Raises:
         ConfigError: Transformer Engine is needed and cannot be imported, or has no GPU to run on.
     """
     if asked == "auto":
-        asked = "te" if on_cuda else "local"
+        asked = "te" if on_cuda and precision.name != "fp32" else "local"
+    if precision.fp8 is not None and asked != "te":
+        raise ConfigError(f"actor.precision={precision.name} needs Transformer Engine's layers on a GPU")
     if asked == "te" and not on_cuda:
         raise ConfigError("actor.layer_spec=te: Transformer Engine needs a CUDA device (allowed here: auto, local)")
     if asked == "te" and not HAVE_TE:
@@ -42,12 +38,16 @@ def resolve_layer_spec(asked: str, on_cuda: bool) -> str:
     return asked
 
 
-def block_spec(config: TransformerConfig, kind: str, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec of this pipeline stage's `num_layers` layers; `kind` is "te" or "local"."""
+def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's layers; `kind` is "te" or "local".
+
+    Transformer Engine's layers fold each norm into the matrix behind it; see `models.names.fused_norm_name`.
+    """
+    num_layers = config.num_layers // config.pipeline_model_parallel_size
     if kind == "te":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         layer.submodules.self_attention.submodules.core_attention = SharedContextAttention
-        return layer
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

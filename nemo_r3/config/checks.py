@@ -16,6 +16,7 @@ def check(config: Config) -> None:
     if not config.model.path:
         raise ConfigError("model.path: name a Hugging Face checkpoint directory, or 'embedded'")
     _check_lengths(config)
+    _check_arithmetic(config)
     _check_optimizer(config)
     _check_method(config)
     _check_loss(config)
@@ -93,6 +94,19 @@ def _check_cluster(config: Config) -> None:
         raise ConfigError(
             f"cluster.time_minutes: {cluster.time_minutes} leaves no time to train: the job stops to save "
             f"cluster.signal_seconds = {cluster.signal_seconds} before it"
+        )
+
+
+def _check_arithmetic(config: Config) -> None:
+    """What needs no machine to be refused; the rest is in nemo_r3.precision."""
+    actor, quantization = config.actor, config.rollout.quantization
+    if "fp8" in actor.precision and actor.layer_spec == "local":
+        raise ConfigError(f"actor.precision: {actor.precision} needs Transformer Engine, actor.layer_spec=local has none")
+    if actor.precision == "fp32" and actor.layer_spec == "te":
+        raise ConfigError("actor.precision: fp32 would be TF32 with actor.layer_spec=te; leave that auto, or local")
+    if actor.precision == "fp32" and quantization != "none":
+        raise ConfigError(
+            f"rollout.quantization: {quantization} quantises bf16 weights; actor.precision=fp32 rolls out in fp32"
         )
 
 

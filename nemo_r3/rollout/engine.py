@@ -74,6 +74,7 @@ class Engine:
             skip_tokenizer_init=True,
             generation_config="vllm",
             dtype=precision_of(config).vllm_dtype,
+            quantization=None if rollout.quantization == "none" else rollout.quantization,
             seed=config.seed,
             max_model_len=rollout.max_model_len,
             max_num_seqs=rollout.max_num_seqs,
