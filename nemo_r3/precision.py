@@ -3,9 +3,9 @@
     actor.precision -> Precision -> fields of megatron-core's configs, length of packed rows, environment, vLLM's dtype
                            `-> Recipe, with FP8: how Transformer Engine scales, and what that needs of machine and model
 
-Under FP8 the matrices of the layers are multiplied in FP8. Embedding, norms, attention, head and gradients' sums are not,
-nor are the first and last layers where the recipe says so. The weights themselves stay BF16: refit, export, reference
-and checkpoints read them, and would otherwise hand on what was rounded for one recipe's scales.
+Under FP8 the layers' matrices are multiplied in FP8. Embedding, norms, attention, head and the sums of gradients are
+not, nor are the first and last layer where the recipe can leave them out. The weights themselves stay BF16: refit,
+export, reference and checkpoints read them, and would otherwise hand on what was rounded for one recipe's scales.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Precision:
     def row_multiple(self, actor: ActorConfig) -> int:
         """Tokens that the length of every packed row is a multiple of.
 
-        Under FP8 that is Transformer Engine's own multiple, 8 on each tensor-parallel rank (it looks at the tokens before
-        sequence parallelism gathers them), and two equal parts on each context-parallel rank.
+        Under FP8 that is Transformer Engine's own multiple, 8 on each tensor-parallel rank (it looks at the tokens
+        before sequence parallelism gathers them), and two equal parts on each context-parallel rank.
         """
         if self.fp8 is None:
             return actor.tensor_parallel if actor.sequence_parallel else 1
@@ -149,7 +149,7 @@ PRECISIONS = {
 }
 
 VLLM = {"fp8_per_tensor": (ADA, 16), "fp8_per_block": (HOPPER, 128)}
-"""vLLM's online FP8: the first compute capability that multiplies so, and what the dimensions it sums over divide by."""
+"""vLLM's online FP8: the first compute capability that has it, and what every dimension it sums over is a multiple of."""
 
 
 def precision_of(config: Config) -> Precision:

@@ -101,7 +101,7 @@ def _check_arithmetic(config: Config) -> None:
     """What needs no machine to be refused; the rest is in nemo_r3.precision."""
     actor, quantization = config.actor, config.rollout.quantization
     if "fp8" in actor.precision and actor.layer_spec == "local":
-        raise ConfigError(f"actor.precision: {actor.precision} needs Transformer Engine, actor.layer_spec=local has none")
+        raise ConfigError(f"actor.precision: {actor.precision} needs Transformer Engine's layers: not layer_spec=local")
     if actor.precision == "fp32" and actor.layer_spec == "te":
         raise ConfigError("actor.precision: fp32 would be TF32 with actor.layer_spec=te; leave that auto, or local")
     if actor.precision == "fp32" and quantization != "none":
