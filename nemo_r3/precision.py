@@ -149,7 +149,7 @@ PRECISIONS = {
 }
 
 VLLM = {"fp8_per_tensor": (ADA, 16), "fp8_per_block": (HOPPER, 128)}
-"""vLLM's online FP8: the first compute capability that has it, and what every dimension it sums over is a multiple of."""
+"""vLLM's online FP8: the first compute capability that has it, and what the dimensions it sums over divide by."""
 
 
 def precision_of(config: Config) -> Precision:

@@ -37,10 +37,16 @@ def load_with(folder: Path, *overrides: str) -> Config:
         (["cluster.gpus_per_node=3", "actor.tensor_parallel=2"], ["= 2 * 1 * 1 = 2", "= 3 ranks"]),
         (["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.pipeline_parallel=3"], ["= 1 * 3 * 1 = 3", "= 8 ranks"]),
         (["cluster.gpus_per_node=4", "rollout.tensor_parallel=3"], ["rollout.tensor_parallel: 3", "= 4 ranks"]),
-        (["actor.precision=fp8-delayed", "actor.layer_spec=local"], ["actor.precision: fp8-delayed", "layer_spec=local"]),
+        (
+            ["actor.precision=fp8-delayed", "actor.layer_spec=local"],
+            ["actor.precision: fp8-delayed", "layer_spec=local"],
+        ),
         (["actor.precision=mxfp8", "actor.layer_spec=local"], ["actor.precision: mxfp8", "layer_spec=local"]),
         (["actor.precision=fp32", "actor.layer_spec=te"], ["actor.precision: fp32", "TF32", "actor.layer_spec=te"]),
-        (["actor.precision=fp32", "rollout.quantization=fp8_per_block"], ["rollout.quantization: fp8_per_block", "fp32"]),
+        (
+            ["actor.precision=fp32", "rollout.quantization=fp8_per_block"],
+            ["rollout.quantization: fp8_per_block", "fp32"],
+        ),
         (["cluster.time_minutes=10"], ["cluster.time_minutes: 10", "cluster.signal_seconds = 600"]),
     ],
 )
