@@ -1,0 +1,80 @@
+"""Builds Transformer Engine's FP8 model of a rank of every pipeline stage on the meta device, and prints what it found.
+
+    python te_stages.py SHAPE TENSOR_PARALLEL PIPELINE_PARALLEL PRECISION
+
+Transformer Engine must be importable; there need be no GPU. Its modules are made, and none runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemo_r3 import precision
+from nemo_r3.config import Config
+from nemo_r3.models import Architecture, shape
+from nemo_r3.precision import PRECISIONS, precision_of
+
+META = torch.device("meta")
+
+
+def pretend_gpu(capability: tuple[int, int]) -> None:
+    """A GPU of this capability, whose tensors have a shape and no numbers."""
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.current_device = lambda: META
+    cuda.get_device_capability = lambda device=None: capability
+
+
+def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
+    """What the first rank of a pipeline stage holds, and what an export streams through it."""
+    from megatron.core import fp8_utils, parallel_state
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    from nemo_r3.actor.model import transformer_config, trunk
+    from nemo_r3.actor.weights import export_hf, mark_tensor_parallel, parameters_by_name
+
+    CudaRNGStatesTracker.fork = lambda self, name=None: nullcontext()
+    tensor, pipeline = config.actor.tensor_parallel, config.actor.pipeline_parallel
+    dist.init_process_group("fake", rank=number * tensor, world_size=tensor * pipeline, store=FakeStore())
+    parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+    settings = transformer_config(config.actor, arch, precision_of(config), on_cuda=True)
+    settings.init_model_with_meta_device = True
+    model = trunk(settings, arch, "te").to(device=META, dtype=precision_of(config).dtype)
+    mark_tensor_parallel(model, arch)
+    layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    found = {
+        "raw": sorted(name for name, _ in model.named_parameters()),
+        "parameters": {name: list(part.shape) for name, part in parameters_by_name(model, arch).items()},
+        "cut": sorted(n for n, part in parameters_by_name(model, arch).items() if part.tensor_model_parallel),
+        "dtypes": sorted({str(part.dtype) for part in model.parameters()}),
+        "bf16_layers": [layer for layer in layers if fp8_utils.is_first_last_bf16_layer(settings, layer)],
+        "recipe": str(fp8_utils.get_fp8_recipe(settings)),
+        "linear": type(model.decoder.layers[0].mlp.linear_fc1).__mro__[1].__module__,
+        "attention": type(model.decoder.layers[0].self_attention.core_attention).__name__,
+        "export": {name: list(whole.shape) for name, whole in export_hf(model, arch)},
+    }
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    return found
+
+
+def main(model: str, tensor_parallel: str, pipeline_parallel: str, name: str) -> None:
+    config = Config()
+    config.actor.tensor_parallel, config.actor.pipeline_parallel = int(tensor_parallel), int(pipeline_parallel)
+    config.actor.sequence_parallel, config.actor.precision = int(tensor_parallel) > 1, name
+    recipe, arch = PRECISIONS[name].fp8, shape(model)
+    assert recipe is not None
+    pretend_gpu((10, 0) if name == "mxfp8" else (9, 0))
+    precision.prepare(config, arch)
+    print(json.dumps([stage(config, arch, number) for number in range(int(pipeline_parallel))]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,89 @@
+"""Transformer Engine's FP8 model has the parameters that loading, refit and export expect, on every pipeline stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_r3.models import Architecture, names, shape
+from nemo_r3.models.names import full_shape, table
+
+pytest.importorskip("transformer_engine", reason="Transformer Engine cannot be imported", exc_type=ImportError)
+pytestmark = pytest.mark.te
+
+STAGES = Path(__file__).with_name("te_stages.py")
+
+
+def stages(model: str, tensor_parallel: int, pipeline_parallel: int, precision: str) -> list[dict[str, Any]]:
+    root = str(STAGES.parents[2])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(STAGES), model, str(tensor_parallel), str(pipeline_parallel), precision],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert not done.returncode, done.stdout[-2000:] + done.stderr[-6000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def expected(arch: Architecture, number: int, tensor_parallel: int, pipeline_parallel: int) -> dict[str, list[int]]:
+    """Parameters of the first rank of a stage: the name table's, cut."""
+    here = {}
+    for row in table(arch):
+        ends = {"embedding.word_embeddings.weight": 0}
+        owner = row.layer // (arch.num_layers // pipeline_parallel) if row.layer is not None else None
+        owner = ends.get(row.megatron, pipeline_parallel - 1) if owner is None else owner
+        if owner == number:
+            whole = torch.empty(full_shape(row, arch, tensor_parallel), device="meta")
+            here[row.megatron] = list(names.shard(row, whole, 0, tensor_parallel).shape)
+    if arch.tied and 0 < number == pipeline_parallel - 1:  # the last stage's copy
+        here["output_layer.weight"] = [arch.padded_vocab(tensor_parallel) // tensor_parallel, arch.hidden_size]
+    return here
+
+
+def whole_tensors(arch: Architecture, tensor_parallel: int) -> dict[str, list[int]]:
+    found = {}
+    for row in table(arch):
+        whole = torch.empty(full_shape(row, arch, tensor_parallel), device="meta")
+        found |= {name: list(part.shape) for name, part in zip(row.hf, names.split(row, whole, arch), strict=True)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor_parallel", "pipeline_parallel", "precision", "recipe"),
+    [
+        ("llama-3.1-70b", 8, 4, "fp8-blockwise", "Float8BlockScaling"),
+        ("qwen2.5-1.5b", 2, 2, "fp8-tensorwise", "Float8CurrentScaling"),
+        ("phi-3.5-mini", 1, 2, "fp8-delayed", "DelayedScaling"),
+        ("qwen2-7b", 4, 1, "mxfp8", "MXFP8BlockScaling"),
+    ],
+)
+def test_stages(model: str, tensor_parallel: int, pipeline_parallel: int, precision: str, recipe: str) -> None:
+    arch = shape(model)
+    found = stages(model, tensor_parallel, pipeline_parallel, precision)
+    assert len(found) == pipeline_parallel
+    bf16_layers = []
+    for number, one in enumerate(found):
+        assert one["parameters"] == expected(arch, number, tensor_parallel, pipeline_parallel)
+        assert one["export"] == whole_tensors(arch, tensor_parallel)
+        assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in one["raw"]
+        assert one["linear"].startswith("transformer_engine.pytorch.module.")
+        assert one["attention"] == "SharedContextAttention"
+        assert one["dtypes"] == ["torch.bfloat16"], "weights stay BF16; products are FP8"
+        assert f"{recipe}," in one["recipe"]
+        cut = {name for name in one["parameters"] if not name.endswith("norm.weight")}
+        assert set(one["cut"]) == cut
+        bf16_layers += one["bf16_layers"]
+    assert bf16_layers == ([] if precision == "fp8-delayed" else [0, arch.num_layers - 1])
+    if precision == "fp8-blockwise":
+        assert "power_2_scale=False" in found[0]["recipe"], "what prepare() set came before the import"
