@@ -2,11 +2,22 @@
 # make quickstart everything, from nothing
 # ARGS="..." is passed on: `make quickstart ARGS="seed=2"`, `make test ARGS="tests/config -x"`
 
+# the CPU suite on a GPU cluster's Python and megatron-core: `make test STACK=py312`
+STACK ?= py311
+ifeq ($(STACK),py311)
 PYTHON ?= python3.11
 VENV := .venv
+LOCK := requirements/cpu.lock
+else ifeq ($(STACK),py312)
+PYTHON ?= python3.12
+VENV := .venv-py312
+LOCK := requirements/cpu-py312.lock
+else
+$(error STACK=$(STACK) is neither py311 nor py312)
+endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TRL := .venv-trl
+TRL := $(VENV)-trl
 TRL_STAMP := $(TRL)/.installed
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
@@ -23,15 +34,15 @@ export OMP_NUM_THREADS ?= 1
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## make .venv and install the pinned CPU stack; again only when the lock or pyproject.toml changed
+setup: $(STAMP) ## make .venv (.venv-py312) and install the pinned CPU stack; again only when the lock or pyproject.toml changed
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or say PYTHON=/path/to/it"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install it or say PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): requirements/cpu.lock pyproject.toml | $(BIN)/python
-	@echo "installing $$(grep -c == requirements/cpu.lock) packages into $(VENV): some minutes and 3 GB the first time"
-	@$(BIN)/python -m pip install -qq --no-deps -r requirements/cpu.lock || { \
+$(STAMP): $(LOCK) pyproject.toml | $(BIN)/python
+	@echo "installing $$(grep -c == $(LOCK)) packages into $(VENV): some minutes and 3 GB (py312: 6 GB) the first time"
+	@$(BIN)/python -m pip install -qq --no-deps -r $(LOCK) || { \
 	  echo "If torch was not found: torch+cpu comes from PyTorch's CPU wheel index, not from PyPI; see Set-up in README.md"; \
 	  exit 1; }
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
