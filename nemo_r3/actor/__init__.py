@@ -1,5 +1,6 @@
 """The policy on megatron-core: build, load, update, export, checkpoint."""
 
+import logging
 import warnings
 
 # megatron-core warns of every optional extension that is absent (where one is needed, we refuse by name), looks for
@@ -13,3 +14,8 @@ for _message in (
     "Please use DTensor instead",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+# all that these three say of 0.19: GPTModel is not the newest of its models, DDP lays its buffers out itself, and the save
+# that we do not use is old
+for _module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel", "dist_checkpointing.strategies.torch"):
+    logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -127,7 +128,7 @@ def test_the_summary_has_before_and_after(trained: Path) -> None:
                 assert 0 < found["n"] <= 24
     assert summary["before"] != summary["after"]
     assert {"rollout", "update", "refit"} <= summary["seconds"].keys()
-    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["versions"]["torch"] == importlib.metadata.version("torch")
     assert Path(summary["export"]).is_dir()
 
 
