@@ -15,7 +15,7 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 
-# all that these three say of 0.19: GPTModel is not the newest of its models, DDP lays its buffers out itself, and the save
-# that we do not use is old
+# all that these three say in 0.19: GPTModel is not the newest of its models, DDP lays its buffers out itself, and the
+# asynchronous save that we do not use is old
 for _module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel", "dist_checkpointing.strategies.torch"):
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
