@@ -61,12 +61,10 @@ class Launch:
 def drill(argv: Sequence[str]) -> None:
     """`python -m recipes.drill CONFIG.yaml key=value ...`; exits with 1 where the two runs differ."""
     config = configuration.load(argv)
-    _refuse_chance(config)
+    ranks = ranks_of(config)
     home = Path(config.run.dir) / "drill"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    actor = config.actor
-    ranks = config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel
     whole, killed = (Launch(argv, ranks, home / name) for name in ("whole", "killed"))
 
     begun = time.monotonic()
@@ -91,10 +89,16 @@ def drill(argv: Sequence[str]) -> None:
     print(f"the same, after {config.drill.kills} kills: failure bank, {config.train.steps} steps, rollouts")
 
 
-def _refuse_chance(config: Config) -> None:
-    asked = config.rollout.deterministic
+def ranks_of(config: Config) -> int:
+    """How many ranks the run under test has on this machine.
+
+    Raises:
+        UserError: two runs of this config would differ anyway.
+    """
+    asked, actor = config.rollout.deterministic, config.actor
     if asked is False or (asked is None and torch.cuda.is_available()):
         raise UserError(f"rollout.deterministic: {asked}: two runs would differ anyway; a drill needs true")
+    return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel
 
 
 def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, float]:
@@ -111,11 +115,11 @@ def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, f
         saving = kind == "while saving" and writing.exists()
         if saving or lived > (patience if kind == "while saving" else wait):
             soft = kind == "SIGUSR1"
-            _signal(process.pid, launch.ranks, signal.SIGUSR1 if soft else signal.SIGKILL)
+            send(process.pid, launch.ranks, signal.SIGUSR1 if soft else signal.SIGKILL)
             try:
                 process.wait(patience)
             except subprocess.TimeoutExpired:
-                _signal(process.pid, launch.ranks, signal.SIGKILL)
+                send(process.pid, launch.ranks, signal.SIGKILL)
                 raise UserError(f"{signal.Signals.SIGUSR1.name} did not end the run; see {launch.path}.log") from None
             if soft and process.returncode not in (0, signals.STOPPED, 1):
                 raise UserError(f"SIGUSR1 ended the run with code {process.returncode}; see {launch.path}.log")
@@ -123,7 +127,7 @@ def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, f
     return process.returncode, time.monotonic() - begun
 
 
-def _signal(process: int, ranks: int, number: signal.Signals) -> None:
+def send(process: int, ranks: int, number: signal.Signals) -> None:
     """Signals the ranks, and with SIGKILL their launcher too: torchrun dies of SIGUSR1 and takes the ranks with it."""
     if number is signal.SIGKILL:
         os.killpg(process, number)
@@ -136,7 +140,7 @@ def _signal(process: int, ranks: int, number: signal.Signals) -> None:
 def differences(whole: Path, killed: Path, steps: int) -> list[str]:
     """What the killed run has otherwise."""
     found = []
-    ours, theirs = (_untimed(path / "metrics.jsonl") for path in (killed, whole))
+    ours, theirs = (untimed(path / "metrics.jsonl") for path in (killed, whole))
     if [line["step"] for line in ours] != list(range(1, steps + 1)):
         found.append(f"metrics.jsonl has the steps {[line['step'] for line in ours]}")
     found += [f"metrics of step {b['step']}: {a} != {b}" for a, b in zip(ours, theirs, strict=False) if a != b]
@@ -149,7 +153,8 @@ def differences(whole: Path, killed: Path, steps: int) -> list[str]:
     return found
 
 
-def _untimed(file: Path) -> list[dict[str, object]]:
+def untimed(file: Path) -> list[dict[str, object]]:
+    """A run's metrics by step, without the times."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 

@@ -101,7 +101,7 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
         if policy.world.is_main:
             _finish(writing, final, policy, step, state, sums)
             for old in sorted(directory.glob("step_*"))[:-keep]:
-                shutil.rmtree(old)
+                _remove(old)
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         if _is_fault(error):
             raise
@@ -161,8 +161,14 @@ def _finish(
         file.flush()
         os.fsync(file.fileno())
     if final.exists():
-        shutil.rmtree(final)  # left by a run that was cut back to an earlier step
+        _remove(final)  # left by a run that was cut back to an earlier step
     writing.rename(final)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes a checkpoint out of the count before its files: one that dies half removed is none."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def _cause(error: BaseException) -> str:
