@@ -113,15 +113,16 @@ class RunDirectory:
         self.times = {}
         if not self._world.is_main:
             return
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if self._board is not None:
-            for name, value in line.items():
-                if value is not None and name != "step":
-                    self._board.add_scalar(name, value, step)
-            self._board.flush()
+            with naming(self.path / "tensorboard"):
+                for name, value in line.items():
+                    if value is not None and name != "step":
+                        self._board.add_scalar(name, value, step)
+                self._board.flush()
 
     def log_rollouts(self, step: int, groups: Sequence[Group], batch: UpdateBatch) -> None:
         """Writes every reflection of a step with its attempt, retry, reward and advantage."""
@@ -210,8 +211,19 @@ _locks: list[TextIO] = []
 def write_whole(file: Path, text: str) -> None:
     """Writes a file so that a reader sees the old or the new content, never a part."""
     writing = file.with_name(f".{file.name}.writing")
-    with writing.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    writing.replace(file)
+    with naming(file):
+        with writing.open("w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        writing.replace(file)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts a path on an `OSError` that names none: a full disk is met in a write, which knows no name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

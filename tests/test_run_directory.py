@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from nemo_r3.config import Config, load
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import RunDirectory, _locks, take_lock, write_whole
+from nemo_r3.run_directory import RunDirectory, _locks, naming, take_lock, write_whole
 from nemo_r3.runtime import World
 
 
@@ -119,3 +120,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_whole(file, cast(str, 3))
     assert file.read_text() == "old"
+
+
+def test_a_write_that_finds_no_room_names_the_file() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as error, naming(Path("/dev/full")):
+        with Path("/dev/full").open("w") as full:
+            full.write("x")
+            full.flush()
+    assert error.value.errno == errno.ENOSPC
