@@ -153,15 +153,32 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "writing failed"
             _leave(f"error: {where}: {error.strerror}; mend that and run the same command again", 2)
+        if is_collective(error):
+            _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)
     sys.stdout.flush()
 
 
-def _leave(message: str, code: int) -> None:
+def is_collective(error: BaseException) -> bool:
+    """Whether the ranks could not meet. gloo raises a bare RuntimeError, so its name in the message has to do."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _of_another_rank(error: Exception) -> str:
+    """What a rank says whose collective failed: the cause is in another rank's log, and in no stack of this one."""
+    said = str(error).partition("\n")[0]
+    if "timed out" in said.lower() or "timeout" in said.lower():
+        return (
+            f"a collective waited for another rank until run.timeout_minutes; the stacks of all ranks say why ({said})"
+        )
+    return f"another rank has ended, which ends this one; that one's message says why ({said})"
+
+
+def _leave(message: str, code: int, follows: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if rank and code != signals.STOPPED:
+    if follows or (rank and code != signals.STOPPED):
         signals.deaf()
-        time.sleep(3)  # an error that all ranks meet is printed by rank 0; the launcher ends the others meanwhile
+        time.sleep(3)  # an error that all ranks meet is printed by rank 0, another one by the rank whose it is, first
     if rank:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()

@@ -34,7 +34,7 @@ from nemo_r3.actor.checkpoint_writer import InProcessSave
 from nemo_r3.actor.cpu import on_any_device
 from nemo_r3.actor.policy import Policy
 from nemo_r3.errors import UserError
-from nemo_r3.runtime import World
+from nemo_r3.runtime import World, is_collective
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
@@ -122,7 +122,7 @@ def _is_fault(error: BaseException) -> bool:
 
     torch's writer in C++ raises a bare RuntimeError for a full disk, and so does gloo for a lost rank.
     """
-    return isinstance(error, torch.distributed.DistError | torch.OutOfMemoryError) or "/gloo/" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or is_collective(error)
 
 
 def _names(directory: Path, world: World) -> list[str]:

@@ -23,7 +23,7 @@ MS_RDONLY, MS_REMOUNT = 1, 32
 
 
 def mount(path: Path, size: int, flags: int = 0) -> bool:
-    """Mounts a tmpfs, or gives it other options; False where that is not allowed, as read-only while a file is written."""
+    """Mounts a tmpfs, or gives it other options; False where that is not allowed, or a file is being written."""
     options = f"size={size}".encode()
     return ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(path), b"tmpfs", ctypes.c_ulong(flags), options) == 0
 

@@ -1,0 +1,46 @@
+"""`python broken_engine.py HOW CONFIG.yaml key=value ...`: recipes.train; rank 1's engine breaks in step 2.
+
+HOW  raises, as vLLM does of a CUDA error in its worker; hangs; or is killed with its process
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from nemo_r3 import runtime
+from recipes import session, train
+
+started = session.start_engine
+
+
+def breaks_in_step_2(how: str) -> None:
+    """What happens in place of a token."""
+    if how == "raises":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while how == "hangs":
+        time.sleep(1)
+
+
+def start_engine(ground: session.Ground) -> session.Session:
+    """The real engine; rank 1's breaks once its weights are those of step 1."""
+    rl = started(ground)
+    step = rl.engine.step
+
+    def broken():
+        if rl.engine.version == 1:
+            breaks_in_step_2(how)
+        return step()
+
+    if ground.world.rank == 1:
+        rl.engine.step = broken
+    return rl
+
+
+how = sys.argv.pop(1)
+session.start_engine = start_engine
+runtime.main(train.train)
