@@ -29,7 +29,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all test-slurm check format bench
+.PHONY: help setup quickstart test test-all test-slurm soak check format bench
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ test-all: setup ## all tests of a CPU machine
 # one job at a time: each takes all cores; ARGS="-m 'slurm and not slow'" leaves the quick ones
 test-slurm: setup ## jobs on a virtual Slurm cluster; needs root and Debian's slurm-wlm and munge
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+soak: setup ## end a small run by kill -9 and SIGUSR1, 200 times in all, and count the harm; it goes on where it was stopped
+	$(BIN)/python -m recipes.soak configs/soak.yaml $(ARGS)
 
 check: setup ## format, lint, types, floors, then `make test`: what CI runs
 	$(BIN)/ruff format --check .

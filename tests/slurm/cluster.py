@@ -140,11 +140,12 @@ class Cluster:
         self._daemons[node].kill()
         self._daemons[node].wait()
 
-    def mend(self, node: str) -> None:
-        """Boots a node again where it was cut off, and returns when all nodes are idle."""
-        if self._daemons[node].poll() is not None:
-            self.power_on(node)
-        self.ask("scontrol", "update", f"nodename={node}", "state=resume")
+    def mend(self, *nodes: str) -> None:
+        """Boots nodes again that were cut off, and returns when all nodes are idle."""
+        for node in nodes:
+            if self._daemons[node].poll() is not None:
+                self.power_on(node)
+            self.ask("scontrol", "update", f"nodename={node}", "state=resume")
         self._until(lambda: set(self.states()) == {"idle"}, "all nodes are idle")
 
     def states(self) -> list[str]:

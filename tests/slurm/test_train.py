@@ -68,6 +68,7 @@ def test_a_killed_rank_is_named_and_the_job_resumes(
     job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path, "train.save_every=1"))
     until(lambda: (tmp_path / "checkpoints" / "step_000001" / "manifest.json").exists(), cluster, job)
     os.kill(rank_process(job, 3), signal.SIGKILL)
+    until_resumed(cluster, job, "kill -9 of a rank")
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert "rank 3 on n2 was killed by signal 9 (SIGKILL); requeued: fault 1 of 3 allowed" in cluster.output(job)
     assert cluster.show(job)["Restarts"] == "1"
@@ -134,6 +135,7 @@ INTERRUPTIONS = {
     "preemption": preempt,
     "node_down": lambda cluster, job: cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test"),
     "power_cut": lambda cluster, job: cluster.power_cut("n2"),
+    "batch_host_killed": lambda cluster, job: cluster.power_cut("n1"),
 }
 
 
@@ -145,13 +147,11 @@ def test_slurm_interrupts_a_job_and_it_goes_on(
     job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path, "train.save_every=1"))
     until(lambda: (tmp_path / "checkpoints" / "step_000001" / "manifest.json").exists(), cluster, job)
     INTERRUPTIONS[interruption](cluster, job)
-    interrupted = time.monotonic()
     try:
-        until(lambda: "resuming after step" in cluster.output(job), cluster, job)
-        print(f"{interruption}: resumed after {time.monotonic() - interrupted:.0f} s")
+        until_resumed(cluster, job, interruption)
         assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     finally:
-        cluster.mend("n2")
+        cluster.mend("n1", "n2")
     assert cluster.show(job)["Restarts"] == "1"
     assert untimed(tmp_path) == by_torchrun
     assert json.loads((tmp_path / "slurm.json").read_text())["faults"] == 0, "not the job's fault"
@@ -162,8 +162,10 @@ def test_a_time_limit_ends_slices_and_the_job_goes_on(cluster: Cluster, failures
     """Slurm may send its signal up to a minute early: between 60 and 120 of 180 seconds."""
     limit = ("--time=3", "--signal=B:USR1@60")
     job = cluster.submit(*TWO_BY_TWO, *limit, SCRIPT, *settings(failures, tmp_path, "train.steps=250"))
+    stopped = f"slice 0 of job {job}: stopped on request; requeued"
+    until(lambda: stopped in cluster.output(job), cluster, job)
+    until_resumed(cluster, job, "time limit")
     assert cluster.wait(job, 600) == "COMPLETED", cluster.output(job)
-    assert f"slice 0 of job {job}: stopped on request; requeued" in cluster.output(job)
     assert [line["step"] for line in untimed(tmp_path)] == list(range(1, 251))
 
 
@@ -191,6 +193,13 @@ def until(happened: Any, cluster: Cluster, job: str, seconds: float = 240) -> No
     while not happened():
         assert time.monotonic() < deadline, cluster.output(job)[-4000:]
         time.sleep(0.05)
+
+
+def until_resumed(cluster: Cluster, job: str, fault: str) -> None:
+    """Waits for a job that was just interrupted to go on, and says how long that took (`pytest -rP` shows it)."""
+    begun = time.monotonic()
+    until(lambda: "resuming after step" in cluster.output(job), cluster, job)
+    print(f"{fault}: resumed after {time.monotonic() - begun:.0f} s")
 
 
 def rank_process(job: str, rank: int) -> int:
