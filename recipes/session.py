@@ -26,6 +26,7 @@ from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Problem
 
 if TYPE_CHECKING:
+    from nemo_r3.actor.checkpoint import Saver
     from nemo_r3.actor.policy import Policy
     from nemo_r3.failures import Bank, Source
     from nemo_r3.rollout.engine import Engine
@@ -152,14 +153,12 @@ def resume(ground: Ground, policy: Policy, session: Session) -> dict[str, Any]:
     return {}
 
 
-def save(ground: Ground, policy: Policy, session: Session, step: int, counters: dict[str, Any]) -> None:
-    """Writes the checkpoint of a step that is done, with the loop's counters."""
-    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+def saver(ground: Ground, policy: Policy) -> Saver:
+    """What saves the run's steps."""
+    from nemo_r3.actor.checkpoint import Saver  # megatron-core: after `join` has prepared the environment
 
-    session.progress.during("save")
-    with ground.run.timed("save"):
-        keep = ground.plan.config.train.keep_checkpoints
-        checkpoint.save(policy, ground.run.checkpoints, step, counters, keep)
+    config = ground.plan.config.train
+    return Saver(policy, ground.run.checkpoints, config.keep_checkpoints, config.save_in_background)
 
 
 def trained_checkpoint(ground: Ground) -> Path | None:

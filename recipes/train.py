@@ -42,7 +42,7 @@ def train(argv: Sequence[str]) -> None:
     rl = session.start_engine(ground)
     source = session.failure_source(bank, ground, rl)
     at = Counters(**session.resume(ground, policy, rl))
-    source.cursor, saved = at.cursor, at.step
+    source.cursor, saved, saver = at.cursor, at.step, session.saver(ground, policy)
     run.cut_back(at.step)
 
     try:
@@ -76,14 +76,19 @@ def train(argv: Sequence[str]) -> None:
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
             rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics)}  {speed}")
-            if step % config.train.save_every == 0 or step == config.train.steps:
-                session.save(ground, policy, rl, step, asdict(at))
-                saved = step
+            with run.timed("save"):
+                saver.finish_if_written()
+                if step % config.train.save_every == 0 or step == config.train.steps:
+                    rl.progress.during("save")
+                    saver.save(step, asdict(at))
+                    saved = step
             give_up(at, config.train)
     except signals.Stopped:
         if at.step > saved:
-            session.save(ground, policy, rl, at.step, asdict(at))
+            saver.save(at.step, asdict(at))
+        saver.finish()
         raise
+    saver.finish()
     run.add_to_summary(versions=session.versions())
     if world.is_main and at.step:
         curve(run.metrics, run.path / "curve.png")

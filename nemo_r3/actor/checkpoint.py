@@ -11,12 +11,12 @@ No generator state is kept: every step is seeded by (seed, step), see `runtime.s
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
-from nemo_r3.actor.checkpoint_writer import InProcessSave
+from nemo_r3.actor.checkpoint_writer import UNREADABLE, ThreadedSave, sum_of
 from nemo_r3.actor.cpu import on_any_device
 from nemo_r3.actor.policy import Policy
 from nemo_r3.errors import UserError
@@ -38,7 +38,6 @@ from nemo_r3.runtime import World, is_collective
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
-UNREADABLE = "unreadable"
 WAY_OUT = "remove that checkpoint to resume from the one before"
 FIELDS = {"step", "version", "architecture", "rope", "files", "state", "model"}
 
@@ -72,49 +71,142 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-@on_any_device
+@dataclass(frozen=True)
+class Saving:
+    """A save under way.
+
+    Attributes:
+        world: all ranks.
+        directory: the run's `checkpoints`.
+        manifest: what the checkpoint will say of itself, but for its files.
+        strategy: writes the shards.
+    """
+
+    world: World
+    directory: Path
+    manifest: dict[str, Any]
+    strategy: ThreadedSave
+
+    @property
+    def writing(self) -> Path:
+        """What has been written so far."""
+        return self.directory / WRITING
+
+    @property
+    def final(self) -> Path:
+        """What it will be."""
+        return self.directory / f"step_{self.manifest['step']:06d}"
+
+
 def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Writes `directory/step_<step>` and removes all but the newest `keep` checkpoints.
+    """Writes `directory/step_<step>` and removes all but the newest `keep` checkpoints; see `begin` and `finish`."""
+    return finish(begin(policy, directory, step, state), keep)
+
+
+@on_any_device
+def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], background: bool = False) -> Saving:
+    """Begins to write `directory/step_<step>`, which counts once `finish` has returned.
 
     Args:
         policy: on every rank.
         directory: the run's `checkpoints`, on a file system that all ranks see.
         step: the training step that is done.
         state: the loop's own counters (JSON), given back by `load`.
-        keep: how many checkpoints to keep.
+        background: the policy may change before `finish`; costs a copy in host memory of what this rank writes.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    writing, final = directory / WRITING, directory / f"step_{step:06d}"
-    try:
-        if policy.world.is_main:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-        policy.world.barrier()
-        strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), _data_parallel_group())
-        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(writing), strategy)
-        policy.world.barrier()
-        sums = _file_sums(writing, _names(writing, policy.world), policy.world)
+    manifest = {
+        "step": step,
+        "version": policy.version,
+        "architecture": _described(policy),
+        "rope": _regime(policy),
+        "model": policy.fingerprint,
+        "state": dict(state),
+    }
+    saving = Saving(policy.world, directory, manifest, ThreadedSave(copies=background))
+    with _explained(saving):
+        if saving.world.is_main:
+            shutil.rmtree(saving.writing, ignore_errors=True)
+            saving.writing.mkdir(parents=True)
+        saving.world.barrier()
+        strategy = FullyParallelSaveStrategyWrapper(saving.strategy, _data_parallel_group())
+        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(saving.writing), strategy)
+    return saving
+
+
+@on_any_device
+def finish(saving: Saving, keep: int) -> Path:
+    """Waits for the shards of all ranks, then makes the checkpoint count and removes all but the newest `keep`.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    world = saving.world
+    with _explained(saving):
+        saving.strategy.finish()
+        sums = {name: total for part in world.gather(saving.strategy.sums) for name, total in part.items()}
+        rest = sorted(set(_names(saving.writing, world)) - set(sums))
+        sums |= _file_sums(saving.writing, rest, world)
         if UNREADABLE in sums.values():
             raise OSError(errno.EIO, "what was written cannot be read back")
-        if policy.world.is_main:
-            _finish(writing, final, policy, step, state, sums)
-            for old in sorted(directory.glob("step_*"))[:-keep]:
+        if world.is_main:
+            _publish(saving, sums)
+            for old in sorted(saving.directory.glob("step_*"))[:-keep]:
                 _remove(old)
+    world.barrier()
+    return saving.final
+
+
+@contextmanager
+def _explained(saving: Saving) -> Iterator[None]:
+    """Sweeps up after a save that fails, and says what stands."""
+    try:
+        yield
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         if _is_fault(error):
             raise
-        if policy.world.is_main:
-            shutil.rmtree(writing, ignore_errors=True)
-        good = latest(directory)
+        if saving.world.is_main:
+            shutil.rmtree(saving.writing, ignore_errors=True)
+        good = latest(saving.directory)
         raise UserError(
-            f"cannot write {final}: {_cause(error)}; "
+            f"cannot write {saving.final}: {_cause(error)}; "
             + (f"the last good checkpoint is {good}; " if good else "there is no earlier checkpoint; ")
             + "if the disk is full, make room there; then run the same command again"
         ) from error
-    policy.world.barrier()
-    return final
+
+
+class Saver:
+    """Saves a policy again and again; with `background` each save is written while the run goes on."""
+
+    def __init__(self, policy: Policy, directory: Path, keep: int, background: bool) -> None:
+        """Writes nothing yet; the arguments are those of `begin` and `finish`."""
+        self._policy, self._directory = policy, directory
+        self._keep, self._background = keep, background
+        self._saving: Saving | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begins a save, after the end of the one before; in the foreground it ends it too.
+
+        Raises:
+            UserError: either of them cannot be written.
+        """
+        self.finish()
+        self._saving = begin(self._policy, self._directory, step, state, self._background)
+        if not self._background:
+            self.finish()
+
+    def finish_if_written(self) -> None:
+        """Every rank calls this between steps: a save that all of them have written counts from now on."""
+        if self._saving is not None and all(self._policy.world.gather(self._saving.strategy.is_written())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the save that is under way, if there is one."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            finish(saving, self._keep)
 
 
 def _is_fault(error: BaseException) -> bool:
@@ -133,31 +225,16 @@ def _names(directory: Path, world: World) -> list[str]:
 
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
     """SHA-256 of files, or UNREADABLE, the same on every rank; they share the reading."""
-    found: dict[str, str] = {}
-    for name in names[world.rank :: world.size]:
-        try:
-            with (directory / name).open("rb") as handle:
-                found[name] = hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError:
-            found[name] = UNREADABLE
+    found = {name: sum_of(directory / name) for name in names[world.rank :: world.size]}
     return {name: total for part in world.gather(found) for name, total in part.items()}
 
 
-def _finish(
-    writing: Path, final: Path, policy: Policy, step: int, state: Mapping[str, Any], sums: Mapping[str, str]
-) -> None:
+def _publish(saving: Saving, sums: Mapping[str, str]) -> None:
     """Writes the manifest and moves the directory into place: from here on the checkpoint counts."""
-    manifest = {
-        "step": step,
-        "version": policy.version,
-        "architecture": _described(policy),
-        "rope": _regime(policy),
-        "model": policy.fingerprint,
-        "files": {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)},
-        "state": dict(state),
-    }
+    writing, final = saving.writing, saving.final
+    files = {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)}
     with (writing / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump(saving.manifest | {"files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     if final.exists():

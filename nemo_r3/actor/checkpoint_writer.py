@@ -1,4 +1,4 @@
-"""Writes a checkpoint's shards in this process.
+"""Writes a checkpoint's shards in a thread of this process.
 
 megatron-core's own writer starts a manager by importing the main module anew and forks one process per file. Here
 vLLM's engine and its threads live in the same process, where importing twice takes long and forking can hang.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import inspect
 import queue
+from collections.abc import Callable
+from hashlib import file_digest
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch.distributed as dist
@@ -16,39 +19,96 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+UNREADABLE = "unreadable"
 
-class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's torch_dist format, written file after file before `save` returns."""
+
+class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """megatron-core's torch_dist format: `save` plans, a thread writes file after file, `finish` completes.
+
+    Attributes:
+        sums: SHA-256 of the files that this rank has written, by name; UNREADABLE where one could not be read back.
+    """
+
+    def __init__(self, copies: bool) -> None:
+        """With `copies`, tensors may change between `save` and `finish`: the thread writes copies of them."""
+        super().__init__("torch_dist", 1)
+        self.sums: dict[str, str] = {}
+        self._copies = copies
+        self._thread = Thread(target=self._write, daemon=True)
+        self._work: tuple[list[Any], list[Any], queue.Queue[Any]] | None = None
+        self._finish: list[Callable[[], None]] = []
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Writes this rank's files; every rank learns of any rank's failure.
-
-        Raises:
-            CheckpointException: a rank could not write.
-        """
+        """Plans the files with all ranks, and begins to write this rank's."""
         filesystem_async._results_queue = queue.Queue()
         choosable = "async_strategy" in inspect.signature(self.async_save).parameters  # since megatron-core 0.19
         strategy = {"async_strategy": "mcore"} if choosable else {}
         request = self.async_save(sharded_state_dict, Path(checkpoint_dir), **strategy)
         if request.async_fn is not None:
             _, buckets, results = request.async_fn_args
-            transforms = request.async_fn.args[0]
-            results.put(_write(transforms, request.preload_fn() if request.preload_fn is not None else buckets))
+            on_cpu = request.preload_fn() if request.preload_fn is not None else buckets
+            self._work = request.async_fn.args[0], _copied(on_cpu, buckets) if self._copies else on_cpu, results
+        self._finish = request.finalize_fns
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Whether `finish` would not have to wait for this rank's thread."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Waits until every rank has written; every rank learns of any rank's failure.
+
+        Raises:
+            CheckpointException: a rank could not write.
+        """
+        self._thread.join()
         dist.barrier()
-        for finish in request.finalize_fns:
+        for finish in self._finish:
             finish()
 
+    def _write(self) -> None:
+        if self._work is None:
+            return
+        transforms, buckets, results = self._work
+        try:
+            results.put({number: self._write_file(transforms, number, it) for number, it in enumerate(buckets)})
+        except Exception as error:  # noqa: BLE001  of a thread: `finish` raises it on every rank
+            results.put(error)
+        self._work = None  # frees the copies
 
-def _write(transforms: list[Any], buckets: list[Any]) -> dict[int, Any] | Exception:
-    """Writes each bucket to its file; the results by bucket, or the first error."""
-    written: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
+    def _write_file(self, transforms: list[Any], number: int, bucket: Any) -> Any:
         results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         pending: queue.Queue[int] = queue.Queue()
         pending.put(number)
         FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, pending, use_fsync=True)
         _, outcome = results.get()
         if isinstance(outcome, Exception):
-            return outcome
-        written[number] = outcome
-    return written
+            raise outcome
+        self.sums[Path(bucket[0]).name] = sum_of(Path(bucket[0]))
+        return outcome
+
+
+def _copied(buckets: list[Any], sources: list[Any]) -> list[Any]:
+    """Buckets whose tensors share no memory with those of the run; what came from a GPU is a copy already."""
+    return [
+        (
+            *names,
+            (
+                texts,
+                [
+                    (item, tensor.clone() if source.is_cpu else tensor)
+                    for (item, tensor), (_, source) in zip(tensors, originals, strict=True)
+                ],
+            ),
+        )
+        for (*names, (texts, tensors)), (*_, (_, originals)) in zip(buckets, sources, strict=True)
+    ]
+
+
+def sum_of(file: Path) -> str:
+    """A file's SHA-256, or UNREADABLE."""
+    try:
+        with file.open("rb") as handle:
+            return file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return UNREADABLE

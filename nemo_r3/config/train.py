@@ -13,6 +13,12 @@ class TrainConfig:
     failures_per_step: int = option(32, low=1, help="groups per step; times algo.group_size = the paper's batch of 256")
     save_every: int = option(50, low=1, help="steps between checkpoints; the last step is always saved", resume=True)
     keep_checkpoints: int = option(2, low=1, help="how many of the newest checkpoints to keep", resume=True)
+    save_in_background: bool = option(
+        False,
+        help="write a checkpoint while the next steps run, from a copy in host memory; a crash meanwhile goes back to "
+        "the one before",
+        resume=True,
+    )
     max_empty_steps: int = option(
         20, low=1, help="stop after this many steps in a row without a mixed group", resume=True
     )

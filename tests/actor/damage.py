@@ -105,7 +105,7 @@ def killed_while_saving(lab: Lab) -> None:
     checkpoint.save(policy, directory, 1, {"cursor": 1}, keep=2)
     lab.keep("killed-1", lab.weights(policy))
     policy.update(batch_of())
-    checkpoint._finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    checkpoint._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     checkpoint.save(policy, directory, 2, {"cursor": 2}, keep=2)
 
 

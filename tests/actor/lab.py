@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from data import LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, sequences
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_r3 import runtime
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor import policy as policy_module
+from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.model import start_parallel_groups
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import Config
@@ -103,10 +107,19 @@ class Lab:
         policy = self.policy(layout, kind, **actor)
         found: dict[str, Any] = {"score": self.score_errors(policy, kind), "export": self.export_facts(policy, kind)}
         metrics = [policy.update(batch_of()) for _ in range(2)]
-        if save:
-            checkpoint.save(policy, self.home / f"{layout}-{kind}-checkpoints", 2, {"cursor": 5}, keep=2)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
-        found |= self.second_half(policy, name, metrics)
+        if save:
+            saved = checkpoint.save(policy, self.home / f"{layout}-{kind}-checkpoints", 2, {"cursor": 5}, keep=2)
+            with written_late() as let_write:
+                elsewhere = self.home / f"{layout}-{kind}-background"
+                saving = checkpoint.begin(policy, elsewhere, 2, {"cursor": 5}, background=True)
+                found |= self.second_half(policy, name, metrics)
+                counted = checkpoint.latest(elsewhere)
+                let_write()
+                late = checkpoint.finish(saving, keep=2)
+            found["background"] = {"early": counted is not None, "same": content_of(saved) == content_of(late)}
+        else:
+            found |= self.second_half(policy, name, metrics)
         self.note(name, found)
 
     def family(self, layout: str, kind: str) -> None:
@@ -189,6 +202,27 @@ class Lab:
             message, same = self.unchanged(policy, lambda one=one: error_of(lambda: policy.update(one), RuntimeError))
             found[name] = {"message": message, "unchanged": same}
         return found
+
+
+def content_of(path: Path) -> tuple[Any, ...]:
+    """A checkpoint's manifest and index, without the id that torch draws anew for each index."""
+    manifest, index = checkpoint.read_manifest(path), FileSystemReader(path).read_metadata()
+    del manifest["files"][".metadata"]
+    return manifest, index.state_dict_metadata, index.storage_data
+
+
+@contextmanager
+def written_late() -> Iterator[Callable[[], None]]:
+    """Inside, a checkpoint's shards are written once what this gives is called."""
+    gate, write = Event(), ThreadedSave._write_file
+
+    def wait(*arguments: Any) -> Any:
+        gate.wait()
+        return write(*arguments)
+
+    ThreadedSave._write_file = wait  # type: ignore[method-assign]
+    yield gate.set
+    ThreadedSave._write_file = write  # type: ignore[method-assign]
 
 
 def largest_gap(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

@@ -44,6 +44,14 @@ def test_a_checkpoint_gives_back_what_it_was_saved_with(every: dict[str, Any], n
     assert found["version"] == found["steps"] == 5
 
 
+@pytest.mark.parametrize("name", sorted({saved_at(name) for name in SAME + OTHER}))
+def test_a_save_in_the_background_is_the_same_to_the_byte_while_the_policy_moves_on(
+    every: dict[str, Any], name: str
+) -> None:
+    """Its shards are written after three more updates."""
+    assert every[name]["background"] == {"early": False, "same": True}
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_at_the_same_layout_nothing_differs_from_the_uninterrupted_run(
     one: Any, every: dict[str, Any], name: str
