@@ -109,9 +109,9 @@ class Lab:
         metrics = [policy.update(batch_of()) for _ in range(2)]
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         if save:
-            saved = checkpoint.save(policy, self.home / f"{layout}-{kind}-checkpoints", 2, {"cursor": 5}, keep=2)
+            saved = checkpoint.save(policy, self.home / f"{name}-checkpoints", 2, {"cursor": 5}, keep=2)
             with written_late() as let_write:
-                elsewhere = self.home / f"{layout}-{kind}-background"
+                elsewhere = self.home / f"{name}-background"
                 saving = checkpoint.begin(policy, elsewhere, 2, {"cursor": 5}, background=True)
                 found |= self.second_half(policy, name, metrics)
                 counted = checkpoint.latest(elsewhere)
