@@ -26,6 +26,7 @@ from recipes.drill import PATIENCE, Launch, differences, ranks_of, send
 
 MINING = "while mining"
 KINDS = ("while saving", "at random", "while saving", "SIGUSR1")
+WRITING = Path("checkpoints", ".writing")
 PAUSE = 1.5
 """Seconds, at most, from the first sign of mining or of steps to the kill, or to the save that is aimed at."""
 SAVE = 0.15
@@ -34,10 +35,11 @@ SAVE = 0.15
 
 @dataclass
 class Tally:
-    """What all kills so far came to; all but the first three should be 0.
+    """What all kills so far came to; all but the first four should be 0.
 
     Attributes:
         kills: by kind.
+        cut_saves: kills that left a save half done.
         rounds: runs that came to their end, kill after kill.
         seconds: spent on that.
         corrupt_checkpoints: with a manifest that is cut, or whose hashes do not agree with the files.
@@ -49,6 +51,7 @@ class Tally:
     """
 
     kills: dict[str, int] = field(default_factory=dict)
+    cut_saves: int = 0
     rounds: int = 0
     seconds: float = 0.0
     corrupt_checkpoints: int = 0
@@ -67,7 +70,7 @@ class Tally:
     def harm(self) -> dict[str, int]:
         """What should be 0 and is not."""
         counted = asdict(self)
-        return {name: counted[name] for name in list(counted)[3:] if counted[name]}
+        return {name: counted[name] for name in list(counted)[4:] if counted[name]}
 
 
 def soak(argv: Sequence[str]) -> None:
@@ -78,6 +81,7 @@ def soak(argv: Sequence[str]) -> None:
     file = home / "tally.json"
     tally = Tally(**json.loads(file.read_text())) if file.exists() else Tally()
     whole = Launch(argv, ranks, home / "whole")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, leaves no run behind
     begun = time.monotonic()
     if code := whole.start().wait():
         raise UserError(f"the run that is left alone ended with code {code}; see {whole.path}.log")
@@ -98,7 +102,7 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
     Returns:
         How it ended, in words.
     """
-    before, kind = State.of(launch.path), next_kind(launch.path, tally.total)
+    before, kind, now = State.of(launch.path), next_kind(launch.path, tally.total), time.time()
     code, lived = end(launch, kind, random.Random(f"{config.seed}/{tally.total}"), patience)
     after = State.of(launch.path)
     tally.seconds = round(tally.seconds + lived, 1)
@@ -116,6 +120,7 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
         tally.rounds += 1
         tally.differing_rounds += bool(differences(whole, launch.path, config.train.steps))
         return f"came to its end after {lived:.1f} s"
+    tally.cut_saves += _is_newer(launch.path / WRITING, now)
     tally.kills[kind] = tally.kills.get(kind, 0) + 1
     return f"kill {tally.total}/{config.drill.kills} {kind} after {lived:.1f} s"
 
@@ -164,7 +169,7 @@ def end(launch: Launch, kind: str, draw: random.Random, patience: float) -> tupl
         until(launch.path / ("failures/bank.json" if kind == MINING else "metrics.jsonl"))
         time.sleep(draw.uniform(0.0, PAUSE))
         if kind == "while saving":
-            until(launch.path / "checkpoints/.writing")
+            until(launch.path / WRITING)
             time.sleep(draw.uniform(0.0, SAVE))
         if process.poll() is None:
             send(process.pid, launch.ranks, signal.SIGUSR1 if kind == "SIGUSR1" else signal.SIGKILL)

@@ -1,0 +1,63 @@
+"""The soak: what it counts is found where it is, and its tally outlives its calls."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from launch import ROOT, run
+
+from recipes.soak import State, Tally, is_sound, next_kind, rows_lost, steps_logged
+
+
+def checkpoint(path: Path, content: bytes = b"weights") -> Path:
+    path.mkdir(parents=True)
+    (path / "shard").write_bytes(content)
+    files = {"shard": [len(content), sha256(content).hexdigest()]}
+    (path / "manifest.json").write_text(json.dumps({"files": files}))
+    return path
+
+
+def test_a_corrupt_checkpoint_is_found(tmp_path: Path) -> None:
+    assert is_sound(checkpoint(tmp_path / "whole"))
+    (checkpoint(tmp_path / "altered") / "shard").write_bytes(b"Weights")
+    (checkpoint(tmp_path / "lost") / "shard").unlink()
+    cut = checkpoint(tmp_path / "cut") / "manifest.json"
+    cut.write_text(cut.read_text()[:20])
+    assert not any(is_sound(tmp_path / name) for name in ("altered", "lost", "cut"))
+
+
+def test_lost_rows_and_steps_logged_twice_are_found(tmp_path: Path) -> None:
+    whole, mined = tmp_path / "whole.jsonl", tmp_path / "mined.jsonl"
+    whole.write_text('{"row": 1}\n{"row": 2}\n')
+    assert rows_lost(whole, whole) == 0
+    assert rows_lost(mined, whole) == 2, "a shard that is gone"
+    mined.write_text('{"row": 2}\n')
+    assert rows_lost(mined, whole) == 1
+    mined.write_text('{"step": 1, "time/save": 2}\n{"step": 1}\n{"step": 2, "re')
+    assert steps_logged(mined) == [{"step": 1}, {"step": 1}], "the last line was being written"
+
+
+def test_harm_is_all_but_the_kills_themselves() -> None:
+    assert Tally({"at random": 3}, cut_saves=2, rounds=1, seconds=9.0).harm == {}
+    assert Tally(lost_checkpoints=1, differing_rounds=2).harm == {"lost_checkpoints": 1, "differing_rounds": 2}
+
+
+def test_a_round_begins_with_kills_while_it_mines(tmp_path: Path) -> None:
+    assert State.of(tmp_path) == State(0, frozenset())
+    assert [next_kind(tmp_path, number) for number in range(3)] == ["while saving", "while mining", "while mining"]
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures" / "bank.json").write_text('{"complete": true}')
+    assert [next_kind(tmp_path, number) for number in (1, 3)] == ["at random", "SIGUSR1"]
+
+
+@pytest.mark.slow
+def test_the_tally_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = (str(ROOT / "configs" / "soak.yaml"), f"run.dir={tmp_path}/soak", "train.steps=8")
+    assert "kill 2/2 while mining" in run("soak", *settings, "drill.kills=2").stdout
+    again = run("soak", *settings, "drill.kills=3").stdout
+    assert "kill 3/3 " in again and "kill 2/" not in again
+    tally = Tally(**json.loads((tmp_path / "soak" / "tally.json").read_text()))
+    assert (tally.total, tally.harm) == (3, {})
