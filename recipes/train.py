@@ -80,8 +80,7 @@ def train(argv: Sequence[str]) -> None:
                 saver.finish_if_written()
                 if step % config.train.save_every == 0 or step == config.train.steps:
                     rl.progress.during("save")
-                    saver.save(step, asdict(at))
-                    saved = step
+                    saved = saver.save(step, asdict(at))
             give_up(at, config.train)
     except signals.Stopped:
         if at.step > saved:

@@ -186,8 +186,8 @@ class Saver:
         self._keep, self._background = keep, background
         self._saving: Saving | None = None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begins a save, after the end of the one before; in the foreground it ends it too.
+    def save(self, step: int, state: Mapping[str, Any]) -> int:
+        """Begins a save, after the end of the one before; in the foreground it ends it too. Gives the step back.
 
         Raises:
             UserError: either of them cannot be written.
@@ -196,6 +196,7 @@ class Saver:
         self._saving = begin(self._policy, self._directory, step, state, self._background)
         if not self._background:
             self.finish()
+        return step
 
     def finish_if_written(self) -> None:
         """Every rank calls this between steps: a save that all of them have written counts from now on."""
