@@ -83,9 +83,17 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, pending, use_fsync=True)
         _, outcome = results.get()
         if isinstance(outcome, Exception):
-            raise outcome
+            raise _origin(outcome)
         self.sums[Path(bucket[0]).name] = sum_of(Path(bucket[0]))
         return outcome
+
+
+def _origin(error: Exception) -> Exception:
+    """The file system's error behind one of torch's zip writer, which then says only where it stands in the file."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
 
 
 def _copied(buckets: list[Any], sources: list[Any]) -> list[Any]:
