@@ -90,10 +90,10 @@ def ranks_per_node(config: Config, got: Allocation) -> int:
     return ranks
 
 
-def sbatch_line(config: Config, argv: Sequence[str]) -> str:
-    """The command that submits a config, safe to paste into a shell."""
+def sbatch_options(config: Config) -> dict[str, str | int]:
+    """sbatch's options for a config, but for those of `cluster.options`; what is absent Slurm decides."""
     cluster = config.cluster
-    asked = {
+    asked: dict[str, str | int] = {
         "job-name": Path(config.run.dir).name,
         "partition": cluster.partition,
         "account": cluster.account,
@@ -105,8 +105,13 @@ def sbatch_line(config: Config, argv: Sequence[str]) -> str:
         "time": cluster.time_minutes,
         "signal": f"B:USR1@{cluster.signal_seconds}",
     }
-    options = [f"--{name}={value}" for name, value in asked.items() if value]
-    return shlex.join(["sbatch", *options, *cluster.options, SCRIPT, *argv])
+    return {name: value for name, value in asked.items() if value}
+
+
+def sbatch_line(config: Config, argv: Sequence[str]) -> str:
+    """The command that submits a config, safe to paste into a shell."""
+    options = [f"--{name}={value}" for name, value in sbatch_options(config).items()]
+    return shlex.join(["sbatch", *options, *config.cluster.options, SCRIPT, *argv])
 
 
 def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:

@@ -1,4 +1,4 @@
-"""`recipes.train`, which listens for Slurm's signals before it imports torch: one that comes early is not lost."""
+"""A recipe, its ears open for Slurm's signals before it imports torch: one that comes early is not lost."""
 
 import os
 import runpy
@@ -11,4 +11,4 @@ if __name__ == "__main__":
     signals.listen()
     if Path(os.environ["LOGS"], "stop").exists():  # it came before this process could hear it
         os.kill(os.getpid(), signal.SIGUSR1)
-    runpy.run_module("recipes.train", run_name="__main__")
+    runpy.run_module(f"recipes.{os.environ['RECIPE']}", run_name="__main__")

@@ -26,6 +26,12 @@ if [ -z "${SLURM_JOB_ID-}" ]; then
     exit 2
 fi
 
+RECIPE=${RECIPE:-train} # a chain's other stages name theirs
+if [ ! -f "recipes/$RECIPE.py" ]; then
+    echo "error: RECIPE=$RECIPE: there is no recipes/$RECIPE.py" >&2
+    exit 2
+fi
+
 step='' stop=''
 forward() { # once: a second signal ends a rank before it has saved
     [ -z "$stop" ] || return
@@ -41,7 +47,7 @@ eval "$settings"
 unset RANK LOCAL_RANK WORLD_SIZE
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that Linux gives to clients
-export LOGS LAUNCHER RANKS_PER_NODE MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
+export RECIPE LOGS LAUNCHER RANKS_PER_NODE MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$THREADS}" NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 prepared=(bash -ec "$SETUP"$'\nexec "$@"' setup) # runs a command after the line of cluster.setup

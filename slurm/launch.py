@@ -1,0 +1,174 @@
+"""The whole experiment as a chain of Slurm jobs: mine -> train -> evaluate -> export.
+
+python -m slurm.launch CONFIG.yaml key=value ... [--cluster FILE.yaml] [--sweep key=value,value ...]
+                       [--mine|--train|--evaluate|--export key=value ...] [--from STAGE] [--dry-run | --local]
+python -m slurm.launch status RUN_DIR
+python -m slurm.launch cancel RUN_DIR
+
+Every stage is a job (of a sweep: an array of jobs) that Slurm starts when the one before has succeeded. submitit writes
+and submits the batch scripts; what they run is slurm/train.sh, so that every stage is checked, saved and requeued as a
+training is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from nemo_r3.config import Config, check_world, load
+from nemo_r3.config.cluster import ClusterConfig
+from nemo_r3.config.schema import Layer, build
+from nemo_r3.errors import ConfigError, UserError
+from slurm import chain
+from slurm.chain import Step
+from slurm.stage import STAGES, Stage
+
+SHARED = {"actor", "algo", "evaluate", "reference", "seed", "train"}
+"""What may be swept over one failure bank: it does not depend on these."""
+OWN = {"run.dir", "failures.path"}
+"""What each point of a sweep has its own of, or shares."""
+
+
+def steps_of(args: argparse.Namespace) -> list[Step]:
+    """The chain that a command line asks for, checked.
+
+    Raises:
+        ConfigError: which stage, setting or file is wrong.
+    """
+    facts = _facts(args.cluster) if args.cluster else []
+    base = [args.config[0], *facts, *args.config[1:]]
+    config = load(base)
+    points = _points(args.sweep)
+    keys = {key for point in points for key in point}
+    shares = all(key.partition(".")[0] in SHARED for key in keys)
+    steps = []
+    recipes = [
+        recipe for recipe in STAGES[STAGES.index(args.first) :] if recipe != "mine" or config.failures.source == "bank"
+    ]
+    for recipe in recipes:
+        own = getattr(args, recipe)
+        one = recipe == "mine" and shares
+        argvs = {"": [*base, *own]} if one else {}
+        for point in [] if one else points:
+            argvs[_label(point)] = [*base, *_settings(config, point, shares), *own]
+        configs = [_checked(recipe, argv) for argv in argvs.values()]
+        folder = chain.folder_of(Path(config.run.dir))
+        stages = (Stage(recipe, label, tuple(argv), folder) for label, argv in argvs.items())
+        steps.append(Step(tuple(stages), configs[0]))
+    return steps
+
+
+def _checked(recipe: str, argv: Sequence[str]) -> Config:
+    try:
+        config = load(argv)
+        if config.cluster.gpus_per_node:
+            check_world(config, config.cluster.nodes * config.cluster.gpus_per_node)
+    except ConfigError as error:
+        raise ConfigError(f"stage {recipe}: {error}") from None
+    return config
+
+
+def _facts(path: str) -> list[str]:
+    """A cluster's file as settings.
+
+    Raises:
+        ConfigError: it cannot be read, or holds other things than `cluster`'s settings.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--cluster {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--cluster {path}: expected settings of `cluster`, as in `partition: gpu`")
+    build(ClusterConfig, [Layer(values, f"{path}: ")], "cluster")
+    return [
+        f"cluster.{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
+        for key, value in values.items()
+    ]
+
+
+def _points(sweep: Sequence[str]) -> list[dict[str, str]]:
+    """Every combination of a sweep's values; one without settings where there is no sweep."""
+    axes = {}
+    for text in sweep:
+        key, equals, values = text.partition("=")
+        if not equals or not values or key in axes or key in OWN:
+            raise ConfigError(
+                f"--sweep {text}: expected key=value,value with keys that differ, and not {' or '.join(sorted(OWN))}"
+            )
+        axes[key] = re.split(r",(?![^\[{]*[\]}])", values)  # no comma within brackets
+        if len(set(axes[key])) < len(axes[key]):
+            raise ConfigError(f"--sweep {text}: a value comes twice")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _label(point: dict[str, str]) -> str:
+    return ",".join(f"{key}={re.sub(r'[^-+.=a-zA-Z0-9]', '_', value)}" for key, value in point.items())
+
+
+def _settings(config: Config, point: dict[str, str], shares: bool) -> list[str]:
+    """A point's settings: its own run directory below the chain's, and the bank that all share where they can."""
+    if not point:
+        return []
+    bank = [f"failures.path={config.failures.path}"] if shares else []
+    return [*(f"{key}={value}" for key, value in point.items()), f"run.dir={config.run.dir}/{_label(point)}", *bank]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m slurm.launch", usage=(__doc__ or "").split("\n\n")[1])
+    made.add_argument("config", nargs="+", metavar="CONFIG.yaml key=value", help="as for the recipes")
+    made.add_argument("--cluster", metavar="FILE.yaml", help="what a cluster's jobs have in common: slurm/clusters/")
+    made.add_argument("--sweep", nargs="+", default=[], metavar="key=value,value", help="an array job per stage")
+    made.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0], help="the stage to begin with")
+    for recipe in STAGES:
+        made.add_argument(f"--{recipe}", nargs="+", default=[], metavar="key=value", help=f"settings of {recipe} alone")
+    how = made.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="print the batch scripts; submit nothing")
+    how.add_argument("--local", action="store_true", help="run the chain here, one stage after the other")
+    return made
+
+
+def here(steps: Sequence[Step]) -> None:
+    """Runs a chain on this machine. Exits with a stage's code where that is not 0."""
+    stages = [stage for step in steps for stage in step.stages]
+    chain.record(stages[0].folder, [(stage, "") for stage in stages])
+    for step in steps:
+        for stage in step.stages:
+            print(f"--- {stage.name}", flush=True)
+            stage.run_here(ranks=step.config.cluster.gpus_per_node or 1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; its exit code."""
+    try:
+        if argv and argv[0] in ("status", "cancel"):
+            if len(argv) != 2:
+                raise UserError(
+                    f"{argv[0]}: expected the chain's run directory, got {shlex.join(argv[1:]) or 'nothing'}"
+                )
+            print(chain.status(Path(argv[1])) if argv[0] == "status" else chain.cancel(Path(argv[1])))
+            return 0
+        args = parser().parse_args(argv)
+        steps = steps_of(args)
+        if args.dry_run:
+            print(chain.texts(steps))
+        elif args.local:
+            here(steps)
+        else:
+            print(chain.submit(steps))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""`Stage`: one recipe of a chain, as submitit runs it in a job, or as a laptop runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+STAGES = ("mine", "train", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One recipe with its settings, at one point of a sweep.
+
+    Attributes:
+        recipe: of STAGES.
+        point: the sweep's settings that it has, such as "actor.lr=1e-6,seed=2"; empty outside of a sweep, and for
+            the mining that all points share.
+        argv: CONFIG.yaml key=value ...
+        folder: the chain's directory, where the stage says how it ended.
+    """
+
+    recipe: str
+    point: str
+    argv: tuple[str, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Unique within the chain."""
+        return f"{self.recipe} {self.point}" if self.point else self.recipe
+
+    def __call__(self) -> None:
+        """Runs in a job, on the batch host, in its batch script's place: train.sh lays out, checks, saves and requeues.
+
+        A requeued job begins here again. Exits with the recipe's code.
+        """
+        environment = os.environ | {"RECIPE": self.recipe}
+        self._end_file.unlink(missing_ok=True)
+        process = subprocess.Popen(["bash", "slurm/train.sh", *self.argv], env=environment)
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, forward)
+        self._end(process.wait())
+
+    def run_here(self, ranks: int) -> None:
+        """Runs on this machine, its output on this console. Exits with the recipe's code where that is not 0."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launcher, "-m", f"recipes.{self.recipe}", *self.argv]
+        self._end_file.unlink(missing_ok=True)
+        self._end(subprocess.run(command, check=False).returncode)
+
+    def ended(self) -> int | None:
+        """The exit code; None where it has not ended, or never began."""
+        return int(self._end_file.read_text()) if self._end_file.exists() else None
+
+    @property
+    def _end_file(self) -> Path:
+        return self.folder / f"{self.name.replace(' ', '_')}.code"
+
+    def _end(self, code: int) -> None:
+        writing = self._end_file.with_suffix(".writing")
+        writing.write_text(f"{code}\n")
+        writing.replace(self._end_file)
+        if code:
+            sys.exit(code)

@@ -1,0 +1,226 @@
+"""The chain: its batch scripts, what it refuses, and how it ends on a laptop and on the virtual cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from launch import QUICKSTART, SMALL
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("golden")
+EXAMPLE = "slurm/clusters/example.yaml"
+SIZES = {
+    "1_node": [QUICKSTART, "run.dir=runs/one", "cluster.time_minutes=60"],
+    "8_nodes": [
+        *(QUICKSTART, "run.dir=runs/eight", "cluster.nodes=8", "--cluster", EXAMPLE),
+        *("--mine", "cluster.nodes=4", "--export", "cluster.nodes=1"),
+    ],
+    "64_nodes": [
+        *(QUICKSTART, "run.dir=runs/many", "cluster.nodes=64", "actor.tensor_parallel=8", "--cluster", EXAMPLE),
+        *("--sweep", "actor.lr=1e-6,5e-7", "seed=1,2,3", "--from", "train"),
+    ],
+}
+
+
+def launch(
+    *arguments: str, environment: dict[str, str] | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "slurm.launch", *arguments],
+        cwd=cwd,
+        env=environment or kept,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dry_run_prints_every_batch_script(size: str) -> None:
+    done = launch(*SIZES[size], "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = done.stdout.replace(str(ROOT), "ROOT").replace(sys.executable, "PYTHON")
+    golden = GOLDEN / f"{size}.sbatch"
+    assert found == golden.read_text(), f"if that is right: write it to {golden}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["cluster.time_minutes=0"], "stage mine: cluster.time_minutes: the jobs of a chain need a time limit"),
+        (["--train", "actor.lrr=1"], "stage train: actor.lrr: unknown key; did you mean actor.lr?"),
+        (["--sweep", "actor.lr=1e-6,fast"], "stage train: actor.lr"),
+        (["--sweep", "run.dir=a,b"], "--sweep run.dir=a,b: expected key=value,value"),
+        (["--sweep", "seed=1,1"], "--sweep seed=1,1: a value comes twice"),
+        (["--sweep", "seed"], "--sweep seed: expected key=value,value"),
+        (["--evaluate", "cluster.gpus_per_node=3", "actor.tensor_parallel=2"], "stage evaluate: "),
+        (["cluster.options=[-p gpu]"], "cluster.options: a chain takes --name and --name=value, got -p gpu"),
+        (["--cluster", "nowhere.yaml"], "--cluster nowhere.yaml: "),
+        (["--cluster", "configs/quickstart.yaml"], "configs/quickstart.yaml: "),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_submitted(
+    tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", *arguments, "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_mines_once_unless_it_changes_what_is_mined(tmp_path: Path) -> None:
+    base = [QUICKSTART, f"run.dir={tmp_path}", "cluster.time_minutes=60", "--dry-run", "--sweep"]
+    once = launch(*base, "actor.lr=1e-5,1e-6").stdout.splitlines()
+    assert sum("RECIPE=mine" in line for line in once) == 1
+    assert sum(f"failures.path={tmp_path}/failures" in line for line in once if "RECIPE=train" in line) == 2
+    assert "#SBATCH --dependency=afterok:MINE_JOB" in once and "#SBATCH --dependency=aftercorr:TRAIN_JOB" in once
+    each = launch(*base, "rollout.temperature=0.8,1.0").stdout.splitlines()
+    assert sum("RECIPE=mine" in line for line in each) == 2
+    assert "#SBATCH --dependency=aftercorr:MINE_JOB" in each
+
+
+def test_without_a_bank_nothing_is_mined(tmp_path: Path) -> None:
+    settings = (f"run.dir={tmp_path}", "cluster.time_minutes=60", "failures.source=online")
+    assert "RECIPE=mine" not in launch(QUICKSTART, *settings, "--dry-run").stdout
+
+
+def test_without_slurm_it_says_so(tmp_path: Path) -> None:
+    nothing = {name: value for name, value in os.environ.items() if name != "PATH"} | {"PATH": str(tmp_path)}
+    done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", environment=nothing)
+    assert done.returncode == 2 and done.stderr.startswith("error: Slurm refused mine: ")
+
+
+def test_here_a_stage_that_fails_ends_the_chain(tmp_path: Path) -> None:
+    done = launch(QUICKSTART, f"run.dir={tmp_path}", "--local", "--mine", f"model.path={tmp_path}/nowhere")
+    assert done.returncode == 2 and "model.path" in done.stderr
+    said = launch("status", str(tmp_path)).stdout.splitlines()
+    assert [line.split(maxsplit=1) for line in said] == [
+        ["mine", "failed with code 2: see its output"],
+        ["train", "cancelled: mine did not succeed"],
+        ["evaluate", "cancelled: mine did not succeed"],
+        ["export", "cancelled: mine did not succeed"],
+    ]
+
+
+def test_status_of_no_chain(tmp_path: Path) -> None:
+    for verb in ("status", "cancel"):
+        done = launch(verb, str(tmp_path))
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no chain")
+
+
+@pytest.mark.slow
+def test_here_the_chain_runs_to_its_end(tmp_path: Path) -> None:
+    done = launch(QUICKSTART, *SMALL, f"run.dir={tmp_path}", "--local", "--evaluate", "evaluate.problems=8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "export" / "model.safetensors").exists()
+    assert [line.split()[1] for line in launch("status", str(tmp_path)).stdout.splitlines()] == ["done"] * 4
+
+
+def chain_of(path: Path) -> dict[str, str]:
+    """Stage -> job."""
+    rows = json.loads((path / "chain" / "chain.json").read_text())
+    return {f"{row['recipe']} {row['point']}".strip(): row["job"] for row in rows}
+
+
+def wait(cluster: Cluster, path: Path, seconds: float) -> dict[str, str]:
+    """Stage -> what `status` says, once no job of the chain is in the queue."""
+    deadline = time.monotonic() + seconds
+    while {"PENDING", "RUNNING", "COMPLETING"} & {
+        cluster.show(job).get("JobState", "") for job in chain_of(path).values()
+    }:
+        assert time.monotonic() < deadline, cluster.ask("squeue", "--array")
+        time.sleep(1)
+    said = launch("status", str(path), environment=cluster.environment)
+    assert said.returncode == 0, said.stderr
+    names = sorted(chain_of(path), key=len, reverse=True)
+    found = {}
+    for line in said.stdout.splitlines():
+        name = next(name for name in names if line.startswith(f"{name} "))
+        found[name] = line[len(name) :].split(maxsplit=1)[1]
+    return found
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_the_chain_runs_to_its_end_each_stage_at_its_own_size(cluster: Cluster, tmp_path: Path) -> None:
+    settings = [QUICKSTART, *SMALL, f"run.dir={tmp_path}/run", "cluster.time_minutes=20", "cluster.min_disk_gb=0.1"]
+    own = ["--train", "cluster.nodes=2", "actor.tensor_parallel=2", "--evaluate", "evaluate.problems=8"]
+    dry = launch(*settings, *own, "--dry-run").stdout
+    done = launch(*settings, *own, environment=cluster.environment)
+    assert done.returncode == 0, done.stderr
+    again = launch(*settings, environment=cluster.environment)
+    assert again.returncode == 2 and "has a chain under way" in again.stderr
+    assert wait(cluster, tmp_path / "run", 400) == dict.fromkeys(["mine", "train", "evaluate", "export"], "done")
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    jobs = chain_of(tmp_path / "run")
+    assert cluster.show(jobs["train"])["NumNodes"] == "2" and cluster.show(jobs["export"])["NumNodes"] == "1"
+    for script in (tmp_path / "run" / "chain" / "jobs").glob("*_submission.sh"):
+        text = script.read_text()
+        for name, job in jobs.items():
+            text = text.replace(f"afterok:{job}", f"afterok:{name.upper()}_JOB")
+        assert text in dry, "what was submitted is what --dry-run shows"
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_sweep_of_four(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
+    shutil.copytree(failures, tmp_path / "failures")
+    settings = [QUICKSTART, *SMALL, f"run.dir={tmp_path}", "cluster.time_minutes=20", "cluster.min_disk_gb=0.1"]
+    done = launch(
+        *(*settings, "train.steps=1", "--sweep", "actor.lr=1e-4,1e-5", "seed=1,2", "--evaluate", "evaluate.problems=4"),
+        environment=cluster.environment,
+    )
+    assert done.returncode == 0, done.stderr
+    found = wait(cluster, tmp_path, 600)
+    points = [f"actor.lr={lr},seed={seed}" for lr in ("1e-4", "1e-5") for seed in (1, 2)]
+    stages = [f"{recipe} {point}" for recipe in ("train", "evaluate", "export") for point in points]
+    assert found == dict.fromkeys(["mine", *stages], "done")
+    for point in points:
+        assert (tmp_path / point / "export" / "model.safetensors").exists()
+    configs = [(tmp_path / point / "config.yaml").read_text() for point in points]
+    assert len(set(configs)) == 4
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_stage_that_fails_cancels_those_behind_it(cluster: Cluster, tmp_path: Path) -> None:
+    settings = [QUICKSTART, *SMALL, f"run.dir={tmp_path}/run", "cluster.time_minutes=20", "cluster.min_disk_gb=0.1"]
+    done = launch(*settings, "--mine", f"model.path={tmp_path}/nowhere", environment=cluster.environment)
+    assert done.returncode == 0, done.stderr
+    found = wait(cluster, tmp_path / "run", 120)
+    assert found["mine"].startswith("failed with code 2: slice 0 of job ") and "model.path" in found["mine"]
+    for stage in ("train", "evaluate", "export"):
+        assert found[stage] == "cancelled: mine did not succeed"
+        assert cluster.show(chain_of(tmp_path / "run")[stage])["JobState"] == "CANCELLED"
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_chain_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    held = [QUICKSTART, f"run.dir={tmp_path}", "cluster.time_minutes=20", "cluster.options=[--hold]"]
+    assert launch(*held, environment=cluster.environment).returncode == 0
+    waiting = launch("status", str(tmp_path), environment=cluster.environment).stdout.splitlines()
+    assert len(waiting) == 4 and all("pending (" in line for line in waiting)
+    said = launch("cancel", str(tmp_path), environment=cluster.environment)
+    assert said.stdout == f"cancelled: {', '.join(chain_of(tmp_path).values())}\n"
+    assert wait(cluster, tmp_path, 30)["mine"].startswith("ended by Slurm: cancelled")
+    refused = launch(*held, "cluster.nodes=9", environment=cluster.environment)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: Slurm refused mine: ")
+
+
+def test_the_example_has_settings_of_cluster_alone() -> None:
+    text = launch(QUICKSTART, "cluster.time_minutes=90", "--cluster", EXAMPLE, "--dry-run").stdout
+    assert "#SBATCH --partition=gpu" in text
+    assert "#SBATCH --time=90" in text, "the command line wins"
+    assert shlex.split(text.splitlines()[0])[-1] == "RECIPE=mine"
