@@ -30,7 +30,7 @@ def load(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: in one line, what is wrong and what is allowed.
     """
-    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+    if not argv or (("=" in argv[0] or argv[0].startswith("-")) and not Path(argv[0]).is_file()):
         raise ConfigError(USAGE + (f"; got {show(argv[0])}" if argv else ""))
     path = Path(argv[0])
     config = build(Config, [*_files(path), *map(_override, argv[1:])])

@@ -170,3 +170,11 @@ def test_environment_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
     assert len(error_of(write(tmp_path, "a.yaml", MINIMAL), "seed=" + "x" * 10_000)) < 200
+
+
+def test_a_file_is_a_file_whatever_its_path_holds(tmp_path: Path) -> None:
+    """A point of a sweep has its settings in the name of its run directory."""
+    file = tmp_path / "actor.lr=1e-5,seed=2" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text("seed: 2\nmodel: {path: embedded}\n")
+    assert load([str(file)]).seed == 2
