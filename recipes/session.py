@@ -10,7 +10,8 @@ import hashlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,8 @@ def resume(ground: Ground, policy: Policy, session: Session) -> dict[str, Any]:
     from nemo_r3.refit import refit
 
     found = ground.world.broadcast(checkpoint.complete(ground.run.checkpoints))
+    if found:
+        session.engine.sleep()  # the refit below brings its weights
     for path in found:
         try:
             manifest = checkpoint.load(policy, path)
@@ -153,12 +156,22 @@ def resume(ground: Ground, policy: Policy, session: Session) -> dict[str, Any]:
     return {}
 
 
-def saver(ground: Ground, policy: Policy) -> Saver:
-    """What saves the run's steps."""
+def saver(ground: Ground, policy: Policy, session: Session) -> Saver:
+    """What saves the run's steps; a state that is offloaded comes back to be saved, and needs the engine's room."""
     from nemo_r3.actor.checkpoint import Saver  # megatron-core: after `join` has prepared the environment
+    from nemo_r3.refit import refit
+
+    @contextmanager
+    def room() -> Iterator[None]:
+        offloads = ground.plan.config.actor.offload_optimizer
+        if offloads:
+            session.engine.sleep()
+        yield
+        if offloads:
+            refit(policy, session.engine)
 
     config = ground.plan.config.train
-    return Saver(policy, ground.run.checkpoints, config.keep_checkpoints, config.save_in_background)
+    return Saver(policy, ground.run.checkpoints, config.keep_checkpoints, config.save_in_background, room)
 
 
 def trained_checkpoint(ground: Ground) -> Path | None:

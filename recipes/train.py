@@ -42,7 +42,7 @@ def train(argv: Sequence[str]) -> None:
     rl = session.start_engine(ground)
     source = session.failure_source(bank, ground, rl)
     at = Counters(**session.resume(ground, policy, rl))
-    source.cursor, saved, saver = at.cursor, at.step, session.saver(ground, policy)
+    source.cursor, saved, saver = at.cursor, at.step, session.saver(ground, policy, rl)
     run.cut_back(at.step)
 
     try:

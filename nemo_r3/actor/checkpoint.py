@@ -14,8 +14,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ class Saving:
 
 def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     """Writes `directory/step_<step>` and removes all but the newest `keep` checkpoints; see `begin` and `finish`."""
-    return finish(begin(policy, directory, step, state), keep)
+    with policy.at_work():
+        return finish(begin(policy, directory, step, state), keep)
 
 
 @on_any_device
@@ -108,7 +109,7 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
     """Begins to write `directory/step_<step>`, which counts once `finish` has returned.
 
     Args:
-        policy: on every rank.
+        policy: on every rank, at work until the shards are written, or with `background` until this returns.
         directory: the run's `checkpoints`, on a file system that all ranks see.
         step: the training step that is done.
         state: the loop's own counters (JSON), given back by `load`.
@@ -180,10 +181,17 @@ def _explained(saving: Saving) -> Iterator[None]:
 class Saver:
     """Saves a policy again and again; with `background` each save is written while the run goes on."""
 
-    def __init__(self, policy: Policy, directory: Path, keep: int, background: bool) -> None:
-        """Writes nothing yet; the arguments are those of `begin` and `finish`."""
+    def __init__(
+        self,
+        policy: Policy,
+        directory: Path,
+        keep: int,
+        background: bool,
+        room: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Writes nothing yet; `room` makes room on the device for the policy at work, the rest is as for `begin`."""
         self._policy, self._directory = policy, directory
-        self._keep, self._background = keep, background
+        self._keep, self._background, self._room = keep, background, room
         self._saving: Saving | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> int:
@@ -193,9 +201,10 @@ class Saver:
             UserError: either of them cannot be written.
         """
         self.finish()
-        self._saving = begin(self._policy, self._directory, step, state, self._background)
-        if not self._background:
-            self.finish()
+        with self._room(), self._policy.at_work():
+            self._saving = begin(self._policy, self._directory, step, state, self._background)
+            if not self._background:
+                self.finish()
         return step
 
     def finish_if_written(self) -> None:
@@ -291,13 +300,15 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
     )
-    try:
-        found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
-    except CheckpointException as error:
-        raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
-    policy.module.load_state_dict(found["model"])
+    with policy.at_work():
+        try:
+            found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
+        except CheckpointException as error:
+            raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
+        policy.module.load_state_dict(found["model"])
+        if policy.optimizer is not None:
+            policy.optimizer.load_state_dict(found["optimizer"])
     if policy.optimizer is not None:
-        policy.optimizer.load_state_dict(found["optimizer"])
         policy.schedule.load_state_dict(found["schedule"])
         policy.schedule.init_lr = found["schedule"]["init_lr"]
     policy.version = manifest["version"]

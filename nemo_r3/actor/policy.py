@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_r3.actor import cpu
 from nemo_r3.actor.forward import Pass
 from nemo_r3.actor.model import build_model, start_parallel_groups
+from nemo_r3.actor.offload import Offload
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.weights import export_hf, load_hf
@@ -75,6 +76,21 @@ class Policy:
         self._pass = Pass(self.module, self.arch, rotary, config.rollout.temperature)
         self._objective = Objective(config.algo)
         self._reference = self._snapshot() if trains and config.algo.kl_beta else None
+        self._offload = Offload(self.model, self.optimizer) if trains and config.actor.offload_optimizer else None
+        with self.at_work():
+            pass  # the engine, which starts next, finds the room free
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Optimizer state and gradients on the device, as long as it lasts; then the memory goes to the engine."""
+        if self._offload is not None:
+            self._offload.restore()
+        try:
+            yield
+        finally:
+            if self._offload is not None:
+                self._offload.park()
+            torch.cuda.empty_cache()
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:
         """One optimizer step on the batch.
@@ -89,7 +105,7 @@ class Policy:
         """
         refuse_untrained_weight(batch, self.config.algo)
         microbatches = self._microbatches(batch.rows)
-        with cpu.cuda_stand_in():
+        with self.at_work(), cpu.cuda_stand_in():
             sums = self._accumulate(microbatches)
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)

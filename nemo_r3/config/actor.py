@@ -27,6 +27,11 @@ class ActorConfig:
         resume=True,
     )
     distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks")
+    offload_optimizer: bool = option(
+        False,
+        help="between updates, hold optimizer state in host memory and free the gradient buffers",
+        resume=True,
+    )
     recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
     microbatch_tokens: int = option(8192, low=1, help="token budget of one packed microbatch", resume=True)
     shared_context: bool = option(

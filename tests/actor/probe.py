@@ -19,6 +19,7 @@ from ceiling import ceiling
 from damage import after_the_kill, bad_checkpoints, full_disk, killed_while_saving, limited
 from data import KINDS, batch_of, make_models, plain_updates
 from lab import Lab
+from offloading import offloaded
 from rejection import rejection
 from shared import shared_and_separate
 
@@ -42,6 +43,7 @@ def one(lab: Lab) -> None:
     shared_and_separate(lab, "one", "llama_tied")
     for recompute in ("selective", "full"):
         shared_and_separate(lab, "one", "qwen2", recompute=recompute)
+    lab.note("offload-one", offloaded(lab, "one"))
     lab.resume("one", "one", "llama_tied")
     lab.resume("one", "one", "qwen2")
     lab.note("bad_checkpoints", bad_checkpoints(lab))
@@ -67,6 +69,7 @@ def two(lab: Lab) -> None:
         lab.trial("dp2", kind, save=True)
     lab.trial("dp2", "qwen2", shared_context=False)
     rejection(lab, "dp2", "qwen2")
+    lab.note("offload-dp2", offloaded(lab, "dp2"))
     lab.resume("pp2", "dp2", "llama_tied")
     lab.resume("dp2", "dp2", "qwen2")
     policy = lab.policy("dp2", "llama")

@@ -1,0 +1,83 @@
+"""Optimizer state in host memory, and gradient buffers freed, between two updates.
+
+    rollout, refit                 update, save, load
+    state on the host  --restore-->  state on the device, gradients allocated  --park-->  state on the host
+
+megatron-core's own `offload_to_cpu` also moves fp32 weights, which the model shares with its optimizer, and leaves
+them as copies; here storages are emptied and filled again in place, so every view of them stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, UntypedStorage
+
+
+class Offload:
+    """Where the optimizer state of one rank is: on the device, or parked on the host.
+
+    Main weights and moments move bit for bit. A host buffer is pinned where the device is a GPU and kept for the next
+    time; gradient buffers come back as zeros.
+    """
+
+    def __init__(self, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+        """Nothing moves before `park`."""
+        self._model, self._optimizer = model, optimizer
+        self._hosts: dict[int, Tensor] = {}
+        self._parked: list[tuple[UntypedStorage, Tensor]] = []
+
+    def park(self) -> None:
+        """Moves the state to the host and frees the gradient buffers; nothing where that is done already."""
+        if self._parked:
+            return
+        hosts: dict[int, Tensor] = {}
+        for storage in self._storages():
+            host = self._hosts.get(storage._cdata)
+            if host is None or host.numel() != storage.nbytes():
+                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+            hosts[storage._cdata] = host.copy_(_bytes(storage), non_blocking=True)
+            self._parked.append((storage, host))
+        self._hosts = hosts
+        torch.cuda.synchronize()
+        for storage, _ in self._parked:
+            storage.resize_(0)
+        self._model.offload_grad_buffers()
+
+    def restore(self) -> None:
+        """Brings the state back to the device; nothing where it is there."""
+        if not self._parked:
+            return
+        self._model.restore_grad_buffers()
+        for storage, host in self._parked:
+            storage.resize_(host.numel())
+            _bytes(storage).copy_(host, non_blocking=True)
+        self._parked = []
+
+    def _storages(self) -> Iterator[UntypedStorage]:
+        """The optimizer's storages, each once, but for those that hold the model's own weights."""
+        seen = {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}
+        for tensor in state_tensors(self._optimizer):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen and storage.nbytes():
+                seen.add(storage._cdata)
+                yield storage
+
+
+def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Main weights (the model's own in fp32) and moments of this rank."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:  # no parameters on this rank
+            continue
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    """[bytes] uint8 view of a whole storage."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]

@@ -1,0 +1,59 @@
+"""A policy whose optimizer state is on the host between updates, beside one whose state stays, in bf16 and fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from data import batch_of
+from lab import Lab
+
+from nemo_r3.actor import checkpoint
+from nemo_r3.actor.offload import state_tensors
+from nemo_r3.actor.policy import Policy
+
+
+def offloaded(lab: Lab, layout: str) -> dict[str, Any]:
+    """Two updates, a checkpoint read by a fresh policy of each sort, a NaN, and a third update, by precision."""
+    return {precision: _compared(lab, layout, precision) for precision in ("bf16", "fp32")}
+
+
+def _compared(lab: Lab, layout: str, precision: str) -> dict[str, Any]:
+    home = lab.home / f"offload-{layout}-{precision}"
+    stays = lab.policy(layout, "qwen2", precision=precision)
+    moves = lab.policy(layout, "qwen2", precision=precision, offload_optimizer=True)
+    found: dict[str, Any] = {"held_at_start": [_held(stays), _held(moves)]}
+    metrics = [[policy.update(batch_of()) for _ in range(2)] for policy in (stays, moves)]
+    found |= {"metrics": metrics[0] == metrics[1], "held": [_held(stays), _held(moves)]}
+    found["weights"] = _same(lab.weights(stays), lab.weights(moves))
+    checkpoint.save(moves, home, 2, {}, keep=1)
+    found["held_after_save"] = _held(moves)
+    found["nan"] = lab.nan(moves)
+    again = [lab.policy(layout, "qwen2", precision=precision, offload_optimizer=offloads) for offloads in (False, True)]
+    for policy in again:
+        checkpoint.load(policy, checkpoint.latest(home))
+    found["held_after_load"] = _held(again[1])
+    policies = [stays, moves, *again]
+    last = [policy.update(batch_of()) for policy in policies]
+    states = [_state(policy) for policy in policies]
+    found["third"] = [one == last[0] for one in last]
+    found["states"] = [_same(one, states[0]) for one in states]
+    found["parts"] = len(states[0])
+    return found
+
+
+def _held(policy: Policy) -> list[int]:
+    """Bytes of optimizer state that are not the model's own weights, and of gradients, that this rank holds."""
+    own = {parameter.untyped_storage()._cdata for parameter in policy.module.parameters()}
+    state = [tensor.untyped_storage() for tensor in state_tensors(policy.optimizer)]
+    gradients = [buffer.grad_data.untyped_storage() for buffer in policy.model.buffers]
+    return [sum(s.nbytes() for s in state if s._cdata not in own), sum(s.nbytes() for s in gradients)]
+
+
+def _state(policy: Policy) -> dict[str, torch.Tensor]:
+    with policy.at_work():
+        return {str(number): tensor.clone() for number, tensor in enumerate(state_tensors(policy.optimizer))}
+
+
+def _same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
