@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_r3 import signals
+from nemo_r3 import memory, signals
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World
@@ -28,12 +28,14 @@ class RunDirectory:
     Attributes:
         path: the directory.
         times: wall and CPU seconds of the phases since the last `log`, as "time/<phase>" and "time/cpu_<phase>".
+        memory: GiB at the end of those phases, as `memory.measured` names them; the last of a phase counts.
     """
 
     def __init__(self, config: Config, world: World) -> None:
         """Names the files; nothing is read or written."""
         self.path = Path(config.run.dir)
         self.times: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
         self._config, self._world = config, world
         self._board: Any = None
 
@@ -99,18 +101,21 @@ class RunDirectory:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the wall and CPU seconds of its block to `times`."""
+        """Adds the wall and CPU seconds of its block to `times`, and notes the memory at its end."""
         signals.alive()
+        memory.restart_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         for name, spent in ((phase, time.perf_counter() - wall), (f"cpu_{phase}", time.process_time() - cpu)):
             self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + spent
+        self.memory |= memory.measured(phase)
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Appends a step to metrics.jsonl and TensorBoard, with the times since the last one."""
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
         line = {"step": step, **finite, **{name: round(spent, 4) for name, spent in self.times.items()}}
-        self.times = {}
+        line |= self.memory
+        self.times, self.memory = {}, {}
         if not self._world.is_main:
             return
         with naming(self.metrics), self.metrics.open("a") as file:

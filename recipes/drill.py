@@ -2,7 +2,7 @@
 
 <run.dir>/drill/whole    trains to its end
 <run.dir>/drill/killed   is ended at a random moment, while it saves, and by SIGUSR1, in turns, and started again
-verdict                  failure bank, metrics (all but time/) and rollouts are the same, every step there once
+verdict                  failure bank, metrics (but time/ and memory/) and rollouts are the same, every step once
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def differences(whole: Path, killed: Path, steps: int) -> list[str]:
 def untimed(file: Path) -> list[dict[str, object]]:
     """A run's metrics by step, without the times."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))} for line in lines]
 
 
 if __name__ == "__main__":

@@ -29,13 +29,16 @@ class Offload:
         self._model, self._optimizer = model, optimizer
         self._hosts: dict[int, Tensor] = {}
         self._parked: list[tuple[UntypedStorage, Tensor]] = []
+        self._freed: list[tuple[UntypedStorage, int]] = []
+        self._away = False
 
     def park(self) -> None:
         """Moves the state to the host and frees the gradient buffers; nothing where that is done already."""
-        if self._parked:
+        if self._away:
             return
+        self._away = True
         hosts: dict[int, Tensor] = {}
-        for storage in self._storages():
+        for storage in _own_storages(self._model, self._optimizer):
             host = self._hosts.get(storage._cdata)
             if host is None or host.numel() != storage.nbytes():
                 host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
@@ -45,26 +48,27 @@ class Offload:
         torch.cuda.synchronize()
         for storage, _ in self._parked:
             storage.resize_(0)
-        self._model.offload_grad_buffers()
+        for storage in _gradient_storages(self._model):
+            self._freed.append((storage, storage.nbytes()))
+            storage.resize_(0)
 
     def restore(self) -> None:
         """Brings the state back to the device; nothing where it is there."""
-        if not self._parked:
+        if not self._away:
             return
-        self._model.restore_grad_buffers()
+        self._away = False
+        for storage, size in self._freed:
+            storage.resize_(size)
+            _bytes(storage).zero_()
         for storage, host in self._parked:
             storage.resize_(host.numel())
             _bytes(storage).copy_(host, non_blocking=True)
-        self._parked = []
+        self._parked, self._freed = [], []
 
-    def _storages(self) -> Iterator[UntypedStorage]:
-        """The optimizer's storages, each once, but for those that hold the model's own weights."""
-        seen = {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}
-        for tensor in state_tensors(self._optimizer):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in seen and storage.nbytes():
-                seen.add(storage._cdata)
-                yield storage
+    @property
+    def host_bytes(self) -> int:
+        """Size of the host buffers, which stay when the state is on the device."""
+        return sum(host.numel() for host in self._hosts.values())
 
 
 def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
@@ -76,6 +80,26 @@ def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
             yield from group["params"]
         for state in part.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def device_bytes(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> tuple[int, int]:
+    """Bytes of gradient buffers and optimizer state on this rank's device, without the model's weights."""
+    gradients = sum(storage.nbytes() for storage in _gradient_storages(model))
+    return gradients, sum(storage.nbytes() for storage in _own_storages(model, optimizer))
+
+
+def _gradient_storages(model: DistributedDataParallel) -> list[UntypedStorage]:
+    return [buffer.grad_data.untyped_storage() for buffer in model.buffers]
+
+
+def _own_storages(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Iterator[UntypedStorage]:
+    """The optimizer's storages that hold something, each once, but for those with the model's own weights."""
+    seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    for tensor in state_tensors(optimizer):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen and storage.nbytes():
+            seen.add(storage._cdata)
+            yield storage
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:

@@ -15,10 +15,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from nemo_r3 import memory
 from nemo_r3.actor import cpu
 from nemo_r3.actor.forward import Pass
 from nemo_r3.actor.model import build_model, start_parallel_groups
-from nemo_r3.actor.offload import Offload
+from nemo_r3.actor.offload import Offload, device_bytes
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.weights import export_hf, load_hf
@@ -61,6 +62,7 @@ class Policy:
         self.arch: Architecture = architecture_of(model_path(config))
         self.fingerprint = fingerprint(model_path(config), self.arch)
         self.version = 0
+        self._working_bytes = 0
         self.optimizer: MegatronOptimizer | None = None
         with cpu.cuda_stand_in():
             start_parallel_groups(config.actor, config.seed)
@@ -106,9 +108,11 @@ class Policy:
         refuse_untrained_weight(batch, self.config.algo)
         microbatches = self._microbatches(batch.rows)
         with self.at_work(), cpu.cuda_stand_in():
+            resting = memory.restart_peak()
             sums = self._accumulate(microbatches)
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
+            self._working_bytes = memory.peak() - resting
         tokens = max(sums["tokens"], 1.0)
         return {
             "loss": sums["loss"],
@@ -152,6 +156,20 @@ class Policy:
         self.schedule.step(increment=1)
         self.version += 1
         return grad_norm
+
+    def held(self) -> dict[str, int]:
+        """Bytes of this rank by holder; what is offloaded counts as the host's."""
+        weights = sum(parameter.nbytes for parameter in self.module.parameters())
+        assert self.optimizer is not None, "a policy that does not train"
+        gradients, state = device_bytes(self.model, self.optimizer)
+        return {
+            "weights": weights,
+            "gradients": gradients,
+            "optimizer state": state,
+            "optimizer state on the host": 0 if self._offload is None else self._offload.host_bytes,
+            "activations and other work, peak (CUDA)": self._working_bytes,
+            "reference on the host": sum(weight.nbytes for weight in self._reference or ()),
+        }
 
     def describe_schedule(self) -> str:
         """Where the learning rate ends; a resumed run keeps the horizon it began with."""

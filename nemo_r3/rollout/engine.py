@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -193,6 +194,15 @@ class Engine:
         """Takes memory back: "weights" before `load`, "kv_cache" after it. Nothing where it did not sleep."""
         if self._can_sleep and self._llm.is_sleeping():
             self._llm.wake_up(list(tags))
+
+    def cache_bytes(self) -> int:
+        """Bytes of this rank's KV cache when the engine is awake."""
+
+        def size(worker: Any) -> int:
+            storages = [tensor.untyped_storage() for tensor in worker.model_runner.kv_caches]
+            return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+        return max(self._llm.collective_rpc(size))
 
     def _completion(self, output: RequestOutput) -> Completion:
         sampled = output.outputs[0]

@@ -43,11 +43,8 @@ def _compared(lab: Lab, layout: str, precision: str) -> dict[str, Any]:
 
 
 def _held(policy: Policy) -> list[int]:
-    """Bytes of optimizer state that are not the model's own weights, and of gradients, that this rank holds."""
-    own = {parameter.untyped_storage()._cdata for parameter in policy.module.parameters()}
-    state = [tensor.untyped_storage() for tensor in state_tensors(policy.optimizer)]
-    gradients = [buffer.grad_data.untyped_storage() for buffer in policy.model.buffers]
-    return [sum(s.nbytes() for s in state if s._cdata not in own), sum(s.nbytes() for s in gradients)]
+    held = policy.held()
+    return [held["optimizer state"], held["gradients"]]
 
 
 def _state(policy: Policy) -> dict[str, torch.Tensor]:

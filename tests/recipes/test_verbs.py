@@ -29,7 +29,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def untimed(file: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines(file)]
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))} for line in lines(file)
+    ]
 
 
 def settings(bank: Path, path: Path, *more: str) -> tuple[str, ...]:
@@ -80,6 +82,7 @@ def test_every_step_is_logged_once_with_the_promised_fields(trained: Path) -> No
     }
     for line in logged:
         assert promised | {"time/rollout", "time/update", "time/refit"} <= line.keys()
+        assert all(0.1 < line[f"memory/{phase}_rss"] < 64 for phase in ("rollout", "update", "refit"))  # GiB
         assert line["groups_used"] + line["groups_dropped"] == 8
         assert line["groups_used"] > 0
         assert line["grad_norm"] > 0

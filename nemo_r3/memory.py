@@ -1,0 +1,67 @@
+"""What this rank holds: GPU memory by phase as torch and the driver count it, host memory as the kernel does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+def restart_peak() -> int:
+    """Begins torch's peak anew; returns the bytes allocated now. 0 on a CPU, whose allocator counts nothing."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return int(torch.cuda.memory_allocated())
+
+
+def peak() -> int:
+    """Most bytes of torch's allocator since `restart_peak`; 0 on a CPU."""
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+
+
+def measured(phase: str) -> dict[str, float]:
+    """GiB of this rank at the end of a phase, under the names of the metrics.
+
+    `memory/<phase>_rss`: resident host memory. On CUDA also `_allocated`, `_reserved` and `_peak` of torch's allocator,
+    and `_device`: all that is used of the GPU, NCCL, vLLM and others included.
+    """
+    found = {"rss": _resident()}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found |= {
+            "allocated": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+            "peak": peak(),
+            "device": total - free,
+        }
+    return {f"memory/{phase}_{name}": round(count / GIB, 4) for name, count in found.items()}
+
+
+def _resident() -> int:
+    """Bytes, from Linux's statm."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def table(holders: Mapping[str, int], phases: Mapping[str, float]) -> str:
+    """Who holds what, and what each phase left, as lines for a log.
+
+    Args:
+        holders: bytes by holder.
+        phases: metrics as `measured` names them; others are passed over.
+    """
+    width = max(map(len, holders))
+    lines = ["memory of rank 0, GiB:"]
+    lines += [f"  {name:<{width}}  {count / GIB:9.3f}" for name, count in holders.items()]
+    by_phase: dict[str, list[str]] = {}
+    for name, amount in phases.items():
+        if name.startswith("memory/"):
+            phase, what = name.removeprefix("memory/").rsplit("_", 1)
+            by_phase.setdefault(phase, []).append(f"{what} {amount:.3f}")
+    lines += [f"  after {phase}: {', '.join(parts)}" for phase, parts in by_phase.items()]
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_r3 import memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_resident_memory_grows_by_what_is_held() -> None:
+    before = memory.measured("update")["memory/update_rss"]
+    held = torch.ones(2**28, dtype=torch.uint8)
+    after = memory.measured("update")["memory/update_rss"]
+    assert after - before == pytest.approx(0.25, abs=0.03)
+    assert held.nbytes == 2**28
+
+
+def test_the_table_names_holders_and_phases() -> None:
+    text = memory.table({"weights": 3 * 2**30, "KV cache": 2**29}, {"memory/refit_rss": 1.25, "memory/refit_peak": 2.0})
+    assert text.splitlines() == [
+        "memory of rank 0, GiB:",
+        "  weights       3.000",
+        "  KV cache      0.500",
+        "  after refit: rss 1.250, peak 2.000",
+    ]
+
+
+@pytest.mark.gpu
+def test_peak_and_device_are_counted_on_a_gpu() -> None:
+    resting = memory.restart_peak()
+    held = torch.ones(2**28, dtype=torch.uint8, device="cuda")
+    found = memory.measured("update")
+    assert memory.peak() - resting >= held.nbytes
+    assert found["memory/update_device"] >= found["memory/update_reserved"] >= found["memory/update_allocated"] >= 0.25
