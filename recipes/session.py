@@ -163,6 +163,7 @@ def saver(ground: Ground, policy: Policy, session: Session) -> Saver:
 
     @contextmanager
     def room() -> Iterator[None]:
+        session.progress.during("save")
         offloads = ground.plan.config.actor.offload_optimizer
         if offloads:
             session.engine.sleep()
@@ -172,6 +173,15 @@ def saver(ground: Ground, policy: Policy, session: Session) -> Saver:
 
     config = ground.plan.config.train
     return Saver(policy, ground.run.checkpoints, config.keep_checkpoints, config.save_in_background, room)
+
+
+def report_memory(ground: Ground, policy: Policy, session: Session, step: int) -> None:
+    """After the first step, says who holds how much of rank 0's memory; every rank calls it."""
+    from nemo_r3 import memory
+
+    if step == 1:
+        holders = policy.held() | {"KV cache": session.engine.cache_bytes()}
+        session.progress.say(memory.table(holders, ground.run.memory))
 
 
 def trained_checkpoint(ground: Ground) -> Path | None:

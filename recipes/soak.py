@@ -210,7 +210,7 @@ def steps_logged(file: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without times, but for a last one that was cut short."""
     text = file.read_text() if file.exists() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))} for line in lines]
 
 
 if __name__ == "__main__":

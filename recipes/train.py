@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from nemo_r3 import memory, runtime, signals
+from nemo_r3 import runtime, signals
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
@@ -73,16 +73,13 @@ def train(argv: Sequence[str]) -> None:
                 skipped_steps=at.skipped_steps + 1 if metrics.get("skipped") else 0,
             )
             metrics |= measures(groups) | {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
-            if step == 1 and batch.rows:
-                holders = policy.held() | {"KV cache": rl.engine.cache_bytes()}
-                rl.progress.say(memory.table(holders, run.memory))
+            session.report_memory(ground, policy, rl, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
             rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics)}  {speed}")
             with run.timed("save"):
                 saver.finish_if_written()
                 if step % config.train.save_every == 0 or step == config.train.steps:
-                    rl.progress.during("save")
                     saved = saver.save(step, asdict(at))
             give_up(at, config.train)
     except signals.Stopped:

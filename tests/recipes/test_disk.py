@@ -52,7 +52,7 @@ def settings(bank: Path, disk: Path) -> tuple[str, ...]:
 
 def untimed(path: Path) -> list[dict[str, Any]]:
     steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in step.items() if not key.startswith("time/")} for step in steps]
+    return [{key: value for key, value in step.items() if not key.startswith(("time/", "memory/"))} for step in steps]
 
 
 def cause(errors: str, disk: Path) -> str:
