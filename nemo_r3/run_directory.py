@@ -21,6 +21,9 @@ from nemo_r3.errors import UserError
 from nemo_r3.runtime import World
 from nemo_r3.types import Group, UpdateBatch
 
+MEASURED = ("time/", "memory/", "speed/")
+"""How metrics begin that differ between two runs of the same config."""
+
 
 class RunDirectory:
     """The files of one run. Rank 0 writes; the other ranks only learn paths and keep time.

@@ -51,6 +51,11 @@ class World:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
+    @property
+    def chip(self) -> str:
+        """The GPU's name, as CUDA has it; empty on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+
     def gather(self, item: Any) -> list[Any]:
         """Every rank's `item`, in rank order, on every rank."""
         signals.alive()

@@ -25,6 +25,7 @@ from nemo_r3 import config as configuration
 from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.run_directory import MEASURED
 
 KINDS = ("at random", "while saving", "SIGUSR1")
 PATIENCE = 5.0
@@ -156,7 +157,7 @@ def differences(whole: Path, killed: Path, steps: int) -> list[str]:
 def untimed(file: Path) -> list[dict[str, object]]:
     """A run's metrics by step, without the times."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]
 
 
 if __name__ == "__main__":

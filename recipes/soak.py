@@ -21,7 +21,7 @@ from nemo_r3 import config as configuration
 from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import write_whole
+from nemo_r3.run_directory import MEASURED, write_whole
 from recipes.drill import PATIENCE, Launch, differences, ranks_of, send
 
 MINING = "while mining"
@@ -210,7 +210,7 @@ def steps_logged(file: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without times, but for a last one that was cut short."""
     text = file.read_text() if file.exists() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]
 
 
 if __name__ == "__main__":

@@ -9,26 +9,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from nemo_r3 import runtime, signals
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import TrainConfig
-from nemo_r3.errors import UserError
 from nemo_r3.refit import refit
 from nemo_r3.report import curve
 from nemo_r3.types import Group
 from recipes import session
-
-
-@dataclass
-class Counters:
-    """Where a run is: what a checkpoint keeps beside the policy."""
-
-    step: int = 0
-    cursor: int = 0
-    empty_steps: int = 0
-    skipped_steps: int = 0
+from recipes.counters import Counters, give_up
 
 
 def train(argv: Sequence[str]) -> None:
@@ -66,22 +56,17 @@ def train(argv: Sequence[str]) -> None:
                 with run.timed("refit"):
                     refit(policy, rl.engine)
 
-            at = Counters(
-                step=step,
-                cursor=source.cursor,
-                empty_steps=0 if batch.rows else at.empty_steps + 1,
-                skipped_steps=at.skipped_steps + 1 if metrics.get("skipped") else 0,
-            )
+            at = at.after(step, source.cursor, metrics, config.train)
             metrics |= measures(groups) | {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
             session.report_memory(ground, policy, rl, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
-            rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics)}  {speed}")
+            rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config.train)}  {speed}")
             with run.timed("save"):
                 saver.finish_if_written()
                 if step % config.train.save_every == 0 or step == config.train.steps:
                     saved = saver.save(step, asdict(at))
-            give_up(at, config.train)
+            give_up(at, config.train, f"{run.checkpoints}/step_{saved:06d}" if saved else "none yet")
     except signals.Stopped:
         if at.step > saved:
             saver.save(at.step, asdict(at))
@@ -105,35 +90,17 @@ def measures(groups: Sequence[Group]) -> dict[str, float | None]:
     }
 
 
-def summary(metrics: dict[str, float | None]) -> str:
+def summary(metrics: dict[str, float | None], config: TrainConfig) -> str:
     """A step in one line."""
     line = f"retry success {metrics['retry_success']:.3f}  groups {metrics['groups_used']:.0f}"
     if metrics["loss"] is None:
         return f"{line}  nothing to train on: no update"
+    if not (drift := metrics["token_mult_prob_error"] or 0) <= config.drift_warn:
+        line += f"  DRIFT: token_mult_prob_error {drift:.3f} > train.drift_warn={config.drift_warn}"
     if metrics["skipped"]:
         rejected = metrics["rejected_tokens"] == metrics["trained_tokens"]
         return f"{line}  {'all tokens rejected' if rejected else 'NaN or Inf gradient'}: update skipped"
     return f"{line}  loss {metrics['loss']:+.4f}  grad {metrics['grad_norm']:.3f}"
-
-
-def give_up(at: Counters, config: TrainConfig) -> None:
-    """Stops a run that learns nothing.
-
-    Raises:
-        UserError: too many steps in a row with nothing to train on, or with a skipped update.
-    """
-    if at.empty_steps >= config.max_empty_steps:
-        raise UserError(
-            f"{at.empty_steps} steps in a row had nothing to train on "
-            f"(train.max_empty_steps={config.max_empty_steps}): all retries of each group pass, or all fail; "
-            "look at rollouts/, and at the task's difficulty"
-        )
-    if at.skipped_steps >= config.max_skipped_steps:
-        raise UserError(
-            f"{at.skipped_steps} updates in a row were skipped (train.max_skipped_steps={config.max_skipped_steps}): "
-            "their gradient was NaN or Inf (lower actor.lr, or resume an earlier checkpoint), or "
-            "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off)"
-        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,7 @@ from nemo_r3.algo.objective import METRICS, Objective
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
 from nemo_r3.models import Architecture, architecture_of, fingerprint, model_path
-from nemo_r3.models.flops import training_cost
+from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, training_cost
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 from nemo_r3.types import Row, UpdateBatch
@@ -98,34 +99,50 @@ class Policy:
         """One optimizer step on the batch.
 
         Returns:
-            `loss`, `kl`, `entropy`, `token_mult_prob_error`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`,
-            `microbatches`, and `skipped`: 1.0 when the weights were left alone, because the gradient was NaN or Inf or
-            the correction rejected every token.
+            `loss`, `kl`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`, and
+            `skipped`: 1.0 when the weights were left alone, because the gradient was NaN or Inf or the correction
+            rejected every token. How far the rollout is off: `token_mult_prob_error`, `rollout_kl`,
+            `importance_ratio` and `importance_outliers` (a share), `nonfinite_tokens`. `speed/update_tflops` per
+            rank, and `speed/update_mfu`, its share of what the chip reaches at most, where that is known.
 
         Raises:
             RuntimeError: a token that must not be trained has weight.
         """
         refuse_untrained_weight(batch, self.config.algo)
-        microbatches = self._microbatches(batch.rows)
+        microbatches, flops = self._microbatches(batch.rows)
         with self.at_work(), cpu.cuda_stand_in():
-            resting = memory.restart_peak()
+            resting, begun = memory.restart_peak(), time.perf_counter()
             sums = self._accumulate(microbatches)
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
-            self._working_bytes = memory.peak() - resting
+            if self.world.chip:
+                torch.cuda.synchronize()
+            self._working_bytes, seconds = memory.peak() - resting, time.perf_counter() - begun
         tokens = max(sums["tokens"], 1.0)
         return {
             "loss": sums["loss"],
             "kl": sums["kl"],
             "entropy": sums["entropy"] / tokens,
             "token_mult_prob_error": sums["prob_error"] / tokens,
+            "rollout_kl": sums["rollout_kl"] / tokens,
+            "importance_ratio": sums["ratio"] / tokens,
+            "importance_outliers": sums["outliers"] / tokens,
+            "nonfinite_tokens": sums["nonfinite"],
             "grad_norm": grad_norm,
             "lr": lr,
             "trained_tokens": sums["tokens"],
             "rejected_tokens": sums["rejected"],
             "microbatches": float(len(microbatches)),
             "skipped": float(not math.isfinite(grad_norm)),
+            **self._speed(flops, seconds),
         }
+
+    def _speed(self, flops: float, seconds: float) -> dict[str, float]:
+        """What a rank did of the model's own FLOPs: no recompute, no padding; the reference's pass is a third."""
+        passes = 1 if self._reference is None else 1 + 1 / FORWARD_AND_BACKWARD
+        speed = flops * passes / seconds / self.world.size
+        peak = peak_of(self.world.chip, self.config.actor.precision)
+        return {"speed/update_tflops": speed / 1e12} | ({} if peak is None else {"speed/update_mfu": speed / peak})
 
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         """Leaves the step's gradient in the buffers; returns the step's `METRICS`."""
@@ -185,7 +202,7 @@ class Policy:
             One [length - 1] float32 tensor per sequence, on the CPU, on every rank.
         """
         rows = [_scored_row(ids) for ids in sequences]
-        microbatches = self._microbatches(rows)
+        microbatches, _ = self._microbatches(rows)
         parts: dict[int, Tensor] = {}
         with cpu.cuda_stand_in():
             found = self._score(microbatches)
@@ -203,7 +220,8 @@ class Policy:
 
     # microbatches and log-probabilities
 
-    def _microbatches(self, rows: Sequence[Row]) -> list[Microbatch]:
+    def _microbatches(self, rows: Sequence[Row]) -> tuple[list[Microbatch], float]:
+        """This rank's share, and the FLOPs of training on all of it: a shared context counts once, padding never."""
         actor = self.config.actor
         if not actor.shared_context:
             rows = [replace(row, shared=0) for row in rows]
@@ -211,7 +229,8 @@ class Policy:
         dealt = balance.deal(parallel_state.get_data_parallel_world_size())
         multiple = precision_of(self.config).row_multiple(actor)
         mine = dealt[parallel_state.get_data_parallel_rank()]
-        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine]
+        flops = sum(balance.flops(piece) for rank in dealt for pieces in rank for piece in pieces)
+        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], flops
 
     def _score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Log-probabilities [trained] of each microbatch's targets, on the last stage."""

@@ -12,6 +12,9 @@ from nemo_r3.algo.aggregation import sequence_means
 BOUNDS = {"none": (0.0, math.inf), "tis": (0.0, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.99, 1.01)}
 """Each correction's own `algo.mismatch_low` and `algo.mismatch_high`."""
 
+OUTLIER = (0.5, 2.0)
+"""An importance ratio beyond these is an outlier, whichever correction there is."""
+
 LOG_RATIO_LIMIT = 20.0
 """Ratios stay within e^-20 and e^20 (verl's limit), far from what any useful token has and from float32's overflow."""
 
@@ -19,6 +22,26 @@ LOG_RATIO_LIMIT = 20.0
 def prob_error(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
     """exp|logp_actor - logp_vllm| at each token; its mean is `token_mult_prob_error` (NeMo-RL's name)."""
     return _exp((logprobs - rollout_logprobs).abs())
+
+
+def rollout_kl(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+    """An unbiased, non-negative estimate of KL(rollout || actor) at each token (k3, http://joschu.net/blog/kl-approx.html).
+
+    The tokens are the rollout's samples: r - 1 - log r with r = p_actor / p_rollout.
+    """
+    log_ratio = logprobs - rollout_logprobs
+    return _exp(log_ratio) - 1 - log_ratio
+
+
+def ratios(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+    """Importance ratios p_actor / p_rollout of tokens; their mean is 1 where both are the same policy."""
+    return _exp(logprobs - rollout_logprobs)
+
+
+def outside(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+    """[tokens] bool: the ratio is not within `OUTLIER`; a NaN is not, either."""
+    log_ratio = logprobs - rollout_logprobs
+    return ~((log_ratio >= math.log(OUTLIER[0])) & (log_ratio <= math.log(OUTLIER[1])))
 
 
 def correct(

@@ -11,16 +11,21 @@ from torch import Tensor
 from nemo_r3.algo.aggregation import denominators, kept_weights
 from nemo_r3.algo.kl import kl
 from nemo_r3.algo.losses import loss_named
-from nemo_r3.algo.mismatch import BOUNDS, correct, prob_error
+from nemo_r3.algo.mismatch import BOUNDS, correct, outside, prob_error, ratios, rollout_kl
 from nemo_r3.algo.targets import Targets
 from nemo_r3.config import AlgoConfig
 
-METRICS = ("loss", "kl", "prob_error", "entropy", "tokens", "counted", "kept", "rejected")
+METRICS = (
+    *("loss", "kl", "prob_error", "rollout_kl", "ratio", "outliers", "nonfinite", "entropy"),
+    *("tokens", "counted", "kept", "rejected"),
+)
 """What an `Objective` sums, so that the sums of microbatches and data-parallel ranks add up:
 
 - loss: the scalar, KL included, and kl: the KL alone, weighted like the loss and without `algo.kl_beta`. At the end
   of a step both, and the gradient, are multiplied by counted / kept.
-- prob_error, entropy: over all trained tokens, the rejected ones too; / tokens is the mean.
+- prob_error, rollout_kl, ratio, entropy: over all trained tokens, the rejected ones too; / tokens is the mean.
+- outliers: trained tokens whose importance ratio is beyond `mismatch.OUTLIER`; nonfinite: whose log-probability is NaN
+  or Inf.
 - tokens: trained tokens, of which rejected: were rejected by `algo.mismatch_correction`.
 - counted, kept: the loss's denominator before and after they left (tokens or sequences, as the loss aggregates).
   Where kept is 0, so are loss, kl and gradient.
@@ -48,7 +53,7 @@ class Objective:
             entropy: [trained] of the policy's distributions, without gradient.
 
         Returns:
-            The scalar to differentiate, and the sums of METRICS, [8] float64, without gradient.
+            The scalar to differentiate, and the sums of METRICS, [12] float64, without gradient.
         """
         algo, aggregation = self.algo, self.loss.AGGREGATION
         rollout, sequences = targets.rollout_logprobs, targets.sequences
@@ -62,6 +67,10 @@ class Objective:
             loss,
             (weights * drift).sum(),
             prob_error(logprobs, rollout).sum(),
+            rollout_kl(logprobs, rollout).sum(),
+            ratios(logprobs, rollout).sum(),
+            outside(logprobs, rollout).sum(),
+            (~logprobs.isfinite()).sum(),
             entropy.sum(),
             len(targets),
             *denominators(kept, sequences, aggregation),

@@ -1,4 +1,4 @@
-"""What a training pass over a model costs, counted from its shape (arXiv 2104.04473, section 5.1)."""
+"""What training on a model costs, counted from its shape (arXiv 2104.04473, section 5.1), and what chips can do."""
 
 from __future__ import annotations
 
@@ -18,3 +18,25 @@ def training_cost(arch: Architecture) -> Cost:
         per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * queries,
         per_target=FORWARD_AND_BACKWARD * 2 * arch.hidden_size * arch.vocab_size,
     )
+
+
+PEAKS = (  # dense, of NVIDIA's data sheets; a name holds the first of these that it contains
+    ("H100 PCIe", 756e12, 1513e12),
+    ("H100 NVL", 835e12, 1671e12),
+    ("H100", 989e12, 1979e12),
+    ("H200 NVL", 835e12, 1671e12),
+    ("H200", 989e12, 1979e12),
+    ("GH200", 989e12, 1979e12),
+    ("GB200", 2500e12, 5000e12),
+    ("B200", 2250e12, 4500e12),
+    ("A100", 312e12, None),
+)
+"""Parts of `torch.cuda.get_device_name()`, FLOP/s in BF16, and in FP8 where the chip has it."""
+
+
+def peak_of(chip: str, precision: str) -> float | None:
+    """FLOP/s that a GPU reaches at most in `actor.precision`; None where that is not known, fp32 among it."""
+    for name, bf16, fp8 in PEAKS:
+        if name in chip:
+            return fp8 if "fp8" in precision else bf16 if precision == "bf16" else None
+    return None

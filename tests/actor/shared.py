@@ -50,7 +50,7 @@ def rows_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
 def gradients(policy: Policy, rows: list[Row], shared_context: bool) -> tuple[dict[str, float], Any, list[int]]:
     """(sums, gradient by parameter, tokens of each microbatch) of a step that is not taken."""
     policy.config.actor.shared_context = shared_context
-    microbatches = policy._microbatches(rows)
+    microbatches = policy._microbatches(rows)[0]
     with cpu.cuda_stand_in():
         sums = policy._accumulate(microbatches)
     found = {name: parameter.main_grad.clone() for name, parameter in policy.module.named_parameters()}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from launch import QUICKSTART, SMALL, run, start
 
+from nemo_r3.run_directory import MEASURED
 from recipes.soak import is_sound
 
 MB = 2**20
@@ -52,7 +53,7 @@ def settings(bank: Path, disk: Path) -> tuple[str, ...]:
 
 def untimed(path: Path) -> list[dict[str, Any]]:
     steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in step.items() if not key.startswith(("time/", "memory/"))} for step in steps]
+    return [{key: value for key, value in step.items() if not key.startswith(MEASURED)} for step in steps]
 
 
 def cause(errors: str, disk: Path) -> str:

@@ -20,6 +20,7 @@ from nemo_r3 import signals
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
+from nemo_r3.run_directory import MEASURED
 from nemo_r3.tasks import load as load_task
 from nemo_r3.types import Phase, Segment
 
@@ -29,9 +30,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def untimed(file: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))} for line in lines(file)
-    ]
+    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines(file)]
 
 
 def settings(bank: Path, path: Path, *more: str) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ import pytest
 from cluster import Cluster
 from launch import QUICKSTART, SMALL, run
 
+from nemo_r3.run_directory import MEASURED
+
 pytestmark = pytest.mark.slurm
 
 SCRIPT = "slurm/train.sh"
@@ -23,7 +25,7 @@ LAYOUT = ("actor.tensor_parallel=2", "actor.pipeline_parallel=2")
 
 def untimed(run_dir: Path) -> list[dict[str, Any]]:
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in step.items() if not key.startswith(("time/", "memory/"))} for step in steps]
+    return [{key: value for key, value in step.items() if not key.startswith(MEASURED)} for step in steps]
 
 
 def settings(failures: Path, run_dir: Path, *more: str) -> list[str]:

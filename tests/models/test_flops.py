@@ -1,0 +1,91 @@
+"""FLOPs counted from shapes against those that torch counts on transformers' model; what chips reach at most."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from nemo_r3.algo.balance import Balance
+from nemo_r3.models import Architecture, architecture_of
+from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, training_cost
+from nemo_r3.types import Phase, Row
+
+SHARED, OWN, TRAINED = 24, 16, 10
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",  # multiplies whole squares, so that torch counts what it sees
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def arch(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    path = tmp_path_factory.mktemp("flops")
+    model.save_pretrained(path)
+    return architecture_of(path)
+
+
+def row(shared: int, own: int) -> Row:
+    """`shared` tokens of context, `own` of which the last ones are trained; the very last is only a target."""
+    count = shared + own + 1
+    weights = [0.0] * (count - TRAINED) + [1.0] * TRAINED
+    phases, sampled = [Phase.REFLECTION] * count, [weight > 0 for weight in weights]
+    return Row(range(count), phases, sampled, weights, weights, [0.0] * count, group=0, shared=shared)
+
+
+def counted(model: LlamaForCausalLM, ids: torch.Tensor, cache: DynamicCache | None, trained: int) -> torch.Tensor:
+    hidden = model.model(ids, past_key_values=cache).last_hidden_state
+    return model.lm_head(hidden[:, hidden.shape[1] - trained :])
+
+
+def test_a_row_of_its_own_costs_what_torch_counts(model: LlamaForCausalLM, arch: Architecture) -> None:
+    with FlopCounterMode(display=False) as counter:
+        counted(model, torch.arange(SHARED + OWN)[None], None, TRAINED).sum().backward()
+    cost = training_cost(arch)
+    length = SHARED + OWN
+    square = cost.per_pair * (length * length - length * (length + 1) / 2)  # eager attends to the future, masked
+    ours = Balance([row(0, length)], cost, budget=1000).flops((0,))
+    assert ours + square == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert ours < counter.get_total_flops()
+
+
+def test_a_shared_context_costs_once(model: LlamaForCausalLM, arch: Architecture) -> None:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cache = DynamicCache()
+        counted(model, torch.arange(SHARED)[None], cache, 0)
+        for _ in range(3):
+            counted(model, torch.arange(OWN)[None], cache, TRAINED)
+            cache.crop(SHARED)
+    cost = training_cost(arch)
+    future = SHARED * (SHARED - 1) / 2 + 3 * OWN * (OWN - 1) / 2
+    ours = Balance([row(SHARED, OWN)] * 3, cost, budget=1000).flops((0, 1, 2)) + cost.per_pair * future
+    assert ours / FORWARD_AND_BACKWARD == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("chip", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "fp8-blockwise", 1979e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("NVIDIA B200", "mxfp8", 4500e12),
+        ("NVIDIA A100-SXM4-80GB", "fp8-delayed", None),
+        ("NVIDIA GeForce RTX 4090", "bf16", None),
+        ("", "bf16", None),
+    ],
+)
+def test_a_chips_peak_is_known_or_none(chip: str, precision: str, peak: float | None) -> None:
+    assert peak_of(chip, precision) == peak

@@ -1,0 +1,55 @@
+"""What a run counts from step to step, and what makes it give up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nemo_r3.config import TrainConfig
+from nemo_r3.errors import UserError
+from recipes.counters import Counters, give_up
+from recipes.train import summary
+
+CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_drift_steps=2)
+FINE = {"loss": 0.1, "token_mult_prob_error": 1.01, "skipped": 0.0}
+EMPTY = {"loss": None, "token_mult_prob_error": None}
+SKIPPED = FINE | {"skipped": 1.0}
+DRIFTED = FINE | {"token_mult_prob_error": 1.2}
+
+
+def walk(*steps: dict[str, float | None]) -> Counters:
+    at = Counters()
+    for number, metrics in enumerate(steps, 1):
+        at = at.after(number, 8 * number, metrics, CONFIG)
+    return at
+
+
+def test_counts_are_of_steps_in_a_row() -> None:
+    assert walk(EMPTY, SKIPPED, DRIFTED) == Counters(step=3, cursor=24, drift_steps=1)
+    assert walk(DRIFTED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2)
+    assert walk(FINE | {"token_mult_prob_error": math.nan}).drift_steps == 1, "NaN is no small drift"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (EMPTY, "2 steps in a row had nothing to train on (train.max_empty_steps=2)"),
+        (SKIPPED, "2 updates in a row were skipped (train.max_skipped_steps=2)"),
+        (DRIFTED, "above train.drift_stop=1.1 in 2 steps in a row (train.max_drift_steps=2)"),
+    ],
+)
+def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float | None], said: str) -> None:
+    give_up(walk(metrics), CONFIG, "c/step_000007")
+    give_up(walk(metrics, FINE, metrics), CONFIG, "c/step_000007")
+    with pytest.raises(UserError) as caught:
+        give_up(walk(metrics, metrics), CONFIG, "c/step_000007")
+    assert said in str(caught.value)
+    assert ("last checkpoint: c/step_000007" in str(caught.value)) == (metrics is not EMPTY)
+
+
+def test_drift_is_warned_of_in_the_steps_line() -> None:
+    metrics = {"retry_success": 0.5, "groups_used": 2.0, "grad_norm": 1.0} | FINE
+    assert "DRIFT" not in summary(metrics, CONFIG)
+    line = summary(metrics | {"token_mult_prob_error": 1.07}, CONFIG)
+    assert "DRIFT: token_mult_prob_error 1.070 > train.drift_warn=1.05" in line
