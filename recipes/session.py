@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from nemo_r3 import tasks
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, stop_token_ids
 from nemo_r3.errors import UserError
-from nemo_r3.models import Architecture, architecture_of, check_layout, fingerprint, model_path
+from nemo_r3.models import Architecture, architecture_of, check_layout, fingerprint, flops, model_path
 from nemo_r3.progress import Progress
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Problem
@@ -182,6 +182,13 @@ def report_memory(ground: Ground, policy: Policy, session: Session, step: int) -
     if step == 1:
         holders = policy.held() | {"KV cache": session.engine.cache_bytes()}
         session.progress.say(memory.table(holders, ground.run.memory))
+
+
+def speed(ground: Ground, metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """How fast the update was that has just been timed; see `flops.speed`."""
+    seconds, world = ground.run.times["time/update"], ground.world
+    precision = ground.plan.config.actor.precision
+    return flops.speed(metrics["update_flops"] or 0.0, seconds, world.size, world.chip, precision)
 
 
 def trained_checkpoint(ground: Ground) -> Path | None:

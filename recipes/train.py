@@ -44,7 +44,7 @@ def train(argv: Sequence[str]) -> None:
             with run.timed("rollout"):
                 groups = rl.rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
             batch = build_update(groups, config, seed=config.seed * 1_000_003 + step)
-            speed = rl.progress.rates()
+            rates = rl.progress.rates()
 
             metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
             if batch.rows:
@@ -52,6 +52,7 @@ def train(argv: Sequence[str]) -> None:
                 with run.timed("update"):
                     rl.engine.sleep()
                     metrics = dict(policy.update(batch))
+                metrics |= session.speed(ground, metrics)
                 rl.progress.during("refit")
                 with run.timed("refit"):
                     refit(policy, rl.engine)
@@ -61,7 +62,7 @@ def train(argv: Sequence[str]) -> None:
             session.report_memory(ground, policy, rl, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
-            rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config.train)}  {speed}")
+            rl.progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config.train)}  {rates}")
             with run.timed("save"):
                 saver.finish_if_written()
                 if step % config.train.save_every == 0 or step == config.train.steps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +29,7 @@ from nemo_r3.algo.objective import METRICS, Objective
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
 from nemo_r3.models import Architecture, architecture_of, fingerprint, model_path
-from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, training_cost
+from nemo_r3.models.flops import FORWARD_AND_BACKWARD, training_cost
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 from nemo_r3.types import Row, UpdateBatch
@@ -102,8 +101,8 @@ class Policy:
             `loss`, `kl`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`, and
             `skipped`: 1.0 when the weights were left alone, because the gradient was NaN or Inf or the correction
             rejected every token. How far the rollout is off: `token_mult_prob_error`, `rollout_kl`,
-            `importance_ratio` and `importance_outliers` (a share), `nonfinite_tokens`. `speed/update_tflops` per
-            rank, and `speed/update_mfu`, its share of what the chip reaches at most, where that is known.
+            `importance_ratio` and `importance_outliers` (a share), `nonfinite_tokens`. `update_flops`: the
+            model's own on all ranks, the reference's pass with them, without recompute and padding.
 
         Raises:
             RuntimeError: a token that must not be trained has weight.
@@ -111,13 +110,11 @@ class Policy:
         refuse_untrained_weight(batch, self.config.algo)
         microbatches, flops = self._microbatches(batch.rows)
         with self.at_work(), cpu.cuda_stand_in():
-            resting, begun = memory.restart_peak(), time.perf_counter()
+            resting = memory.restart_peak()
             sums = self._accumulate(microbatches)
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
-            if self.world.chip:
-                torch.cuda.synchronize()
-            self._working_bytes, seconds = memory.peak() - resting, time.perf_counter() - begun
+            self._working_bytes = memory.peak() - resting
         tokens = max(sums["tokens"], 1.0)
         return {
             "loss": sums["loss"],
@@ -134,15 +131,8 @@ class Policy:
             "rejected_tokens": sums["rejected"],
             "microbatches": float(len(microbatches)),
             "skipped": float(not math.isfinite(grad_norm)),
-            **self._speed(flops, seconds),
+            "update_flops": flops * (1 if self._reference is None else 1 + 1 / FORWARD_AND_BACKWARD),
         }
-
-    def _speed(self, flops: float, seconds: float) -> dict[str, float]:
-        """What a rank did of the model's own FLOPs: no recompute, no padding; the reference's pass is a third."""
-        passes = 1 if self._reference is None else 1 + 1 / FORWARD_AND_BACKWARD
-        speed = flops * passes / seconds / self.world.size
-        peak = peak_of(self.world.chip, self.config.actor.precision)
-        return {"speed/update_tflops": speed / 1e12} | ({} if peak is None else {"speed/update_mfu": speed / peak})
 
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         """Leaves the step's gradient in the buffers; returns the step's `METRICS`."""

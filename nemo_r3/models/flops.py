@@ -40,3 +40,9 @@ def peak_of(chip: str, precision: str) -> float | None:
         if name in chip:
             return fp8 if "fp8" in precision else bf16 if precision == "bf16" else None
     return None
+
+
+def speed(flops: float, seconds: float, ranks: int, chip: str, precision: str) -> dict[str, float]:
+    """What a rank did on average: `speed/update_tflops`, and `speed/update_mfu` where the chip's peak is known."""
+    done, peak = flops / seconds / ranks, peak_of(chip, precision)
+    return {"speed/update_tflops": done / 1e12} | ({} if peak is None else {"speed/update_mfu": done / peak})

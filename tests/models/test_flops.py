@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nemo_r3.algo.balance import Balance
 from nemo_r3.models import Architecture, architecture_of
-from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, training_cost
+from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, speed, training_cost
 from nemo_r3.types import Phase, Row
 
 SHARED, OWN, TRAINED = 24, 16, 10
@@ -89,3 +89,9 @@ def test_a_shared_context_costs_once(model: LlamaForCausalLM, arch: Architecture
 )
 def test_a_chips_peak_is_known_or_none(chip: str, precision: str, peak: float | None) -> None:
     assert peak_of(chip, precision) == peak
+
+
+def test_speed_is_of_a_rank() -> None:
+    assert speed(8e15, 4.0, 2, "", "bf16") == {"speed/update_tflops": 1000.0}
+    found = speed(989e12 * 8, 16.0, 1, "NVIDIA H100 80GB HBM3", "bf16")
+    assert found == {"speed/update_tflops": 494.5, "speed/update_mfu": 0.5}
