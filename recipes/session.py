@@ -21,7 +21,7 @@ from nemo_r3 import tasks
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, stop_token_ids
 from nemo_r3.errors import UserError
-from nemo_r3.models import Architecture, architecture_of, check_layout, fingerprint, flops, model_path
+from nemo_r3.models import Architecture, architecture_of, check_layout, fingerprint, model_path
 from nemo_r3.progress import Progress
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Problem
@@ -186,6 +186,8 @@ def report_memory(ground: Ground, policy: Policy, session: Session, step: int) -
 
 def speed(ground: Ground, metrics: Mapping[str, float | None]) -> dict[str, float]:
     """How fast the update was that has just been timed; see `flops.speed`."""
+    from nemo_r3.models import flops  # imports torch
+
     seconds, world = ground.run.times["time/update"], ground.world
     precision = ground.plan.config.actor.precision
     return flops.speed(metrics["update_flops"] or 0.0, seconds, world.size, world.chip, precision)
