@@ -1,0 +1,116 @@
+"""Runs the GPU checks, each in its own process and with a time limit, and prints one table.
+
+    python -m benchmarks.gpu_check [--small] [--device cpu] [--only NAME ...] [--out FILE]
+
+A check that fails, hangs or cannot run here loses no other check's result: the file is written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT, machine, results
+
+
+@dataclass(frozen=True)
+class Check:
+    """A module that measures one thing, as `python -m MODULE --device DEVICE --out FILE [--small]`.
+
+    Attributes:
+        name: in the table and for `--only`.
+        module: what is run.
+        needs: packages it imports.
+        limit: seconds after which it is stopped.
+    """
+
+    name: str
+    module: str
+    needs: tuple[str, ...]
+    limit: float
+
+
+CHECKS = (Check("attention", "benchmarks.gpu_check.attention", ("torch", "megatron.core"), 240),)
+TAIL = 400
+"""Characters of a failed check's output that are kept."""
+
+
+def missing(needs: tuple[str, ...]) -> list[str]:
+    """The packages of `needs` that are not installed."""
+    return [name for name in needs if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    parents = name.split(".")
+    return all(find_spec(".".join(parents[: count + 1])) is not None for count in range(len(parents)))
+
+
+def run(check: Check, device: str, small: bool) -> dict[str, Any]:
+    """Its `status` ("ok", "failed" or "skipped"), `seconds`, and `found` or `reason`."""
+    absent = missing(check.needs)
+    if absent:
+        return {"status": "skipped", "seconds": 0.0, "reason": f"not installed: {', '.join(absent)}"}
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        out, log = Path(scratch) / "found.json", Path(scratch) / "log"
+        command = [sys.executable, "-m", check.module, "--device", device, "--out", str(out)]
+        reason = _wait(command + ["--small"] * small, log, check.limit)
+        seconds = time.perf_counter() - begun
+        if reason:
+            tail = log.read_text(errors="replace")[-TAIL:].strip()
+            return {"status": "failed", "seconds": seconds, "reason": f"{reason}: {tail}"}
+        return {"status": "ok", "seconds": seconds, "found": json.loads(out.read_text())}
+
+
+def _wait(command: list[str], log: Path, limit: float) -> str:
+    """Runs a command with all it starts; what went wrong, or nothing."""
+    with log.open("wb") as to:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=to, stderr=to, start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped after {limit:g} s"
+    return f"exit code {code}" if code else ""
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """A check in one line."""
+    said = result.get("reason") or "  ".join(f"{key} {value}" for key, value in result["found"].items())
+    return f"{name:12s} {result['status']:8s} {result['seconds']:7.1f} s  {said}"
+
+
+def main() -> None:
+    """Runs what was asked for; exits with 1 if a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [check.name for check in CHECKS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these checks")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, help="where the numbers go")
+    options = parser.parse_args()
+    out = options.out or results("gpu_check.json", options.small or options.device == "cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    for check in CHECKS:
+        if check.name in options.only:
+            found[check.name] = run(check, options.device, options.small)
+            print(row(check.name, found[check.name]), flush=True)
+            numbers = {"checks": found, "device": options.device, "small": options.small, "machine": machine(1)}
+            out.write_text(json.dumps(numbers, indent=1) + "\n")
+    sys.exit(any(result["status"] == "failed" for result in found.values()))
+
+
+if __name__ == "__main__":
+    main()
