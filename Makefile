@@ -29,7 +29,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all test-slurm soak check format bench
+.PHONY: help setup quickstart test test-all test-slurm soak gpu-check check format bench
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ test-slurm: setup ## jobs on a virtual Slurm cluster; needs root and Debian's sl
 
 soak: setup ## end a small run by kill -9 and SIGUSR1, 200 times in all, and count the harm; it goes on where it was stopped
 	$(BIN)/python -m recipes.soak configs/soak.yaml $(ARGS)
+
+gpu-check: ## measure kernels and the update in BF16 and FP8 on this host's GPU, with the Python that is active
+	python3 -m benchmarks.gpu_check $(ARGS)
 
 check: setup ## format, lint, types, floors, then `make test`: what CI runs
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,15 +33,28 @@ class Check:
         module: what is run.
         needs: packages it imports.
         limit: seconds after which it is stopped.
+        arguments: more of the command line.
     """
 
     name: str
     module: str
     needs: tuple[str, ...]
     limit: float
+    arguments: tuple[str, ...] = ()
 
 
-CHECKS = (Check("attention", "benchmarks.gpu_check.attention", ("torch", "megatron.core"), 240),)
+def update(shape: str, precision: str) -> Check:
+    """The policy update at a shape in a precision."""
+    needs = ("torch", "megatron.core", *(("transformer_engine",) if "fp8" in precision else ()))
+    arguments = ("--shape", shape, "--precision", precision)
+    return Check(f"{shape}-{precision}", "benchmarks.gpu_check.update", needs, 300, arguments)
+
+
+RECIPES = ("fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "mxfp8")
+CHECKS = (
+    Check("attention", "benchmarks.gpu_check.attention", ("torch", "megatron.core"), 240),
+    *(update(shape, precision) for shape in ("8b", "1b") for precision in ("fp32", "bf16", *RECIPES)),
+)
 TAIL = 400
 """Characters of a failed check's output that are kept."""
 
@@ -64,12 +78,26 @@ def run(check: Check, device: str, small: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out, log = Path(scratch) / "found.json", Path(scratch) / "log"
         command = [sys.executable, "-m", check.module, "--device", device, "--out", str(out)]
-        reason = _wait(command + ["--small"] * small, log, check.limit)
+        reason = _wait([*command, *check.arguments] + ["--small"] * small, log, check.limit)
         seconds = time.perf_counter() - begun
         if reason:
             tail = log.read_text(errors="replace")[-TAIL:].strip()
             return {"status": "failed", "seconds": seconds, "reason": f"{reason}: {tail}"}
-        return {"status": "ok", "seconds": seconds, "found": json.loads(out.read_text())}
+        found = json.loads(out.read_text())
+        if "skipped" in found:
+            return {"status": "skipped", "seconds": seconds, "reason": found["skipped"]}
+        return {"status": "ok", "seconds": seconds, "found": found}
+
+
+def _has_gpu() -> bool:
+    return (
+        shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0
+    )
+
+
+def _gpu() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip() if _has_gpu() else ""
 
 
 def _wait(command: list[str], log: Path, limit: float) -> str:
@@ -87,8 +115,8 @@ def _wait(command: list[str], log: Path, limit: float) -> str:
 
 def row(name: str, result: dict[str, Any]) -> str:
     """A check in one line."""
-    said = result.get("reason") or "  ".join(f"{key} {value}" for key, value in result["found"].items())
-    return f"{name:12s} {result['status']:8s} {result['seconds']:7.1f} s  {said}"
+    said = result.get("reason") or "  ".join(f"{key} {value:.5g}" for key, value in result["found"].items())
+    return f"{name:17s} {result['status']:8s} {result['seconds']:7.1f} s  {said}"
 
 
 def main() -> None:
@@ -102,12 +130,20 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or results("gpu_check.json", options.small or options.device == "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if options.device == "cuda" and not _has_gpu():
+        sys.exit("there is no NVIDIA GPU here (nvidia-smi): --device cpu --small tries the checks themselves")
     found: dict[str, Any] = {}
     for check in CHECKS:
         if check.name in options.only:
             found[check.name] = run(check, options.device, options.small)
             print(row(check.name, found[check.name]), flush=True)
-            numbers = {"checks": found, "device": options.device, "small": options.small, "machine": machine(1)}
+            numbers = {
+                "checks": found,
+                "device": options.device,
+                "small": options.small,
+                "machine": machine(1) | {"gpu": _gpu()},
+                "command": sys.argv[1:],
+            }
             out.write_text(json.dumps(numbers, indent=1) + "\n")
     sys.exit(any(result["status"] == "failed" for result in found.values()))
 

@@ -1,0 +1,114 @@
+"""The policy update in one precision, at a real model's layer dimensions: tokens per second, MFU, distance from fp32.
+
+    build/gpu_check/SHAPE           random weights, made by the first check that needs them
+    build/gpu_check/SHAPE.json      float32's log-probabilities, by the check with --precision fp32
+
+Rows are packed behind shared contexts, half of each group's retries pass. MFU counts the model's own FLOPs: no
+recompute, no padding. A precision that this machine cannot run is skipped with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import ROOT
+from benchmarks.update import Point, rows_of
+from nemo_r3 import precision, runtime
+from nemo_r3.config import Config
+from nemo_r3.errors import ConfigError
+from nemo_r3.models import architecture_of
+from nemo_r3.models.flops import speed
+from nemo_r3.types import UpdateBatch
+
+LLAMA = {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+SHAPES = {
+    "8b": LLAMA  # Llama-3.1-8B's layers and vocabulary, 8 of its 32 layers
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "1b": LLAMA  # Llama-3.2-1B
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "tiny": LLAMA
+    | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+}
+POINT, SMALL = Point(1024, 256, 8, groups=8), Point(32, 8, 4, groups=2)
+WARM, ROUNDS = 2, 5
+SCORED = 16
+"""Sequences that are compared with float32."""
+
+
+def model_of(shape: str) -> Path:
+    """The shape's checkpoint, made where it is not there; bf16, so that all precisions begin with the same numbers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = ROOT / "build" / "gpu_check" / shape
+    if not (path / "config.json").exists():
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            made = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).bfloat16()
+        made.save_pretrained(path)
+    return path
+
+
+def measure(shape: str, name: str) -> dict[str, Any]:
+    """What is found, or `skipped` with the reason."""
+    config = Config()
+    config.model.path = str(model_of(shape))
+    config.actor.precision = name
+    arch = architecture_of(Path(config.model.path))
+    try:
+        world = runtime.start(config)
+        precision.prepare(config, arch)
+    except ConfigError as error:
+        return {"skipped": str(error)}
+    from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
+
+    rows = rows_of(SMALL if shape == "tiny" else POINT, arch.vocab_size)
+    policy = Policy(config, world, trains=name != "fp32")
+    logprobs = [part.tolist() for part in policy.score([row.ids for row in rows[:SCORED]])]
+    reference = ROOT / "build" / "gpu_check" / f"{shape}.json"
+    if name == "fp32":
+        reference.write_text(json.dumps(logprobs))
+        return {"sequences": len(logprobs)}
+    found = distance(logprobs, json.loads(reference.read_text())) if reference.exists() else {}
+    seconds = []
+    for _ in range(WARM + ROUNDS):
+        begun = time.perf_counter()
+        metrics = policy.update(UpdateBatch(tuple(rows), (), 1, 0))
+        if world.chip:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    median, tokens = statistics.median(seconds[WARM:]), sum(map(len, rows))
+    fast = speed(metrics["update_flops"], median, world.size, world.chip, name)
+    return found | {"seconds": median, "tokens_per_second": tokens / median, "loss": metrics["loss"]} | fast
+
+
+def distance(ours: list[list[float]], theirs: list[list[float]]) -> dict[str, float]:
+    """How far log-probabilities are from float32's, over all tokens: `prob_error`, its mean, and the largest."""
+    gaps = [abs(a - b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True)]
+    return {"prob_error": statistics.fmean(map(math.exp, gaps)), "largest_gap": max(gaps)}
+
+
+def main() -> None:
+    """Writes what was found as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
+    parser.add_argument("--precision", choices=list(precision.PRECISIONS), default="bf16")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.write_text(json.dumps(measure("tiny" if options.small else options.shape, options.precision)))
+
+
+if __name__ == "__main__":
+    main()
