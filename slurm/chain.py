@@ -107,11 +107,7 @@ def submit(steps: Sequence[Step]) -> str:
         UserError: an earlier chain is under way there, or Slurm refuses a job; nothing stays submitted then.
     """
     folder, submitted = steps[0].stages[0].folder, []
-    if _file(folder).exists() and (active := _queue().keys() & {job for _, job in _read(folder)}):
-        raise UserError(
-            f"{folder} has a chain under way (jobs {', '.join(sorted(active))}): "
-            f"wait for it, or `python -m slurm.launch cancel {folder.parent}`"
-        )
+    refuse_another(folder)
     before, last = None, ""
     try:
         for step in steps:
@@ -126,6 +122,20 @@ def submit(steps: Sequence[Step]) -> str:
         raise UserError(f"Slurm refused {steps[len(submitted)].recipe}: {' '.join(str(error).split())}") from error
     record(folder, submitted)
     return "\n".join(f"{stage.name}: job {job}" for stage, job in submitted)
+
+
+def refuse_another(folder: Path) -> None:
+    """Keeps two chains out of one run directory.
+
+    Raises:
+        UserError: jobs of the chain there are still in the queue.
+    """
+    jobs = {job for _, job in _read(folder) if job} if _file(folder).exists() else set()
+    if jobs and (active := _queue().keys() & jobs):
+        raise UserError(
+            f"{folder} has a chain under way (jobs {', '.join(sorted(active))}): "
+            f"wait for it, or `python -m slurm.launch cancel {folder.parent}`"
+        )
 
 
 def record(folder: Path, submitted: Sequence[tuple[Stage, str]]) -> None:
@@ -176,7 +186,8 @@ def cancel(run_dir: Path) -> str:
     Raises:
         UserError: there is no chain.
     """
-    active = [job for _, job in _read(folder_of(run_dir)) if job in _queue()]
+    chain, queue = _read(folder_of(run_dir)), _queue()
+    active = [job for _, job in chain if job in queue]
     if not active:
         return "nothing to cancel: no job of the chain is in the queue"
     _ask("scancel", *active)

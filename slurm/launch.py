@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import shlex
 import sys
@@ -68,8 +69,9 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
 def _checked(recipe: str, argv: Sequence[str]) -> Config:
     try:
         config = load(argv)
-        if config.cluster.gpus_per_node:
-            check_world(config, config.cluster.nodes * config.cluster.gpus_per_node)
+        cluster = config.cluster
+        if not any(re.match("--(ntasks|gpus|gres)", option) for option in cluster.options):  # else Slurm has the number
+            check_world(config, cluster.nodes * (cluster.gpus_per_node or 1))
     except ConfigError as error:
         raise ConfigError(f"stage {recipe}: {error}") from None
     return config
@@ -88,10 +90,7 @@ def _facts(path: str) -> list[str]:
     if not isinstance(values, dict):
         raise ConfigError(f"--cluster {path}: expected settings of `cluster`, as in `partition: gpu`")
     build(ClusterConfig, [Layer(values, f"{path}: ")], "cluster")
-    return [
-        f"cluster.{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
-        for key, value in values.items()
-    ]
+    return [f"cluster.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]  # JSON is YAML
 
 
 def _points(sweep: Sequence[str]) -> list[dict[str, str]]:
@@ -106,6 +105,10 @@ def _points(sweep: Sequence[str]) -> list[dict[str, str]]:
         axes[key] = re.split(r",(?![^\[{]*[\]}])", values)  # no comma within brackets
         if len(set(axes[key])) < len(axes[key]):
             raise ConfigError(f"--sweep {text}: a value comes twice")
+        if key.startswith("cluster."):
+            raise ConfigError(f"--sweep {text}: the jobs of an array have one size; set it for a stage, as in --train")
+        if len({_label({key: value}) for value in axes[key]}) < len(axes[key]):
+            raise ConfigError(f"--sweep {text}: two values would share one run directory")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -139,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
 def here(steps: Sequence[Step]) -> None:
     """Runs a chain on this machine. Exits with a stage's code where that is not 0."""
     stages = [stage for step in steps for stage in step.stages]
+    chain.refuse_another(stages[0].folder)
     chain.record(stages[0].folder, [(stage, "") for stage in stages])
     for step in steps:
         for stage in step.stages:

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from cluster import Cluster
 from launch import QUICKSTART, SMALL
+
+from nemo_r3.config import load
+from slurm.launch import parser, steps_of
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -64,7 +68,10 @@ def test_dry_run_prints_every_batch_script(size: str) -> None:
         (["--sweep", "run.dir=a,b"], "--sweep run.dir=a,b: expected key=value,value"),
         (["--sweep", "seed=1,1"], "--sweep seed=1,1: a value comes twice"),
         (["--sweep", "seed"], "--sweep seed: expected key=value,value"),
+        (["--sweep", "cluster.nodes=1,2"], "--sweep cluster.nodes=1,2: the jobs of an array have one size"),
+        (["--sweep", "model.path=/m/a/b,/m/a_b"], "--sweep model.path=/m/a/b,/m/a_b: two values would share one run"),
         (["--evaluate", "cluster.gpus_per_node=3", "actor.tensor_parallel=2"], "stage evaluate: "),
+        (["--train", "cluster.nodes=3", "actor.tensor_parallel=2"], "stage train: "),
         (["cluster.options=[-p gpu]"], "cluster.options: a chain takes --name and --name=value, got -p gpu"),
         (["--cluster", "nowhere.yaml"], "--cluster nowhere.yaml: "),
         (["--cluster", "configs/quickstart.yaml"], "configs/quickstart.yaml: "),
@@ -88,6 +95,21 @@ def test_a_sweep_mines_once_unless_it_changes_what_is_mined(tmp_path: Path) -> N
     each = launch(*base, "rollout.temperature=0.8,1.0").stdout.splitlines()
     assert sum("RECIPE=mine" in line for line in each) == 2
     assert "#SBATCH --dependency=aftercorr:MINE_JOB" in each
+
+
+def test_a_clusters_file_is_taken_to_the_letter(tmp_path: Path) -> None:
+    """Longer than the lines that YAML is written in, with every kind of quote, and of several lines."""
+    facts = {
+        "setup": "source /a/very/long/path/to/some/venv/bin/activate\nexport NCCL_SOCKET_IFNAME=ib0 A='x: #y' B=\"é\"",
+        "container_mounts": [f"/a/long/path/number/{number}:/mnt/{number}" for number in range(6)],
+        "min_disk_gb": 0.5,
+        "memory_gb": 100,
+    }
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(facts))
+    wanted = [QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", "--cluster", f"{tmp_path}/here.yaml"]
+    (step, *_) = steps_of(parser().parse_args(wanted))
+    found = load(step.stages[0].argv).cluster
+    assert {name: getattr(found, name) for name in facts} == facts
 
 
 def test_without_a_bank_nothing_is_mined(tmp_path: Path) -> None:
