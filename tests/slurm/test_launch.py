@@ -175,7 +175,9 @@ def wait(cluster: Cluster, path: Path, seconds: float) -> dict[str, str]:
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_the_chain_runs_to_its_end_each_stage_at_its_own_size(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_chain_runs_to_its_end_each_stage_at_its_own_size_and_one_requeued(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     settings = [QUICKSTART, *SMALL, f"run.dir={tmp_path}/run", "cluster.time_minutes=20", "cluster.min_disk_gb=0.1"]
     own = ["--train", "cluster.nodes=2", "actor.tensor_parallel=2", "--evaluate", "evaluate.problems=8"]
     dry = launch(*settings, *own, "--dry-run").stdout
@@ -183,9 +185,18 @@ def test_the_chain_runs_to_its_end_each_stage_at_its_own_size(cluster: Cluster, 
     assert done.returncode == 0, done.stderr
     again = launch(*settings, environment=cluster.environment)
     assert again.returncode == 2 and "has a chain under way" in again.stderr
+    train = chain_of(tmp_path / "run")["train"]
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline, cluster.ask("squeue")
+        time.sleep(0.2)
+    cluster.ask("scontrol", "requeue", train)  # as after a preemption; the stages behind it wait on
     assert wait(cluster, tmp_path / "run", 400) == dict.fromkeys(["mine", "train", "evaluate", "export"], "done")
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     jobs = chain_of(tmp_path / "run")
+    assert cluster.show(train)["Restarts"] == "1"
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)), "every step once"
     assert cluster.show(jobs["train"])["NumNodes"] == "2" and cluster.show(jobs["export"])["NumNodes"] == "1"
     for script in (tmp_path / "run" / "chain" / "jobs").glob("*_submission.sh"):
         text = script.read_text()
