@@ -54,7 +54,7 @@ def launch(
 def test_dry_run_prints_every_batch_script(size: str) -> None:
     done = launch(*SIZES[size], "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    found = done.stdout.replace(str(ROOT), "ROOT").replace(sys.executable, "PYTHON")
+    found = done.stdout.replace(sys.executable, "PYTHON").replace(str(ROOT), "ROOT")
     golden = GOLDEN / f"{size}.sbatch"
     assert found == golden.read_text(), f"if that is right: write it to {golden}"
 
