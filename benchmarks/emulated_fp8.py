@@ -1,0 +1,173 @@
+"""Training in emulated FP8 against float32: is the difference more than another seed makes?
+
+    python -m benchmarks.emulated_fp8      -> benchmarks/results/emulated_fp8.json; a run that is there is not repeated
+
+The quickstart's 50 updates, five seeds in float32 and the same five with the layers' products as `fp8-tensorwise` has
+them: inputs and weights in e4m3, gradients in e5m2, each tensor scaled by its largest number of the moment, the first
+and the last layer left out. Numbers are rounded to FP8 and multiplied in float32, in which a tensor core
+sums them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import ROOT, machine, results, versions
+
+SEEDS, UPDATES, WINDOW = (1, 2, 3, 4, 5), 50, 10
+MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+METRICS = ("loss", "kl", "retry_success", "token_mult_prob_error")
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of an FP8 format, scaled so that the tensor's largest is the format's (current scaling)."""
+    scale = torch.finfo(dtype).max / tensor.abs().max().clamp(min=1e-12)
+    return (tensor * scale).to(dtype).to(tensor.dtype) / scale
+
+
+class Product(torch.autograd.Function):
+    """x [.., in] times weight [out, in], transposed, with FP8 operands in all three products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """[.., out]."""
+        x, weight = rounded(x, torch.float8_e4m3fn), rounded(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and weight."""
+        x, weight = ctx.saved_tensors
+        grad = rounded(grad, torch.float8_e5m2)
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def emulate(trunk: nn.Module) -> int:
+    """Puts the product into the matrices of all layers but the first and the last; how many it found."""
+    layers = trunk.get_submodule("decoder.layers")
+    assert isinstance(layers, nn.ModuleList)
+    count = 0
+    for layer in list(layers)[1:-1]:
+        for name in MATRICES:
+            matrix = layer.get_submodule(name)
+            assert matrix.bias is None, "the embedded model has none"
+
+            def forward(x: Tensor, matrix: nn.Module = matrix) -> tuple[Tensor, None]:
+                return Product.apply(x, matrix.weight), None
+
+            matrix.forward = forward
+            count += 1
+    return count
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`recipes.train` with a policy whose layers multiply in emulated FP8."""
+    from recipes.train import train as recipe
+
+    def emulating(arguments: Sequence[str]) -> None:
+        from nemo_r3.rollout import environment  # megatron-core is imported once the environment is ready
+
+        prepare = environment.prepare
+
+        def prepared(*settings: Any) -> None:
+            prepare(*settings)
+            from nemo_r3.actor import policy
+
+            build = policy.build_model
+
+            def built(*parts: Any) -> Any:
+                trunk = build(*parts)
+                assert emulate(trunk) == 2 * len(MATRICES)
+                return trunk
+
+            policy.build_model = built
+
+        environment.prepare = prepared
+        recipe(arguments)
+
+    from nemo_r3 import runtime
+
+    sys.argv = [sys.argv[0], *arguments]
+    runtime.main(emulating)
+
+
+def run(seed: int, fp8: bool, home: Path, more: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The metrics of a run, which is begun, or goes on, where it is not complete."""
+    path = home / f"{'fp8' if fp8 else 'fp32'}_{seed}"
+    begin = [sys.executable, "-W", "ignore", "-m"]
+    begin += ["benchmarks.emulated_fp8", "--train"] if fp8 else ["recipes.train"]
+    settings = [f"seed={seed}", f"run.dir={path}", f"failures.path={home}/failures", f"train.steps={UPDATES}", *more]
+    with (home / f"{path.name}.log").open("a") as log:
+        subprocess.run([*begin, "configs/quickstart.yaml", *settings], cwd=ROOT, stdout=log, stderr=log, check=True)
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def windows(runs: Sequence[list[dict[str, Any]]], name: str) -> list[list[float]]:
+    """Means over each `WINDOW` updates, of each run: [window][run]. Steps without an update have no loss."""
+    found = []
+    for first in range(0, len(runs[0]), WINDOW):
+        values = [[line[name] for line in run[first : first + WINDOW] if line[name] is not None] for run in runs]
+        found.append([statistics.fmean(of) for of in values if of])
+    return found
+
+
+def verdict(fp32: Sequence[list[dict[str, Any]]], fp8: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Per metric and window the float32 seeds' extremes, FP8's mean, and FP8's runs; whether the mean lies within."""
+    found = {}
+    for name in METRICS:
+        rows = []
+        for theirs, ours in zip(windows(fp32, name), windows(fp8, name), strict=True):
+            low, high, mean = min(theirs), max(theirs), statistics.fmean(ours)
+            rows.append({"fp32": [low, high], "fp8_mean": mean, "fp8": ours, "within": low <= mean <= high})
+        found[name] = rows
+    return found
+
+
+def main() -> None:
+    """Runs what is not there yet, two at a time, and writes the comparison."""
+    if sys.argv[1:2] == ["--train"]:
+        return train(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--home", type=Path, default=ROOT / "build" / "emulated_fp8")
+    options = parser.parse_args()
+    options.home.mkdir(parents=True, exist_ok=True)
+    mine = [
+        "recipes.mine",
+        "configs/quickstart.yaml",
+        f"run.dir={options.home}",
+        f"failures.path={options.home}/failures",
+    ]
+    subprocess.run([sys.executable, "-W", "ignore", "-m", *mine], cwd=ROOT, check=True)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {
+            (seed, fp8): pool.submit(run, seed, fp8, options.home) for seed in options.seeds for fp8 in (False, True)
+        }
+        runs = {key: job.result() for key, job in jobs.items()}
+    fp32, fp8 = ([runs[seed, kind] for seed in options.seeds] for kind in (False, True))
+    found = verdict(fp32, fp8)
+    for name, rows in found.items():
+        for number, row in enumerate(rows, 1):
+            (low, high), said = row["fp32"], "within" if row["within"] else "OUTSIDE"
+            span = f"fp32 {low:.4f} to {high:.4f}, fp8 {row['fp8_mean']:.4f} {said}"
+            print(f"{name:22s} up to update {number * WINDOW:2d}: {span}")
+    numbers = {"metrics": found, "seeds": list(options.seeds), "updates": UPDATES, "machine": machine(1)}
+    out = results("emulated_fp8.json", len(options.seeds) < len(SEEDS))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(numbers | {"versions": versions(("torch", "megatron-core"))}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
