@@ -155,8 +155,9 @@ def differences(whole: Path, killed: Path, steps: int) -> list[str]:
 
 
 def untimed(file: Path) -> list[dict[str, object]]:
-    """A run's metrics by step, without the times."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    """A run's metrics by step, without what is measured; a last line that was cut short is left out."""
+    text = file.read_text() if file.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]
 
 

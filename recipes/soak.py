@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from nemo_r3 import config as configuration
 from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import MEASURED, write_whole
-from recipes.drill import PATIENCE, Launch, differences, ranks_of, send
+from nemo_r3.run_directory import write_whole
+from recipes.drill import PATIENCE, Launch, differences, ranks_of, send, untimed
 
 MINING = "while mining"
 KINDS = ("while saving", "at random", "while saving", "SIGUSR1")
@@ -113,7 +112,7 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
     tally.lost_failure_rows += sum(
         rows_lost(launch.path / "failures" / name, whole / "failures" / name) for name in mined
     )
-    ours, theirs = (steps_logged(path / "metrics.jsonl") for path in (launch.path, whole))
+    ours, theirs = (untimed(path / "metrics.jsonl") for path in (launch.path, whole))
     tally.double_counted_steps += len(ours) - len({line["step"] for line in ours})
     tally.differing_steps += sum(line not in theirs for line in ours)
     if code == 0:
@@ -204,13 +203,6 @@ def rows_lost(shard: Path, whole: Path) -> int:
     """How many rows of the bank of the run that is left alone this shard lacks."""
     found = set(shard.read_text().splitlines()) if shard.exists() else set()
     return len(set(whole.read_text().splitlines()) - found)
-
-
-def steps_logged(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without times, but for a last one that was cut short."""
-    text = file.read_text() if file.exists() else ""
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]
 
 
 if __name__ == "__main__":
