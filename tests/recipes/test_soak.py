@@ -57,7 +57,7 @@ def test_a_round_begins_with_kills_while_it_mines(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_tally_goes_on_where_it_was(tmp_path: Path) -> None:
     settings = (str(ROOT / "configs" / "soak.yaml"), f"run.dir={tmp_path}/soak", "train.steps=8")
-    assert "kill 2/2 while mining" in run("soak", *settings, "drill.kills=2").stdout
+    assert "kill 2/2 at random" in run("soak", *settings, "drill.kills=2").stdout
     again = run("soak", *settings, "drill.kills=3").stdout
     assert "kill 3/3 " in again and "kill 2/" not in again
     tally = Tally(**json.loads((tmp_path / "soak" / "tally.json").read_text()))
