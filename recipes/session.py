@@ -152,8 +152,45 @@ def resume(ground: Ground, policy: Policy, session: Session) -> dict[str, Any]:
         else:
             refit(policy, session.engine)
             session.progress.say(f"resuming after step {manifest['step']} from {path}; {policy.describe_schedule()}")
+            _take_up_turns(ground, session, path, manifest["step"] + 1)
             return dict(manifest["state"])
     return {}
+
+
+def keep_turns(ground: Ground, session: Session, step: int) -> None:
+    """After a stop, keeps what was sampled of `step` beside the checkpoint whose weights sampled it.
+
+    Nothing where rollouts are deterministic, and in a run's first step, which has no checkpoint before it. Turns that
+    cannot be written are said to be lost: all it costs is to sample them again.
+    """
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+    from nemo_r3.rollout import kept
+
+    turns = {turn: found for part in ground.world.gather(session.rollout.kept.of(step)) for turn, found in part.items()}
+    home = checkpoint.latest(ground.run.checkpoints)
+    if ground.world.is_main and turns and home is not None:
+        try:
+            kept.write(home / kept.FILE, turns)
+            session.progress.say(f"kept {len(turns)} turns of step {step} in {home / kept.FILE}")
+        except OSError as error:
+            print(f"warning: step {step} will be sampled anew: cannot write {home / kept.FILE} ({error.strerror})",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _take_up_turns(ground: Ground, session: Session, home: Path, step: int) -> None:
+    """Gives the engines what a stopped process kept of `step`, if it did."""
+    from safetensors import SafetensorError
+
+    from nemo_r3.rollout import kept
+
+    file, turns = home / kept.FILE, {}
+    if ground.world.is_main and file.exists():
+        try:
+            turns = kept.read(file)
+            session.progress.say(f"going on with {len(turns)} turns of step {step} from {file}")
+        except (OSError, SafetensorError) as error:
+            print(f"warning: step {step} is sampled anew: {file} is damaged ({error})", file=sys.stderr, flush=True)
+    session.rollout.kept.take_up(step, ground.world.broadcast(turns))
 
 
 def saver(ground: Ground, policy: Policy, session: Session) -> Saver:

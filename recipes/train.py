@@ -72,6 +72,7 @@ def train(argv: Sequence[str]) -> None:
         if at.step > saved:
             saver.save(at.step, asdict(at))
         saver.finish()
+        session.keep_turns(ground, rl, at.step + 1)
         raise
     saver.finish()
     run.add_to_summary(versions=session.versions())

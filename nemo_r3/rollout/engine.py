@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
+from vllm.logprobs import FlatLogprobs, SampleLogprobs
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
@@ -28,7 +29,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.models.names import table
 from nemo_r3.precision import precision_of
-from nemo_r3.rollout.sampling import Completion, Sampling, seeds_requests
+from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, seeds_requests
 
 KV_BLOCK = 32
 """Tokens per block of vLLM's KV cache on a CPU. Only whole blocks of a shared context are reused: with vLLM's 128, G
@@ -134,6 +135,16 @@ class Engine:
             raise RuntimeError("the engine has slept and has no weights yet: call load before step")
         return [self._completion(output) for output in self._llm.step() if output.finished]
 
+    def leave(self) -> list[Completion]:
+        """Ends all requests that are under way; returns what they have sampled so far, perhaps nothing."""
+        left = []
+        for state in list(self._llm.output_processor.request_states.values()):
+            rows, detokenizer = state.logprobs_processor, state.detokenizer
+            assert rows is not None and detokenizer is not None, "a request that samples"
+            left.append(self._sampled(state.external_req_id, detokenizer.output_token_ids, rows.logprobs, UNFINISHED))
+        self._llm.abort_request([completion.request_id for completion in left])
+        return left
+
     def score(self, ids: Sequence[int]) -> list[float]:
         """[length - 1] log-probabilities (nats, temperature 1) of ids[1:], each given those before it.
 
@@ -205,11 +216,13 @@ class Engine:
         return max(self._llm.collective_rpc(size))
 
     def _completion(self, output: RequestOutput) -> Completion:
-        sampled = output.outputs[0]
-        ids, rows = tuple(sampled.token_ids), sampled.logprobs
-        assert rows is not None and len(rows) == len(ids), f"{len(ids)} tokens came without their log-probabilities"
+        turn = output.outputs[0]
+        return self._sampled(output.request_id, turn.token_ids, turn.logprobs, str(turn.finish_reason))
+
+    def _sampled(self, request: str, ids: Sequence[int], rows: SampleLogprobs | None, reason: str) -> Completion:
+        assert isinstance(rows, FlatLogprobs) and len(rows) == len(ids), f"{len(ids)} tokens without log-probabilities"
         logprobs = tuple(rows.logprobs[start] for start in rows.start_indices)  # the sampled token comes first
-        return Completion(output.request_id, ids, logprobs, str(sampled.finish_reason), self.version)
+        return Completion(request, tuple(ids), logprobs, reason, self.version)
 
     def _repack_head(self) -> None:
         """A tied head on a CPU keeps a packed copy of the old embedding, which vLLM's reload does not renew."""

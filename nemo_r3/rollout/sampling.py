@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from nemo_r3.config.rollout import RolloutConfig
+
+UNFINISHED = "unfinished"
+"""Finish reason of a request that was left before its turn had ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Completion:
         request_id: as it was added.
         ids: [length] sampled token ids.
         logprobs: [length] their log-probabilities in nats at the request's temperature.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop" or "length"; "unfinished" where the request was left before.
         version: the version of the weights that sampled it.
     """
 
@@ -44,6 +47,12 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: str
     version: int
+
+    def behind(self, begun: Completion | None) -> Completion:
+        """This completion as the end of one that was begun with the same weights."""
+        if begun is None:
+            return self
+        return replace(self, ids=begun.ids + self.ids, logprobs=begun.logprobs + self.logprobs)
 
 
 class Sampler(Protocol):
@@ -62,6 +71,10 @@ class Sampler(Protocol):
         """Samples one token for as many requests as fit; returns those that finished with it."""
         ...
 
+    def leave(self) -> list[Completion]:
+        """Ends all requests that are under way; returns what they have sampled so far, perhaps nothing."""
+        ...
+
     def forget(self) -> None:
         """Drops what is cached of earlier prompts."""
         ...
@@ -76,11 +89,15 @@ def request_seed(seed: int, step: int, problem_id: str, sample: int, phase: str)
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def is_deterministic(rollout: RolloutConfig, on_cuda: bool) -> bool:
+    """Whether a step done again has to give the same turns: `rollout.deterministic`; where it is unset, on CPUs."""
+    return rollout.deterministic if rollout.deterministic is not None else not on_cuda
+
+
 def seeds_requests(rollout: RolloutConfig, on_cuda: bool) -> bool:
     """Whether every request gets its own seed.
 
-    `rollout.deterministic` decides; where it is unset, CPUs do. With several ranks per engine each of them samples for
-    itself and all must draw the same token, so there it is always so.
+    Where rollouts are deterministic; and with several ranks per engine, since each of them samples for itself and all
+    must draw the same token.
     """
-    deterministic = rollout.deterministic if rollout.deterministic is not None else not on_cuda
-    return deterministic or rollout.tensor_parallel > 1
+    return is_deterministic(rollout, on_cuda) or rollout.tensor_parallel > 1

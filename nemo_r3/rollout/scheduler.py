@@ -20,8 +20,17 @@ import torch
 from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.rollout.kept import Kept, turn_id
 from nemo_r3.rollout.placement import Fleet
-from nemo_r3.rollout.sampling import Completion, Sampler, Sampling, request_seed, seeds_requests
+from nemo_r3.rollout.sampling import (
+    UNFINISHED,
+    Completion,
+    Sampler,
+    Sampling,
+    is_deterministic,
+    request_seed,
+    seeds_requests,
+)
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
@@ -79,8 +88,28 @@ class _Turn:
     then: Callable[[Answer], _Turn | None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A turn under way.
+
+    Attributes:
+        turn: what was asked.
+        id: its name in any process.
+        begun: what an earlier process has sampled of it.
+    """
+
+    turn: _Turn
+    id: str
+    begun: Completion | None
+
+
 class Rollout:
-    """Samples turns with the run's engines; every rank calls the same method with the same arguments."""
+    """Samples turns with the run's engines; every rank calls the same method with the same arguments.
+
+    Attributes:
+        kept: what this rank's engine has sampled in the step under way; nothing where rollouts are deterministic, since
+            a step that is done again gives the same.
+    """
 
     def __init__(
         self,
@@ -107,7 +136,9 @@ class Rollout:
         self._config = config
         self._fleet = Fleet(world, config.rollout.tensor_parallel)
         self._progress = progress if world.is_main else None
-        self._seeded = seeds_requests(config.rollout, torch.cuda.is_available())
+        on_cuda = torch.cuda.is_available()
+        self._seeded = seeds_requests(config.rollout, on_cuda)
+        self.kept = Kept(enabled=not is_deterministic(config.rollout, on_cuda))
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
@@ -194,7 +225,7 @@ class Rollout:
 
     def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, totals: dict[Phase, int]) -> None:
         """Samples turns and those that follow from them until none is left, or a signal asks to stop."""
-        waiting: dict[str, _Turn] = {}
+        waiting: dict[str, _Asked] = {}
         ended: Counter[Phase] = Counter()
         tokens: Counter[Phase] = Counter()
         numbers = count()
@@ -211,10 +242,24 @@ class Rollout:
             if turn.prompt is None or room < 1:
                 finish(turn, self._unsampled(turn.phase))
                 return
+            name = turn_id(turn.phase, turn.prompt, turn.key, turn.sample)
+            begun = self.kept.find(name)
+            if begun is not None and begun.finish_reason != UNFINISHED:
+                finish(turn, self._answer(turn.phase, begun))
+                return
+            so_far = begun.ids if begun is not None else ()
             request = f"{turn.phase}-{next(numbers)}"
-            waiting[request] = turn
-            self._engine.add(request, turn.prompt.ids, self._sampling(turn, step, greedy, room))
+            waiting[request] = _Asked(turn, name, begun)
+            sampling = self._sampling(turn, step, greedy, room, len(so_far))
+            self._engine.add(request, [*turn.prompt.ids, *so_far], sampling)
 
+        def take(completion: Completion) -> tuple[_Turn, Completion]:
+            asked = waiting.pop(completion.request_id)
+            whole = completion.behind(asked.begun)
+            self.kept.add(asked.id, whole)
+            return asked.turn, whole
+
+        self.kept.begin(step)
         if self._seeded:
             self._engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
         for turn in turns:
@@ -223,19 +268,23 @@ class Rollout:
             signals.alive()
             completions = self._engine.step()
             for completion in completions:
-                turn = waiting.pop(completion.request_id)
-                finish(turn, self._answer(turn.phase, completion))
+                turn, whole = take(completion)
+                finish(turn, self._answer(turn.phase, whole))
             if completions and self._progress is not None:
                 for phase, total in totals.items():
                     self._progress(phase, ended[phase], total, tokens[phase])
+        for completion in self._engine.leave():
+            take(completion)
 
-    def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int) -> Sampling:
+    def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int, begun: int) -> Sampling:
         rollout = self._config.rollout
         limit = rollout.max_reflection_tokens if turn.phase is Phase.REFLECTION else rollout.max_answer_tokens
-        seed = request_seed(self._config.seed, step, turn.key, turn.sample, turn.phase)
+        # a turn that goes on must not draw again the numbers that its beginning was drawn with
+        phase = f"{turn.phase}+{begun}" if begun else turn.phase
+        seed = request_seed(self._config.seed, step, turn.key, turn.sample, phase)
         return Sampling(
             temperature=0.0 if greedy else rollout.temperature,
-            max_tokens=min(limit, room),
+            max_tokens=min(limit, room) - begun,
             stop_ids=self._dialogue.end_of_turn,
             seed=seed if self._seeded and not greedy else None,
         )

@@ -1,6 +1,6 @@
 """`python broken_engine.py HOW CONFIG.yaml key=value ...`: recipes.train; rank 1's engine breaks in step 2.
 
-HOW  raises, as vLLM does of a CUDA error in its worker; hangs; or is killed with its process
+HOW  raises, as vLLM does of a CUDA error in its worker; hangs; is killed with its process; or is asked to stop
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from nemo_r3 import runtime
 from recipes import session, train
 
 started = session.start_engine
+before_the_stop = iter(range(12))
 
 
 def breaks_in_step_2(how: str) -> None:
@@ -22,6 +23,8 @@ def breaks_in_step_2(how: str) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stops" and next(before_the_stop, None) == 11:
+        os.kill(os.getpid(), signal.SIGUSR1)
     while how == "hangs":
         time.sleep(1)
 

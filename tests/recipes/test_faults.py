@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from launch import QUICKSTART, ROOT, SMALL, environment
+from launch import QUICKSTART, ROOT, SMALL, environment, run
+
+from nemo_r3.rollout import kept
+from nemo_r3.rollout.sampling import UNFINISHED
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def broken(how: str, bank: Path, path: Path) -> tuple[str, float]:
+def broken(how: str, bank: Path, path: Path, *more: str, code: int = 1) -> tuple[str, float]:
     """A run whose engine on rank 1 breaks in step 2: what it printed, and the seconds from step 1's end to its own."""
     script = str(Path(__file__).with_name("broken_engine.py"))
     settings = [QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={path}", "train.save_every=1"]
     process = subprocess.Popen(
-        [*LAUNCHER, script, how, *settings, "run.timeout_minutes=1"],
+        [*LAUNCHER, script, how, *settings, "run.timeout_minutes=1", *more],
         cwd=ROOT,
         env=environment() | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -32,7 +37,7 @@ def broken(how: str, bank: Path, path: Path) -> tuple[str, float]:
         time.sleep(0.05)
     begun = time.monotonic()
     said, _ = process.communicate(timeout=200)
-    assert process.returncode == 1, said[-4000:]
+    assert process.returncode == code, said[-4000:]
     return said, time.monotonic() - begun
 
 
@@ -66,3 +71,35 @@ def test_an_engine_that_hangs_shows_the_stacks_of_every_rank_and_ends_the_run(ba
     assert re.search(r"broken_engine.py\", line \d+ in breaks_in_step_2", said)
     assert re.search(r"placement.py\", line \d+ in collect", said)
     assert "error: a collective waited for another rank until run.timeout_minutes; the stacks of all ranks" in said
+
+
+@pytest.mark.slow
+def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same(bank: Path, tmp_path: Path) -> None:
+    """Ended turns are taken as they are and the others go on, by the weights that began them, at another layout."""
+    path, more = tmp_path / "run", ("rollout.deterministic=false", "train.steps=2")
+    said, _ = broken("stops", bank, path, *more, code=1)  # torchrun's own code; each rank's is 75
+    file = path / "checkpoints" / "step_000001" / kept.FILE
+    assert f"turns of step 2 in {file}" in said
+    turns = kept.read(file)
+    ended = {turn.ids for turn in turns.values() if turn.finish_reason != UNFINISHED}
+    begun = {turn.ids for turn in turns.values() if turn.finish_reason == UNFINISHED}
+    assert len(ended) > 5 and len(begun) > 2, f"{len(ended)} ended and {len(begun)} unfinished turns"
+
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    settings = [QUICKSTART, *SMALL, f"failures.path={bank}", "train.save_every=1", *more]
+    damaged = tmp_path / "damaged"
+    shutil.copytree(path, damaged)
+    anew = run("train", *settings, f"run.dir={damaged}")
+    assert "warning: step 2 is sampled anew: " in anew.stderr and f"{kept.FILE} is damaged" in anew.stderr
+
+    file.write_bytes(whole)
+    resumed = run("train", *settings, f"run.dir={path}")
+    assert f"going on with {len(turns)} turns of step 2 from {file}" in resumed.stdout
+    rows = [json.loads(line) for line in (path / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    sampled = [tuple(row[name]) for row in rows for name in ("reflection_ids", "retry_ids")]
+    assert ended <= set(sampled)
+    assert all(any(turn[: len(ids)] == ids for turn in sampled) for ids in begun)
+    steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert steps[1]["token_mult_prob_error"] < 1.001, "not the weights that sampled these turns"

@@ -25,7 +25,7 @@ from nemo_r3.dialogue import Dialogue
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.tasks.protocol import Wording
-from nemo_r3.types import Failure, Problem, Trajectory
+from nemo_r3.types import Failure, Group, Problem, Trajectory
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -228,20 +228,63 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
 
     failures = failures_of(probe)
     groups = probe.rollout.reflect_and_retry(failures, 1, 4)
+    versions = {r.answer.segment.version for g in groups for r in g.reflections}
+    return result | {
+        "events": events,
+        "told": told,
+        "logprob_error": max(sampled_errors(probe, groups)),
+        "versions": sorted(versions),
+        "no_room": probe_no_room(probe, failures[0]),
+        "stopped": probe_stop(probe, failures),
+    }
+
+
+def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
+    """A rollout whose step is stopped after 8 tokens, and again after 8 more, and is then done to its end."""
+    from nemo_r3.rollout.kept import Kept
+
+    rollout, seeds = probe.rollout, []
+    rollout.kept = Kept(enabled=True)
+    add = probe.engine.add
+    probe.engine.add = lambda request, ids, sampling: (seeds.append(sampling.seed), add(request, ids, sampling))
+    kept = []
+    for _ in range(2):
+        steps = iter(range(9))
+        rollout._fleet.asked_to_stop = lambda steps=steps: next(steps) == 8
+        try:
+            rollout.reflect_and_retry(failures, 3, 4)
+        except AssertionError:  # no signal came, so `collect` misses what is unfinished
+            kept.append(rollout.kept.of(3))
+    del rollout._fleet.asked_to_stop
+    rollout.kept = Kept(enabled=True)
+    rollout.kept.take_up(3, kept[-1])
+    before = len(seeds)
+    groups = rollout.reflect_and_retry(failures, 3, 4)
+    probe.engine.add = add
+    turns = rollout.kept.of(3)
+    begun = [found for found in kept[-1].values() if found.finish_reason == "unfinished"]
+    return {
+        "counts": [[sum(c.finish_reason == "unfinished" for c in part.values()), len(part)] for part in kept],
+        "asked_at_last": len(seeds) - before,
+        "turns": len(turns),
+        "seeds_differ": len(set(seeds)) == len(seeds),
+        "prefixes": all(turns[name].ids[: len(found.ids)] == found.ids for name, found in kept[-1].items()),
+        "longest_begun": max(len(found.ids) for found in begun),
+        "longest": max(len(found.ids) for found in turns.values()),
+        "logprob_error": max(sampled_errors(probe, groups)),
+        "of_another_step": len(rollout.kept.of(4)),
+    }
+
+
+def sampled_errors(probe: Probe, groups: list[Group]) -> list[float]:
+    """Per reflection, how far vLLM's log-probabilities are from transformers'."""
     errors = []
     for group in groups:
         for reflection in group.reflections:
             ids, sampled = Trajectory(reflection.trajectory.segments[:4]).ids, reflection.answer.segment
             expected = probe.reference("a", ids, TEMPERATURE)[-len(sampled.ids) :]
             errors.append((torch.tensor(sampled.logprobs) - expected).abs().max().item())
-    versions = {r.answer.segment.version for g in groups for r in g.reflections}
-    return result | {
-        "events": events,
-        "told": told,
-        "logprob_error": max(errors),
-        "versions": sorted(versions),
-        "no_room": probe_no_room(probe, failures[0]),
-    }
+    return errors
 
 
 def probe_no_room(probe: Probe, failure: Failure) -> list[Any]:

@@ -105,6 +105,20 @@ def test_progress_counts_every_turn(engine: dict[str, Any]) -> None:
     assert last["retry"] == last["reflection"]
 
 
+def test_a_step_that_is_stopped_goes_on_behind_its_tokens(engine: dict[str, Any]) -> None:
+    stopped = engine["rollout"]["stopped"]
+    (first_begun, first), (again_begun, again) = stopped["counts"]
+    assert first_begun > 5 and again_begun > 5 and first <= again < stopped["turns"]
+    assert stopped["prefixes"], "a kept turn was sampled anew"
+    assert again_begun <= stopped["asked_at_last"] <= stopped["turns"] - (again - again_begun), (
+        "an ended turn was asked"
+    )
+    assert stopped["seeds_differ"], "what goes on is drawn with the numbers of its beginning"
+    assert stopped["longest_begun"] == 16 and stopped["longest"] == 32, "the token limit counts from the turn's start"
+    assert stopped["logprob_error"] < TOLERANCE
+    assert stopped["of_another_step"] == 0
+
+
 def test_no_room_is_marked_and_not_rewarded(engine: dict[str, Any]) -> None:
     assert engine["rollout"]["no_room"] == [[True, True, True, 0.0], [False, True, True, 0.0]]
 

@@ -1,0 +1,75 @@
+"""Turns on disk, and whose they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from nemo_r3.config.rollout import RolloutConfig
+from nemo_r3.rollout.kept import Kept, read, turn_id, write
+from nemo_r3.rollout.sampling import UNFINISHED, Completion, is_deterministic
+from nemo_r3.types import Phase, Segment, Trajectory
+
+TURNS = {
+    "a": Completion("a", (5, 70_000), (-0.5, -1.25), "stop", 3),
+    "b": Completion("b", (), (), UNFINISHED, 3),
+    "c": Completion("c", (9,), (-2.0,), UNFINISHED, 3),
+}
+
+
+def test_turns_are_read_as_they_were_written(tmp_path: Path) -> None:
+    write(tmp_path / "turns", TURNS)
+    assert read(tmp_path / "turns") == TURNS
+    assert [file.name for file in tmp_path.iterdir()] == ["turns"]
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "turns", TURNS)
+    (tmp_path / "turns").write_bytes((tmp_path / "turns").read_bytes()[:-3])
+    with pytest.raises(SafetensorError):
+        read(tmp_path / "turns")
+
+
+def test_a_turn_is_found_by_all_that_was_asked() -> None:
+    prompt, other = (Trajectory((Segment(Phase.TASK, ids),)) for ids in ((1, 2), (1, 3)))
+    names = {
+        turn_id(Phase.RETRY, prompt, "p/0", 1),
+        turn_id(Phase.RETRY, other, "p/0", 1),
+        turn_id(Phase.RETRY, prompt, "p/1", 1),
+        turn_id(Phase.RETRY, prompt, "p/0", 11),
+        turn_id(Phase.REFLECTION, prompt, "p/0", 1),
+    }
+    assert len(names) == 5
+
+
+def test_only_the_training_step_under_way_is_kept() -> None:
+    kept = Kept(enabled=True)
+    kept.begin(0)  # mining
+    kept.add("a", TURNS["a"])
+    assert kept.of(0) == {}
+    kept.begin(2)
+    for name, turn in TURNS.items():
+        kept.add(name, turn)
+    assert kept.of(2).keys() == {"a", "c"}, "a turn without tokens is none"
+    assert kept.of(3) == {}
+    kept.begin(3)
+    assert kept.find("a") is None
+
+    off = Kept(enabled=False)
+    off.take_up(2, TURNS)
+    off.begin(2)
+    off.add("a", TURNS["a"])
+    assert off.find("a") is None and off.of(2) == {}
+
+
+def test_what_goes_on_follows_what_was_begun() -> None:
+    end = Completion("c-2", (7, 8), (-1.0, -3.0), "stop", 3)
+    assert end.behind(TURNS["c"]) == Completion("c-2", (9, 7, 8), (-2.0, -1.0, -3.0), "stop", 3)
+    assert end.behind(None) == end
+
+
+def test_engines_of_several_ranks_are_seeded_and_keep_their_turns_all_the_same() -> None:
+    assert not is_deterministic(RolloutConfig(tensor_parallel=2), on_cuda=True)
+    assert is_deterministic(RolloutConfig(), on_cuda=False)
