@@ -173,8 +173,8 @@ def keep_turns(ground: Ground, session: Session, step: int) -> None:
             kept.write(home / kept.FILE, turns)
             session.progress.say(f"kept {len(turns)} turns of step {step} in {home / kept.FILE}")
         except OSError as error:
-            print(f"warning: step {step} will be sampled anew: cannot write {home / kept.FILE} ({error.strerror})",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            lost = f"step {step} will be sampled anew: cannot write {home / kept.FILE} ({error.strerror})"
+            print(f"warning: {lost}", file=sys.stderr, flush=True)
 
 
 def _take_up_turns(ground: Ground, session: Session, home: Path, step: int) -> None:
