@@ -68,6 +68,10 @@ class ForcedLengths:
         """The engine's."""
         return self._engine.step()
 
+    def leave(self) -> list[Completion]:
+        """The engine's."""
+        return self._engine.leave()
+
     def forget(self) -> None:
         """The engine's."""
         self._engine.forget()
