@@ -18,7 +18,7 @@ from nemo_r3.refit import refit
 from nemo_r3.report import curve
 from nemo_r3.types import Group
 from recipes import session
-from recipes.counters import Counters, give_up
+from recipes.counters import Counters, HopelessError, give_up
 
 
 def train(argv: Sequence[str]) -> None:
@@ -73,6 +73,9 @@ def train(argv: Sequence[str]) -> None:
             saver.save(at.step, asdict(at))
         saver.finish()
         session.keep_turns(ground, rl, at.step + 1)
+        raise
+    except HopelessError:
+        saver.finish()
         raise
     saver.finish()
     run.add_to_summary(versions=session.versions())

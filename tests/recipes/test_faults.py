@@ -103,3 +103,15 @@ def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same
     steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     assert steps[1]["token_mult_prob_error"] < 1.001, "not the weights that sampled these turns"
+
+
+@pytest.mark.slow
+def test_a_run_that_gives_up_ends_the_save_under_way(bank: Path, tmp_path: Path) -> None:
+    drift = ("train.drift_stop=1", "train.max_drift_steps=1")  # float32's own noise is above it
+    save = ("train.save_every=1", "train.save_in_background=true")
+    settings = [QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={tmp_path}", *drift, *save]
+    said = run("train", *settings, succeed=False)
+    assert said.returncode == 2
+    checkpoint = tmp_path / "checkpoints" / "step_000001"
+    assert f"last checkpoint: {checkpoint}" in said.stderr
+    assert json.loads((checkpoint / "manifest.json").read_text())["step"] == 1
