@@ -26,6 +26,8 @@ from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
 
 Version = tuple[int, ...]
+Tile = tuple[int, int]
+"""Rows and columns of a matrix that share a scale."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Recipe:
         cuda: the oldest CUDA.
         chips: the first CUDA compute capability that has it, and the first again that has not.
         environment: what Transformer Engine must find when it is imported.
+        tile, weight_tile: numbers of inputs and gradients, and of weights, that share a scale; None: the whole tensor.
+        powers_of_two: whether scales are.
+        history: whether a scale is taken from the largest numbers of earlier steps, and so can be wrong for this one.
     """
 
     name: str
@@ -53,6 +58,10 @@ class Recipe:
     cuda: Version
     chips: tuple[Version, Version]
     environment: tuple[tuple[str, str], ...] = ()
+    tile: Tile | None = None
+    weight_tile: Tile | None = None
+    powers_of_two: bool = False
+    history: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,23 @@ BLOCKWISE = Recipe(
     cuda=(12, 9),
     chips=(HOPPER, BLACKWELL),  # from Blackwell on it is emulated by mxfp8, with other scales
     environment=(("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1"),),  # not rounded to powers of two
+    tile=(1, 128),
+    weight_tile=(128, 128),
 )
-DELAYED = Recipe("delayed", "hybrid", 16, 16, edges=0, te=(2, 0), cuda=(12, 1), chips=(ADA, ANY))
-MXFP8 = Recipe("mxfp8", "e4m3", 32, 32, edges=1, te=(2, 1), cuda=(12, 8), chips=(BLACKWELL, BLACKWELL_RTX))
+DELAYED = Recipe("delayed", "hybrid", 16, 16, edges=0, te=(2, 0), cuda=(12, 1), chips=(ADA, ANY), history=True)
+MXFP8 = Recipe(
+    "mxfp8",
+    "e4m3",
+    row_multiple=32,
+    block=32,
+    edges=1,
+    te=(2, 1),
+    cuda=(12, 8),
+    chips=(BLACKWELL, BLACKWELL_RTX),
+    tile=(1, 32),
+    weight_tile=(1, 32),
+    powers_of_two=True,
+)
 
 PRECISIONS = {
     precision.name: precision

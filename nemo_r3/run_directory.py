@@ -1,6 +1,7 @@
 """`RunDirectory`: everything a run leaves behind, and what a resume needs of it.
 
-config.yaml  metrics.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/  tensorboard/  summary.json
+config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/  tensorboard/
+summary.json
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class RunDirectory:
         """One flat JSON object per step."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def layers(self) -> Path:
+        """One flat JSON object per watched step, layer, matrix and operand."""
+        return self.path / "layers.jsonl"
+
     def open(self, resuming: bool) -> None:
         """Makes the directory and records the resolved config.
 
@@ -91,9 +97,10 @@ class RunDirectory:
         """Forgets what was logged after `step`, so that a resumed run logs every step once."""
         if not self._world.is_main:
             return
-        if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line, step) <= step]
-            write_whole(self.metrics, "".join(f"{line}\n" for line in lines))
+        for log in (self.metrics, self.layers):
+            if log.exists():
+                lines = [line for line in log.read_text().splitlines() if _step_of(line, step) <= step]
+                write_whole(log, "".join(f"{line}\n" for line in lines))
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
@@ -115,22 +122,23 @@ class RunDirectory:
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Appends a step to metrics.jsonl and TensorBoard, with the times since the last one."""
-        finite = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
-        line = {"step": step, **finite, **{name: round(spent, 4) for name, spent in self.times.items()}}
+        line = {"step": step, **_finite(metrics), **{name: round(spent, 4) for name, spent in self.times.items()}}
         line |= self.memory
         self.times, self.memory = {}, {}
         if not self._world.is_main:
             return
-        with naming(self.metrics), self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.metrics, [line])
         if self._board is not None:
             with naming(self.path / "tensorboard"):
                 for name, value in line.items():
                     if value is not None and name != "step":
                         self._board.add_scalar(name, value, step)
                 self._board.flush()
+
+    def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends what `LayerWatch.found` found in a step to layers.jsonl."""
+        if self._world.is_main:
+            _append(self.layers, [{"step": step, **_finite(row)} for row in rows])
 
     def log_rollouts(self, step: int, groups: Sequence[Group], batch: UpdateBatch) -> None:
         """Writes every reflection of a step with its attempt, retry, reward and advantage."""
@@ -188,6 +196,21 @@ class RunDirectory:
                     phase = phase.removeprefix("cpu_")
                     spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value
         return {phase: {kind: round(value, 2) for kind, value in kinds.items()} for phase, kinds in spent.items()}
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no Inf: they become null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Adds lines to a log, on the disk when this returns."""
+    with naming(log), log.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _step_of(line: str, step: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
@@ -15,13 +15,21 @@ class HopelessError(UserError):
 
 @dataclass
 class Counters:
-    """Where a run is: what a checkpoint keeps beside the policy."""
+    """Where a run is: what a checkpoint keeps beside the policy.
+
+    Attributes:
+        step: the last one done.
+        cursor: where the source of failures is.
+        empty_steps, skipped_steps, drift_steps: in a row, up to now.
+        bf16_layers: taken out of FP8 because they drifted.
+    """
 
     step: int = 0
     cursor: int = 0
     empty_steps: int = 0
     skipped_steps: int = 0
     drift_steps: int = 0
+    bf16_layers: list[int] = field(default_factory=list)
 
     def after(self, step: int, cursor: int, metrics: Mapping[str, float | None], config: TrainConfig) -> Counters:
         """Where it is one step later; a step without a loss had nothing to train on."""
@@ -32,6 +40,7 @@ class Counters:
             empty_steps=self.empty_steps + 1 if empty else 0,
             skipped_steps=self.skipped_steps + 1 if metrics.get("skipped") else 0,
             drift_steps=self.drift_steps + 1 if drift is not None and not drift <= config.drift_stop else 0,
+            bf16_layers=self.bf16_layers,
         )
 
 

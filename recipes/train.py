@@ -19,6 +19,7 @@ from nemo_r3.report import curve
 from nemo_r3.types import Group
 from recipes import session
 from recipes.counters import Counters, HopelessError, give_up
+from recipes.layers import Layers
 
 
 def train(argv: Sequence[str]) -> None:
@@ -32,6 +33,7 @@ def train(argv: Sequence[str]) -> None:
     rl = session.start_engine(ground)
     source = session.failure_source(bank, ground, rl)
     at = Counters(**session.resume(ground, policy, rl))
+    layers = Layers(ground, policy, rl, at)
     source.cursor, saved, saver = at.cursor, at.step, session.saver(ground, policy, rl)
     run.cut_back(at.step)
 
@@ -49,7 +51,7 @@ def train(argv: Sequence[str]) -> None:
             metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
             if batch.rows:
                 rl.progress.during("update")
-                with run.timed("update"):
+                with run.timed("update"), layers.watched(at):
                     rl.engine.sleep()
                     metrics = dict(policy.update(batch))
                 metrics |= session.speed(ground, metrics)
@@ -57,7 +59,7 @@ def train(argv: Sequence[str]) -> None:
                 with run.timed("refit"):
                     refit(policy, rl.engine)
 
-            at = at.after(step, source.cursor, metrics, config.train)
+            at = layers.relieve(at.after(step, source.cursor, metrics, config.train))
             metrics |= measures(groups) | {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
             session.report_memory(ground, policy, rl, step)
             run.log_rollouts(step, groups, batch)

@@ -108,6 +108,10 @@ def _check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.quantization: {quantization} quantises bf16 weights; actor.precision=fp32 rolls out in fp32"
         )
+    if config.train.on_drift == "bf16" and "fp8" not in actor.precision:
+        raise ConfigError(
+            f"train.on_drift: bf16 takes layers out of FP8, and actor.precision={actor.precision} has none"
+        )
 
 
 def _check_divides(config: Config, world_size: int, ranks: str) -> None:

@@ -30,3 +30,13 @@ class TrainConfig:
     )
     drift_stop: float = option(1.1, low=1.0, help="a step above this counts against max_drift_steps", resume=True)
     max_drift_steps: int = option(10, low=1, help="stop after this many such steps in a row", resume=True)
+    on_drift: str = option(
+        "stop",
+        choices=("stop", "bf16"),
+        help="what follows: the end of the run, or BF16 for a quarter of the FP8 layers, those that lose most by it; "
+        "then max_drift_steps are counted anew, until no FP8 is left",
+        resume=True,
+    )
+    layers_every: int = option(
+        100, low=0, help="steps between records of what FP8 costs each layer, in layers.jsonl; 0: none", resume=True
+    )

@@ -24,6 +24,7 @@ from nemo_r3.actor import checkpoint
 from nemo_r3.actor import policy as policy_module
 from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.model import start_parallel_groups
+from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import Config
 from nemo_r3.runtime import World
@@ -106,7 +107,11 @@ class Lab:
         """Everything that is compared between layouts, on one policy."""
         policy = self.policy(layout, kind, **actor)
         found: dict[str, Any] = {"score": self.score_errors(policy, kind), "export": self.export_facts(policy, kind)}
-        metrics = [policy.update(batch_of()) for _ in range(2)]
+        watch = LayerWatch(policy.module, None)
+        with watch.watching():
+            metrics = [policy.update(batch_of())]
+        found["layers"] = watch.found(self.world)
+        metrics.append(policy.update(batch_of()))
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         if save:
             saved = checkpoint.save(policy, self.home / f"{name}-checkpoints", 2, {"cursor": 5}, keep=2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def pretend_gpu(capability: tuple[int, int]) -> None:
     cuda.is_available = lambda: True
     cuda.current_device = lambda: META
     cuda.get_device_capability = lambda device=None: capability
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(major=capability[0], minor=capability[1])
 
 
 def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
     model = trunk(settings, arch, "te").to(device=META, dtype=precision_of(config).dtype)
     mark_tensor_parallel(model, arch)
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    exports = {name: list(whole.shape) for name, whole in export_hf(model, arch)}
     found = {
         "raw": sorted(name for name, _ in model.named_parameters()),
         "parameters": {name: list(part.shape) for name, part in parameters_by_name(model, arch).items()},
@@ -58,10 +61,37 @@ def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
         "recipe": str(fp8_utils.get_fp8_recipe(settings)),
         "linear": type(model.decoder.layers[0].mlp.linear_fc1).__mro__[1].__module__,
         "attention": type(model.decoder.layers[0].self_attention.core_attention).__name__,
-        "export": {name: list(whole.shape) for name, whole in export_hf(model, arch)},
+        "export": exports,
+        "in_fp8": in_fp8(model, config),
     }
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    return found
+
+
+def in_fp8(model: Any, config: Config) -> list[list[int]]:
+    """The layers that run in FP8: at first, once layer 1 has left it, and once all have."""
+    from megatron.core.fp8_utils import get_fp8_context
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    from nemo_r3.actor.numerics import LayerWatch
+
+    def now() -> list[int]:
+        found = []
+        for layer in model.decoder.layers:
+            with get_fp8_context(model.config, layer.layer_number - 1):
+                found += [layer.layer_number - 1] * layer.forward()
+                assert FP8GlobalStateManager.is_fp8_enabled() == (layer.layer_number - 1 not in edges)
+        return found
+
+    for layer in model.decoder.layers:
+        layer.forward = FP8GlobalStateManager.is_fp8_enabled
+    watch = LayerWatch(model, precision_of(config).fp8)
+    edges = set() if config.actor.precision == "fp8-delayed" else {0, model.config.num_layers - 1}
+    found = [now()]
+    for layers in ([1], range(model.config.num_layers)):
+        watch.leave_fp8(layers)
+        found.append(now())
     return found
 
 

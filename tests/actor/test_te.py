@@ -72,7 +72,7 @@ def test_stages(model: str, tensor_parallel: int, pipeline_parallel: int, precis
     arch = shape(model)
     found = stages(model, tensor_parallel, pipeline_parallel, precision)
     assert len(found) == pipeline_parallel
-    bf16_layers = []
+    bf16_layers, in_fp8 = [], [[], [], []]
     for number, one in enumerate(found):
         assert one["parameters"] == expected(arch, number, tensor_parallel, pipeline_parallel)
         assert one["export"] == whole_tensors(arch, tensor_parallel)
@@ -84,6 +84,9 @@ def test_stages(model: str, tensor_parallel: int, pipeline_parallel: int, precis
         cut = {name for name in one["parameters"] if not name.endswith("norm.weight")}
         assert set(one["cut"]) == cut
         bf16_layers += one["bf16_layers"]
+        in_fp8 = [before + now for before, now in zip(in_fp8, one["in_fp8"], strict=True)]
     assert bf16_layers == ([] if precision == "fp8-delayed" else [0, arch.num_layers - 1])
+    assert sorted(bf16_layers + in_fp8[0]) == list(range(arch.num_layers))
+    assert in_fp8[1:] == [[layer for layer in in_fp8[0] if layer != 1], []]
     if precision == "fp8-blockwise":
         assert "power_2_scale=False" in found[0]["recipe"], "what prepare() set came before the import"

@@ -1,0 +1,207 @@
+"""What rounding to FP8 costs each layer, and layers that are taken out of it.
+
+Watched are the operands of a layer's four matrices: inputs, weights, and the gradients of outputs, rounded as the
+recipe rounds them (without FP8: as `fp8-tensorwise` would).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_r3.precision import TENSORWISE, Recipe, Tile
+from nemo_r3.runtime import World
+
+MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+WEIGHT = "weight"
+OPERANDS = {"input": ("scaling_fwd", 0), WEIGHT: ("scaling_fwd", 1), "gradient": ("scaling_bwd", 0)}
+"""The operands, and where Transformer Engine keeps the scale that delayed scaling took from earlier steps."""
+CHUNK = 2**24
+"""Numbers that are rounded at a time."""
+
+Key = tuple[int, str, str]
+"""Layer, counted from 0 over all stages; matrix; operand."""
+
+
+@dataclass
+class Tally:
+    """What one operand's numbers were, over microbatches and ranks.
+
+    Attributes:
+        amax: the largest magnitude.
+        numbers: how many were not zero.
+        underflows: of these, rounded to zero.
+        saturated: of these, beyond the largest of the format.
+        error: sum of squares of what rounding changed.
+        square: sum of squares of the numbers.
+    """
+
+    amax: float = 0.0
+    numbers: float = 0.0
+    underflows: float = 0.0
+    saturated: float = 0.0
+    error: float = 0.0
+    square: float = 0.0
+
+    def add(self, other: Tally) -> None:
+        """Takes in another part of the same operand."""
+        self.amax = max(self.amax, other.amax)
+        self.numbers += other.numbers
+        self.underflows += other.underflows
+        self.saturated += other.saturated
+        self.error += other.error
+        self.square += other.square
+
+    def shares(self) -> dict[str, float]:
+        """`amax`; `underflow` and `saturation`, shares of the numbers; `error`, relative (Frobenius)."""
+        numbers, square = max(self.numbers, 1.0), self.square or 1.0
+        return {
+            "amax": self.amax,
+            "underflow": self.underflows / numbers,
+            "saturation": self.saturated / numbers,
+            "error": math.sqrt(self.error / square),
+        }
+
+
+class LayerWatch:
+    """Watches the layers of this rank's stage through one update at a time."""
+
+    def __init__(self, trunk: Any, recipe: Recipe | None) -> None:
+        """Touches nothing before `watching`; `recipe` is the run's, None without FP8."""
+        self._layers = {layer.layer_number - 1: layer for layer in trunk.decoder.layers}
+        self._recipe = recipe
+        edge, end = (recipe.edges if recipe is not None else trunk.config.num_layers), trunk.config.num_layers
+        self._bf16 = {number for number in self._layers if number < edge or number >= end - edge}
+        self._tallies: dict[Key, Tally] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Tallies what passes through the layers where gradients are on, as long as it lasts."""
+        self._tallies = {}
+        handles = [
+            layer.get_submodule(matrix).register_forward_hook(partial(self._seen, number, matrix))
+            for number, layer in self._layers.items()
+            for matrix in MATRICES
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def found(self, world: World) -> list[dict[str, Any]]:
+        """A row per layer, matrix and operand of all ranks: these, `fp8`, and `Tally.shares`; every rank calls it.
+
+        The padding of packed rows is among the inputs, as it is for a recipe's scales.
+        """
+        whole: dict[Key, Tally] = {}
+        for part in world.gather(self._tallies):
+            for key, tally in part.items():
+                whole.setdefault(key, Tally()).add(tally)
+        bf16 = {number for part in world.gather(self._bf16) for number in part}
+        return [
+            {"layer": layer, "matrix": matrix, "operand": operand, "fp8": layer not in bf16} | tally.shares()
+            for (layer, matrix, operand), tally in sorted(whole.items())
+        ]
+
+    def leave_fp8(self, layers: Collection[int]) -> None:
+        """Has these layers multiply in BF16 from now on; those of other stages are theirs."""
+        from transformer_engine.pytorch import fp8_autocast
+
+        for number in set(layers) & set(self._layers) - self._bf16:
+            self._bf16.add(number)
+            layer = self._layers[number]
+            layer.forward = _within(lambda: fp8_autocast(enabled=False), layer.forward)
+
+    def _seen(self, number: int, matrix: str, module: Any, inputs: Sequence[Tensor], output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self._take((number, matrix, "input"), module, _normalised(module, inputs[0]))
+        if (number, matrix, WEIGHT) not in self._tallies:
+            self._take((number, matrix, WEIGHT), module, module.weight)
+        product = output[0] if isinstance(output, tuple) else output
+        product.register_hook(partial(self._take, (number, matrix, "gradient"), module))
+
+    def _take(self, key: Key, module: Any, tensor: Tensor) -> None:
+        recipe = self._recipe or TENSORWISE
+        operand = key[-1]
+        dtype = torch.float8_e5m2 if operand == "gradient" and recipe.format == "hybrid" else torch.float8_e4m3fn
+        scale = None
+        if self._recipe is not None and recipe.history and key[0] not in self._bf16:
+            held, place = OPERANDS[operand]
+            scale = module.fp8_meta[held].scale[place]
+        tile = recipe.weight_tile if operand == WEIGHT else recipe.tile
+        tally = self._tallies.setdefault(key, Tally())
+        tally.add(rounding(tensor.detach(), dtype, tile, recipe.powers_of_two, scale))
+
+
+def rounding(
+    tensor: Tensor,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+    powers_of_two: bool = False,
+    scale: Tensor | None = None,
+) -> Tally:
+    """What rounding to an FP8 format does to a tensor.
+
+    Args:
+        tensor: [.., columns], of any float dtype.
+        dtype: the format.
+        tile: rows and columns that share a scale, chosen so that their largest is the format's; None: all do.
+        powers_of_two: whether scales are, then the next lower.
+        scale: the one to use instead.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    height, width = tile or (len(rows), rows.shape[1])
+    largest, amax = torch.finfo(dtype).max, rows.abs().amax().float()
+    if tile is None and scale is None:
+        scale = _scale(amax, largest, powers_of_two)
+    sums = torch.zeros(5, dtype=torch.float64, device=tensor.device)
+    step = max(CHUNK // rows.shape[1] // height, 1) * height if tile else max(CHUNK // rows.shape[1], 1)
+    for part in rows.split(step):
+        numbers = part.float()
+        scales = _spread(numbers, height, width, largest, powers_of_two) if scale is None else scale
+        scaled = numbers * scales
+        back = scaled.clamp(-largest, largest).to(dtype).float() / scales
+        filled = numbers != 0
+        counts = (filled, filled & (back == 0), scaled.abs() > largest * (1 + 1e-6))
+        sums += torch.stack([count.sum() for count in counts] + [((back - numbers) ** 2).sum(), (numbers**2).sum()])
+    return Tally(float(amax), *sums.tolist())
+
+
+def _scale(amax: Tensor, largest: float, powers_of_two: bool) -> Tensor:
+    scale = largest / amax.clamp(min=torch.finfo(torch.float32).tiny)
+    scale = scale.clamp(max=torch.finfo(torch.float32).max)
+    return torch.exp2(scale.log2().floor()) if powers_of_two else scale
+
+
+def _spread(numbers: Tensor, height: int, width: int, largest: float, powers_of_two: bool) -> Tensor:
+    """[rows, columns]: each number's scale, from the largest of its tile; edges make smaller tiles."""
+    count, columns = numbers.shape
+    padded = nn.functional.pad(numbers.abs(), (0, -columns % width, 0, -count % height))
+    tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    scales = _scale(tiles.amax((1, 3)), largest, powers_of_two)
+    return scales.repeat_interleave(height, 0).repeat_interleave(width, 1)[:count, :columns]
+
+
+def _normalised(module: Any, inputs: Tensor) -> Tensor:
+    """What a matrix multiplies: Transformer Engine's may have the norm before it folded in."""
+    weight = getattr(module, "layer_norm_weight", None)
+    if weight is None:
+        return inputs
+    return nn.functional.rms_norm(inputs.detach(), (inputs.shape[-1],), weight.detach(), module.eps)
+
+
+def _within(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return wrapped
