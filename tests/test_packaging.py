@@ -55,7 +55,10 @@ def test_lock_satisfies_what_it_was_made_from(name: str) -> None:
 
 @pytest.mark.parametrize("lock", ["cpu.lock", "cpu-py312.lock"])
 def test_a_cpu_lock_leaves_out_what_is_not_needed(lock: str) -> None:
-    assert not LEFT_OUT & locked(lock).keys()
+    needed = (
+        {"triton"} if lock == "cpu-py312.lock" else set()
+    )  # megatron-core 0.19.2 imports it, and runs nothing of it
+    assert LEFT_OUT & locked(lock).keys() == needed
 
 
 @pytest.mark.parametrize("lock", ["cpu.lock", "gpu.lock"])
