@@ -25,7 +25,7 @@ def test_a_signal_to_the_script_alone_stops_its_ranks(
     run_dir, logs = tmp_path / "run", tmp_path / "logs"
     logs.mkdir()
     job = {"PATH": search_path(), "LAUNCHER": launcher, "LOGS": str(logs), "SLURM_PROCID": "0", "SLURMD_NODENAME": "n1"}
-    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "RANKS_PER_NODE": "1"}
+    job |= {"RECIPE": "train", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "RANKS_PER_NODE": "1"}
     job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
     settings = (QUICKSTART, *SMALL, f"failures.path={failures}", f"run.dir={run_dir}", "train.steps=200")
     script = subprocess.Popen(["bash", "slurm/rank.sh", *settings], cwd=ROOT, env=environment() | job)
