@@ -43,17 +43,42 @@ class Check:
     arguments: tuple[str, ...] = ()
 
 
+ACTOR = ("torch", "megatron.core")
+
+
 def update(shape: str, precision: str) -> Check:
     """The policy update at a shape in a precision."""
-    needs = ("torch", "megatron.core", *(("transformer_engine",) if "fp8" in precision else ()))
     arguments = ("--shape", shape, "--precision", precision)
-    return Check(f"{shape}-{precision}", "benchmarks.gpu_check.update", needs, 300, arguments)
+    return Check(f"{shape}-{precision}", "benchmarks.gpu_check.update", needs_of(precision), 300, arguments)
+
+
+def training(precision: str) -> Check:
+    """A hundred steps of training in a precision."""
+    needs, arguments = (*needs_of(precision), "vllm"), ("--precision", precision)
+    return Check(f"training-{precision}", "benchmarks.gpu_check.training", needs, 400, arguments)
+
+
+def rollout(shape: str, quantization: str) -> Check:
+    """vLLM at a shape: sampling, sleep, refit."""
+    arguments = ("--shape", shape, "--quantization", quantization)
+    name = f"rollout-{shape}" + ("" if quantization == "none" else f"-{quantization}")
+    return Check(name, "benchmarks.gpu_check.rollout", (*ACTOR, "vllm"), 500, arguments)
+
+
+def needs_of(precision: str) -> tuple[str, ...]:
+    """What a policy imports in a precision."""
+    return (*ACTOR, "transformer_engine") if "fp8" in precision else ACTOR
 
 
 RECIPES = ("fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "mxfp8")
 CHECKS = (
-    Check("attention", "benchmarks.gpu_check.attention", ("torch", "megatron.core"), 240),
-    *(update(shape, precision) for shape in ("8b", "1b") for precision in ("fp32", "bf16", *RECIPES)),
+    Check("attention", "benchmarks.gpu_check.attention", ACTOR, 240),
+    *(update("8b", precision) for precision in ("fp32", "bf16", *RECIPES)),
+    *(training(precision) for precision in ("bf16", *RECIPES)),
+    rollout("1b", "none"),
+    rollout("8b-full", "none"),
+    rollout("8b-full", "fp8_per_tensor"),
+    *(update("1b", precision) for precision in ("fp32", "bf16", *RECIPES)),
 )
 TAIL = 400
 """Characters of a failed check's output that are kept."""
@@ -116,7 +141,7 @@ def _wait(command: list[str], log: Path, limit: float) -> str:
 def row(name: str, result: dict[str, Any]) -> str:
     """A check in one line."""
     said = result.get("reason") or "  ".join(f"{key} {value:.5g}" for key, value in result["found"].items())
-    return f"{name:17s} {result['status']:8s} {result['seconds']:7.1f} s  {said}"
+    return f"{name:30s} {result['status']:8s} {result['seconds']:7.1f} s  {said}"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The policy update in one precision, at a real model's layer dimensions: tokens per second, MFU, distance from fp32.
 
     build/gpu_check/SHAPE           random weights, made by the first check that needs them
-    build/gpu_check/SHAPE.json      float32's log-probabilities, by the check with --precision fp32
+    build/gpu_check/SHAPE.json      float32's log-probabilities and gradient norm, by the check with --precision fp32
 
 Rows are packed behind shared contexts, half of each group's retries pass. MFU counts the model's own FLOPs: no
 recompute, no padding. A precision that this machine cannot run is skipped with the reason.
@@ -29,10 +29,10 @@ from nemo_r3.models.flops import speed
 from nemo_r3.types import UpdateBatch
 
 LLAMA = {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPES = {
-    "8b": LLAMA  # Llama-3.1-8B's layers and vocabulary, 8 of its 32 layers
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "8b": LLAMA | LLAMA_8B | {"num_hidden_layers": 8, "vocab_size": 128256},  # 8 of Llama-3.1-8B's 32 layers
+    "8b-full": LLAMA | LLAMA_8B | {"num_hidden_layers": 32, "vocab_size": 128256},
     "1b": LLAMA  # Llama-3.2-1B
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
@@ -73,17 +73,21 @@ def measure(shape: str, name: str) -> dict[str, Any]:
     from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
 
     rows = rows_of(SMALL if shape == "tiny" else POINT, arch.vocab_size)
-    policy = Policy(config, world, trains=name != "fp32")
+    policy, batch = Policy(config, world), UpdateBatch(tuple(rows), (), 1, 0)
     logprobs = [part.tolist() for part in policy.score([row.ids for row in rows[:SCORED]])]
     reference = ROOT / "build" / "gpu_check" / f"{shape}.json"
     if name == "fp32":
-        reference.write_text(json.dumps(logprobs))
-        return {"sequences": len(logprobs)}
-    found = distance(logprobs, json.loads(reference.read_text())) if reference.exists() else {}
+        norm = policy.update(batch)["grad_norm"]
+        reference.write_text(json.dumps({"logprobs": logprobs, "grad_norm": norm}))
+        return {"sequences": len(logprobs), "grad_norm": norm}
+    theirs = json.loads(reference.read_text()) if reference.exists() else None
+    found = {} if theirs is None else distance(logprobs, theirs["logprobs"])
     seconds = []
-    for _ in range(WARM + ROUNDS):
+    for number in range(WARM + ROUNDS):
         begun = time.perf_counter()
-        metrics = policy.update(UpdateBatch(tuple(rows), (), 1, 0))
+        metrics = policy.update(batch)
+        if theirs is not None and not number:
+            found["grad_norm_error"] = abs(metrics["grad_norm"] / theirs["grad_norm"] - 1)
         if world.chip:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_check import attention
+from benchmarks.gpu_check import attention, training
 from benchmarks.gpu_check.__main__ import CHECKS, Check, run
 from benchmarks.gpu_check.update import distance
 
@@ -45,9 +45,11 @@ def test_a_wrong_attention_is_seen() -> None:
 
 def test_an_update_is_measured_against_float32_and_fp8_is_skipped_with_the_reason() -> None:
     checks = {check.name: check for check in CHECKS}
-    assert run(checks["8b-fp32"], "cpu", small=True)["found"] == {"sequences": 8}
+    reference = run(checks["8b-fp32"], "cpu", small=True)["found"]
+    assert reference["sequences"] == 8 and reference["grad_norm"] > 0
     found = run(checks["8b-bf16"], "cpu", small=True)["found"]
     assert 1 < found["prob_error"] < 1.05 and found["tokens_per_second"] > 0 and found["speed/update_tflops"] > 0
+    assert 0 < found["grad_norm_error"] < 0.05
     assert "speed/update_mfu" not in found, "the peak of a CPU is not known"
     skipped = run(Check("fp8", "benchmarks.gpu_check.update", (), 120, ("--precision", "fp8-delayed")), "cpu", True)
     assert skipped["status"] == "skipped" and "needs an NVIDIA GPU" in skipped["reason"]
@@ -59,21 +61,31 @@ def test_distance_is_that_of_the_tokens() -> None:
     assert found["prob_error"] == pytest.approx((2 + 2.718281828**0.1) / 3)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_kernels_on_a_gpu_agree_with_one_masked_softmax() -> None:
-    found = attention.measure(torch.device("cuda"), small=False)
-    assert found["error_actor"] < 0.02 and found["error_flex"] < 0.02
-
-
-@pytest.mark.gpu
-@pytest.mark.te
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_fp8_is_faster_and_bf16_is_busy_at_the_8b_shape() -> None:
+def test_an_engine_samples_the_same_behind_a_refit() -> None:
     checks = {check.name: check for check in CHECKS}
-    found = {name: run(checks[f"8b-{name}"], "cuda", small=False) for name in ("fp32", "bf16", "fp8-tensorwise")}
-    assert all(result["status"] == "ok" for result in found.values()), found
-    bf16, fp8 = found["bf16"]["found"], found["fp8-tensorwise"]["found"]
-    assert bf16["speed/update_mfu"] >= 0.45
-    assert fp8["tokens_per_second"] >= 1.3 * bf16["tokens_per_second"]
-    assert max(bf16["prob_error"], fp8["prob_error"]) < 1.05
+    found = run(checks["rollout-8b-full"], "cpu", small=True)["found"]
+    assert 1 < found["prob_error"] == found["prob_error_after"] < 1.05
+    assert found["tokens_per_second"] > 0 and found["refit_seconds"] > 0 and found["freed_gib"] == 0
+    skipped = run(checks["rollout-8b-full-fp8_per_tensor"], "cpu", small=True)
+    assert skipped["status"] == "skipped" and "needs an NVIDIA GPU" in skipped["reason"]
+
+
+def test_a_training_that_cannot_run_here_is_skipped_with_the_reason() -> None:
+    skipped = run(Check("fp8", "benchmarks.gpu_check.training", (), 120, ("--precision", "fp8-blockwise")), "cpu", True)
+    assert skipped["status"] == "skipped" and skipped["reason"].startswith("actor.precision=fp8-blockwise needs an")
+
+
+@pytest.mark.slow
+def test_a_training_says_how_it_went() -> None:
+    checks = {check.name: check for check in CHECKS}
+    found = run(checks["training-bf16"], "cpu", small=True)["found"]
+    assert found["steps"] == 2 and 1 < found["prob_error"] < 1.05 and found["skipped_updates"] == 0
+
+
+def test_a_trainings_summary_is_of_its_first_and_last_steps() -> None:
+    line = {"skipped": 0.0, "time/rollout": 2.0, "time/update": 1.0, "time/refit": 0.5, "token_mult_prob_error": 1.01}
+    lines = [line | {"retry_success": step / 100, "loss": None if step == 99 else float(step)} for step in range(100)]
+    found = training.summary(lines)
+    assert (found["first_retry_success"], found["retry_success"]) == pytest.approx((0.095, 0.895))
+    assert found["plus_minus"] == pytest.approx(1.96 * 0.0591608 / 20**0.5, rel=1e-5)
+    assert found["loss"] == pytest.approx(88.5), "a step without an update has none"

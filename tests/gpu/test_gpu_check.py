@@ -1,0 +1,48 @@
+"""`make gpu-check` on a GPU, and what it must show on an H100."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu_check.__main__ import CHECKS, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+def found(*names: str) -> list[dict[str, Any]]:
+    checks = {check.name: check for check in CHECKS}
+    results = {name: run(checks[name], "cuda", small=False) for name in names}
+    assert all(result["status"] == "ok" for result in results.values()), results
+    return [results[name]["found"] for name in names]
+
+
+def test_attention_agrees_with_one_masked_softmax() -> None:
+    [attention] = found("attention")
+    assert attention["error_actor"] < 0.02 and attention["error_flex"] < 0.02
+
+
+@pytest.mark.te
+def test_fp8_is_faster_and_bf16_is_busy_at_the_8b_shape() -> None:
+    _, bf16, fp8 = found("8b-fp32", "8b-bf16", "8b-fp8-tensorwise")
+    assert bf16["speed/update_mfu"] >= 0.45
+    assert fp8["tokens_per_second"] >= 1.3 * bf16["tokens_per_second"]
+    assert max(bf16["prob_error"], fp8["prob_error"]) < 1.05
+    assert bf16["grad_norm_error"] < 0.05 and fp8["grad_norm_error"] < 0.1
+
+
+def test_a_refit_of_8b_takes_less_than_a_second_and_sleep_frees_the_engine() -> None:
+    [engine] = found("rollout-8b-full")
+    assert engine["refit_seconds"] < 1
+    assert engine["freed_gib"] > engine["weights_gib"]
+    assert engine["prob_error"] < 1.05 and engine["prob_error_after"] < 1.05
+
+
+@pytest.mark.te
+def test_training_in_fp8_lies_within_the_interval_of_bf16() -> None:
+    bf16, fp8 = found("training-bf16", "training-fp8-tensorwise")
+    assert abs(fp8["retry_success"] - bf16["retry_success"]) < bf16["plus_minus"] + fp8["plus_minus"]
+    assert bf16["retry_success"] > bf16["first_retry_success"] + 0.1
+    assert max(bf16["prob_error"], fp8["prob_error"]) < 1.05
