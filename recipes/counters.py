@@ -6,11 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nemo_r3.config import TrainConfig
-from nemo_r3.errors import UserError
-
-
-class HopelessError(UserError):
-    """Training on would be no use; every rank raises it after the same step."""
 
 
 @dataclass
@@ -44,28 +39,28 @@ class Counters:
         )
 
 
-def give_up(at: Counters, config: TrainConfig, good: str) -> None:
-    """Stops a run that learns nothing, or the wrong thing; `good` is the last checkpoint.
+def hopeless(at: Counters, config: TrainConfig, good: str) -> str | None:
+    """Why a run should end that learns nothing, or the wrong thing; `good` is the last checkpoint.
 
-    Raises:
-        HopelessError: too many steps in a row with nothing to train on, with a skipped update, or with drift.
+    That is too many steps in a row with nothing to train on, with a skipped update, or with drift.
     """
     if at.empty_steps >= config.max_empty_steps:
-        raise HopelessError(
+        return (
             f"{at.empty_steps} steps in a row had nothing to train on "
             f"(train.max_empty_steps={config.max_empty_steps}): all retries of each group pass, or all fail; "
             "look at rollouts/, and at the task's difficulty"
         )
     if at.skipped_steps >= config.max_skipped_steps:
-        raise HopelessError(
+        return (
             f"{at.skipped_steps} updates in a row were skipped (train.max_skipped_steps={config.max_skipped_steps}): "
             "their gradient was NaN or Inf (lower actor.lr, or resume an earlier checkpoint), or "
             "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off); "
             f"last checkpoint: {good}"
         )
     if at.drift_steps >= config.max_drift_steps:
-        raise HopelessError(
+        return (
             f"token_mult_prob_error was above train.drift_stop={config.drift_stop} in {at.drift_steps} steps in a row "
             f"(train.max_drift_steps={config.max_drift_steps}): vLLM samples from another policy than is trained; "
             f"try actor.precision=bf16 and rollout.quantization=none; last checkpoint: {good}"
         )
+    return None

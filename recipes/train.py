@@ -14,11 +14,12 @@ from dataclasses import asdict
 from nemo_r3 import runtime, signals
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import TrainConfig
+from nemo_r3.errors import UserError
 from nemo_r3.refit import refit
 from nemo_r3.report import curve
 from nemo_r3.types import Group
 from recipes import session
-from recipes.counters import Counters, HopelessError, give_up
+from recipes.counters import Counters, hopeless
 from recipes.layers import Layers
 
 
@@ -69,15 +70,14 @@ def train(argv: Sequence[str]) -> None:
                 saver.finish_if_written()
                 if step % config.train.save_every == 0 or step == config.train.steps:
                     saved = saver.save(step, asdict(at))
-            give_up(at, config.train, f"{run.checkpoints}/step_{saved:06d}" if saved else "none yet")
+            if reason := hopeless(at, config.train, f"{run.checkpoints}/step_{saved:06d}" if saved else "none yet"):
+                saver.finish()
+                raise UserError(reason)
     except signals.Stopped:
         if at.step > saved:
             saver.save(at.step, asdict(at))
         saver.finish()
         session.keep_turns(ground, rl, at.step + 1)
-        raise
-    except HopelessError:
-        saver.finish()
         raise
     saver.finish()
     run.add_to_summary(versions=session.versions())

@@ -28,11 +28,9 @@ FLOORS = {
     "nemo_r3.rollout": 3,
     "nemo_r3.refit": 3,
     "nemo_r3.assets": 4,  # shipped data and the scripts that made it
-    "nemo_r3.controls": 4,
     "nemo_r3.evaluate": 4,
     "nemo_r3.export": 4,
     "nemo_r3.failures": 4,
-    "nemo_r3.plan": 4,
     "nemo_r3.progress": 0,
     "nemo_r3.report": 4,
     "nemo_r3.run_directory": 4,
