@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -18,13 +19,18 @@ from nemo_r3.precision import Precision, precision_of
 
 
 def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
-    """Gradient buffers over the data-parallel ranks, reduced in fp32."""
+    """Gradient buffers over the data-parallel ranks, reduced in fp32.
+
+    Each bucket is reduced as soon as the last microbatch's backward pass has filled it. Parameters are gathered at once
+    after the step: the refit, which comes next, reads them all.
+    """
     settings = DistributedDataParallelConfig(
         **precision_of(config).gradient_fields(),
         use_distributed_optimizer=config.actor.distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel_state.get_data_parallel_world_size() > 1,
     )
     wrapped = DistributedDataParallel(model.config, settings, model)
+    model.config.no_sync_func = wrapped.no_sync
     for buffer in wrapped.buffers:
         _count_padding(buffer)
     return wrapped

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_r3 import runtime
 from nemo_r3.actor import checkpoint
+from nemo_r3.actor import optimizer as optimizer_module
 from nemo_r3.actor import policy as policy_module
 from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.model import start_parallel_groups
@@ -39,6 +40,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2dp2": {"tensor_parallel": 2, "sequence_parallel": True},
 }
 
+BUCKET = 20_000
+"""Numbers of a gradient bucket, so that even these models have many: data-parallel ranks reduce them one by one."""
+
 
 class Lab:
     """Makes policies of any kind at any layout of this launch."""
@@ -48,6 +52,8 @@ class Lab:
         self.world: World = runtime.start(Config())
         self.groups: tuple[int, int] | None = None
         policy_module.start_parallel_groups = self._start_groups  # type: ignore[assignment]
+        many_buckets = partial(optimizer_module.DistributedDataParallelConfig, bucket_size=BUCKET)
+        optimizer_module.DistributedDataParallelConfig = many_buckets  # type: ignore[assignment, misc]
         self.results: dict[str, Any] = {}
 
     @cached_property
@@ -112,6 +118,7 @@ class Lab:
             metrics = [policy.update(batch_of())]
         found["layers"] = watch.found(self.world)
         metrics.append(policy.update(batch_of()))
+        found["buckets"] = sum(len(buffer.buckets) for buffer in policy.model.buffers)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         if save:
             saved = checkpoint.save(policy, self.home / f"{name}-checkpoints", 2, {"cursor": 5}, keep=2)

@@ -88,6 +88,11 @@ def test_updates_equal_one_process(one: Any, every: dict[str, Any], name: str) -
         assert weight_gap(one, name, reference_of(name), update) < WEIGHT_TOLERANCE
 
 
+@pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name])
+def test_data_parallel_ranks_reduce_many_buckets(every: dict[str, Any], name: str) -> None:
+    assert every[name]["buckets"] > 3 > every[reference_of(name)]["buckets"]
+
+
 @pytest.mark.parametrize("name", ["one-qwen2-recompute=selective", "one-qwen2-recompute=full"])
 def test_recompute_changes_no_bit(one: Any, every: dict[str, Any], name: str) -> None:
     assert every[name]["metrics"] == every["one-qwen2"]["metrics"]
