@@ -24,7 +24,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.models import Architecture, architecture_of, check_layout, fingerprint, model_path
 from nemo_r3.progress import Progress
 from nemo_r3.tasks.protocol import Task
-from nemo_r3.types import Problem
+from nemo_r3.types import Group, Problem
 
 if TYPE_CHECKING:
     from nemo_r3.actor.checkpoint import Saver
@@ -221,13 +221,22 @@ def report_memory(ground: Ground, policy: Policy, session: Session, step: int) -
         session.progress.say(memory.table(holders, ground.run.memory))
 
 
-def speed(ground: Ground, metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """How fast the update was that has just been timed; see `flops.speed`."""
+def speed(ground: Ground, groups: Sequence[Group], metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """How fast the step's rollout and update were, as they have just been timed; see `flops.speed`."""
     from nemo_r3.models import flops  # imports torch
+    from nemo_r3.precision import precision_of
 
-    seconds, world = ground.run.times["time/update"], ground.world
-    precision = ground.plan.config.actor.precision
-    return flops.speed(metrics["update_flops"] or 0.0, seconds, world.size, world.chip, precision)
+    config, world, times = ground.plan.config, ground.world, ground.run.times
+    quantization, plain = config.rollout.quantization, "bf16" if precision_of(config).bf16 else "fp32"
+    done = {
+        "rollout": (flops.rollout_flops(ground.plan.arch, groups), plain if quantization == "none" else quantization)
+    }
+    if (update := metrics.get("update_flops")) is not None:
+        done["update"] = (update, config.actor.precision)
+    found: dict[str, float] = {}
+    for phase, (count, precision) in done.items():
+        found |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.chip, precision)
+    return found
 
 
 def trained_checkpoint(ground: Ground) -> Path | None:

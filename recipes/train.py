@@ -55,12 +55,12 @@ def train(argv: Sequence[str]) -> None:
                 with run.timed("update"), layers.watched(at):
                     rl.engine.sleep()
                     metrics = dict(policy.update(batch))
-                metrics |= session.speed(ground, metrics)
                 rl.progress.during("refit")
                 with run.timed("refit"):
                     refit(policy, rl.engine)
 
             at = layers.relieve(at.after(step, source.cursor, metrics, config.train))
+            metrics |= session.speed(ground, groups, metrics)
             metrics |= measures(groups) | {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
             session.report_memory(ground, policy, rl, step)
             run.log_rollouts(step, groups, batch)

@@ -92,7 +92,7 @@ def measure(shape: str, name: str) -> dict[str, Any]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
     median, tokens = statistics.median(seconds[WARM:]), sum(map(len, rows))
-    fast = speed(metrics["update_flops"], median, world.size, world.chip, name)
+    fast = speed("update", metrics["update_flops"], median, world.size, world.chip, name)
     return found | {"seconds": median, "tokens_per_second": tokens / median, "loss": metrics["loss"]} | fast
 
 

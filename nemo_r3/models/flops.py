@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nemo_r3.algo.balance import Cost
 from nemo_r3.models.architecture import Architecture
+from nemo_r3.types import Group, Reflection
 
 FORWARD_AND_BACKWARD = 3
 """Times the forward pass: backward multiplies by every matrix twice."""
@@ -18,6 +21,27 @@ def training_cost(arch: Architecture) -> Cost:
         per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * queries,
         per_target=FORWARD_AND_BACKWARD * 2 * arch.hidden_size * arch.vocab_size,
     )
+
+
+def rollout_flops(arch: Architecture, groups: Iterable[Group]) -> float:
+    """FLOPs of sampling groups where a cache keeps all keys and values: of each group's context once, of what follows
+    it once per reflection, and of the head for each sampled token."""
+    cost, total = training_cost(arch), 0.0
+    for group in groups:
+        shared = _shared(group.reflections[0])
+        inputs, pairs, sampled = float(shared), shared * (shared + 1) / 2, 0
+        for reflection in group.reflections:
+            own = len(reflection.trajectory) - shared - 1  # the last token is never read
+            inputs, pairs = inputs + own, pairs + own * shared + own * (own + 1) / 2
+            sampled += len(reflection.answer.segment.ids) + len(reflection.retry.segment.ids)
+        total += cost.per_token * inputs + cost.per_pair * pairs + cost.per_target * sampled
+    return total / FORWARD_AND_BACKWARD
+
+
+def _shared(reflection: Reflection) -> int:
+    """Tokens before a reflection, the same in its whole group."""
+    own = reflection.trajectory.segments.index(reflection.answer.segment)
+    return sum(len(segment.ids) for segment in reflection.trajectory.segments[:own])
 
 
 PEAKS = (  # dense, of NVIDIA's data sheets; a name holds the first of these that it contains
@@ -42,7 +66,7 @@ def peak_of(chip: str, precision: str) -> float | None:
     return None
 
 
-def speed(flops: float, seconds: float, ranks: int, chip: str, precision: str) -> dict[str, float]:
-    """What a rank did on average: `speed/update_tflops`, and `speed/update_mfu` where the chip's peak is known."""
+def speed(phase: str, flops: float, seconds: float, ranks: int, chip: str, precision: str) -> dict[str, float]:
+    """What a rank did on average: `speed/<phase>_tflops`, and `speed/<phase>_mfu` where the chip's peak is known."""
     done, peak = flops / seconds / ranks, peak_of(chip, precision)
-    return {"speed/update_tflops": done / 1e12} | ({} if peak is None else {"speed/update_mfu": done / peak})
+    return {f"speed/{phase}_tflops": done / 1e12} | ({} if peak is None else {f"speed/{phase}_mfu": done / peak})

@@ -9,8 +9,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nemo_r3.algo.balance import Balance
 from nemo_r3.models import Architecture, architecture_of
-from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, speed, training_cost
-from nemo_r3.types import Phase, Row
+from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, rollout_flops, speed, training_cost
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Row, Segment, Trajectory
 
 SHARED, OWN, TRAINED = 24, 16, 10
 
@@ -74,6 +74,35 @@ def test_a_shared_context_costs_once(model: LlamaForCausalLM, arch: Architecture
     assert ours / FORWARD_AND_BACKWARD == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
+def group(context: int, reflection: int, retry: int, count: int) -> Group:
+    """`count` reflections behind one context, with a request of 2 tokens before the retry."""
+    before, request = Segment(Phase.TASK, tuple(range(context))), Segment(Phase.REQUEST, (1, 2))
+    answers = [
+        Answer(Segment(phase, tuple(range(length)), (0.0,) * length, 0), "", "stop")
+        for phase, length in ((Phase.REFLECTION, reflection), (Phase.RETRY, retry))
+    ]
+    problem = Problem("p", "text", {})
+    trajectory = Trajectory((before, answers[0].segment, request, answers[1].segment))
+    failure = Failure(problem, Trajectory((before,)), answers[0])
+    return Group(failure, tuple(Reflection(number, trajectory, *answers, 0.0) for number in range(count)))
+
+
+def test_a_rollout_reads_each_token_once_and_samples_with_the_head(model: LlamaForCausalLM, arch: Architecture) -> None:
+    context, reflection, retry = 24, 6, 4
+    own = reflection + 2 + retry - 1  # the last token is sampled and not read
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cache = DynamicCache()
+        counted(model, torch.arange(context)[None], cache, 0)
+        for _ in range(3):
+            counted(model, torch.arange(own)[None], cache, reflection + retry)
+            cache.crop(context)
+    future = context * (context - 1) / 2 + 3 * own * (own - 1) / 2
+    ours = rollout_flops(arch, [group(context, reflection, retry, 3)])
+    assert ours + training_cost(arch).per_pair / FORWARD_AND_BACKWARD * future == pytest.approx(
+        counter.get_total_flops(), rel=1e-3
+    )
+
+
 @pytest.mark.parametrize(
     ("chip", "precision", "peak"),
     [
@@ -92,6 +121,6 @@ def test_a_chips_peak_is_known_or_none(chip: str, precision: str, peak: float | 
 
 
 def test_speed_is_of_a_rank() -> None:
-    assert speed(8e15, 4.0, 2, "", "bf16") == {"speed/update_tflops": 1000.0}
-    found = speed(989e12 * 8, 16.0, 1, "NVIDIA H100 80GB HBM3", "bf16")
-    assert found == {"speed/update_tflops": 494.5, "speed/update_mfu": 0.5}
+    assert speed("update", 8e15, 4.0, 2, "", "bf16") == {"speed/update_tflops": 1000.0}
+    found = speed("rollout", 989e12 * 8, 16.0, 1, "NVIDIA H100 80GB HBM3", "bf16")
+    assert found == {"speed/rollout_tflops": 494.5, "speed/rollout_mfu": 0.5}
