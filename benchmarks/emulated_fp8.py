@@ -2,10 +2,10 @@
 
     python -m benchmarks.emulated_fp8      -> benchmarks/results/emulated_fp8.json; a run that is there is not repeated
 
-The quickstart's 50 updates, five seeds in float32 and the same five with the layers' products as `fp8-tensorwise` has
-them: inputs and weights in e4m3, gradients in e5m2, each tensor scaled by its largest number of the moment, the first
-and the last layer left out. Numbers are rounded to FP8 and multiplied in float32, in which a tensor core
-sums them.
+The quickstart's 50 updates, five seeds in float32 and the same five for each of two recipes: inputs, weights and
+gradients in the formats of `fp8-tensorwise` and `fp8-blockwise`, scaled by the largest number of the moment, of a
+tensor or of a tile along what is summed; the first and the last layer left out. Numbers are rounded to FP8 and
+multiplied in float32, in which a tensor core sums them.
 """
 
 from __future__ import annotations
@@ -24,57 +24,61 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import ROOT, machine, results, versions
+from nemo_r3.actor.numerics import MATRICES, rounded
+from nemo_r3.precision import PRECISIONS, Recipe
 
 SEEDS, UPDATES, WINDOW = (1, 2, 3, 4, 5), 50, 10
-MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 METRICS = ("loss", "kl", "retry_success", "token_mult_prob_error")
-
-
-def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest numbers of an FP8 format, scaled so that the tensor's largest is the format's (current scaling)."""
-    scale = torch.finfo(dtype).max / tensor.abs().max().clamp(min=1e-12)
-    return (tensor * scale).to(dtype).to(tensor.dtype) / scale
+RECIPES = ("fp8-tensorwise", "fp8-blockwise")
+FP32 = "fp32"
 
 
 class Product(torch.autograd.Function):
     """x [.., in] times weight [out, in], transposed, with FP8 operands in all three products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
         """[.., out]."""
-        x, weight = rounded(x, torch.float8_e4m3fn), rounded(weight, torch.float8_e4m3fn)
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
+        rounded_weight = rounded(weight, torch.float8_e4m3fn, recipe.weight_tile)
+        ctx.recipe = recipe
+        ctx.save_for_backward(x, rounded_weight)
+        return rounded(x, torch.float8_e4m3fn, recipe.tile) @ rounded_weight.T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of x and weight."""
-        x, weight = ctx.saved_tensors
-        grad = rounded(grad, torch.float8_e5m2)
-        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+        (x, weight), recipe = ctx.saved_tensors, ctx.recipe
+        dtype = torch.float8_e5m2 if recipe.format == "hybrid" else torch.float8_e4m3fn
+        along_tokens = recipe.tile and recipe.tile[::-1]
+        columns = rounded(grad.flatten(0, -2), dtype, along_tokens)
+        inputs = rounded(x.flatten(0, -2), torch.float8_e4m3fn, along_tokens)
+        return rounded(grad, dtype, recipe.tile) @ weight, columns.T @ inputs, None
 
 
-def emulate(trunk: nn.Module) -> int:
+def emulate(trunk: nn.Module, recipe: Recipe) -> int:
     """Puts the product into the matrices of all layers but the first and the last; how many it found."""
     layers = trunk.get_submodule("decoder.layers")
     assert isinstance(layers, nn.ModuleList)
     count = 0
-    for layer in list(layers)[1:-1]:
+    for layer in list(layers)[recipe.edges : len(layers) - recipe.edges]:
         for name in MATRICES:
             matrix = layer.get_submodule(name)
             assert matrix.bias is None, "the embedded model has none"
 
             def forward(x: Tensor, matrix: nn.Module = matrix) -> tuple[Tensor, None]:
-                return Product.apply(x, matrix.weight), None
+                return Product.apply(x, matrix.weight, recipe), None
 
             matrix.forward = forward
             count += 1
     return count
 
 
-def train(arguments: Sequence[str]) -> None:
-    """`recipes.train` with a policy whose layers multiply in emulated FP8."""
-    from recipes.train import train as recipe
+def train(name: str, arguments: Sequence[str]) -> None:
+    """`recipes.train` with a policy whose layers multiply in emulated FP8, as the precision `name` does."""
+    from recipes.train import train as training
+
+    recipe = PRECISIONS[name].fp8
+    assert recipe is not None
 
     def emulating(arguments: Sequence[str]) -> None:
         from nemo_r3.rollout import environment  # megatron-core is imported once the environment is ready
@@ -89,13 +93,13 @@ def train(arguments: Sequence[str]) -> None:
 
             def built(*parts: Any) -> Any:
                 trunk = build(*parts)
-                assert emulate(trunk) == 2 * len(MATRICES)
+                assert emulate(trunk, recipe) == 2 * len(MATRICES)
                 return trunk
 
             policy.build_model = built
 
         environment.prepare = prepared
-        recipe(arguments)
+        training(arguments)
 
     from nemo_r3 import runtime
 
@@ -103,11 +107,11 @@ def train(arguments: Sequence[str]) -> None:
     runtime.main(emulating)
 
 
-def run(seed: int, fp8: bool, home: Path, more: Sequence[str] = ()) -> list[dict[str, Any]]:
+def run(seed: int, precision: str, home: Path, more: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The metrics of a run, which is begun, or goes on, where it is not complete."""
-    path = home / f"{'fp8' if fp8 else 'fp32'}_{seed}"
+    path = home / f"{precision}_{seed}"
     begin = [sys.executable, "-W", "ignore", "-m"]
-    begin += ["benchmarks.emulated_fp8", "--train"] if fp8 else ["recipes.train"]
+    begin += ["recipes.train"] if precision == FP32 else ["benchmarks.emulated_fp8", "--train", precision]
     settings = [f"seed={seed}", f"run.dir={path}", f"failures.path={home}/failures", f"train.steps={UPDATES}", *more]
     with (home / f"{path.name}.log").open("a") as log:
         subprocess.run([*begin, "configs/quickstart.yaml", *settings], cwd=ROOT, stdout=log, stderr=log, check=True)
@@ -138,7 +142,7 @@ def verdict(fp32: Sequence[list[dict[str, Any]]], fp8: Sequence[list[dict[str, A
 def main() -> None:
     """Runs what is not there yet, two at a time, and writes the comparison."""
     if sys.argv[1:2] == ["--train"]:
-        return train(sys.argv[2:])
+        return train(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--home", type=Path, default=ROOT / "build" / "emulated_fp8")
@@ -153,16 +157,21 @@ def main() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-m", *mine], cwd=ROOT, check=True)
     with ThreadPoolExecutor(2) as pool:
         jobs = {
-            (seed, fp8): pool.submit(run, seed, fp8, options.home) for seed in options.seeds for fp8 in (False, True)
+            (seed, precision): pool.submit(run, seed, precision, options.home)
+            for seed in options.seeds
+            for precision in (FP32, *RECIPES)
         }
         runs = {key: job.result() for key, job in jobs.items()}
-    fp32, fp8 = ([runs[seed, kind] for seed in options.seeds] for kind in (False, True))
-    found = verdict(fp32, fp8)
-    for name, rows in found.items():
-        for number, row in enumerate(rows, 1):
-            (low, high), said = row["fp32"], "within" if row["within"] else "OUTSIDE"
-            span = f"fp32 {low:.4f} to {high:.4f}, fp8 {row['fp8_mean']:.4f} {said}"
-            print(f"{name:22s} up to update {number * WINDOW:2d}: {span}")
+    found = {
+        name: verdict(*([runs[seed, precision] for seed in options.seeds] for precision in (FP32, name)))
+        for name in RECIPES
+    }
+    for name, metrics in found.items():
+        for metric, rows in metrics.items():
+            for number, row in enumerate(rows, 1):
+                (low, high), said = row["fp32"], "within" if row["within"] else "OUTSIDE"
+                span = f"fp32 {low:.5f} to {high:.5f}, fp8 {row['fp8_mean']:.5f} {said}"
+                print(f"{name} {metric:22s} up to update {number * WINDOW:2d}: {span}")
     numbers = {"metrics": found, "seeds": list(options.seeds), "updates": UPDATES, "machine": machine(1)}
     out = results("emulated_fp8.json", len(options.seeds) < len(SEEDS))
     out.parent.mkdir(parents=True, exist_ok=True)

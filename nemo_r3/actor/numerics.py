@@ -159,32 +159,41 @@ def rounding(
         scale: the one to use instead.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
-    height, width = tile or (len(rows), rows.shape[1])
     largest, amax = torch.finfo(dtype).max, rows.abs().amax().float()
     if tile is None and scale is None:
         scale = _scale(amax, largest, powers_of_two)
     sums = torch.zeros(5, dtype=torch.float64, device=tensor.device)
-    step = max(CHUNK // rows.shape[1] // height, 1) * height if tile else max(CHUNK // rows.shape[1], 1)
-    for part in rows.split(step):
+    height = tile[0] if tile else 1
+    for part in rows.split(max(CHUNK // rows.shape[1] // height, 1) * height):
         numbers = part.float()
-        scales = _spread(numbers, height, width, largest, powers_of_two) if scale is None else scale
-        scaled = numbers * scales
-        back = scaled.clamp(-largest, largest).to(dtype).float() / scales
-        filled = numbers != 0
-        counts = (filled, filled & (back == 0), scaled.abs() > largest * (1 + 1e-6))
+        scales = scale if scale is not None else _spread(numbers, tile or (1, 1), largest, powers_of_two)
+        back, filled = _there_and_back(numbers, scales, dtype), numbers != 0
+        counts = (filled, filled & (back == 0), (numbers * scales).abs() > largest * (1 + 1e-6))
         sums += torch.stack([count.sum() for count in counts] + [((back - numbers) ** 2).sum(), (numbers**2).sum()])
     return Tally(float(amax), *sums.tolist())
 
 
-def _scale(amax: Tensor, largest: float, powers_of_two: bool) -> Tensor:
+def rounded(tensor: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+    """A float32 tensor [.., columns] as it comes back from an FP8 format; `tile` as in `rounding`."""
+    rows, largest = tensor.reshape(-1, tensor.shape[-1]), torch.finfo(dtype).max
+    scales = _scale(rows.abs().amax(), largest) if tile is None else _spread(rows, tile, largest)
+    return _there_and_back(rows, scales, dtype).view_as(tensor)
+
+
+def _there_and_back(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return (numbers * scales).clamp(-largest, largest).to(dtype).float() / scales
+
+
+def _scale(amax: Tensor, largest: float, powers_of_two: bool = False) -> Tensor:
     scale = largest / amax.clamp(min=torch.finfo(torch.float32).tiny)
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
     return torch.exp2(scale.log2().floor()) if powers_of_two else scale
 
 
-def _spread(numbers: Tensor, height: int, width: int, largest: float, powers_of_two: bool) -> Tensor:
+def _spread(numbers: Tensor, tile: Tile, largest: float, powers_of_two: bool = False) -> Tensor:
     """[rows, columns]: each number's scale, from the largest of its tile; edges make smaller tiles."""
-    count, columns = numbers.shape
+    (count, columns), (height, width) = numbers.shape, tile
     padded = nn.functional.pad(numbers.abs(), (0, -columns % width, 0, -count % height))
     tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     scales = _scale(tiles.amax((1, 3)), largest, powers_of_two)

@@ -9,13 +9,31 @@ import torch
 from torch import Tensor
 
 from nemo_r3.actor import numerics
-from nemo_r3.actor.numerics import rounding
+from nemo_r3.actor.numerics import rounded, rounding
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(E4M3, 3), (E5M2, 2)])
+def test_rounding_is_to_the_formats_bits_and_keeps_the_largest(dtype: torch.dtype, bits: int) -> None:
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    near = rounded(tensor, dtype)
+    large = tensor.abs() > 0.05
+    errors = ((near - tensor).abs() / tensor.abs())[large]
+    assert 0.2 * 2 ** -(bits + 1) < errors.max() <= 2 ** -(bits + 1) * 1.001
+    assert near.abs().max().item() == pytest.approx(tensor.abs().max().item())
+
+
+@pytest.mark.parametrize("tile", [None, (1, 4), (4, 4)])
+def test_rounding_costs_what_it_is_said_to_cost(tile: numerics.Tile | None) -> None:
+    tensor = numbers(6, 10)
+    back = rounded(tensor, E5M2, tile)
+    assert back.shape == tensor.shape
+    assert rounding(tensor, E5M2, tile).error == pytest.approx(((back - tensor) ** 2).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(E4M3, 3), (E5M2, 2)])

@@ -7,30 +7,26 @@ import torch
 from torch import nn
 
 from benchmarks.emulated_fp8 import MATRICES, Product, emulate, rounded, verdict
+from nemo_r3.precision import BLOCKWISE, TENSORWISE, Recipe
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.float8_e4m3fn, 3), (torch.float8_e5m2, 2)])
-def test_rounding_is_to_the_formats_bits_and_keeps_the_largest(dtype: torch.dtype, bits: int) -> None:
-    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    near = rounded(tensor, dtype)
-    large = tensor.abs() > 0.05
-    errors = ((near - tensor).abs() / tensor.abs())[large]
-    assert 0.2 * 2 ** -(bits + 1) < errors.max() <= 2 ** -(bits + 1) * 1.001
-    assert near.abs().max().item() == pytest.approx(tensor.abs().max().item())
-
-
-def test_all_three_products_have_rounded_operands() -> None:
+@pytest.mark.parametrize("recipe", [TENSORWISE, BLOCKWISE])
+def test_all_three_products_have_rounded_operands(recipe: Recipe) -> None:
     draw = torch.Generator().manual_seed(1)
     x, weight, grad = (torch.randn(shape, generator=draw) for shape in ((2, 5, 8), (6, 8), (2, 5, 6)))
     x.requires_grad_()
     weight.requires_grad_()
-    out = Product.apply(x, weight)
+    out = Product.apply(x, weight, recipe)
     out.backward(grad)
-    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
-    near_x, near_weight, near_grad = rounded(x.detach(), e4m3), rounded(weight.detach(), e4m3), rounded(grad, e5m2)
-    torch.testing.assert_close(out.detach(), near_x @ near_weight.T)
-    torch.testing.assert_close(x.grad, near_grad @ near_weight)
-    torch.testing.assert_close(weight.grad, torch.einsum("abo,abi->oi", near_grad, near_x))
+    e4m3 = torch.float8_e4m3fn
+    of_grad = torch.float8_e5m2 if recipe is TENSORWISE else e4m3
+    near_weight = rounded(weight.detach(), e4m3, recipe.weight_tile)
+    torch.testing.assert_close(out.detach(), rounded(x.detach(), e4m3, recipe.tile) @ near_weight.T)
+    torch.testing.assert_close(x.grad, rounded(grad, of_grad, recipe.tile) @ near_weight)
+    columns = None if recipe.tile is None else (128, 1)  # what is summed are tokens
+    flat_x, flat_grad = x.detach().flatten(0, 1), grad.flatten(0, 1)
+    near_x, near_grad = rounded(flat_x, e4m3, columns), rounded(flat_grad, of_grad, columns)
+    torch.testing.assert_close(weight.grad, near_grad.T @ near_x)
     assert not torch.allclose(out.detach(), (x @ weight.T).detach(), rtol=1e-4)
 
 
@@ -46,7 +42,7 @@ def test_first_and_last_layer_are_left_out() -> None:
     trunk = nn.Module()
     trunk.decoder = nn.Module()
     trunk.decoder.layers = nn.ModuleList(Layer() for _ in range(4))
-    assert emulate(trunk) == 8
+    assert emulate(trunk, TENSORWISE) == 8
     x = torch.randn(3, 4)
     outs = [layer.mlp.linear_fc1(x) for layer in trunk.decoder.layers]
     assert [isinstance(out, tuple) for out in outs] == [False, True, True, False]
