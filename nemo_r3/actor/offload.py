@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from torch import Tensor, UntypedStorage
+from torch import Tensor, UntypedStorage, nn
 
 
 class Offload:
@@ -69,6 +69,16 @@ class Offload:
     def host_bytes(self) -> int:
         """Size of the host buffers, which stay when the state is on the device."""
         return sum(host.numel() for host in self._hosts.values())
+
+
+def forget_fp8_weights(module: nn.Module) -> None:
+    """Frees the FP8 copies of weights that Transformer Engine keeps from one microbatch to the next.
+
+    megatron-core has the first microbatch of every pass make them anew.
+    """
+    for part in module.modules():
+        if (copies := getattr(part, "_fp8_workspaces", None)) is not None:
+            copies.clear()
 
 
 def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:

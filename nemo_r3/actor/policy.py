@@ -19,7 +19,7 @@ from nemo_r3 import memory
 from nemo_r3.actor import cpu
 from nemo_r3.actor.forward import Pass
 from nemo_r3.actor.model import build_model, start_parallel_groups
-from nemo_r3.actor.offload import Offload, device_bytes
+from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.weights import export_hf, load_hf
@@ -84,7 +84,10 @@ class Policy:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Optimizer state and gradients on the device, as long as it lasts; then the memory goes to the engine."""
+        """Optimizer state and gradients on the device, as long as it lasts; then the memory goes to the engine.
+
+        FP8 copies of the weights go in any case.
+        """
         if self._offload is not None:
             self._offload.restore()
         try:
@@ -92,6 +95,7 @@ class Policy:
         finally:
             if self._offload is not None:
                 self._offload.park()
+            forget_fp8_weights(self.module)
             torch.cuda.empty_cache()
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:

@@ -62,11 +62,25 @@ def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
         "linear": type(model.decoder.layers[0].mlp.linear_fc1).__mro__[1].__module__,
         "attention": type(model.decoder.layers[0].self_attention.core_attention).__name__,
         "export": exports,
+        "kept_copies": kept_copies(model),
         "in_fp8": in_fp8(model, config),
     }
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     return found
+
+
+def kept_copies(model: Any) -> list[int]:
+    """How many of the layers' matrices hold an FP8 copy of their weight: when each has one, and once freed."""
+    from nemo_r3.actor.numerics import MATRICES
+    from nemo_r3.actor.offload import forget_fp8_weights
+
+    matrices = [layer.get_submodule(name) for layer in model.decoder.layers for name in MATRICES]
+    for matrix in matrices:
+        matrix._fp8_workspaces["weight"] = matrix.weight
+    found = [sum(map(len, (matrix._fp8_workspaces for matrix in matrices)))]
+    forget_fp8_weights(model)
+    return [*found, sum(map(len, (matrix._fp8_workspaces for matrix in matrices)))]
 
 
 def in_fp8(model: Any, config: Config) -> list[list[int]]:
