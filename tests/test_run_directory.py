@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -31,12 +32,16 @@ def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
     run.open(resuming=False)
     for step in (1, 2, 3):
         run.log(step, {"loss": 0.5})
+        run.log_layers(step, [{"layer": 0, "error": math.nan}, {"layer": 1, "error": 0.5}])
         (run.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("")
     with run.metrics.open("a") as file:
         file.write('{"step": 4, "lo')  # a crash in the middle of a line
     run.cut_back(2)
     run.log(3, {"loss": 0.25})
     assert steps(run) == [1, 2, 3]
+    assert [json.loads(line) for line in run.layers.read_text().splitlines()] == [
+        {"step": step, "layer": layer, "error": error} for step in (1, 2) for layer, error in ((0, None), (1, 0.5))
+    ]
     assert [file.name for file in sorted((run.path / "rollouts").iterdir())] == [
         "step_000001.jsonl",
         "step_000002.jsonl",

@@ -1,11 +1,21 @@
-"""Which layers are taken out of FP8."""
+"""When layers are watched, and which are taken out of FP8; Transformer Engine's part is in tests/actor/test_te.py."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
-from recipes.layers import costliest
+import pytest
+import torch
+from torch import nn
+
+from nemo_r3.actor.numerics import MATRICES, LayerWatch
+from nemo_r3.config import Config
+from recipes.counters import Counters, hopeless
+from recipes.layers import Layers, costliest
 
 
 def rows(errors: dict[int, float], operand: str = "input", fp8: bool = True) -> list[dict[str, Any]]:
@@ -27,3 +37,83 @@ def test_input_and_weight_count_together_gradients_do_not_and_nan_is_the_worst()
     found = rows({1: 0.03, 2: 0.04}) + rows({1: 0.04, 2: 0.001}, "weight") + rows({2: 0.9}, "gradient")
     assert costliest(found) == {1: math.hypot(0.03, 0.04)}
     assert costliest([*found, *rows({2: math.nan})]) == {2: math.inf}
+
+
+class Layer(nn.Module):
+    """The four matrices one after the other, as far as a watch can tell a transformer layer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer_number = number + 1
+        self.self_attention, self.mlp = nn.Module(), nn.Module()
+        for name in MATRICES:
+            room, matrix = name.split(".")
+            self.get_submodule(room).add_module(matrix, nn.Linear(8, 8, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in MATRICES:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+class Run:
+    """A run of eight layers: what it logged, what it said, and which layers left FP8."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **train: Any) -> None:
+        self.config = Config()
+        self.config.actor.precision = "fp8-tensorwise"
+        for name, value in ({"max_drift_steps": 2, "on_drift": "bf16", "layers_every": 0} | train).items():
+            setattr(self.config.train, name, value)
+        self.logged: dict[int, Any] = {}
+        self.said: list[str] = []
+        self.left: list[int] = []
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(Layer(number) for number in range(8)))
+
+        def leave_fp8(watch: LayerWatch, layers: Collection[int]) -> None:
+            watch._bf16 |= set(layers)
+            self.left += layers
+
+        monkeypatch.setattr(LayerWatch, "leave_fp8", leave_fp8)
+
+    def begin(self, at: Counters) -> Layers:
+        trunk = SimpleNamespace(decoder=SimpleNamespace(layers=self.layers), config=SimpleNamespace(num_layers=8))
+        world = SimpleNamespace(gather=lambda item: [item])
+        run = SimpleNamespace(log_layers=self.logged.__setitem__)
+        ground: Any = SimpleNamespace(plan=SimpleNamespace(config=self.config), world=world, run=run)
+        session: Any = SimpleNamespace(progress=SimpleNamespace(say=self.said.append))
+        return Layers(ground, SimpleNamespace(module=trunk), session, at)  # type: ignore[arg-type]
+
+    def step(self, layers: Layers, at: Counters, drift: float) -> Counters:
+        with layers.watched(at):
+            self.layers(torch.randn(5, 8)).sum().backward()
+        metrics = {"loss": 0.1, "token_mult_prob_error": drift}
+        return layers.relieve(at.after(at.step + 1, 0, metrics, self.config.train))
+
+
+def test_a_record_is_made_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, on_drift="stop", layers_every=3)
+    layers, at = run.begin(Counters()), Counters()
+    for _ in range(7):
+        at = run.step(layers, at, drift=1.5)
+    assert list(run.logged) == [3, 6] and all(len(rows) == 8 * 4 * 3 for rows in run.logged.values())
+    assert at.drift_steps == 7 and not run.left, "on_drift=stop leaves the end to `hopeless`"
+
+
+def test_drift_costs_a_quarter_of_the_fp8_layers_after_a_quarter_and_then_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(monkeypatch)
+    layers, at = run.begin(Counters()), Counters()
+    assert run.step(layers, at, drift=1.0) == replace(at, step=1) and not run.logged, "sound steps are not watched"
+    counts = []
+    while hopeless(at, run.config.train, "none") is None:
+        at = run.step(layers, at, drift=1.5)
+        counts.append(len(at.bf16_layers))
+    assert counts == [0, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6], "layers 1 to 6 are FP8 at first"
+    assert at.bf16_layers == sorted(run.left) == [1, 2, 3, 4, 5, 6]
+    assert all(row["fp8"] == (row["layer"] in (1, 2, 3, 4, 5, 6)) for row in run.logged[2])
+    assert len(run.said) == 5 and all("multiply in BF16 (train.on_drift=bf16)" in line for line in run.said)
+    resumed = Run(monkeypatch)
+    resumed.begin(at)
+    assert resumed.left == at.bf16_layers
