@@ -38,6 +38,7 @@ from nemo_r3.runtime import World, is_collective
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
+NORM_STATE = "decoder.final_layernorm._extra_state"
 WAY_OUT = "remove that checkpoint to resume from the one before"
 FIELDS = {"step", "version", "architecture", "rope", "files", "state", "model"}
 
@@ -305,7 +306,7 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
         except CheckpointException as error:
             raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
-        policy.module.load_state_dict(found["model"])
+        policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
         if policy.optimizer is not None:
             policy.optimizer.load_state_dict(found["optimizer"])
     if policy.optimizer is not None:
@@ -357,6 +358,20 @@ def _data_parallel_group() -> torch.distributed.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's sharded state under megatron-core's names, the same for both of `actor.layer_spec`.
+
+    Transformer Engine's final norm would add a state of its own, always empty, that the other layers' checkpoints lack.
+    """
+    state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
+    return {name: part for name, part in state.items() if name != NORM_STATE}
+
+
+def _norm_state(module: Any) -> dict[str, Any]:
+    """What `weights_of` left out, as it is."""
+    return {name: part for name, part in module.state_dict().items() if name == NORM_STATE}
+
+
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -364,7 +379,7 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": _data_parallel_group(),
     }
-    model = policy.module.sharded_state_dict(metadata=metadata)
+    model = weights_of(policy.module, metadata)
     if policy.optimizer is None:
         return {"model": model}
     schedule = policy.schedule.state_dict() | {"init_lr": policy.schedule.init_lr}

@@ -23,6 +23,7 @@ from nemo_r3.models import Architecture, shape
 from nemo_r3.precision import PRECISIONS, precision_of
 
 META = torch.device("meta")
+METADATA = {"singleton_local_shards": False}
 
 
 def pretend_gpu(capability: tuple[int, int]) -> None:
@@ -39,6 +40,7 @@ def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
     from megatron.core import fp8_utils, parallel_state
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
+    from nemo_r3.actor.checkpoint import weights_of
     from nemo_r3.actor.model import transformer_config, trunk
     from nemo_r3.actor.weights import export_hf, mark_tensor_parallel, parameters_by_name
 
@@ -48,7 +50,9 @@ def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
     settings = transformer_config(config.actor, arch, precision_of(config), on_cuda=True)
     settings.init_model_with_meta_device = True
-    model = trunk(settings, arch, "te").to(device=META, dtype=precision_of(config).dtype)
+    model, local = (
+        trunk(settings, arch, kind).to(device=META, dtype=precision_of(config).dtype) for kind in ("te", "local")
+    )
     mark_tensor_parallel(model, arch)
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
     exports = {name: list(whole.shape) for name, whole in export_hf(model, arch)}
@@ -62,6 +66,8 @@ def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
         "linear": type(model.decoder.layers[0].mlp.linear_fc1).__mro__[1].__module__,
         "attention": type(model.decoder.layers[0].self_attention.core_attention).__name__,
         "export": exports,
+        "checkpoint": sorted(part.key for part in weights_of(model, METADATA).values()),
+        "local_checkpoint": sorted(part.key for part in weights_of(local, METADATA).values()),
         "kept_copies": kept_copies(model),
         "in_fp8": in_fp8(model, config),
     }

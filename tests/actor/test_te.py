@@ -79,6 +79,7 @@ def test_stages(model: str, tensor_parallel: int, pipeline_parallel: int, precis
         assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in one["raw"]
         assert one["linear"].startswith("transformer_engine.pytorch.module.")
         assert one["attention"] == "SharedContextAttention"
+        assert one["checkpoint"] == one["local_checkpoint"], "either of actor.layer_spec resumes from the other's"
         assert one["kept_copies"] == [4 * arch.num_layers // pipeline_parallel, 0]
         assert one["dtypes"] == ["torch.bfloat16"], "weights stay BF16; products are FP8"
         assert f"{recipe}," in one["recipe"]
