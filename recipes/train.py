@@ -52,7 +52,7 @@ def train(argv: Sequence[str]) -> None:
             metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
             if batch.rows:
                 rl.progress.during("update")
-                with run.timed("update"), layers.watched(at):
+                with layers.watched(at), run.timed("update"):
                     rl.engine.sleep()
                     metrics = dict(policy.update(batch))
                 rl.progress.during("refit")

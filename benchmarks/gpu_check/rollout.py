@@ -1,6 +1,6 @@
 """vLLM beside the actor on one device: how fast it samples, sleeps and takes new weights, and how well the two agree.
 
-    sample -> sleep -> refit -> sample again, the same
+    sample -> sleep -> refit -> sample again
 
 There is no optimizer: the actor's weights and the engine are all that is in memory. `prob_error` is
 `token_mult_prob_error` of the first sample, `prob_error_after` of the one behind the refit; a refit is timed from a
@@ -41,6 +41,7 @@ def config_of(shape: str, quantization: str, small: bool) -> Config:
     """One engine that takes half of the device, and an actor in BF16."""
     config = Config()
     config.model.path = str(model_of(shape))
+    config.rollout.temperature = 1.0
     config.rollout.quantization = quantization
     config.rollout.max_model_len = 128 if small else 2048
     return config
@@ -56,7 +57,7 @@ def sample(engine: Engine, asked: list[list[int]], length: int) -> tuple[list[Co
     """A completion of every prompt, in order, and the seconds that took."""
     begun = time.perf_counter()
     for number, prompt in enumerate(asked):
-        engine.add(str(number), prompt, Sampling(1.0, length, (), seed=number))
+        engine.add(str(number), prompt, Sampling(1.0, length, ()))
     done: dict[int, Completion] = {}
     while len(done) < len(asked):
         done.update((int(completion.request_id), completion) for completion in engine.step())
@@ -87,12 +88,12 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
         environment.prepare(config, torch.cuda.is_available())
         world = runtime.start(config)
         precision.prepare(config, arch)
+        from nemo_r3.actor.policy import Policy  # megatron-core and vLLM: after the environment is ready
+        from nemo_r3.rollout.engine import Engine
+
+        policy = Policy(config, world, trains=False)
     except ConfigError as error:
         return {"skipped": str(error)}
-    from nemo_r3.actor.policy import Policy  # megatron-core and vLLM: after the environment is ready
-    from nemo_r3.rollout.engine import Engine
-
-    policy = Policy(config, world, trains=False)
     engine = Engine.start(config, Path(config.model.path))
     sizes = SMALL if small else FULL
     asked = prompts(sizes, arch.vocab_size)

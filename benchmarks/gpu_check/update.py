@@ -1,7 +1,7 @@
 """The policy update in one precision, at a real model's layer dimensions: tokens per second, MFU, distance from fp32.
 
     build/gpu_check/SHAPE           random weights, made by the first check that needs them
-    build/gpu_check/SHAPE.json      float32's log-probabilities and gradient norm, by the check with --precision fp32
+    build/gpu_check/SHAPE-fp32.json float32's log-probabilities and gradient norm, by the check with --precision fp32
 
 Rows are packed behind shared contexts, half of each group's retries pass. MFU counts the model's own FLOPs: no
 recompute, no padding. A precision that this machine cannot run is skipped with the reason.
@@ -55,7 +55,9 @@ def model_of(shape: str) -> Path:
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             made = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).bfloat16()
-        made.save_pretrained(path)
+        making = path.with_name(f"{shape}.making")
+        made.save_pretrained(making)
+        making.rename(path)
     return path
 
 
@@ -64,33 +66,36 @@ def measure(shape: str, name: str) -> dict[str, Any]:
     config = Config()
     config.model.path = str(model_of(shape))
     config.actor.precision = name
+    config.actor.lr = 0.0  # weights stay what they were, so that every update has the same gradient
     arch = architecture_of(Path(config.model.path))
     try:
         world = runtime.start(config)
         precision.prepare(config, arch)
+        from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
+
+        policy = Policy(config, world)
     except ConfigError as error:
         return {"skipped": str(error)}
-    from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
-
     rows = rows_of(SMALL if shape == "tiny" else POINT, arch.vocab_size)
-    policy, batch = Policy(config, world), UpdateBatch(tuple(rows), (), 1, 0)
-    logprobs = [part.tolist() for part in policy.score([row.ids for row in rows[:SCORED]])]
-    reference = ROOT / "build" / "gpu_check" / f"{shape}.json"
-    if name == "fp32":
-        norm = policy.update(batch)["grad_norm"]
-        reference.write_text(json.dumps({"logprobs": logprobs, "grad_norm": norm}))
-        return {"sequences": len(logprobs), "grad_norm": norm}
-    theirs = json.loads(reference.read_text()) if reference.exists() else None
-    found = {} if theirs is None else distance(logprobs, theirs["logprobs"])
+    batch = UpdateBatch(tuple(rows), (), 1, 0)
     seconds = []
-    for number in range(WARM + ROUNDS):
+    for _ in range(1 if name == "fp32" else WARM + ROUNDS):
         begun = time.perf_counter()
         metrics = policy.update(batch)
-        if theirs is not None and not number:
-            found["grad_norm_error"] = abs(metrics["grad_norm"] / theirs["grad_norm"] - 1)
         if world.chip:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
+    # after the updates: delayed scaling begins with scales of 1
+    logprobs = [part.tolist() for part in policy.score([row.ids for row in rows[:SCORED]])]
+    reference = ROOT / "build" / "gpu_check" / f"{shape}-fp32.json"
+    if name == "fp32":
+        reference.write_text(json.dumps({"logprobs": logprobs, "grad_norm": metrics["grad_norm"]}))
+        return {"sequences": len(logprobs), "grad_norm": metrics["grad_norm"]}
+    found: dict[str, float] = {}
+    if reference.exists():
+        theirs = json.loads(reference.read_text())
+        found = distance(logprobs, theirs["logprobs"])
+        found["grad_norm_error"] = abs(metrics["grad_norm"] / theirs["grad_norm"] - 1)
     median, tokens = statistics.median(seconds[WARM:]), sum(map(len, rows))
     fast = speed("update", metrics["update_flops"], median, world.size, world.chip, name)
     return found | {"seconds": median, "tokens_per_second": tokens / median, "loss": metrics["loss"]} | fast

@@ -23,7 +23,7 @@ MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.line
 WEIGHT = "weight"
 OPERANDS = {"input": ("scaling_fwd", 0), WEIGHT: ("scaling_fwd", 1), "gradient": ("scaling_bwd", 0)}
 """The operands, and where Transformer Engine keeps the scale that delayed scaling took from earlier steps."""
-CHUNK = 2**24
+CHUNK = 2**22
 """Numbers that are rounded at a time."""
 
 Key = tuple[int, str, str]
@@ -52,7 +52,7 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Takes in another part of the same operand."""
-        self.amax = max(self.amax, other.amax)
+        self.amax = math.nan if math.isnan(self.amax + other.amax) else max(self.amax, other.amax)
         self.numbers += other.numbers
         self.underflows += other.underflows
         self.saturated += other.saturated
@@ -78,7 +78,7 @@ class LayerWatch:
         self._layers = {layer.layer_number - 1: layer for layer in trunk.decoder.layers}
         self._recipe = recipe
         edge, end = (recipe.edges if recipe is not None else trunk.config.num_layers), trunk.config.num_layers
-        self._bf16 = {number for number in self._layers if number < edge or number >= end - edge}
+        self._plain = {number for number in self._layers if number < edge or number >= end - edge}
         self._tallies: dict[Key, Tally] = {}
 
     @contextmanager
@@ -105,9 +105,9 @@ class LayerWatch:
         for part in world.gather(self._tallies):
             for key, tally in part.items():
                 whole.setdefault(key, Tally()).add(tally)
-        bf16 = {number for part in world.gather(self._bf16) for number in part}
+        plain = {number for part in world.gather(self._plain) for number in part}
         return [
-            {"layer": layer, "matrix": matrix, "operand": operand, "fp8": layer not in bf16} | tally.shares()
+            {"layer": layer, "matrix": matrix, "operand": operand, "fp8": layer not in plain} | tally.shares()
             for (layer, matrix, operand), tally in sorted(whole.items())
         ]
 
@@ -115,8 +115,8 @@ class LayerWatch:
         """Has these layers multiply in BF16 from now on; those of other stages are theirs."""
         from transformer_engine.pytorch import fp8_autocast
 
-        for number in set(layers) & set(self._layers) - self._bf16:
-            self._bf16.add(number)
+        for number in set(layers) & set(self._layers) - self._plain:
+            self._plain.add(number)
             layer = self._layers[number]
             layer.forward = _within(lambda: fp8_autocast(enabled=False), layer.forward)
 
@@ -134,7 +134,7 @@ class LayerWatch:
         operand = key[-1]
         dtype = torch.float8_e5m2 if operand == "gradient" and recipe.format == "hybrid" else torch.float8_e4m3fn
         scale = None
-        if self._recipe is not None and recipe.history and key[0] not in self._bf16:
+        if self._recipe is not None and recipe.history and key[0] not in self._plain:
             held, place = OPERANDS[operand]
             scale = module.fp8_meta[held].scale[place]
         tile = recipe.weight_tile if operand == WEIGHT else recipe.tile
@@ -159,12 +159,13 @@ def rounding(
         scale: the one to use instead.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
-    largest, amax = torch.finfo(dtype).max, rows.abs().amax().float()
+    height = tile[0] if tile else 1
+    parts = rows.split(max(CHUNK // rows.shape[1] // height, 1) * height)
+    largest, amax = torch.finfo(dtype).max, torch.stack([part.abs().amax() for part in parts]).amax().float()
     if tile is None and scale is None:
         scale = _scale(amax, largest, powers_of_two)
     sums = torch.zeros(5, dtype=torch.float64, device=tensor.device)
-    height = tile[0] if tile else 1
-    for part in rows.split(max(CHUNK // rows.shape[1] // height, 1) * height):
+    for part in parts:
         numbers = part.float()
         scales = scale if scale is not None else _spread(numbers, tile or (1, 1), largest, powers_of_two)
         back, filled = _there_and_back(numbers, scales, dtype), numbers != 0

@@ -83,7 +83,7 @@ def test_updates_equal_one_process(one: Any, every: dict[str, Any], name: str) -
     assert len(ours) == len(theirs) == 5  # three, one after a NaN and refusals, one of a single row
     for found, expected in zip(ours, theirs, strict=True):
         for key in COMPARED:
-            assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key  # seen: 1.2e-5
+            assert found[key] == pytest.approx(expected[key], rel=3e-5, abs=1e-6), key  # seen: 1.2e-5
     for update in (3, 5):
         assert weight_gap(one, name, reference_of(name), update) < WEIGHT_TOLERANCE
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,10 +63,10 @@ def test_distance_is_that_of_the_tokens() -> None:
     assert found["prob_error"] == pytest.approx((2 + 2.718281828**0.1) / 3)
 
 
-def test_an_engine_samples_the_same_behind_a_refit() -> None:
+def test_engine_and_actor_agree_before_and_behind_a_refit() -> None:
     checks = {check.name: check for check in CHECKS}
     found = run(checks["rollout-8b-full"], "cpu", small=True)["found"]
-    assert 1 < found["prob_error"] == found["prob_error_after"] < 1.05
+    assert 1 < found["prob_error"] < 1.01 and 1 < found["prob_error_after"] < 1.01
     assert found["tokens_per_second"] > 0 and found["refit_seconds"] > 0 and found["freed_gib"] == 0
     skipped = run(checks["rollout-8b-full-fp8_per_tensor"], "cpu", small=True)
     assert skipped["status"] == "skipped" and "needs an NVIDIA GPU" in skipped["reason"]
@@ -80,6 +82,12 @@ def test_a_training_says_how_it_went() -> None:
     checks = {check.name: check for check in CHECKS}
     found = run(checks["training-bf16"], "cpu", small=True)["found"]
     assert found["steps"] == 2 and 1 < found["prob_error"] < 1.05 and found["skipped_updates"] == 0
+
+
+@pytest.mark.slow
+def test_a_training_that_gives_up_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="token_mult_prob_error was above"):
+        training.run("bf16", True, tmp_path, "train.drift_stop=1", "train.max_drift_steps=1")
 
 
 def test_a_trainings_summary_is_of_its_first_and_last_steps() -> None:

@@ -71,7 +71,7 @@ class Run:
         self.layers = nn.Sequential(*(Layer(number) for number in range(8)))
 
         def leave_fp8(watch: LayerWatch, layers: Collection[int]) -> None:
-            watch._bf16 |= set(layers)
+            watch._plain |= set(layers)
             self.left += layers
 
         monkeypatch.setattr(LayerWatch, "leave_fp8", leave_fp8)
