@@ -5,7 +5,8 @@
 The quickstart's 50 updates, five seeds in float32 and the same five for each of two recipes: inputs, weights and
 gradients in the formats of `fp8-tensorwise` and `fp8-blockwise`, scaled by the largest number of the moment, of a
 tensor or of a tile along what is summed; the first and the last layer left out. Numbers are rounded to FP8 and
-multiplied in float32, in which a tensor core sums them.
+multiplied in float32, in which a tensor core sums them. `..._in_float32` is what the weights that FP8 has trained give
+on the same batch without any rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 from benchmarks.machine import ROOT, machine, results, versions
 from nemo_r3.actor.numerics import MATRICES, rounded
 from nemo_r3.precision import PRECISIONS, Recipe
+from nemo_r3.types import UpdateBatch
 
 SEEDS, UPDATES, WINDOW = (1, 2, 3, 4, 5), 50, 10
-METRICS = ("loss", "kl", "retry_success", "token_mult_prob_error")
+IN_FLOAT32 = {"loss_in_float32": "loss", "kl_in_float32": "kl"}
+METRICS = ("loss", "kl", *IN_FLOAT32, "retry_success", "token_mult_prob_error")
 RECIPES = ("fp8-tensorwise", "fp8-blockwise")
 FP32 = "fp32"
 
@@ -55,8 +58,32 @@ class Product(torch.autograd.Function):
         return rounded(grad, dtype, recipe.tile) @ weight, columns.T @ inputs, None
 
 
-def emulate(trunk: nn.Module, recipe: Recipe) -> int:
+class Emulation:
+    """FP8 in a policy's layers, and a look past it.
+
+    Attributes:
+        recipe: how numbers are rounded.
+        exact: whether nothing is rounded for the moment.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Changes no policy yet."""
+        self.recipe, self.exact = recipe, False
+
+    def update(self, policy: Any, update: Callable[[Any, UpdateBatch], dict[str, float]], batch: UpdateBatch) -> Any:
+        """The policy's update, with what the batch's loss would have been without rounding."""
+        from nemo_r3.actor import cpu
+
+        self.exact = True
+        with policy.at_work(), cpu.cuda_stand_in():
+            sums = policy._accumulate(policy._microbatches(batch.rows)[0])
+        self.exact = False
+        return update(policy, batch) | {name: sums[of] for name, of in IN_FLOAT32.items()}
+
+
+def emulate(trunk: nn.Module, emulation: Emulation) -> int:
     """Puts the product into the matrices of all layers but the first and the last; how many it found."""
+    recipe = emulation.recipe
     layers = trunk.get_submodule("decoder.layers")
     assert isinstance(layers, nn.ModuleList)
     count = 0
@@ -66,7 +93,7 @@ def emulate(trunk: nn.Module, recipe: Recipe) -> int:
             assert matrix.bias is None, "the embedded model has none"
 
             def forward(x: Tensor, matrix: nn.Module = matrix) -> tuple[Tensor, None]:
-                return Product.apply(x, matrix.weight, recipe), None
+                return (x @ matrix.weight.T if emulation.exact else Product.apply(x, matrix.weight, recipe)), None
 
             matrix.forward = forward
             count += 1
@@ -79,6 +106,7 @@ def train(name: str, arguments: Sequence[str]) -> None:
 
     recipe = PRECISIONS[name].fp8
     assert recipe is not None
+    emulation = Emulation(recipe)
 
     def emulating(arguments: Sequence[str]) -> None:
         from nemo_r3.rollout import environment  # megatron-core is imported once the environment is ready
@@ -89,14 +117,15 @@ def train(name: str, arguments: Sequence[str]) -> None:
             prepare(*settings)
             from nemo_r3.actor import policy
 
-            build = policy.build_model
+            build, update = policy.build_model, policy.Policy.update
 
             def built(*parts: Any) -> Any:
                 trunk = build(*parts)
-                assert emulate(trunk, recipe) == 2 * len(MATRICES)
+                assert emulate(trunk, emulation) == 2 * len(MATRICES)
                 return trunk
 
             policy.build_model = built
+            policy.Policy.update = lambda self, batch: emulation.update(self, update, batch)
 
         environment.prepare = prepared
         training(arguments)
@@ -132,7 +161,7 @@ def verdict(fp32: Sequence[list[dict[str, Any]]], fp8: Sequence[list[dict[str, A
     found = {}
     for name in METRICS:
         rows = []
-        for theirs, ours in zip(windows(fp32, name), windows(fp8, name), strict=True):
+        for theirs, ours in zip(windows(fp32, IN_FLOAT32.get(name, name)), windows(fp8, name), strict=True):
             low, high, mean = min(theirs), max(theirs), statistics.fmean(ours)
             rows.append({"fp32": [low, high], "fp8_mean": mean, "fp8": ours, "within": low <= mean <= high})
         found[name] = rows

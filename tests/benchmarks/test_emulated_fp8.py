@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.emulated_fp8 import MATRICES, Product, emulate, rounded, verdict
+from benchmarks.emulated_fp8 import IN_FLOAT32, MATRICES, Emulation, Product, emulate, rounded, verdict
 from nemo_r3.precision import BLOCKWISE, TENSORWISE, Recipe
 
 
@@ -42,15 +42,21 @@ def test_first_and_last_layer_are_left_out() -> None:
     trunk = nn.Module()
     trunk.decoder = nn.Module()
     trunk.decoder.layers = nn.ModuleList(Layer() for _ in range(4))
-    assert emulate(trunk, TENSORWISE) == 8
+    emulation = Emulation(TENSORWISE)
+    assert emulate(trunk, emulation) == 8
     x = torch.randn(3, 4)
     outs = [layer.mlp.linear_fc1(x) for layer in trunk.decoder.layers]
     assert [isinstance(out, tuple) for out in outs] == [False, True, True, False]
+    emulation.exact = True
+    matrix = trunk.decoder.layers[1].mlp.linear_fc1
+    torch.testing.assert_close(matrix(x)[0], x @ matrix.weight.T)
+    assert not torch.allclose(outs[1][0], x @ matrix.weight.T, rtol=1e-4)
 
 
 def test_a_mean_outside_of_the_seeds_is_seen() -> None:
     def run(value: float) -> list[dict[str, float]]:
-        return [dict.fromkeys(("loss", "kl", "retry_success", "token_mult_prob_error"), value)] * 10
+        names = ("loss", "kl", *IN_FLOAT32, "retry_success", "token_mult_prob_error")
+        return [dict.fromkeys(names, value)] * 10
 
     fp32 = [run(1.0), run(2.0)]
     assert verdict(fp32, [run(1.5)])["loss"][0]["within"]
