@@ -129,13 +129,33 @@ def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, f
 
 
 def send(process: int, ranks: int, number: signal.Signals) -> None:
-    """Signals the ranks, and with SIGKILL their launcher too: torchrun dies of SIGUSR1 and takes the ranks with it."""
+    """Signals the ranks, and with SIGKILL their launcher too: torchrun dies of SIGUSR1 and takes the ranks with it.
+
+    SIGUSR1 waits until every rank has its ears open: before, Python would die of it.
+    """
     if number is signal.SIGKILL:
         os.killpg(process, number)
         return
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    for rank in children if ranks > 1 else [str(process)]:
-        os.kill(int(rank), number)
+    try:
+        while len(pids := _ranks(process, ranks)) < ranks or not all(_hears(pid, number) for pid in pids):
+            time.sleep(0.01)
+        for pid in pids:
+            os.kill(pid, number)
+    except (FileNotFoundError, ProcessLookupError):
+        return  # it has ended by itself
+
+
+def _ranks(process: int, ranks: int) -> list[int]:
+    """The processes of the ranks: the launcher's children, where there is one."""
+    if ranks == 1:
+        return [process]
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _hears(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal; True for one that has ended and waits to be noticed."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return "Z" in status["State"] or bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
 
 
 def differences(whole: Path, killed: Path, steps: int) -> list[str]:
