@@ -33,8 +33,8 @@ class TrainConfig:
     on_drift: str = option(
         "stop",
         choices=("stop", "bf16"),
-        help="what follows: the end of the run, or BF16 for a quarter of the FP8 layers, those that lose most by it; "
-        "then max_drift_steps are counted anew, until no FP8 is left",
+        help="after max_drift_steps: stop the run, or multiply in BF16 in a quarter of the FP8 layers, those that lose "
+        "most by FP8, and count anew until none is left",
         resume=True,
     )
     layers_every: int = option(
