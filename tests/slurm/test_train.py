@@ -120,7 +120,7 @@ def test_a_stop_saves_and_goes_on_as_if_nothing_had_happened(
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     said = cluster.output(job)
     assert f"slice 0 of job {job}: stopped on request; requeued" in said
-    assert "resuming after step 1 " in said
+    assert re.search(r"resuming after step [1-4] ", said), said  # a fast machine is past step 1 when the signal arrives
     assert (tmp_path / "logs" / f"{job}_0" / "rank_0.exit").read_text().startswith("75 n1 ")
     assert untimed(tmp_path) == by_torchrun
 
