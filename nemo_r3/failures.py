@@ -218,7 +218,15 @@ class OnlineSource:
     """Draws first attempts from the current policy and keeps those it fails."""
 
     def __init__(self, rollout: Rollout, problems: Sequence[Problem], count: int, seed: int) -> None:
-        """Gives `count` failures a step, from as many problems as that takes."""
+        """Gives `count` failures a step, from as many problems as that takes.
+
+        Raises:
+            UserError: there is no problem to ask.
+        """
+        if not problems:
+            raise UserError(
+                "failures.source=online: the task has no training problems, as task.options.test_size takes them all"
+            )
         self.cursor = 0
         self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
 

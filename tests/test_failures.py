@@ -188,3 +188,8 @@ def test_the_online_source_asks_until_it_has_enough_failures() -> None:
 def test_the_online_source_gives_up_on_a_policy_that_solves_everything() -> None:
     with pytest.raises(UserError, match="failures.source=online"):
         OnlineSource(Scripted(passes=1), problems(10), count=4, seed=1).draw(1)
+
+
+def test_online_source_needs_problems() -> None:
+    with pytest.raises(UserError, match="failures.source=online: the task has no training problems"):
+        OnlineSource(Scripted(passes=1), [], count=4, seed=1)
