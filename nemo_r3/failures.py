@@ -224,9 +224,7 @@ class OnlineSource:
             UserError: there is no problem to ask.
         """
         if not problems:
-            raise UserError(
-                "failures.source=online: the task has no training problems, as task.options.test_size takes them all"
-            )
+            raise UserError("failures.source=online: the task has no training problems; lower task.options.test_size")
         self.cursor = 0
         self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
 
