@@ -243,10 +243,10 @@ def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
     """A rollout whose step is stopped after 8 tokens, and again after 8 more, and is then done to its end."""
     from nemo_r3.rollout.kept import Kept
 
-    rollout, seeds = probe.rollout, []
+    rollout, asked = probe.rollout, []
     rollout.kept = Kept(enabled=True)
     add = probe.engine.add
-    probe.engine.add = lambda request, ids, sampling: (seeds.append(sampling.seed), add(request, ids, sampling))
+    probe.engine.add = lambda request, ids, sampling: (asked.append((sampling.seed, tuple(ids))), add(request, ids, sampling))
     kept = []
     for _ in range(2):
         steps = iter(range(9))
@@ -258,16 +258,17 @@ def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
     del rollout._fleet.asked_to_stop
     rollout.kept = Kept(enabled=True)
     rollout.kept.take_up(3, kept[-1])
-    before = len(seeds)
+    before = len(asked)
     groups = rollout.reflect_and_retry(failures, 3, 4)
     probe.engine.add = add
     turns = rollout.kept.of(3)
     begun = [found for found in kept[-1].values() if found.finish_reason == "unfinished"]
     return {
         "counts": [[sum(c.finish_reason == "unfinished" for c in part.values()), len(part)] for part in kept],
-        "asked_at_last": len(seeds) - before,
+        "asked_at_last": len(asked) - before,
         "turns": len(turns),
-        "seeds_differ": len(set(seeds)) == len(seeds),
+        # one that had no token yet when it was stopped is asked again as it was
+        "seeds_differ": len({seed for seed, _ in asked}) == len(set(asked)),
         "prefixes": all(turns[name].ids[: len(found.ids)] == found.ids for name, found in kept[-1].items()),
         "longest_begun": max(len(found.ids) for found in begun),
         "longest": max(len(found.ids) for found in turns.values()),
