@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nemo_r3.algo.layout import Bounds
+from nemo_r3.algo.layout import Batch, Bounds
 
 
 class Parts(NamedTuple):
@@ -68,28 +68,57 @@ def _join(pieces: list[Tensor]) -> Tensor:
 
 
 class CpuFlash:
-    """The operator behind torch's SDPA on a CPU, a call per part."""
+    """The operator behind torch's SDPA on a CPU, a call per batch of parts."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """See `Kernel`."""
         run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        queries, keys = _cut(query, parts.queries), _cut_all((key, value), parts.keys)
-        found = [run(q, k, v, 0.0, parts.causal) for q, (k, v) in zip(queries, keys, strict=True)]
-        return _join([out for out, _ in found]), torch.cat([lse.squeeze(0) for _, lse in found], -1)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        for queries, keys in _batches(parts):
+            found = run(_take(query, queries), _take(key, keys), _take(value, keys), 0.0, parts.causal)
+            _put(found[0], out, queries)
+            _put(found[1], lse, queries)
+        return out, lse.t()
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        queries = _cut_all((grad, query, out), parts.queries)
-        sums = (lse[None, :, start:end] for start, end in parts.queries.spans)
-        keys = _cut_all((key, value), parts.keys)
-        found = [
-            run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
-            for (g, q, o), s, (k, v) in zip(queries, sums, keys, strict=True)
-        ]
-        return _join([f[0] for f in found]), _join([f[1] for f in found]), _join([f[2] for f in found])
+        d_query, d_key, d_value = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+        )
+        for queries, keys in _batches(parts):
+            g, q, o, s = (_take(tensor, queries) for tensor in (grad, query, out, lse.t()))
+            if isinstance(queries, Batch):
+                g = g * queries.inside[:, None, :, None]
+            found = run(g, q, _take(key, keys), _take(value, keys), o, s.contiguous(), 0.0, parts.causal)
+            for gradient, into, batch in zip(found, (d_query, d_key, d_value), (queries, keys, keys), strict=True):
+                _put(gradient, into, batch)
+        return d_query, d_key, d_value
+
+
+def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:
+    """Queries and keys of one call each; a filled-up part is right only where no query sees what lies behind it."""
+    if parts.causal:
+        return zip(parts.queries.batches, parts.keys.batches, strict=True)
+    return ((slice(*query), slice(*key)) for query, key in zip(parts.queries.spans, parts.keys.spans, strict=True))
+
+
+def _take(tensor: Tensor, batch: slice | Batch) -> Tensor:
+    """[tokens, heads, ...] -> [parts, heads, longest, ...]."""
+    picked = tensor[batch][None] if isinstance(batch, slice) else tensor[batch.places]
+    return picked.transpose(1, 2)
+
+
+def _put(found: Tensor, into: Tensor, batch: slice | Batch) -> None:
+    """[parts, heads, longest, ...] -> their places in [tokens, heads, ...]."""
+    rows = found.transpose(1, 2)
+    if isinstance(batch, slice):
+        into[batch] = rows[0]
+    else:
+        into[batch.places[batch.inside]] = rows[batch.inside]
 
 
 class CudaFlash:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nemo_r3.actor.attention import SharedContextAttention, merge, packed, rotate
 from nemo_r3.actor.kernels import CpuFlash, CudaFlash, Kernel, Parts, Plain, kernel_for
 from nemo_r3.actor.rotary import Rotary
-from nemo_r3.algo.layout import Bounds, Layout
+from nemo_r3.algo.layout import Batch, Bounds, Layout
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.models.rope import Rope
 from nemo_r3.types import Row
@@ -33,7 +33,12 @@ def parts(queries: tuple[int, ...], keys: tuple[int, ...], causal: bool) -> Part
     return Parts(Bounds(queries, CPU), Bounds(keys, CPU), causal)
 
 
-CUTS = [parts((0, 9), (0, 9), True), parts((0, 5, 6, 40), (0, 5, 6, 40), True), parts((0, 7, 8), (0, 33, 50), False)]
+SHORT_AND_LONG = (0, 5, 6, 40, 47, 48, 82, 83)
+CUTS = [
+    parts((0, 9), (0, 9), True),
+    parts(SHORT_AND_LONG, SHORT_AND_LONG, True),
+    parts((0, 7, 8), (0, 33, 50), False),
+]
 
 
 @pytest.mark.parametrize("which", CUTS)
@@ -58,6 +63,13 @@ def test_kernels_equal_autograd_through_the_formulas(kernel: Kernel, which: Part
     torch.testing.assert_close(lse, torch.cat(sums, -1), check_dtype=False)
     for ours, theirs in zip(found, (query.grad, key.grad, value.grad), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_parts_of_about_one_length_share_a_call() -> None:
+    batches = Bounds(SHORT_AND_LONG, CPU).batches
+    lengths = [list(batch.inside.sum(1)) if isinstance(batch, Batch) else batch for batch in batches]
+    assert lengths == [[5, 1, 7, 1, 1], [34, 34]]
+    assert Bounds((0, 8, 17, 20), CPU).batches[1] == slice(8, 17)
 
 
 def test_two_halves_of_the_keys_merge_into_the_whole_softmax() -> None:

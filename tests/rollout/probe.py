@@ -246,7 +246,10 @@ def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
     rollout, asked = probe.rollout, []
     rollout.kept = Kept(enabled=True)
     add = probe.engine.add
-    probe.engine.add = lambda request, ids, sampling: (asked.append((sampling.seed, tuple(ids))), add(request, ids, sampling))
+    probe.engine.add = lambda request, ids, sampling: (
+        asked.append((sampling.seed, tuple(ids))),
+        add(request, ids, sampling),
+    )
     kept = []
     for _ in range(2):
         steps = iter(range(9))
