@@ -91,9 +91,14 @@ class CpuFlash:
         )
         for queries, keys in _batches(parts):
             g, q, o, s = (_take(tensor, queries) for tensor in (grad, query, out, lse.t()))
+            k, v = _take(key, keys), _take(value, keys)
             if isinstance(queries, Batch):
                 g = g * queries.inside[:, None, :, None]
-            found = run(g, q, _take(key, keys), _take(value, keys), o, s.contiguous(), 0.0, parts.causal)
+            if len(k) * k.shape[1] < torch.get_num_threads():  # it runs that many loops side by side
+                found = run(g, q, _per_head(k, q), _per_head(v, q), o, s.contiguous(), 0.0, parts.causal)
+                found = found[0], _per_kv_head(found[1], k), _per_kv_head(found[2], v)
+            else:
+                found = run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
             for gradient, into, batch in zip(found, (d_query, d_key, d_value), (queries, keys, keys), strict=True):
                 _put(gradient, into, batch)
         return d_query, d_key, d_value
