@@ -3,19 +3,22 @@
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
 Backward keeps the last chunk's logits and computes the others anew: memory does not grow with the number of tokens.
+Logits keep the weights' dtype; what is done with them is float32, on CUDA in kernels that read them once or twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**26
-"""Logits of one chunk: 256 MiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
+"""Logits of one chunk. On CUDA the weight's gradient is read and written once per chunk, so chunks are large there."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,6 @@ def target_logprobs(
     return found
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return (hidden @ weight.t()).float().div_(temperature)
-
-
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,16 +68,14 @@ class _TargetLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         real = weight[: columns.count]
         local = targets - columns.start
-        chunk = max(1, CHUNK_ELEMENTS // max(1, columns.count))
+        chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // max(1, columns.count))
         found = []
         for part, index in zip(hidden.split(chunk), local.split(chunk), strict=True):
-            logits = _logits(part, real, temperature)
-            found.append(_forward_chunk(logits, index, columns))
-        totals = [total + largest for _, _, total, largest in found]
-        totals[-1] = found[-1][2]  # the last chunk's logits are kept, and are less by the largest
-        ctx.save_for_backward(hidden, weight, local, torch.cat(totals), logits)
+            logits = part @ real.t()
+            found.append(_forward_chunk(logits, index, temperature, columns))
+        logprobs, entropies, totals = (torch.cat(parts) for parts in zip(*found, strict=True))
+        ctx.save_for_backward(hidden, weight, local, totals, logits)
         ctx.temperature, ctx.columns, ctx.chunk = temperature, columns, chunk
-        logprobs, entropies = torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found])
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -88,37 +85,61 @@ class _TargetLogprobs(torch.autograd.Function):
         real = weight[: ctx.columns.count]
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        pieces = list(zip(*(t.split(ctx.chunk) for t in (hidden, local, totals, grads[0], d_hidden)), strict=True))
-        for number, (part, index, total, grad, d_part) in enumerate(pieces):
+        scales = -grads[0] / ctx.temperature
+        pieces = list(zip(*(t.split(ctx.chunk) for t in (hidden, local, totals, scales, d_hidden)), strict=True))
+        for number, (part, index, total, scale, d_part) in enumerate(pieces):
+            logits = kept if number + 1 == len(pieces) else part @ real.t()
             # d logprob / d logits = (one-hot - softmax) / temperature
-            logits = kept if number + 1 == len(pieces) else _logits(part, real, ctx.temperature)
-            d_logits = logits.sub_(total[:, None]).exp_()
+            d_logits = _fused(_softmax_times, logits)(logits, total, scale, ctx.temperature)
             rows, places = _held(index, ctx.columns)
-            d_logits[rows, places] -= 1
-            d_logits.mul_(-grad[:, None] / ctx.temperature)
-            d_logits = d_logits.to(part.dtype)
+            logprobs = logits[rows, places].float() / ctx.temperature - total[rows]
+            d_logits[rows, places] = (torch.expm1(logprobs) * scale[rows]).to(d_logits.dtype)
             torch.mm(d_logits, real, out=d_part)
             d_weight[: ctx.columns.count] += d_logits.t() @ part
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def _forward_chunk(logits: Tensor, local: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a chunk of logits [tokens, columns]: log-probabilities, entropies, log-sum-exps and largest logits.
-
-    Takes the largest logit off the logits, and off the log-sum-exps that it returns.
-    """
+def _forward_chunk(
+    logits: Tensor, local: Tensor, temperature: float, columns: Columns
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a chunk of logits [tokens, columns], over all ranks: log-probabilities, entropies and log-sum-exps."""
     rows, places = _held(local, columns)
-    sums = logits.new_zeros(3, len(logits))  # of exp, of exp * logit, and the target's logit
-    largest = logits.amax(-1)
+    peak, total, weighted = _fused(_softmax_sums, logits)(logits, temperature)
+    largest = peak.clone()
     columns.reduce(largest, dist.ReduceOp.MAX)
-    logits.sub_(largest[:, None])
-    sums[2, rows] = logits[rows, places]
-    exponentials = logits.exp()
-    sums[0] = exponentials.sum(-1)
-    sums[1] = torch.linalg.vecdot(exponentials, logits)
+    below = peak - largest
+    sums = torch.stack((total, weighted + total * below, torch.zeros_like(total)))
+    sums[:2] *= below.exp()
+    sums[2, rows] = logits[rows, places].float() / temperature - largest[rows]
     columns.reduce(sums, dist.ReduceOp.SUM)
     log_total = sums[0].log()
-    return sums[2] - log_total, log_total - sums[1] / sums[0], log_total, largest
+    return sums[2] - log_total, log_total - sums[1] / sums[0], largest + log_total
+
+
+def _softmax_sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits / temperature, [tokens] float32: the largest; with it taken off, the sums of exp and exp * logit."""
+    scaled = logits.float() / temperature
+    largest = scaled.amax(-1)
+    scaled.sub_(largest[:, None])
+    exponentials = scaled.exp()
+    total = exponentials.sum(-1)
+    return largest, total, exponentials.mul_(scaled).sum(-1)
+
+
+def _softmax_times(logits: Tensor, total: Tensor, scale: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) * scale, given the log-sum-exps; like logits."""
+    scaled = (logits.float() / temperature).sub_(total[:, None])
+    return scaled.exp_().mul_(scale[:, None]).to(logits.dtype)
+
+
+def _fused(function: Callable[..., Any], logits: Tensor) -> Callable[..., Any]:
+    """The function as one kernel on CUDA, where each of its operations would read and write all logits."""
+    return _compiled(function) if logits.is_cuda else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=True)
 
 
 def _held(local: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def draws(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tenso
 def test_logprobs_entropies_and_gradients_equal_a_full_softmax(
     monkeypatch: pytest.MonkeyPatch, chunk_tokens: int, temperature: float
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk_tokens * VOCAB)
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", chunk_tokens * VOCAB)
     hidden, weight, targets = draws()
     outside = torch.linspace(-1, 1, TOKENS)
     logprobs, entropies = target_logprobs(hidden, weight, targets, temperature, Columns(0, VOCAB, None))
@@ -64,3 +64,27 @@ def test_no_targets_have_a_gradient_of_zero() -> None:
     assert logprobs.shape == entropies.shape == (0,)
     logprobs.sum().backward()
     assert not weight.grad.any() and not hidden.grad.any()
+
+
+def test_what_cuda_compiles_can_be_traced_and_stays_the_same() -> None:
+    draw = torch.Generator().manual_seed(2)
+    for tokens in (TOKENS, 1, 5):
+        logits = (torch.randn(tokens, VOCAB, generator=draw) * 5).bfloat16()
+        total, scale = torch.randn(2, tokens, generator=draw) + 9
+        for function, arguments in ((head._softmax_sums, (0.7,)), (head._softmax_times, (total, scale, 0.7))):
+            traced = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+            torch.testing.assert_close(traced(logits, *arguments), function(logits, *arguments), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cuda", 8 * VOCAB)
+    found = []
+    for device in ("cpu", "cuda"):
+        hidden, weight, targets = (tensor.detach().to(device) for tensor in draws(torch.bfloat16))
+        inputs = hidden.requires_grad_(), weight.requires_grad_()
+        logprobs, entropies = target_logprobs(*inputs, targets, 0.7, Columns(0, VOCAB, None))
+        gradients = torch.autograd.grad((logprobs * torch.linspace(-1, 1, TOKENS, device=device)).sum(), inputs)
+        found.append([tensor.float().cpu() for tensor in (logprobs.detach(), entropies, *gradients)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
