@@ -170,6 +170,7 @@ class Policy:
 
     def held(self) -> dict[str, int]:
         """Bytes of this rank by holder; what is offloaded counts as the host's."""
+        away = " on the host" if self._offload is not None else ""
         weights = sum(parameter.nbytes for parameter in self.module.parameters())
         assert self.optimizer is not None, "a policy that does not train"
         gradients, state = device_bytes(self.model, self.optimizer)
@@ -179,7 +180,7 @@ class Policy:
             "optimizer state": state,
             "optimizer state on the host": 0 if self._offload is None else self._offload.host_bytes,
             "activations and other work, peak (CUDA)": self._working_bytes,
-            "reference on the host": sum(weight.nbytes for weight in self._reference or ()),
+            "reference" + away: sum(weight.nbytes for weight in self._reference or ()),
         }
 
     def describe_schedule(self) -> str:
@@ -248,16 +249,19 @@ class Policy:
     # the frozen reference
 
     def _snapshot(self) -> list[Tensor]:
-        return [parameter.detach().to("cpu", copy=True) for parameter in self.module.parameters()]
+        """The weights as they are now, on the device, or on the host where optimizer state waits there."""
+        away = self.config.actor.offload_optimizer and self.world.device.type == "cuda"
+        weights = (parameter.detach() for parameter in self.module.parameters())
+        return [weight.cpu().pin_memory() if away else weight.clone() for weight in weights]
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """The starting weights in the model's place; on a CPU nothing is copied."""
+        """The starting weights in the model's place, copied only from the host to a GPU."""
         assert self._reference is not None
         parameters = list(self.module.parameters())
         current = [parameter.data for parameter in parameters]
         for parameter, weight in zip(parameters, self._reference, strict=True):
-            parameter.data = weight.to(parameter.device)
+            parameter.data = weight.to(parameter.device, non_blocking=True)
         yield
         for parameter, weight in zip(parameters, current, strict=True):
             parameter.data = weight

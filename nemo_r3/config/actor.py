@@ -29,7 +29,7 @@ class ActorConfig:
     distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks")
     offload_optimizer: bool = option(
         False,
-        help="between updates, hold optimizer state in host memory and free the gradient buffers",
+        help="hold optimizer state in host memory between updates, the reference always; free the gradient buffers",
         resume=True,
     )
     recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
