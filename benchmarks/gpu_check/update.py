@@ -67,6 +67,8 @@ def measure(shape: str, name: str) -> dict[str, Any]:
     config.model.path = str(model_of(shape))
     config.actor.precision = name
     config.actor.lr = 0.0  # weights stay what they were, so that every update has the same gradient
+    if name == "fp32":  # its activations take twice the room, beside a state as large
+        config.actor.microbatch_tokens //= 2
     arch = architecture_of(Path(config.model.path))
     try:
         world = runtime.start(config)
