@@ -86,22 +86,19 @@ class CpuFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        d_query, d_key, d_value = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
-        )
+        gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
         for queries, keys in _batches(parts):
             g, q, o, s = (_take(tensor, queries) for tensor in (grad, query, out, lse.t()))
             k, v = _take(key, keys), _take(value, keys)
             if isinstance(queries, Batch):
                 g = g * queries.inside[:, None, :, None]
-            if len(k) * k.shape[1] < torch.get_num_threads():  # it runs that many loops side by side
-                found = run(g, q, _per_head(k, q), _per_head(v, q), o, s.contiguous(), 0.0, parts.causal)
-                found = found[0], _per_kv_head(found[1], k), _per_kv_head(found[2], v)
-            else:
-                found = run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
-            for gradient, into, batch in zip(found, (d_query, d_key, d_value), (queries, keys, keys), strict=True):
-                _put(gradient, into, batch)
-        return d_query, d_key, d_value
+            idle = len(k) * k.shape[1] < torch.get_num_threads()  # it runs that many loops side by side
+            if idle:
+                k, v = _per_head(k, q), _per_head(v, q)
+            found = run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
+            for gradient, into, batch in zip(found, gradients, (queries, keys, keys), strict=True):
+                _put(_per_kv_head(gradient, into) if idle else gradient, into, batch)
+        return gradients[0], gradients[1], gradients[2]
 
 
 def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:

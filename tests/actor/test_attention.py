@@ -42,8 +42,11 @@ CUTS = [
 
 
 @pytest.mark.parametrize("which", CUTS)
-@pytest.mark.parametrize("kernel", [CpuFlash(), Plain()])
-def test_kernels_equal_autograd_through_the_formulas(kernel: Kernel, which: Parts) -> None:
+@pytest.mark.parametrize(("kernel", "threads"), [(CpuFlash(), 1), (CpuFlash(), 64), (Plain(), 1)])
+def test_kernels_equal_autograd_through_the_formulas(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, threads: int, which: Parts
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     query, key, value = (t.requires_grad_() for t in draws(which.queries.cuts[-1], which.keys.cuts[-1]))
     grad = torch.randn_like(query)
     expected, sums = [], []
@@ -67,7 +70,7 @@ def test_kernels_equal_autograd_through_the_formulas(kernel: Kernel, which: Part
 
 def test_parts_of_about_one_length_share_a_call() -> None:
     batches = Bounds(SHORT_AND_LONG, CPU).batches
-    lengths = [list(batch.inside.sum(1)) if isinstance(batch, Batch) else batch for batch in batches]
+    lengths = [batch.inside.sum(1).tolist() if isinstance(batch, Batch) else batch for batch in batches]
     assert lengths == [[5, 1, 7, 1, 1], [34, 34]]
     assert Bounds((0, 8, 17, 20), CPU).batches[1] == slice(8, 17)
 
