@@ -3,7 +3,7 @@
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
 Backward keeps the last chunk's logits and computes the others anew: memory does not grow with the number of tokens.
-Logits keep the weights' dtype; what is done with them is float32, on CUDA in kernels that read them once or twice.
+Logits keep the weights' dtype; what is done with them is float32, and on CUDA compiled.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _softmax_times(logits: Tensor, total: Tensor, scale: Tensor, temperature: fl
 
 
 def _fused(function: Callable[..., Any], logits: Tensor) -> Callable[..., Any]:
-    """The function as one kernel on CUDA, where each of its operations would read and write all logits."""
+    """The function, on CUDA compiled: each of its operations would read and write all logits there."""
     return _compiled(function) if logits.is_cuda else function
 
 
