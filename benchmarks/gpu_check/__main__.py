@@ -52,6 +52,13 @@ def update(shape: str, precision: str) -> Check:
     return Check(f"{shape}-{precision}", "benchmarks.gpu_check.update", needs_of(precision), 300, arguments)
 
 
+def fusions(shape: str, precision: str) -> Check:
+    """What changes to the update's kernels are worth."""
+    arguments = ("--shape", shape, "--precision", precision)
+    name = f"{shape}-{precision}-fusions"
+    return Check(name, "benchmarks.gpu_check.fusions", needs_of(precision), 400, arguments)
+
+
 def training(precision: str) -> Check:
     """A hundred steps of training in a precision."""
     needs, arguments = (*needs_of(precision), "vllm"), ("--precision", precision)
@@ -74,6 +81,7 @@ RECIPES = ("fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "mxfp8")
 CHECKS = (
     Check("attention", "benchmarks.gpu_check.attention", ACTOR, 240),
     *(update("8b", precision) for precision in ("fp32", "bf16", *RECIPES)),
+    *(fusions("8b", precision) for precision in ("bf16", "fp8-tensorwise")),
     *(training(precision) for precision in ("bf16", *RECIPES)),
     rollout("1b", "none"),
     rollout("8b-full", "none"),

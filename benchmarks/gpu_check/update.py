@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from nemo_r3.errors import ConfigError
 from nemo_r3.models import architecture_of
 from nemo_r3.models.flops import speed
 from nemo_r3.types import UpdateBatch
+
+if TYPE_CHECKING:
+    from nemo_r3.actor.policy import Policy
 
 LLAMA = {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -61,45 +64,70 @@ def model_of(shape: str) -> Path:
     return path
 
 
-def measure(shape: str, name: str) -> dict[str, Any]:
-    """What is found, or `skipped` with the reason."""
+def started(shape: str, name: str) -> Policy:
+    """A policy of the shape in the precision, whose weights stay what they are: every update has the same gradient.
+
+    Raises:
+        ConfigError: this machine cannot run the precision.
+    """
     config = Config()
     config.model.path = str(model_of(shape))
     config.actor.precision = name
-    config.actor.lr = 0.0  # weights stay what they were, so that every update has the same gradient
+    config.actor.lr = 0.0
     if name == "fp32":  # its activations take twice the room, beside a state as large
         config.actor.microbatch_tokens //= 2
-    arch = architecture_of(Path(config.model.path))
-    try:
-        world = runtime.start(config)
-        precision.prepare(config, arch)
-        from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
+    world = runtime.start(config)
+    precision.prepare(config, architecture_of(Path(config.model.path)))
+    from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
 
-        policy = Policy(config, world)
+    return Policy(config, world)
+
+
+def batch_of(policy: Policy, shape: str) -> UpdateBatch:
+    """What a shape is measured with."""
+    return UpdateBatch(tuple(rows_of(SMALL if shape == "tiny" else POINT, policy.arch.vocab_size)), (), 1, 0)
+
+
+def timed(policy: Policy, batch: UpdateBatch) -> tuple[float, dict[str, float]]:
+    """Seconds of an update, to the device's end of it, and what it says."""
+    begun = time.perf_counter()
+    metrics = policy.update(batch)
+    if policy.world.chip:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, metrics
+
+
+def scores(policy: Policy, batch: UpdateBatch) -> list[list[float]]:
+    """Log-probabilities of the first sequences. After updates: delayed scaling begins with scales of 1."""
+    return [part.tolist() for part in policy.score([row.ids for row in batch.rows[:SCORED]])]
+
+
+def float32(shape: str) -> Path:
+    """Where float32's `logprobs` and `grad_norm` at a shape are kept."""
+    return ROOT / "build" / "gpu_check" / f"{shape}-fp32.json"
+
+
+def measure(shape: str, name: str) -> dict[str, Any]:
+    """What is found, or `skipped` with the reason."""
+    try:
+        policy = started(shape, name)
     except ConfigError as error:
         return {"skipped": str(error)}
-    rows = rows_of(SMALL if shape == "tiny" else POINT, arch.vocab_size)
-    batch = UpdateBatch(tuple(rows), (), 1, 0)
-    seconds = []
-    for _ in range(1 if name == "fp32" else WARM + ROUNDS):
-        begun = time.perf_counter()
-        metrics = policy.update(batch)
-        if world.chip:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    # after the updates: delayed scaling begins with scales of 1
-    logprobs = [part.tolist() for part in policy.score([row.ids for row in rows[:SCORED]])]
-    reference = ROOT / "build" / "gpu_check" / f"{shape}-fp32.json"
+    batch = batch_of(policy, shape)
     if name == "fp32":
-        reference.write_text(json.dumps({"logprobs": logprobs, "grad_norm": metrics["grad_norm"]}))
-        return {"sequences": len(logprobs), "grad_norm": metrics["grad_norm"]}
+        _, metrics = timed(policy, batch)
+        reference = {"logprobs": scores(policy, batch), "grad_norm": metrics["grad_norm"]}
+        float32(shape).write_text(json.dumps(reference))
+        return {"sequences": len(reference["logprobs"]), "grad_norm": metrics["grad_norm"]}
+    runs = [timed(policy, batch) for _ in range(WARM + ROUNDS)][WARM:]
+    median, metrics = statistics.median(seconds for seconds, _ in runs), runs[-1][1]
     found: dict[str, float] = {}
-    if reference.exists():
-        theirs = json.loads(reference.read_text())
-        found = distance(logprobs, theirs["logprobs"])
+    if float32(shape).exists():
+        theirs = json.loads(float32(shape).read_text())
+        found = distance(scores(policy, batch), theirs["logprobs"])
         found["grad_norm_error"] = abs(metrics["grad_norm"] / theirs["grad_norm"] - 1)
-    median, tokens = statistics.median(seconds[WARM:]), sum(map(len, rows))
-    fast = speed("update", metrics["update_flops"], median, world.size, world.chip, name)
+    tokens = sum(map(len, batch.rows))
+    fast = speed("update", metrics["update_flops"], median, policy.world.size, policy.world.chip, name)
     return found | {"seconds": median, "tokens_per_second": tokens / median, "loss": metrics["loss"]} | fast
 
 

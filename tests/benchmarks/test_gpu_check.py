@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import attention, training
+from benchmarks.gpu_check import attention, fusions, training
 from benchmarks.gpu_check.__main__ import CHECKS, Check, run
 from benchmarks.gpu_check.update import distance
+from nemo_r3.actor.attention import rotate
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,23 @@ def test_an_update_is_measured_against_float32_and_fp8_is_skipped_with_the_reaso
     assert "speed/update_mfu" not in found, "the peak of a CPU is not known"
     skipped = run(Check("fp8", "benchmarks.gpu_check.update", (), 120, ("--precision", "fp8-delayed")), "cpu", True)
     assert skipped["status"] == "skipped" and "needs an NVIDIA GPU" in skipped["reason"]
+
+
+def test_a_change_to_the_kernels_is_measured_and_taken_back() -> None:
+    checks = {check.name: check for check in CHECKS}
+    found = run(checks["8b-bf16-fusions"], "cpu", small=True)["found"]
+    changes = {"swiglu", "head_chunk_26", "head_chunk_27", "head_chunk_29"}
+    assert {name.removeprefix("ratio_") for name in found if name.startswith("ratio_")} == changes
+    assert all(0.01 < found[f"ratio_{change}"] < 100 for change in changes)
+    assert found["moved_head_chunk_26"] == 0 < found["moved_swiglu"] < 0.1
+    skipped = run(checks["8b-fp8-tensorwise-fusions"], "cpu", small=True)
+    assert skipped["status"] == "skipped"
+
+
+def test_what_is_compiled_for_comparison_turns_as_the_actor_does() -> None:
+    draw = torch.Generator().manual_seed(0)
+    heads, cos, sin = (torch.randn(shape, generator=draw) for shape in ((5, 3, 10), (5, 1, 4), (5, 1, 4)))
+    assert torch.allclose(fusions.rotated(heads, cos, sin), rotate(heads, cos, sin), atol=1e-6)
 
 
 def test_distance_is_that_of_the_tokens() -> None:

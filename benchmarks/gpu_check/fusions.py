@@ -1,0 +1,128 @@
+"""What one change to the update's kernels is worth, each measured against the update as it is, in turns in one process.
+
+    swiglu        megatron-core's fused SwiGLU (bias_activation_fusion), which also keeps less for backward
+    main_grad     Transformer Engine's layers add their weights' gradients to the float32 sums themselves
+    rotary        the attention's turning and merging, compiled
+    head_eager    the head's softmax as torch runs it, where CUDA has it compiled
+    head_chunk_N  the head in chunks of 2^N logits
+    keep_memory   torch's allocator keeps its memory from one update to the next
+
+`ratio_*` is the median over rounds of the time against the update's just before: below 1 where the change makes it
+faster. `moved_*` is the largest change of a log-probability; `peak_*` GiB of torch's allocator, 0 on a CPU. Where
+float32's numbers are at hand (`update.py`), `prob_error_*` is the distance from those. `peak` and `prob_error` are the
+update's as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check.update import batch_of, distance, float32, scores, started, timed
+from nemo_r3 import memory, precision
+from nemo_r3.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_r3.actor.policy import Policy
+
+ROUNDS, SMALL_ROUNDS = 3, 1
+CHUNKS = (26, 27, 29)
+Change = Callable[[], AbstractContextManager[object]]
+"""Is made for as long as its context lasts."""
+
+
+def changes(policy: Policy) -> dict[str, Change]:
+    """Those that this policy's modules and device have."""
+    from nemo_r3.actor import attention, head
+
+    device = policy.world.device.type
+    found: dict[str, Change] = {"swiglu": partial(patch.object, policy.module.config, "bias_activation_fusion", True)}
+    if fusing := [part for part in policy.module.modules() if hasattr(part, "fuse_wgrad_accumulation")]:
+        found["main_grad"] = partial(all_of, [patch.object(part, "fuse_wgrad_accumulation", True) for part in fusing])
+    if device == "cuda":
+        fused = {
+            "rotate": torch.compile(rotated, fullgraph=True),
+            "merge": torch.compile(attention.merge, fullgraph=True),
+        }
+        found["rotary"] = partial(patch.multiple, attention, **fused)
+        found["head_eager"] = partial(patch.object, head, "_fused", lambda function, logits: function)
+        found["keep_memory"] = partial(patch.object, torch.cuda, "empty_cache", lambda: None)
+    chunks = {f"head_chunk_{bits}": {device: 2**bits} for bits in CHUNKS}
+    return found | {name: partial(patch.dict, head.CHUNK_ELEMENTS, chunk) for name, chunk in chunks.items()}
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `attention.rotate` computes, as torch.compile takes it: nothing is written into a part of a tensor."""
+    half = cos.shape[-1]
+    first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+
+
+@contextmanager
+def all_of(patches: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    """Several as one."""
+    with ExitStack() as stack:
+        for each in patches:
+            stack.enter_context(each)
+        yield
+
+
+def measure(shape: str, arithmetic: str, rounds: int) -> dict[str, Any]:
+    """What is found, or `skipped` with the reason."""
+    try:
+        policy = started(shape, arithmetic)
+    except ConfigError as error:
+        return {"skipped": str(error)}
+    batch = batch_of(policy, shape)
+
+    def seconds() -> float:
+        timed(policy, batch)  # compiles, and finds or leaves the allocator as this change does
+        return timed(policy, batch)[0]
+
+    seconds()
+    found = {"peak": memory.peak() / memory.GIB}
+    plain = scores(policy, batch)
+    reference = json.loads(float32(shape).read_text())["logprobs"] if float32(shape).exists() else None
+    if reference is not None:
+        found["prob_error"] = distance(plain, reference)["prob_error"]
+    for name, change in changes(policy).items():
+        ratios = []
+        for _ in range(rounds):
+            before = seconds()
+            with change():
+                ratios.append(seconds() / before)
+        found[f"peak_{name}"] = memory.peak() / memory.GIB
+        with change():
+            ours = scores(policy, batch)
+        found[f"ratio_{name}"] = statistics.median(ratios)
+        found[f"moved_{name}"] = distance(ours, plain)["largest_gap"]
+        if reference is not None:
+            found[f"prob_error_{name}"] = distance(ours, reference)["prob_error"]
+    return found
+
+
+def main() -> None:
+    """Writes what was found as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
+    parser.add_argument("--precision", choices=list(precision.PRECISIONS), default="bf16")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    shape, rounds = ("tiny", SMALL_ROUNDS) if options.small else (options.shape, ROUNDS)
+    options.out.write_text(json.dumps(measure(shape, options.precision, rounds)))
+
+
+if __name__ == "__main__":
+    main()
