@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from nemo_r3.runtime import World
 
 
+TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
+"""`Dialogue.tools` in words."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run that has been checked but not begun."""
@@ -311,6 +315,10 @@ def fill(bank: Bank, ground: Ground, session: Session) -> None:
     if ground.world.broadcast(bank.check()):
         return
     problems = problems_to_mine(ground.plan)
+    if any(problem.tools for problem in problems):
+        session.progress.say(
+            f"tools are {TOOLS_ARE[ground.dialogue.tools]} (dialogue.tools={ground.plan.config.dialogue.tools})"
+        )
     session.progress.begin(f"mine {len(problems)} problems:")
     with ground.run.timed("mine"):
         bank.mine(session.rollout, problems)

@@ -34,7 +34,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = half_memory.make(home)
     torch.set_num_threads(threads)
     for verb in ("mine", "train", "evaluate"):
-        run(verb, str(config), f"run.dir={home}/run", *LAYOUT, ranks=2)
+        done = run(verb, str(config), f"run.dir={home}/run", *LAYOUT, ranks=2)
+        (home / f"{verb}.out").write_text(done.stdout)
     return home
 
 
@@ -49,6 +50,12 @@ def test_the_bank_holds_wrong_calls_and_their_tools(home: Path) -> None:
         assert row["problem"]["tools"] == list(problem.tools)
         assert not task.verify(problem, row["attempt"])
     assert any(row["attempt"].startswith('[{"name":') for row in rows)
+
+
+def test_mining_says_once_how_tools_are_offered(home: Path) -> None:
+    said = "tools are written into the user's turn (dialogue.tools=auto)"
+    assert (home / "mine.out").read_text().count(said) == 1
+    assert said not in (home / "train.out").read_text(), "the bank was there"
 
 
 def test_rewards_are_the_verifiers_and_mixed(home: Path) -> None:
