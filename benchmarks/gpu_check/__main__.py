@@ -103,7 +103,7 @@ def _installed(name: str) -> bool:
 
 
 def run(check: Check, device: str, small: bool) -> dict[str, Any]:
-    """Its `status` ("ok", "failed" or "skipped"), `seconds`, and `found` or `reason`."""
+    """Its `status` ("ok", "failed" or "skipped"), `seconds`, and `found` or `reason`; both where it failed midway."""
     absent = missing(check.needs)
     if absent:
         return {"status": "skipped", "seconds": 0.0, "reason": f"not installed: {', '.join(absent)}"}
@@ -113,10 +113,10 @@ def run(check: Check, device: str, small: bool) -> dict[str, Any]:
         command = [sys.executable, "-m", check.module, "--device", device, "--out", str(out)]
         reason = _wait([*command, *check.arguments] + ["--small"] * small, log, check.limit)
         seconds = time.perf_counter() - begun
+        found = json.loads(out.read_text()) if out.exists() else {}
         if reason:
             tail = log.read_text(errors="replace")[-TAIL:].strip()
-            return {"status": "failed", "seconds": seconds, "reason": f"{reason}: {tail}"}
-        found = json.loads(out.read_text())
+            return {"status": "failed", "seconds": seconds, "reason": f"{reason}: {tail}", "found": found}
         if "skipped" in found:
             return {"status": "skipped", "seconds": seconds, "reason": found["skipped"]}
         return {"status": "ok", "seconds": seconds, "found": found}
@@ -148,7 +148,8 @@ def _wait(command: list[str], log: Path, limit: float) -> str:
 
 def row(name: str, result: dict[str, Any]) -> str:
     """A check in one line."""
-    said = result.get("reason") or "  ".join(f"{key} {value:.5g}" for key, value in result["found"].items())
+    numbers = [f"{key} {value:.5g}" for key, value in result.get("found", {}).items()]
+    said = "  ".join([*numbers, *([result["reason"]] if "reason" in result else [])])
     return f"{name:30s} {result['status']:8s} {result['seconds']:7.1f} s  {said}"
 
 

@@ -8,9 +8,9 @@
     keep_memory   torch's allocator keeps its memory from one update to the next
 
 `ratio_*` is the median over rounds of the time against the update's just before: below 1 where the change makes it
-faster. `moved_*` is the largest change of a log-probability; `peak_*` GiB of torch's allocator, 0 on a CPU. Where
-float32's numbers are at hand (`update.py`), `prob_error_*` is the distance from those. `peak` and `prob_error` are the
-update's as it is.
+faster. `moved_*` is the largest change of a log-probability, `grad_norm_*` the relative one of the gradient norm;
+`peak_*` GiB of torch's allocator, 0 on a CPU. Where float32's numbers are at hand (`update.py`), `prob_error_*` is the
+distance from those. `peak` and `prob_error` are the update's as it is.
 """
 
 from __future__ import annotations
@@ -77,19 +77,22 @@ def all_of(patches: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
         yield
 
 
-def measure(shape: str, arithmetic: str, rounds: int) -> dict[str, Any]:
-    """What is found, or `skipped` with the reason."""
+def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """What is found, after each change anew and all so far, or `skipped` with the reason."""
     try:
         policy = started(shape, arithmetic)
     except ConfigError as error:
-        return {"skipped": str(error)}
+        yield {"skipped": str(error)}
+        return
     batch = batch_of(policy, shape)
 
-    def seconds() -> float:
-        timed(policy, batch)  # compiles, and finds or leaves the allocator as this change does
-        return timed(policy, batch)[0]
+    def run() -> tuple[float, float]:
+        """Seconds and gradient norm; the update before it compiles, and leaves the allocator as this change does."""
+        timed(policy, batch)
+        seconds, metrics = timed(policy, batch)
+        return seconds, metrics["grad_norm"]
 
-    seconds()
+    _, norm = run()
     found = {"peak": memory.peak() / memory.GIB}
     plain = scores(policy, batch)
     reference = json.loads(float32(shape).read_text())["logprobs"] if float32(shape).exists() else None
@@ -98,21 +101,23 @@ def measure(shape: str, arithmetic: str, rounds: int) -> dict[str, Any]:
     for name, change in changes(policy).items():
         ratios = []
         for _ in range(rounds):
-            before = seconds()
+            before, _ = run()
             with change():
-                ratios.append(seconds() / before)
+                seconds, changed_norm = run()
+            ratios.append(seconds / before)
         found[f"peak_{name}"] = memory.peak() / memory.GIB
         with change():
             ours = scores(policy, batch)
         found[f"ratio_{name}"] = statistics.median(ratios)
         found[f"moved_{name}"] = distance(ours, plain)["largest_gap"]
+        found[f"grad_norm_{name}"] = abs(changed_norm / norm - 1)
         if reference is not None:
             found[f"prob_error_{name}"] = distance(ours, reference)["prob_error"]
-    return found
+        yield found
 
 
 def main() -> None:
-    """Writes what was found as JSON."""
+    """Writes what was found as JSON, after each change: one that fails costs only those behind it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
@@ -121,7 +126,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     shape, rounds = ("tiny", SMALL_ROUNDS) if options.small else (options.shape, ROUNDS)
-    options.out.write_text(json.dumps(measure(shape, options.precision, rounds)))
+    for found in measure(shape, options.precision, rounds):
+        making = options.out.with_suffix(".making")
+        making.write_text(json.dumps(found))
+        making.rename(options.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import attention, fusions, training
-from benchmarks.gpu_check.__main__ import CHECKS, Check, run
+from benchmarks.gpu_check.__main__ import CHECKS, Check, row, run
 from benchmarks.gpu_check.update import distance
 from nemo_r3.actor.attention import rotate
 
@@ -28,6 +28,15 @@ def test_a_failed_a_late_and_an_impossible_check_say_why() -> None:
     assert late["status"] == "failed" and "stopped after 0.2 s" in late["reason"]
     absent = run(Check("c", "benchmarks.gpu_check.attention", ("no_such.package",), 60), "cpu", small=True)
     assert absent == {"status": "skipped", "seconds": 0.0, "reason": "not installed: no_such.package"}
+
+
+def test_a_check_that_fails_midway_says_what_it_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "midway.py").write_text("import sys; open(sys.argv[4], 'w').write('{\"ratio\": 0.5}'); sys.exit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    failed = run(Check("d", "midway", (), 60), "cpu", small=True)
+    assert failed["status"] == "failed" and failed["found"] == {"ratio": 0.5}
+    line = row("d", failed)
+    assert "ratio 0.5" in line and "exit code 3" in line
 
 
 def test_the_mask_is_what_a_row_per_reflection_sees() -> None:
@@ -65,6 +74,7 @@ def test_a_change_to_the_kernels_is_measured_and_taken_back() -> None:
     assert {name.removeprefix("ratio_") for name in found if name.startswith("ratio_")} == changes
     assert all(0.01 < found[f"ratio_{change}"] < 100 for change in changes)
     assert found["moved_head_chunk_26"] == 0 < found["moved_swiglu"] < 0.1
+    assert found["grad_norm_head_chunk_26"] == 0 < found["grad_norm_swiglu"] < 0.01
     skipped = run(checks["8b-fp8-tensorwise-fusions"], "cpu", small=True)
     assert skipped["status"] == "skipped"
 
