@@ -15,21 +15,19 @@ distance from those. `peak` and `prob_error` are the update's as it is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.update import batch_of, distance, float32, scores, started, timed
-from nemo_r3 import memory, precision
+from benchmarks.gpu_check.update import arguments, batch_of, distance, float32_of, scores, started, timed
+from nemo_r3 import memory
 from nemo_r3.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,9 +93,8 @@ def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]
     _, norm = run()
     found = {"peak": memory.peak() / memory.GIB}
     plain = scores(policy, batch)
-    reference = json.loads(float32(shape).read_text())["logprobs"] if float32(shape).exists() else None
-    if reference is not None:
-        found["prob_error"] = distance(plain, reference)["prob_error"]
+    if (reference := float32_of(shape)) is not None:
+        found["prob_error"] = distance(plain, reference["logprobs"])["prob_error"]
     for name, change in changes(policy).items():
         ratios = []
         for _ in range(rounds):
@@ -112,21 +109,14 @@ def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]
         found[f"moved_{name}"] = distance(ours, plain)["largest_gap"]
         found[f"grad_norm_{name}"] = abs(changed_norm / norm - 1)
         if reference is not None:
-            found[f"prob_error_{name}"] = distance(ours, reference)["prob_error"]
+            found[f"prob_error_{name}"] = distance(ours, reference["logprobs"])["prob_error"]
         yield found
 
 
 def main() -> None:
     """Writes what was found as JSON, after each change: one that fails costs only those behind it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
-    parser.add_argument("--precision", choices=list(precision.PRECISIONS), default="bf16")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    shape, rounds = ("tiny", SMALL_ROUNDS) if options.small else (options.shape, ROUNDS)
-    for found in measure(shape, options.precision, rounds):
+    options = arguments(__doc__.splitlines()[0])
+    for found in measure(options.shape, options.precision, SMALL_ROUNDS if options.small else ROUNDS):
         making = options.out.with_suffix(".making")
         making.write_text(json.dumps(found))
         making.rename(options.out)

@@ -102,8 +102,13 @@ def scores(policy: Policy, batch: UpdateBatch) -> list[list[float]]:
     return [part.tolist() for part in policy.score([row.ids for row in batch.rows[:SCORED]])]
 
 
-def float32(shape: str) -> Path:
-    """Where float32's `logprobs` and `grad_norm` at a shape are kept."""
+def float32_of(shape: str) -> dict[str, Any] | None:
+    """float32's `logprobs` and `grad_norm` at a shape; None before its check has run."""
+    file = _float32_file(shape)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _float32_file(shape: str) -> Path:
     return ROOT / "build" / "gpu_check" / f"{shape}-fp32.json"
 
 
@@ -117,13 +122,12 @@ def measure(shape: str, name: str) -> dict[str, Any]:
     if name == "fp32":
         _, metrics = timed(policy, batch)
         reference = {"logprobs": scores(policy, batch), "grad_norm": metrics["grad_norm"]}
-        float32(shape).write_text(json.dumps(reference))
+        _float32_file(shape).write_text(json.dumps(reference))
         return {"sequences": len(reference["logprobs"]), "grad_norm": metrics["grad_norm"]}
     runs = [timed(policy, batch) for _ in range(WARM + ROUNDS)][WARM:]
     median, metrics = statistics.median(seconds for seconds, _ in runs), runs[-1][1]
     found: dict[str, float] = {}
-    if float32(shape).exists():
-        theirs = json.loads(float32(shape).read_text())
+    if (theirs := float32_of(shape)) is not None:
         found = distance(scores(policy, batch), theirs["logprobs"])
         found["grad_norm_error"] = abs(metrics["grad_norm"] / theirs["grad_norm"] - 1)
     tokens = sum(map(len, batch.rows))
@@ -137,16 +141,24 @@ def distance(ours: list[list[float]], theirs: list[list[float]]) -> dict[str, fl
     return {"prob_error": statistics.fmean(map(math.exp, gaps)), "largest_gap": max(gaps)}
 
 
-def main() -> None:
-    """Writes what was found as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str) -> argparse.Namespace:
+    """The command line of a check of the update; `shape` is tiny with `--small`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
     parser.add_argument("--precision", choices=list(precision.PRECISIONS), default="bf16")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    options.out.write_text(json.dumps(measure("tiny" if options.small else options.shape, options.precision)))
+    if options.small:
+        options.shape = "tiny"
+    return options
+
+
+def main() -> None:
+    """Writes what was found as JSON."""
+    options = arguments(__doc__.splitlines()[0])
+    options.out.write_text(json.dumps(measure(options.shape, options.precision)))
 
 
 if __name__ == "__main__":
