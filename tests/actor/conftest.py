@@ -1,4 +1,4 @@
-"""Three launches of probe.py serve nearly all tests here; each reads checkpoints that the one before it wrote."""
+"""A few launches of probe.py serve nearly all tests here; each reads checkpoints that the one before it wrote."""
 
 from __future__ import annotations
 
@@ -57,6 +57,12 @@ def two(one: Launch) -> Launch:
 def four(two: Launch) -> Launch:
     """TP2xPP2 and TP2xDP2 with sequence parallel."""
     return launch("four", two.home, 4)
+
+
+@pytest.fixture(scope="session")
+def devices(one: Launch) -> Launch:
+    """TP2 and PP2 on a GPU that is pretended."""
+    return launch("devices", one.home, 2)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
     python probe.py one HOME            makes the models and what the others are compared with; kills itself at the end
     torchrun ... probe.py two HOME      TP2, PP2 and DP2, one after the other; ends in a full disk on one rank
     torchrun ... probe.py four HOME     TP2xPP2 and TP2xDP2, both with sequence parallel
+    torchrun ... probe.py devices HOME  TP2 and PP2 on a GPU that is pretended
     python probe.py ceiling HOME        an update with a vocabulary of 150,000 under a memory limit
 
 A launch costs seconds of imports, so it holds many policies; between layouts the parallel groups are made anew.
@@ -18,8 +19,10 @@ import families
 from ceiling import ceiling
 from damage import after_the_kill, bad_checkpoints, full_disk, killed_while_saving, limited
 from data import KINDS, batch_of, make_models, plain_updates
+from devices import devices
 from lab import Lab
 from offloading import offloaded
+from pretended_gpu import pretend
 from rejection import rejection
 from shared import shared_and_separate
 
@@ -92,7 +95,10 @@ def four(lab: Lab) -> None:
 
 def probe(arguments: Sequence[str]) -> None:
     verb, home = arguments
-    {"one": one, "two": two, "four": four, "ceiling": ceiling}[verb](Lab(Path(home)))
+    if verb == "devices":
+        pretend()
+    verbs = {"one": one, "two": two, "four": four, "devices": devices, "ceiling": ceiling}
+    verbs[verb](Lab(Path(home)))
 
 
 if __name__ == "__main__":

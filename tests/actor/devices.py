@@ -1,0 +1,66 @@
+"""Policies on a GPU that is pretended (`pretended_gpu.py`), in two layouts: every tensor has to be where it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from data import batch_of
+from lab import Lab, error_of
+
+from nemo_r3.actor import checkpoint
+from nemo_r3.actor.numerics import LayerWatch
+
+POLICIES = {
+    "fp32": {},
+    "bf16": {"precision": "bf16", "layer_spec": "local", "offload_optimizer": True, "recompute": "full"},
+}
+"""Without Transformer Engine, whose kernels need a real one."""
+
+
+def devices(lab: Lab) -> None:
+    """All that a run does with a policy, at TP2 with sequence parallelism and at PP2."""
+    lab.note("mixed", {name: error_of(act, RuntimeError) for name, act in mixed().items()})
+    for layout, more in (("tp2", {"sequence_parallel": True}), ("pp2", {})):
+        for kind, (name, actor) in zip(("qwen2", "llama_tied"), POLICIES.items(), strict=True):
+            lab.note(f"{layout}-{name}", life(lab, layout, kind, **actor, **more))
+
+
+def mixed() -> dict[str, Callable[[], Any]]:
+    """What CUDA would refuse, each by its name."""
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    return {
+        "add": lambda: here + there,
+        "add in place": lambda: there.add_(here),
+        "matrix": lambda: here[None] @ there[:, None],
+        "concatenate": lambda: torch.cat([here, there]),
+        "index": lambda: here[torch.tensor([0], device="cuda")],
+        "number": lambda: here * there.sum(),
+        "collective": lambda: dist.all_reduce(here),
+        "backward": lambda: (there.clone().requires_grad_() * there).backward(here),
+    }
+
+
+def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
+    """Scores, updates, a watched one, a checkpoint read by a second policy, an export."""
+    policy, again = (lab.policy(layout, kind, **actor) for _ in range(2))
+    found: dict[str, Any] = {"score": lab.score_errors(policy, kind)["0.7"]}
+    metrics = [policy.update(batch_of())]
+    watch = LayerWatch(policy.module, None)
+    with watch.watching():
+        metrics.append(policy.update(batch_of()))
+    found["layers"] = len(watch.found(lab.world))
+    home = lab.home / f"devices-{layout}-{kind}"
+    checkpoint.save(policy, home, 2, {}, keep=1)
+    checkpoint.load(again, checkpoint.latest(home))
+    metrics.append(policy.update(batch_of()))
+    return found | {
+        "metrics": metrics,
+        "resumed": again.update(batch_of()) == metrics[-1],
+        "nan": lab.nan(policy),
+        "held": policy.held(),
+        "exported": sorted({str(tensor.device) for _, tensor in policy.export_hf()}),
+        "parameters": sorted({str(parameter.device) for parameter in policy.module.parameters()}),
+    }
