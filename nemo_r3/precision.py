@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -178,6 +178,13 @@ VLLM = {"fp8_per_tensor": (ADA, 16), "fp8_per_block": (HOPPER, 128)}
 def precision_of(config: Config) -> Precision:
     """The precision a config asks for."""
     return PRECISIONS[config.actor.precision]
+
+
+def without_fp8(config: Config) -> Config:
+    """What a policy runs by that does not train: FP8 is how an update multiplies, the weights themselves are BF16."""
+    if precision_of(config).fp8 is None:
+        return config
+    return replace(config, actor=replace(config.actor, precision="bf16"))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from recipes import session
 
 def evaluate(argv: Sequence[str]) -> None:
     """`python -m recipes.evaluate CONFIG.yaml key=value ...`; without a checkpoint, the starting model alone."""
-    ground = session.join(session.plan(argv))
+    ground = session.join(session.plan(argv), trains=False)
     plan, run = ground.plan, ground.run
     trained = session.trained_checkpoint(ground)
     policy = session.start_policy(ground, trains=False) if trained is not None else None

@@ -20,7 +20,7 @@ PROBE_TOKENS = 32
 
 def export(argv: Sequence[str]) -> None:
     """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
-    ground = session.join(session.plan(argv))
+    ground = session.join(session.plan(argv), trains=False)
     plan, world, run = ground.plan, ground.world, ground.run
 
     from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment

@@ -11,7 +11,7 @@ from recipes import session
 
 def mine(argv: Sequence[str]) -> None:
     """`python -m recipes.mine CONFIG.yaml key=value ...`."""
-    ground = session.join(session.plan(argv))
+    ground = session.join(session.plan(argv), trains=False)
     bank = session.open_bank(ground)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")

@@ -90,8 +90,8 @@ def plan(argv: Sequence[str]) -> Plan:
     return Plan(config, task, arch, path)
 
 
-def join(plan: Plan) -> Ground:
-    """Joins the ranks; from here on every rank makes the same calls.
+def join(plan: Plan, trains: bool = True) -> Ground:
+    """Joins the ranks; from here on every rank makes the same calls. What does not train needs no FP8.
 
     Raises:
         ConfigError: the ranks, the model and the layout do not fit.
@@ -105,7 +105,7 @@ def join(plan: Plan) -> Ground:
 
     environment.prepare(plan.config, torch.cuda.is_available())
     world = runtime.start(plan.config)
-    precision.prepare(plan.config, plan.arch)
+    precision.prepare(plan.config if trains else precision.without_fp8(plan.config), plan.arch)
     if world.is_main and (advice := precision.advice(plan.config)):
         print(f"warning: {advice}", file=sys.stderr, flush=True)
     return Ground(plan, world, RunDirectory(plan.config, world), _read_dialogue(plan))

@@ -19,7 +19,7 @@ from nemo_r3.actor.spec import resolve_layer_spec
 from nemo_r3.config import ActorConfig, Config, ConfigError, load
 from nemo_r3.config.schema import leaves
 from nemo_r3.models import FAMILIES, Architecture, shape, shapes
-from nemo_r3.precision import PRECISIONS, Machine, advice, check, matrix_dimensions, precision_of, prepare
+from nemo_r3.precision import PRECISIONS, Machine, advice, check, matrix_dimensions, precision_of, prepare, without_fp8
 
 BF16 = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, "bf16": True, "fp16": False}
 FP8 = BF16 | {
@@ -258,6 +258,17 @@ def test_preparing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "0")
     prepare(config_of("fp8-blockwise"), shape("llama-3.1-8b"))
     assert precision.os.environ[variable] == "0", "a user's own choice stays"
+
+
+def test_what_does_not_train_needs_no_fp8() -> None:
+    config = config_of("fp8-tensorwise")
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
+        prepare(config, shape("llama-3.1-8b"))
+    plain = without_fp8(config)
+    prepare(plain, shape("llama-3.1-8b"))
+    assert plain.actor == replace(config.actor, precision="bf16") and config.actor.precision == "fp8-tensorwise"
+    for name in ("bf16", "fp32"):
+        assert without_fp8(config_of(name)).actor.precision == name
 
 
 def test_layer_spec() -> None:

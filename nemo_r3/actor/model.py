@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
+from nemo_r3.actor.scales import keep_scales
 from nemo_r3.actor.spec import block_spec, resolve_layer_spec
 from nemo_r3.actor.weights import mark_tensor_parallel
 from nemo_r3.config import ActorConfig, Config
@@ -105,6 +106,8 @@ def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
     model = trunk(transformer_config(config.actor, arch, precision, on_cuda), arch, kind)
     model = model.to(device=world.device, dtype=precision.dtype)
     mark_tensor_parallel(model, arch)
+    if kind == "te":
+        keep_scales(model, delayed=precision.fp8 is not None and precision.fp8.history)
     return model
 
 

@@ -22,6 +22,7 @@ from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.rotary import Rotary
+from nemo_r3.actor.scales import knows_scales
 from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance
 from nemo_r3.algo.batch import refuse_untrained_weight
@@ -30,7 +31,7 @@ from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
 from nemo_r3.models import Architecture, architecture_of, fingerprint, model_path
 from nemo_r3.models.flops import FORWARD_AND_BACKWARD, training_cost
-from nemo_r3.precision import precision_of
+from nemo_r3.precision import precision_of, without_fp8
 from nemo_r3.runtime import World
 from nemo_r3.types import Row, UpdateBatch
 
@@ -52,17 +53,20 @@ class Policy:
         Args:
             config: the run's settings.
             world: all ranks.
-            trains: False leaves out gradients, optimizer and reference, for scoring and exporting.
+            trains: False leaves out gradients, optimizer, reference and FP8, for scoring and exporting.
 
         Raises:
             ConfigError: the checkpoint does not exist or does not fit its config.json.
         """
         cpu.prepare()
+        config = config if trains else without_fp8(config)
         self.config, self.world = config, world
         self.arch: Architecture = architecture_of(model_path(config))
         self.fingerprint = fingerprint(model_path(config), self.arch)
         self.version = 0
         self._working_bytes = 0
+        recipe = precision_of(config).fp8
+        self._lacks_scales = recipe is not None and recipe.history
         self.optimizer: MegatronOptimizer | None = None
         with cpu.cuda_stand_in():
             start_parallel_groups(config.actor, config.seed)
@@ -115,6 +119,8 @@ class Policy:
         microbatches, flops = self._microbatches(batch.rows)
         with self.at_work(), cpu.cuda_stand_in():
             resting = memory.restart_peak()
+            if self._lacks_scales:
+                self._find_scales(microbatches[:1])
             sums = self._accumulate(microbatches)
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
@@ -137,6 +143,17 @@ class Policy:
             "skipped": float(not math.isfinite(grad_norm)),
             "update_flops": flops * (1 if self._reference is None else 1 + 1 / FORWARD_AND_BACKWARD),
         }
+
+    def _find_scales(self, microbatches: Sequence[Microbatch]) -> None:
+        """Delayed scaling begins with passes whose gradient is thrown away, unless a checkpoint brought its scales.
+
+        With scales of 1 gradients round to zero. The first pass sees those that come from the residual stream, the
+        second, which no longer loses them, what is behind.
+        """
+        if not any(self.world.gather(knows_scales(self.module))):
+            self._accumulate(microbatches)
+            self._accumulate(microbatches)
+        self._lacks_scales = False
 
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         """Leaves the step's gradient in the buffers; returns the step's `METRICS`."""

@@ -8,6 +8,7 @@ this cannot show is what CUDA's kernels compute, and when.
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,10 +32,22 @@ INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_p
 """Operations on a GPU's tensor that take indices on the CPU too."""
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def home(tensor: Tensor) -> torch.device:
     """Where a tensor says that it is."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    return getattr(tensor.untyped_storage(), "home", CPU) if plain else CPU
+    if type(tensor) in PLAIN:
+        return getattr(tensor.untyped_storage(), "home", CPU)
+    inner = _inner(tensor)
+    return CPU if inner is None else home(inner)
+
+
+def _inner(tensor: Tensor) -> Tensor | None:
+    """What a wrapper, such as Transformer Engine's FP8 tensors, keeps its numbers in."""
+    if type(tensor) in PLAIN:
+        return None
+    return next((part for part in vars(tensor).values() if isinstance(part, Tensor)), None)
 
 
 def _on_gpu(what: Any) -> bool:
@@ -68,6 +81,10 @@ class Homes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func._schema.name
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and _inner(leaf) is not None:
+                with self:
+                    return type(leaf).__torch_dispatch__(func, types, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and not leaf.is_meta]
         asked, backward = kwargs.get("device"), torch._C._current_graph_task_id() != -1
         if asked is not None and asked.type == "cuda":
@@ -125,7 +142,7 @@ class Names(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None and _on_gpu(kwargs["device"]):
             kwargs["device"] = GPU
-        if (answer := ASKED.get(func)) is not None and type(args[0]) in (Tensor, torch.nn.Parameter):
+        if (answer := ASKED.get(func)) is not None and (type(args[0]) in PLAIN or _inner(args[0]) is not None):
             return answer(home(args[0])) if not args[0].is_meta else func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             where = kwargs.pop("device")
@@ -235,6 +252,8 @@ CUDA = {
     "set_device": lambda device: None,
     "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
     "get_device_capability": lambda device=None: (9, 0),
+    "get_device_properties": lambda device=None: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
+    "is_current_stream_capturing": lambda: False,
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
     "manual_seed": lambda seed: None,  # the numbers are drawn by the CPU's generator
@@ -265,6 +284,8 @@ def pretend() -> None:
     mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     storage: Any = torch.UntypedStorage
     storage.device = property(lambda self: getattr(self, "home", CPU))
+    wrapped: Any = torch.Tensor._make_wrapper_subclass
+    torch.Tensor._make_wrapper_subclass = lambda *args, **kwargs: wrapped(*args, **kwargs | {"device": CPU})
     homes, joined, grouped = Homes(), dist.init_process_group, dist.new_group
 
     def join(backend: str, **kwargs: Any) -> None:

@@ -92,3 +92,59 @@ def test_stages(model: str, tensor_parallel: int, pipeline_parallel: int, precis
     assert in_fp8[1:] == [[layer for layer in in_fp8[0] if layer != 1], []]
     if precision == "fp8-blockwise":
         assert "power_2_scale=False" in found[0]["recipe"], "what prepare() set came before the import"
+
+
+POLICIES = Path(__file__).with_name("te_policies.py")
+EMBEDDED = POLICIES.parents[2] / "nemo_r3" / "assets" / "countdown_tiny"
+
+
+@pytest.fixture(scope="module", params=[("one", 1), ("tp2", 2)], ids=["one", "tp2"])
+def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What policies in each precision found, at a layout, on a GPU that is pretended."""
+    layout, ranks = request.param
+    home = tmp_path_factory.mktemp("te")
+    (home / "embedded").symlink_to(EMBEDDED)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    paths = [str(POLICIES.parents[2]), str(POLICIES.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *torchrun, str(POLICIES), layout, str(home)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert not done.returncode, done.stdout[-2000:] + done.stderr[-6000:]
+    found: dict[str, Any] = json.loads((home / f"{layout}.json").read_text())["policies"]
+    return found
+
+
+def test_a_policy_lives_in_every_precision(policies: dict[str, Any]) -> None:
+    for name, found in policies.items():
+        assert found["resumed"], f"{name}: a resumed run is the run that was not stopped"
+        assert found["nan"] == {"skipped": 1.0, "unchanged": True}, name
+        assert found["exported"] < 0.5, name
+        assert found["gap"] < {"fp32": 1e-9, "bf16": 0.06}.get(name, 0.35), name
+        assert {row["fp8"] for row in found["layers"]} == expected_fp8(name), name
+
+
+def test_the_first_gradient_is_float32s(policies: dict[str, Any]) -> None:
+    exact = policies["fp32"]["metrics"][0]["grad_norm"]
+    for name, found in policies.items():
+        assert found["metrics"][0]["grad_norm"] == pytest.approx(exact, rel=0.05), name
+
+
+def test_products_are_in_the_dtype_that_was_asked_for(policies: dict[str, Any]) -> None:
+    for name, found in policies.items():
+        products, left = found["products"], found.get("left", {})
+        if "fp8" not in name:
+            assert not left and products.keys() <= {"bfloat16"}, name
+        elif name == "fp8-delayed":
+            assert products.keys() == {"fp8"} and left["fp8"] == 3 * left["bfloat16"], name
+        else:
+            assert products["fp8"] == products["bfloat16"], f"{name}: two layers of four"
+            assert left["bfloat16"] == 3 * left["fp8"], f"{name}: three of four, once one has left"
+
+
+def expected_fp8(name: str) -> set[bool]:
+    return {"fp8-delayed": {True}, "fp32": {False}, "bf16": {False}}.get(name, {False, True})

@@ -1,0 +1,90 @@
+"""Policies of Transformer Engine's layers on a GPU that is pretended (`pretended_te.py`), in each of its precisions.
+
+python te_policies.py one HOME
+torchrun --nproc-per-node=2 te_policies.py tp2 HOME      with sequence parallelism
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `precision.prepare` would, before the next import
+from data import batch_of, sequences  # noqa: E402
+from lab import Lab  # noqa: E402
+from pretended_gpu import pretend  # noqa: E402
+from pretended_te import PRODUCTS, pretend_te  # noqa: E402
+
+from nemo_r3 import precision, runtime  # noqa: E402
+from nemo_r3.actor import checkpoint  # noqa: E402
+from nemo_r3.actor.numerics import LayerWatch  # noqa: E402
+from nemo_r3.actor.policy import Policy  # noqa: E402
+from nemo_r3.export import export  # noqa: E402
+from nemo_r3.models import model_path  # noqa: E402
+from nemo_r3.precision import precision_of  # noqa: E402
+from nemo_r3.types import UpdateBatch  # noqa: E402
+
+ROWS = 600
+"""As if the batch were one of that many, so that gradients are as small as a run's."""
+LAYOUTS = {
+    "one": ("bf16", "fp8-tensorwise", "fp8-blockwise", "fp8-delayed"),
+    "tp2": ("bf16", "fp8-tensorwise", "fp8-delayed"),  # on two ranks the model's matrices are no multiples of 128
+}
+
+
+def batch() -> UpdateBatch:
+    given = batch_of()
+    rows = (replace(row, weights=[weight / ROWS for weight in row.weights]) for row in given.rows)
+    return replace(given, rows=tuple(rows))
+
+
+def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
+    """A policy's log-probabilities, products, updates, resume, export and layers that leave FP8."""
+    settings = {"precision": name, "lr": 1e-4, "lr_min": 1e-4, "sequence_parallel": layout == "tp2"}
+    policy, again = (lab.policy(layout, "embedded", **settings) for _ in range(2))
+    if name != "fp32":
+        precision.prepare(policy.config, policy.arch)
+    scores = [row.tolist() for row in policy.score(sequences())]
+    PRODUCTS.clear()
+    metrics = [policy.update(batch())]
+    products = dict(PRODUCTS)
+    watch = LayerWatch(policy.module, precision_of(policy.config).fp8)
+    with watch.watching():
+        metrics.append(policy.update(batch()))
+    found = {"scores": scores, "products": products, "layers": watch.found(lab.world), "nan": lab.nan(policy)}
+    home = lab.home / f"te-{layout}-{name}"
+    checkpoint.save(policy, home, 2, {}, keep=1)
+    checkpoint.load(again, checkpoint.latest(home))
+    metrics.append(policy.update(batch()))
+    found |= {"metrics": metrics, "resumed": again.update(batch()) == metrics[-1]}
+    plain = Policy(policy.config, lab.world, trains=False)
+    checkpoint.load(plain, checkpoint.latest(home))
+    out = lab.home / f"te-{layout}-{name}-export"
+    found["exported"] = export(plain, model_path(policy.config), out, "", sequences()[:4])
+    if "fp8" in name:
+        PRODUCTS.clear()
+        watch.leave_fp8([1])
+        policy.update(batch())
+        found["left"] = dict(PRODUCTS)
+    return found
+
+
+def te_policies(arguments: Sequence[str]) -> None:
+    layout, home = arguments
+    pretend_te()
+    pretend()
+    lab = Lab(Path(home))
+    found = {name: life(lab, layout, name) for name in ("fp32", *LAYOUTS[layout])}
+    exact = [score for row in found["fp32"]["scores"] for score in row]
+    for one in found.values():
+        scores = [score for row in one.pop("scores") for score in row]
+        one["gap"] = statistics.fmean(abs(ours - theirs) for ours, theirs in zip(scores, exact, strict=True))
+    lab.note("policies", found)
+
+
+if __name__ == "__main__":
+    runtime.main(te_policies)
