@@ -1,6 +1,7 @@
 """Policies of Transformer Engine's layers on a GPU that is pretended (`pretended_te.py`), in each of its precisions.
 
 python te_policies.py one HOME
+python te_policies.py families HOME                      every family, in BF16
 torchrun --nproc-per-node=2 te_policies.py tp2 HOME      with sequence parallelism
 """
 
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `precision.prepare` would, before the next import
-from data import batch_of, sequences  # noqa: E402
+import families  # noqa: E402
+import torch  # noqa: E402
+from data import batch_of, make_models, sequences  # noqa: E402
 from lab import Lab  # noqa: E402
 from pretended_gpu import pretend  # noqa: E402
 from pretended_te import PRODUCTS, pretend_te  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from nemo_r3 import precision, runtime  # noqa: E402
 from nemo_r3.actor import checkpoint  # noqa: E402
@@ -73,11 +77,29 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     return found
 
 
+def family(lab: Lab, kind: str) -> dict[str, Any]:
+    """How far from transformers, and from float32's first gradient, and whether the weights come back."""
+    policy, exact = lab.policy("one", kind, precision="bf16"), lab.policy("one", kind)
+    given = load_file(lab.home / kind / "model.safetensors")
+    exported = {name: tensor.cpu() for name, tensor in policy.export_hf()}
+    return {
+        "score": lab.score_errors(policy, kind)["0.7"],
+        "export": exported.keys() == given.keys()
+        and all(torch.equal(tensor, given[name].bfloat16()) for name, tensor in exported.items()),
+        "norms": [one.update(batch_of())["grad_norm"] for one in (policy, exact)],
+    }
+
+
 def te_policies(arguments: Sequence[str]) -> None:
     layout, home = arguments
+    if layout == "families":
+        make_models(Path(home))
     pretend_te()
     pretend()
     lab = Lab(Path(home))
+    if layout == "families":
+        lab.note("policies", {kind: family(lab, kind) for kind in families.KINDS})
+        return
     found = {name: life(lab, layout, name) for name in ("fp32", *LAYOUTS[layout])}
     exact = [score for row in found["fp32"]["scores"] for score in row]
     for one in found.values():

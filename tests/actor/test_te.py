@@ -101,8 +101,10 @@ EMBEDDED = POLICIES.parents[2] / "nemo_r3" / "assets" / "countdown_tiny"
 @pytest.fixture(scope="module", params=[("one", 1), ("tp2", 2)], ids=["one", "tp2"])
 def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What policies in each precision found, at a layout, on a GPU that is pretended."""
-    layout, ranks = request.param
-    home = tmp_path_factory.mktemp("te")
+    return launch(*request.param, tmp_path_factory.mktemp("te"))
+
+
+def launch(layout: str, ranks: int, home: Path) -> dict[str, Any]:
     (home / "embedded").symlink_to(EMBEDDED)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     paths = [str(POLICIES.parents[2]), str(POLICIES.parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -148,3 +150,10 @@ def test_products_are_in_the_dtype_that_was_asked_for(policies: dict[str, Any]) 
 
 def expected_fp8(name: str) -> set[bool]:
     return {"fp8-delayed": {True}, "fp32": {False}, "bf16": {False}}.get(name, {False, True})
+
+
+def test_every_family_is_transformers(tmp_path: Path) -> None:
+    for kind, found in launch("families", 1, tmp_path).items():
+        assert found["score"] < 0.25 and found["export"], kind
+        ours, exact = found["norms"]
+        assert ours == pytest.approx(exact, rel=0.01), kind
