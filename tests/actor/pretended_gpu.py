@@ -30,8 +30,6 @@ ACROSS = {aten.copy_.default, aten._to_copy.default, aten._pin_memory.default}
 """Operations that may read one device and write another; so may collectives, whose group has a backend for each."""
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 """Operations on a GPU's tensor that take indices on the CPU too."""
-
-
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -69,15 +67,19 @@ class Homes(TorchDispatchMode):
     def moving(self) -> Any:
         """A copy to the CPU is meant inside: formulas of torch's own ask for "the device of that tensor", a CPU's."""
         self._moves = True
-        yield
-        self._moves = False
+        try:
+            yield
+        finally:
+            self._moves = False
 
     @contextmanager
     def calling(self) -> Any:
         """Python asks inside, and not one of autograd's formulas, which names the device that a tensor really is on."""
         before, self._calls = self._calls, True
-        yield
-        self._calls = before
+        try:
+            yield
+        finally:
+            self._calls = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func._schema.name
