@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+PIECE = 2 * GIB
+"""Taken from the driver at a time. A tensor that stays in a piece keeps it from being given back."""
 
 
 def restart_peak() -> int:
@@ -22,6 +24,16 @@ def restart_peak() -> int:
 def peak() -> int:
     """Most bytes of torch's allocator since `restart_peak`; 0 on a CPU."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+
+
+def reserve(count: int) -> None:
+    """Has torch's allocator take about as many bytes from the driver at once; nothing on a CPU.
+
+    Work after `empty_cache` would otherwise ask for each of its tensors, and the device waits every time.
+    """
+    if torch.cuda.is_available():
+        pieces = [torch.empty(PIECE, dtype=torch.uint8, device="cuda") for _ in range(count // PIECE)]
+        del pieces  # to the allocator, which cuts them up
 
 
 def measured(phase: str) -> dict[str, float]:

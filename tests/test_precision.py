@@ -75,8 +75,9 @@ def test_transformer_config(name: str, kind: str) -> None:
     found = transformer_config(ActorConfig(), architecture(kind), PRECISIONS[name], on_cuda=True)
     assert {key: getattr(found, key) for key in TRANSFORMER[name]} == TRANSFORMER[name]
     assert not getattr(found, "fp8_output_proj", False), "the head stays in BF16"
-    fusions = ("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
+    fusions = ("apply_rope_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion")
     assert not any(getattr(found, fusion) for fusion in fusions)
+    assert found.bias_activation_fusion
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

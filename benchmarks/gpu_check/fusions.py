@@ -1,9 +1,8 @@
 """What one change to the update's kernels is worth, each measured against the update as it is, in turns in one process.
 
-    swiglu        megatron-core's fused SwiGLU (bias_activation_fusion), which also keeps less for backward
-    main_grad     Transformer Engine's layers add their weights' gradients to the float32 sums themselves
-    rotary        the attention's turning and merging, compiled
-    head_eager    the head's softmax as torch runs it, where CUDA has it compiled
+    swiglu        SwiGLU without megatron-core's fusion (bias_activation_fusion), on a CPU with it
+    main_grad     weights' gradients in BF16, then added to the float32 sums, by Transformer Engine's layers too
+    eager         what `fused` compiles (rotary positions, merged attention, the head's softmax) as torch runs it
     head_chunk_N  the head in chunks of 2^N logits
     keep_memory   torch's allocator keeps its memory from one update to the next
 
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu_check.update import arguments, batch_of, distance, float32_of, scores, started, timed
 from nemo_r3 import memory
@@ -41,29 +39,19 @@ Change = Callable[[], AbstractContextManager[object]]
 
 def changes(policy: Policy) -> dict[str, Change]:
     """Those that this policy's modules and device have."""
-    from nemo_r3.actor import attention, head
+    from nemo_r3.actor import fused, head
 
-    device = policy.world.device.type
-    found: dict[str, Change] = {"swiglu": partial(patch.object, policy.module.config, "bias_activation_fusion", True)}
+    device, config = policy.world.device.type, policy.module.config
+    found: dict[str, Change] = {
+        "swiglu": partial(patch.object, config, "bias_activation_fusion", not config.bias_activation_fusion)
+    }
     if fusing := [part for part in policy.module.modules() if hasattr(part, "fuse_wgrad_accumulation")]:
-        found["main_grad"] = partial(all_of, [patch.object(part, "fuse_wgrad_accumulation", True) for part in fusing])
+        found["main_grad"] = partial(all_of, [patch.object(part, "fuse_wgrad_accumulation", False) for part in fusing])
     if device == "cuda":
-        fused = {
-            "rotate": torch.compile(rotated, fullgraph=True),
-            "merge": torch.compile(attention.merge, fullgraph=True),
-        }
-        found["rotary"] = partial(patch.multiple, attention, **fused)
-        found["head_eager"] = partial(patch.object, head, "_fused", lambda function, logits: function)
+        found["eager"] = partial(patch.object, fused, "_compiled", lambda function: function)
         found["keep_memory"] = partial(patch.object, torch.cuda, "empty_cache", lambda: None)
     chunks = {f"head_chunk_{bits}": {device: 2**bits} for bits in CHUNKS}
     return found | {name: partial(patch.dict, head.CHUNK_ELEMENTS, chunk) for name, chunk in chunks.items()}
-
-
-def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `attention.rotate` computes, as torch.compile takes it: nothing is written into a part of a tensor."""
-    half = cos.shape[-1]
-    first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemo_r3.actor.fused import fused
 from nemo_r3.actor.kernels import Parts, kernel_for
 from nemo_r3.actor.rotary import Rotary
 from nemo_r3.algo.layout import Layout
@@ -83,7 +84,7 @@ class _SharedContext(torch.autograd.Function):
         if layout.families:
             branch, context = layout.branch_tokens, layout.context_tokens
             found = kernel.forward(query[branch], key[context], value[context], _to_context(layout))
-            merged_out, merged_lse = merge((out[branch], lse[:, branch]), found)
+            merged_out, merged_lse = fused(merge, out)((out[branch], lse[:, branch]), found)
             out[branch], lse[:, branch] = merged_out, merged_lse
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
         ctx.layout = layout
@@ -122,6 +123,8 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Linear in `heads`; with -sin it is the transpose, which a gradient passes through.
     """
+    if heads.is_cuda:
+        return fused(_turned, heads)(heads, cos, sin)
     half = cos.shape[-1]
     halves = [half, half, heads.shape[-1] - 2 * half]
     turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
@@ -130,6 +133,13 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(second, cos, out=into[1]).addcmul_(first, sin)
     into[2].copy_(rest)
     return turned
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` as torch.compile takes it: nothing is written into a part of a tensor."""
+    half = cos.shape[-1]
+    first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

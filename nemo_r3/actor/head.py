@@ -8,14 +8,14 @@ Logits keep the weights' dtype; what is done with them is float32, and on CUDA c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nemo_r3.actor.fused import fused
 
 CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 """Logits of one chunk. On CUDA the weight's gradient is read and written once per chunk, so chunks are large there."""
@@ -90,10 +90,11 @@ class _TargetLogprobs(torch.autograd.Function):
         for number, (part, index, total, scale, d_part) in enumerate(pieces):
             logits = kept if number + 1 == len(pieces) else part @ real.t()
             # d logprob / d logits = (one-hot - softmax) / temperature
-            d_logits = _fused(_softmax_times, logits)(logits, total, scale, ctx.temperature)
-            rows, places = _held(index, ctx.columns)
-            logprobs = logits[rows, places].float() / ctx.temperature - total[rows]
-            d_logits[rows, places] = (torch.expm1(logprobs) * scale[rows]).to(d_logits.dtype)
+            d_logits = fused(_softmax_times, logits)(logits, total, scale, ctx.temperature)
+            held, places = _held(index, ctx.columns)
+            logprobs = logits.gather(1, places).float() / ctx.temperature - total[:, None]
+            of_targets = (torch.expm1(logprobs) * scale[:, None]).to(d_logits.dtype)
+            d_logits.scatter_(1, places, torch.where(held, of_targets, d_logits.gather(1, places)))
             torch.mm(d_logits, real, out=d_part)
             d_weight[: ctx.columns.count] += d_logits.t() @ part
         return d_hidden, d_weight.to(weight.dtype), None, None, None
@@ -103,14 +104,14 @@ def _forward_chunk(
     logits: Tensor, local: Tensor, temperature: float, columns: Columns
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a chunk of logits [tokens, columns], over all ranks: log-probabilities, entropies and log-sum-exps."""
-    rows, places = _held(local, columns)
-    peak, total, weighted = _fused(_softmax_sums, logits)(logits, temperature)
+    held, places = _held(local, columns)
+    peak, total, weighted = fused(_softmax_sums, logits)(logits, temperature)
     largest = peak.clone()
     columns.reduce(largest, dist.ReduceOp.MAX)
     below = peak - largest
-    sums = torch.stack((total, weighted + total * below, torch.zeros_like(total)))
+    own = logits.gather(1, places).float() / temperature - largest[:, None]
+    sums = torch.stack((total, weighted + total * below, torch.where(held, own, 0)[:, 0]))
     sums[:2] *= below.exp()
-    sums[2, rows] = logits[rows, places].float() / temperature - largest[rows]
     columns.reduce(sums, dist.ReduceOp.SUM)
     log_total = sums[0].log()
     return sums[2] - log_total, log_total - sums[1] / sums[0], largest + log_total
@@ -132,17 +133,9 @@ def _softmax_times(logits: Tensor, total: Tensor, scale: Tensor, temperature: fl
     return scaled.exp_().mul_(scale[:, None]).to(logits.dtype)
 
 
-def _fused(function: Callable[..., Any], logits: Tensor) -> Callable[..., Any]:
-    """The function, on CUDA compiled: each of its operations would read and write all logits there."""
-    return _compiled(function) if logits.is_cuda else function
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=True)
-
-
 def _held(local: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-    """Rows whose target is among this rank's columns, and the columns."""
-    rows = ((local >= 0) & (local < columns.count)).nonzero()[:, 0]
-    return rows, local[rows]
+    """[tokens, 1] whether the target is among this rank's columns, and its column; some other where it is not.
+
+    Both whole: to pick the tokens, the host would have to wait until the device has come this far.
+    """
+    return ((local >= 0) & (local < columns.count))[:, None], local.clamp(0, columns.count - 1)[:, None]

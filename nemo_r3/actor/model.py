@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from nemo_r3.actor.scales import keep_scales
@@ -68,10 +69,10 @@ def transformer_config(
         # weights are loaded, never drawn
         use_cpu_initialization=not on_cuda,
         perform_initialization=False,
-        # fusions: off where they need CUDA extensions, and where they move log-probabilities
+        # fusions: on where they pay; Apex's, which `sum_gradients_in_place` does without, and a CPU's are off
+        bias_activation_fusion=on_cuda,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
@@ -107,8 +108,20 @@ def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
     model = model.to(device=world.device, dtype=precision.dtype)
     mark_tensor_parallel(model, arch)
     if kind == "te":
+        sum_gradients_in_place(model)
         keep_scales(model, delayed=precision.fp8 is not None and precision.fp8.history)
     return model
+
+
+def sum_gradients_in_place(model: nn.Module) -> None:
+    """Has Transformer Engine's products add weights' gradients to the float32 sums themselves.
+
+    megatron-core's switch for it is refused by its own embedding and head where there is no Apex.
+    """
+    parts: Iterator[Any] = model.modules()
+    for part in parts:
+        if hasattr(part, "fuse_wgrad_accumulation"):
+            part.fuse_wgrad_accumulation = True
 
 
 def trunk(tf_config: TransformerConfig, arch: Architecture, kind: str) -> Trunk:

@@ -118,6 +118,7 @@ class Policy:
         refuse_untrained_weight(batch, self.config.algo)
         microbatches, flops = self._microbatches(batch.rows)
         with self.at_work(), cpu.cuda_stand_in():
+            memory.reserve(self._working_bytes)
             resting = memory.restart_peak()
             if self._lacks_scales:
                 self._find_scales(microbatches[:1])

@@ -44,31 +44,44 @@ def token_weights(lengths: Sequence[int], kind: Aggregation, limit: int) -> list
     return [1 / (len(lengths) * limit) for _ in lengths]
 
 
-def kept_weights(weights: Tensor, kept: Tensor, sequences: Tensor, kind: Aggregation) -> Tensor:
+Kept = Tensor | slice
+"""Which tokens are left: [tokens] bool, or `EVERY`; both pick them by indexing."""
+EVERY = slice(None)
+"""All of them, without asking: to index by a mask, the host waits until the device has computed it."""
+
+
+def kept_weights(weights: Tensor, kept: Kept, sequences: Tensor, kind: Aggregation) -> Tensor:
     """Weights of the kept tokens, as if the rejected ones of their sequences had never been.
 
     Args:
         weights: [tokens] of `token_weights`.
-        kept: [tokens] bool.
+        kept: which are.
         sequences: [tokens] int64, never decreasing.
         kind: how the weights were made.
 
     Returns:
         [kept], in order; exact up to the factor sum(counted) / sum(kept) of `denominators`.
     """
-    if kind != Aggregation.SEQUENCE_MEAN:
+    if isinstance(kept, slice) or kind != Aggregation.SEQUENCE_MEAN:
         return weights[kept]
     return weights[kept] / sequence_means(kept.to(weights.dtype), sequences)[kept]
 
 
-def denominators(kept: Tensor, sequences: Tensor, kind: Aggregation) -> tuple[int, int]:
+def denominators(kept: Kept, sequences: Tensor, kind: Aggregation) -> tuple[Tensor, Tensor]:
     """What this microbatch counts for in the step's denominator, (before, after) its rejected tokens left.
 
     Tokens for TOKEN_MEAN; for the others sequences, which leave when none of their tokens is kept.
     """
-    if kind == Aggregation.TOKEN_MEAN:
-        return len(kept), int(kept.sum())
-    return len(torch.unique_consecutive(sequences)), len(torch.unique_consecutive(sequences[kept]))
+    of = _tokens if kind == Aggregation.TOKEN_MEAN else _runs
+    return of(sequences), of(sequences[kept])
+
+
+def _tokens(sequences: Tensor) -> Tensor:
+    return sequences.new_full((), len(sequences))
+
+
+def _runs(sequences: Tensor) -> Tensor:
+    return (sequences.diff() != 0).sum() + bool(len(sequences))
 
 
 def sequence_means(values: Tensor, sequences: Tensor) -> Tensor:

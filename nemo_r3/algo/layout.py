@@ -51,8 +51,9 @@ class Bounds:
 
     @cached_property
     def tensor(self) -> Tensor:
-        """[parts + 1] int32, as variable-length kernels want it."""
-        return torch.tensor(self.cuts, dtype=torch.int32, device=self.device)
+        """[parts + 1] int32, as variable-length kernels want it; the host does not wait until it is on a GPU."""
+        cuts = torch.tensor(self.cuts, dtype=torch.int32)
+        return (cuts.pin_memory() if self.device.type == "cuda" else cuts).to(self.device, non_blocking=True)
 
     @cached_property
     def batches(self) -> list[slice | Batch]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nemo_r3.algo.aggregation import sequence_means
+from nemo_r3.algo.aggregation import EVERY, Kept, sequence_means
 
 BOUNDS = {"none": (0.0, math.inf), "tis": (0.0, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.99, 1.01)}
 """Each correction's own `algo.mismatch_low` and `algo.mismatch_high`."""
@@ -46,7 +46,7 @@ def outside(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
 
 def correct(
     logprobs: Tensor, rollout_logprobs: Tensor, sequences: Tensor, kind: str, low: float, high: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Kept]:
     """What importance sampling makes of the policy loss at each token, by ratio = p_actor / p_vllm.
 
     - "none": nothing.
@@ -66,17 +66,17 @@ def correct(
         high: above low.
 
     Returns:
-        Factors [tokens] without gradient, and kept [tokens] bool.
+        Factors [tokens] without gradient, and which tokens are kept.
 
     Raises:
         ValueError: another kind.
     """
     log_ratio = logprobs.detach() - rollout_logprobs
-    ratio, everything = _exp(log_ratio), torch.ones_like(log_ratio, dtype=torch.bool)
+    ratio = _exp(log_ratio)
     if kind == "none":
-        return torch.ones_like(ratio), everything
+        return torch.ones_like(ratio), EVERY
     if kind == "tis":
-        return ratio.clamp(max=high), everything
+        return ratio.clamp(max=high), EVERY
     if kind == "icepop":
         return ratio, _within(log_ratio, low, high)
     if kind == "sequence_mask":

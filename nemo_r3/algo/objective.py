@@ -52,6 +52,8 @@ class Objective:
             reference: [trained] of the frozen reference; None exactly where `algo.kl_beta` is 0.
             entropy: [trained] of the policy's distributions, without gradient.
 
+        Where nothing is rejected the host does not wait for the device: it goes on to the backward pass.
+
         Returns:
             The scalar to differentiate, and the sums of METRICS, [12] float64, without gradient.
         """
@@ -72,11 +74,11 @@ class Objective:
             outside(logprobs, rollout).sum(),
             (~logprobs.isfinite()).sum(),
             entropy.sum(),
-            len(targets),
+            loss.new_full((), len(targets)),
             *denominators(kept, sequences, aggregation),
-            len(targets) - len(new),
+            loss.new_full((), len(targets) - len(new)),
         )
-        return loss, torch.stack([torch.as_tensor(value, device=loss.device).detach().double() for value in sums])
+        return loss, torch.stack([value.detach().double() for value in sums])
 
 
 def _bounds(own: tuple[float, float], low: float | None, high: float | None) -> tuple[float, float]:

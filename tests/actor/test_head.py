@@ -66,22 +66,6 @@ def test_no_targets_have_a_gradient_of_zero() -> None:
     assert not weight.grad.any() and not hidden.grad.any()
 
 
-def test_what_cuda_compiles_can_be_traced_and_stays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters["stats"]
-    counters.clear()
-    draw = torch.Generator().manual_seed(2)
-    for tokens in (TOKENS, 1, 5):
-        logits = (torch.randn(tokens, VOCAB, generator=draw) * 5).bfloat16()
-        total, scale = torch.randn(2, tokens, generator=draw) + 9
-        for function, arguments in ((head._softmax_sums, (0.7,)), (head._softmax_times, (total, scale, 0.7))):
-            traced = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-            torch.testing.assert_close(traced(logits, *arguments), function(logits, *arguments), rtol=0, atol=0)
-    assert counters["unique_graphs"] >= 2
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_what_it_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head.CHUNK_ELEMENTS, "cuda", 8 * VOCAB)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_r3.algo.aggregation import Aggregation, denominators, kept_weights, sequence_means, token_weights
+from nemo_r3.algo.aggregation import EVERY, Aggregation, denominators, kept_weights, sequence_means, token_weights
 
 LIMIT = 10
 STEPS = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=6)  # kept tokens of sequences
@@ -45,7 +46,7 @@ def test_rejected_tokens_leave_loss_and_denominators(
         own = torch.tensor(weights[start:end], dtype=torch.float64)[sequences]
         found += kept_weights(own, kept, sequences, kind).tolist()
         before, after = denominators(kept, sequences, kind)
-        counted, left = counted + before, left + after
+        counted, left = counted + int(before), left + int(after)
     remaining = [sum(sequence) for sequence in step if any(sequence)]
     alone = token_weights(remaining, kind, LIMIT)
     expected = [weight for weight, length in zip(alone, remaining, strict=True) for _ in range(length)]
@@ -55,8 +56,8 @@ def test_rejected_tokens_leave_loss_and_denominators(
 @given(STEPS)
 def test_nothing_rejected_changes_nothing(step: list[list[bool]]) -> None:
     sequences = torch.arange(len(step)).repeat_interleave(torch.tensor([len(sequence) for sequence in step]))
-    weights, kept = torch.rand(len(sequences)), torch.ones(len(sequences), dtype=torch.bool)
-    for kind in Aggregation:
+    weights = torch.rand(len(sequences))
+    for kind, kept in product(Aggregation, (torch.ones(len(sequences), dtype=torch.bool), EVERY)):
         assert torch.equal(kept_weights(weights, kept, sequences, kind), weights)
         before, after = denominators(kept, sequences, kind)
         assert before == after == (len(sequences) if kind == Aggregation.TOKEN_MEAN else len(step))

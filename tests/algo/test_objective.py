@@ -81,7 +81,7 @@ def from_scratch(algo: AlgoConfig, step: Step) -> tuple[float, float, list[list[
     ours, theirs, reference = (float64(sum(rows, [])) for rows in (step.ours, step.theirs, step.reference))
     factors, kept = correct(ours, theirs, whole, algo.mismatch_correction, *bounds[algo.mismatch_correction])
     ours.requires_grad_()
-    places = [place for place, keep in enumerate(kept.tolist()) if keep]
+    places = torch.arange(len(whole))[kept].tolist()
     rows = sorted({int(whole[place]) for place in places})
     lengths = [sum(int(whole[place]) == row for place in places) for row in rows]
     weights = dict(zip(rows, token_weights(lengths, loss.AGGREGATION, LIMIT), strict=True))

@@ -11,8 +11,7 @@ import torch
 from benchmarks.gpu_check import attention, fusions, training
 from benchmarks.gpu_check.__main__ import CHECKS, Check, row, run
 from benchmarks.gpu_check.update import distance
-from nemo_r3.actor import attention as actor_attention
-from nemo_r3.actor import head
+from nemo_r3.actor import fused, head
 
 CPU = torch.device("cpu")
 
@@ -82,7 +81,7 @@ def test_a_change_to_the_kernels_is_measured_and_taken_back() -> None:
 
 
 def test_every_change_of_a_gpu_is_made_and_taken_back() -> None:
-    layer, config = SimpleNamespace(fuse_wgrad_accumulation=False), SimpleNamespace(bias_activation_fusion=False)
+    layer, config = SimpleNamespace(fuse_wgrad_accumulation=True), SimpleNamespace(bias_activation_fusion=True)
     module = SimpleNamespace(config=config, modules=lambda: [layer, object()])
     policy = SimpleNamespace(module=module, world=SimpleNamespace(device=torch.device("cuda")))
 
@@ -90,8 +89,7 @@ def test_every_change_of_a_gpu_is_made_and_taken_back() -> None:
         return {
             "swiglu": config.bias_activation_fusion,
             "main_grad": layer.fuse_wgrad_accumulation,
-            "rotary": (actor_attention.rotate, actor_attention.merge),
-            "head_eager": head._fused,
+            "eager": fused._compiled,
             "keep_memory": torch.cuda.empty_cache,
             "head_chunk": head.CHUNK_ELEMENTS["cuda"],
         }
@@ -105,12 +103,6 @@ def test_every_change_of_a_gpu_is_made_and_taken_back() -> None:
             assert state() == before
         seen.add(changed)
     assert seen == set(before)
-
-
-def test_what_is_compiled_for_comparison_turns_as_the_actor_does() -> None:
-    draw = torch.Generator().manual_seed(0)
-    heads, cos, sin = (torch.randn(shape, generator=draw) for shape in ((5, 3, 10), (5, 1, 4), (5, 1, 4)))
-    assert torch.allclose(fusions.rotated(heads, cos, sin), actor_attention.rotate(heads, cos, sin), atol=1e-6)
 
 
 def test_distance_is_that_of_the_tokens() -> None:
