@@ -14,10 +14,14 @@ Result = TypeVar("Result")
 
 
 def fused(function: Callable[Arguments, Result], like: Tensor) -> Callable[Arguments, Result]:
-    """The function, compiled where `like` is on a GPU; it keeps intermediate results in float32 there."""
+    """The function, compiled where `like` is on a GPU; it keeps intermediate results in float32 there.
+
+    For any number of tokens. Beyond torch's limit of other shapes, which no model reaches alone, torch warns and runs
+    it as it is.
+    """
     return _compiled(function) if like.is_cuda else function
 
 
 @cache
 def _compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    return torch.compile(function, fullgraph=True, dynamic=True)
+    return torch.compile(function, dynamic=True)
