@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import groupby, takewhile
+from itertools import compress, groupby, takewhile
 
 from nemo_r3.algo.advantages import Advantage, group_advantages, is_mixed, shuffled
 from nemo_r3.algo.aggregation import token_weights
@@ -125,9 +125,11 @@ def refuse_untrained_weight(batch: UpdateBatch, config: AlgoConfig) -> None:
     """
     phases = frozenset(Phase(phase) for phase in config.trained_phases)
     for number, row in enumerate(batch.rows):
-        for position, (phase, sampled, weight) in enumerate(zip(row.phases, row.sampled, row.weights, strict=True)):
-            if weight and not (sampled and phase in phases):
+        for position in compress(range(len(row)), row.weights):
+            phase, sampled = row.phases[position], row.sampled[position]
+            if not (sampled and phase in phases):
                 origin = "sampled" if sampled else "not sampled by vLLM"
+                weight = row.weights[position]
                 raise RuntimeError(
                     f"row {number}, token {position}: phase {phase} ({origin}) has weight {weight:.3g} in the loss; "
                     f"algo.trained_phases={list(config.trained_phases)}"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from data import batch_of
 from lab import Lab, error_of
+from pretended_gpu import storages
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.numerics import LayerWatch
@@ -55,9 +56,11 @@ def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
     home = lab.home / f"devices-{layout}-{kind}"
     checkpoint.save(policy, home, 2, {}, keep=1)
     checkpoint.load(again, checkpoint.latest(home))
+    before = storages()
     metrics.append(policy.update(batch_of()))
     return found | {
         "metrics": metrics,
+        "left": sum(size for storage, size in storages().items() if storage not in before),
         "resumed": again.update(batch_of()) == metrics[-1],
         "nan": lab.nan(policy),
         "held": policy.held(),

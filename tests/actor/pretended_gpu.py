@@ -7,6 +7,7 @@ this cannot show is what CUDA's kernels compute, and when.
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,13 @@ def _on_gpu(what: Any) -> bool:
     if isinstance(what, str):
         what = torch.device(what)
     return isinstance(what, int) or what.type == "cuda"
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage on the GPU that a tensor still holds."""
+    gc.collect()
+    tensors = [held for held in gc.get_objects() if isinstance(held, Tensor) and home(held).type == "cuda"]
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 class Homes(TorchDispatchMode):

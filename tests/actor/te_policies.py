@@ -19,7 +19,7 @@ import families  # noqa: E402
 import torch  # noqa: E402
 from data import batch_of, make_models, sequences  # noqa: E402
 from lab import Lab  # noqa: E402
-from pretended_gpu import pretend  # noqa: E402
+from pretended_gpu import pretend, storages  # noqa: E402
 from pretended_te import PRODUCTS, pretend_te  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -63,7 +63,9 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     home = lab.home / f"te-{layout}-{name}"
     checkpoint.save(policy, home, 2, {}, keep=1)
     checkpoint.load(again, checkpoint.latest(home))
+    before = storages()
     metrics.append(policy.update(batch()))
+    found["behind"] = [size for storage, size in storages().items() if storage not in before]
     found |= {"metrics": metrics, "resumed": again.update(batch()) == metrics[-1]}
     plain = Policy(policy.config, lab.world, trains=False)
     checkpoint.load(plain, checkpoint.latest(home))

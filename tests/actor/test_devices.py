@@ -27,6 +27,13 @@ def test_all_that_a_run_does_with_a_policy_stays_on_the_gpu(devices: Any, layout
     assert (found["held"]["optimizer state on the host"] > 0) == away
 
 
+@pytest.mark.parametrize(("layout", "precision"), CASES)
+def test_an_update_leaves_nothing_new_behind_that_would_hold_its_memory(
+    devices: Any, layout: str, precision: str
+) -> None:
+    assert devices.found[f"{layout}-{precision}"]["left"] == 0
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_float32_is_what_it_is_on_a_cpu(devices: Any, two: Any, layout: str) -> None:
     ours, theirs = devices.found[f"{layout}-fp32"]["metrics"], two.found[f"{layout}-qwen2"]["metrics"]

@@ -128,6 +128,7 @@ def test_a_policy_lives_in_every_precision(policies: dict[str, Any]) -> None:
         assert found["exported"] < 0.5, name
         assert found["gap"] < {"fp32": 1e-9, "bf16": 0.06}.get(name, 0.35), name
         assert {row["fp8"] for row in found["layers"]} == expected_fp8(name), name
+        assert found["behind"] == [], f"{name}: an update leaves a tensor that would hold its memory"
 
 
 def test_the_first_gradient_is_float32s(policies: dict[str, Any]) -> None:
