@@ -57,9 +57,9 @@ def labels(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     branch, context = torch.full_like(part, -1), torch.full_like(part, -2)
     for number, (start, end) in enumerate(layout.parts.spans):
         part[start:end] = number
-    for number, family in enumerate(layout.families):
-        context[family.start : family.branches] = number
-        branch[family.branches : family.end] = number
+    for number, (keys, queries) in enumerate(zip(layout.contexts.spans, layout.branches.spans, strict=True)):
+        context[layout.context_tokens][slice(*keys)] = number
+        branch[layout.branch_tokens][slice(*queries)] = number
     return part, branch, context
 
 

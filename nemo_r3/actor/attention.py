@@ -108,9 +108,9 @@ class _SharedContext(torch.autograd.Function):
                 lse[:, branch],
                 _to_context(layout),
             )
-            d_query.index_add_(0, branch, found[0])
-            d_key.index_add_(0, context, found[1])
-            d_value.index_add_(0, context, found[2])
+            d_query[branch] += found[0]
+            d_key[context] += found[1]
+            d_value[context] += found[2]
         return rotate(d_query, cos, -sin), rotate(d_key, cos, -sin), d_value, None, None, None
 
 

@@ -123,9 +123,9 @@ class Policy:
             if self._lacks_scales:
                 self._find_scales(microbatches[:1])
             sums = self._accumulate(microbatches)
+            self._working_bytes = memory.peak() - resting  # the first step makes optimizer state, which stays
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
-            self._working_bytes = memory.peak() - resting
         tokens = max(sums["tokens"], 1.0)
         return {
             "loss": sums["loss"],

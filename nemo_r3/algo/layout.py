@@ -1,9 +1,10 @@
 """`Layout`: where sequences lie in a microbatch, and which of them share a context.
 
-    [ context ][ branch ][ branch ][ branch ] [ context ][ branch ][ branch ] [ sequence ]
-      0 .. c-1   c ..      c ..      c ..                                       0 ..          positions
+    [ context ][ context ] [ branch ][ branch ][ branch ] [ branch ][ branch ] [ sequence ]
+      0 .. c-1   0 .. d-1    c ..      c ..      c ..       d ..      d ..       0 ..          positions
 
-Every part attends to itself, causally, and a branch to its context too: what it would see in a row of its own.
+Every part attends to itself, causally, and a branch to its context too: what it would see in a row of its own. All
+contexts lie together, and so do all branches, so that neither has to be picked out.
 """
 
 from __future__ import annotations
@@ -71,17 +72,15 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Family:
-    """A context and the branches that follow it.
+    """A context and its branches.
 
     Attributes:
-        start: its first token.
-        branches: the first token of its first branch.
-        end: behind its last branch.
+        context: tokens of the context.
+        branches: tokens of all its branches together.
     """
 
-    start: int
+    context: int
     branches: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ class Layout:
     """The parts of a microbatch.
 
     Attributes:
-        cuts: where contexts, branches and whole sequences begin, in order, and where the last one ends.
-        families: contexts with branches; whole sequences belong to none.
+        cuts: where contexts, branches and whole sequences begin, in this order, and where the last one ends.
+        families: contexts with branches, in the order of both; whole sequences belong to none.
         positions: [tokens] int64; a branch's continue its context's.
     """
 
@@ -105,26 +104,24 @@ class Layout:
 
     @cached_property
     def branches(self) -> Bounds:
-        """The branches' tokens of each family, once `branch_tokens` has picked them."""
-        return self._end_to_end([family.end - family.branches for family in self.families])
+        """The branches' tokens of each family, within `branch_tokens`."""
+        return self._end_to_end([family.branches for family in self.families])
 
     @cached_property
     def contexts(self) -> Bounds:
-        """The context's tokens of each family, once `context_tokens` has picked them."""
-        return self._end_to_end([family.branches - family.start for family in self.families])
+        """The context's tokens of each family, within `context_tokens`."""
+        return self._end_to_end([family.context for family in self.families])
 
-    @cached_property
-    def branch_tokens(self) -> Tensor:
-        """[branch tokens] int64 places of all branches' tokens."""
-        return self._places([(family.branches, family.end) for family in self.families])
+    @property
+    def branch_tokens(self) -> slice:
+        """All branches' tokens."""
+        start = self.contexts.cuts[-1]
+        return slice(start, start + self.branches.cuts[-1])
 
-    @cached_property
-    def context_tokens(self) -> Tensor:
-        """[context tokens] int64 places of all contexts' tokens."""
-        return self._places([(family.start, family.branches) for family in self.families])
+    @property
+    def context_tokens(self) -> slice:
+        """All contexts' tokens."""
+        return slice(0, self.contexts.cuts[-1])
 
     def _end_to_end(self, lengths: list[int]) -> Bounds:
         return Bounds((0, *accumulate(lengths)), self.positions.device)
-
-    def _places(self, spans: list[tuple[int, int]]) -> Tensor:
-        return torch.cat([torch.arange(start, end, device=self.positions.device) for start, end in spans])

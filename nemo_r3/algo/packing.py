@@ -41,7 +41,7 @@ class Microbatch:
 
 
 def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) -> Microbatch:
-    """Lays pieces end to end; a last dummy sequence without targets fills up to a multiple of `multiple`.
+    """Lays pieces as `Layout` shows; a last dummy sequence without targets fills up to a multiple of `multiple`.
 
     Args:
         rows: of the batch.
@@ -51,36 +51,42 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
     """
     ids: list[int] = []
     positions: list[int] = []
-    cuts, families = [0], []
-    sources: list[int] = []
+    cuts = [0]
+    sources: dict[int, list[int]] = {}
 
-    def lay(tokens: Sequence[int], first: int) -> None:
+    def lay(tokens: Sequence[int], first: int) -> int:
+        """Returns the place of the last token laid."""
         if tokens:
             ids.extend(tokens)
             positions.extend(range(first, first + len(tokens)))
             cuts.append(len(ids))
+        return len(ids) - 1
 
-    for piece in pieces:
-        start, context = len(ids), rows[piece[0]].shared if len(piece) > 1 else 0
-        lay(rows[piece[0]].ids[:context], 0)
-        branches = len(ids)
+    def lay_behind(context: int, last: int, piece: Sequence[int]) -> None:
         for number in piece:
-            row = rows[number]
-            begin = len(ids)
-            lay(row.ids[context:-1], context)
+            before = len(ids) - context - 1
+            lay(rows[number].ids[context:-1], context)
             # a token is predicted by the one before it: for a branch's first, the context's last
-            after, branch = start - 1, begin - context - 1
-            sources += [(after if place <= context else branch) + place for place in trained(row)]
-        if len(ids) > branches > start:
-            families.append(Family(start, branches, len(ids)))
-    padding = max(-len(ids) % multiple, 0 if ids else multiple)
-    lay([0] * padding, 0)
+            sources[number] = [last if place <= context else before + place for place in trained(rows[number])]
+
+    families: list[tuple[Family, Sequence[int]]] = []
+    alone: list[tuple[Family, Sequence[int]]] = []
+    for piece in pieces:
+        context = rows[piece[0]].shared if len(piece) > 1 else 0
+        branches = sum(len(rows[number]) - 1 - context for number in piece)
+        (families if context and branches else alone).append((Family(context, branches), piece))
+    ends = [lay(rows[piece[0]].ids[: family.context], 0) for family, piece in families]
+    for (family, piece), last in zip(families, ends, strict=True):
+        lay_behind(family.context, last, piece)
+    for family, piece in alone:
+        lay_behind(family.context, lay(rows[piece[0]].ids[: family.context], 0), piece)
+    lay([0] * (-len(ids) % multiple or (0 if ids else multiple)), 0)
     order = [number for piece in pieces for number in piece]
     return Microbatch(
         rows=tuple(order),
         ids=_tensor(ids, len(ids), np.int64),
-        layout=Layout(tuple(cuts), tuple(families), _tensor(positions, len(ids), np.int64)),
-        targets=_targets([rows[number] for number in order], sources),
+        layout=Layout(tuple(cuts), tuple(family for family, _ in families), _tensor(positions, len(ids), np.int64)),
+        targets=_targets([rows[number] for number in order], [place for number in order for place in sources[number]]),
     )
 
 
@@ -105,8 +111,11 @@ def trained(row: Row) -> list[int]:
 
 
 def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Tensor:
-    """[count]; torch's own way of reading a list takes four times as long."""
-    return torch.from_numpy(np.fromiter(values, dtype, count))
+    """[count]; torch's own way of reading a list takes four times as long.
+
+    A copy: a tensor whose memory is numpy's needs the interpreter's lock to be freed, whichever thread does, even at exit.
+    """
+    return torch.from_numpy(np.fromiter(values, dtype, count)).clone()
 
 
 def _of_trained(row: Row, values: Sequence[Value]) -> Iterator[Value]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_r3.algo.layout import Family
 from nemo_r3.algo.packing import pack, trained
 from nemo_r3.types import Row
 
@@ -66,14 +67,24 @@ def test_a_group_lays_its_context_once() -> None:
     assert packed.ids.tolist() == [0, 1, 2, 3, 4, 1005, 1006, 3005, 3006, 3007]  # the last tokens are only targets
     assert packed.layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
     assert packed.layout.cuts == (0, 5, 7, 10)
-    (family,) = packed.layout.families
-    assert (family.start, family.branches, family.end) == (0, 5, 10)
-    assert packed.layout.branch_tokens.tolist() == [5, 6, 7, 8, 9]
-    assert packed.layout.context_tokens.tolist() == [0, 1, 2, 3, 4]
+    assert packed.layout.families == (Family(5, 5),)
+    assert (packed.layout.context_tokens, packed.layout.branch_tokens) == (slice(0, 5), slice(5, 10))
     assert (packed.layout.branches.cuts, packed.layout.contexts.cuts) == ((0, 5), (0, 5))
     # the context's last token predicts the first token of rows 0 and 2; row 1's only token is not left out either
     assert packed.targets.sources.tolist() == [4, 5, 6, 4, 4, 7, 8, 9]
     assert packed.targets.sequences.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+
+
+def test_contexts_lie_before_branches_and_branches_before_whole_rows() -> None:
+    rows = [*group_of(3, [2, 3], 0, 0), *group_of(5, [4], 1, 2), *group_of(2, [3, 2], 2, 3)]
+    packed = pack(rows, [[0, 1], [2], [3, 4]], 1)
+    layout, places = packed.layout, packed.ids.tolist()
+    assert layout.families == (Family(3, 3), Family(2, 3)) and layout.cuts == (0, 3, 5, 6, 8, 10, 11, 19)
+    assert places[layout.context_tokens] == [0, 1, 2, 0, 1]
+    assert places[layout.branch_tokens] == [1003, 2003, 2004, 4002, 4003, 5002]
+    assert places[11:] == [0, 1, 2, 3, 4, 3005, 3006, 3007]
+    assert (layout.contexts.cuts, layout.branches.cuts) == ((0, 3, 5), (0, 3, 6))
+    assert packed.rows == (0, 1, 2, 3, 4), "targets keep the order of the pieces"
 
 
 def test_a_row_on_its_own_is_laid_whole() -> None:
