@@ -113,7 +113,7 @@ def trained(row: Row) -> list[int]:
 def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Tensor:
     """[count]; torch's own way of reading a list takes four times as long.
 
-    A copy: a tensor whose memory is numpy's needs the interpreter's lock to be freed, whichever thread does, even at exit.
+    A copy: numpy's memory takes the interpreter's lock to be freed, in whichever thread, even when the process ends.
     """
     return torch.from_numpy(np.fromiter(values, dtype, count)).clone()
 
