@@ -35,3 +35,23 @@ def test_peak_and_device_are_counted_on_a_gpu() -> None:
     found = memory.measured("update")
     assert memory.peak() - resting >= held.nbytes
     assert found["memory/update_device"] >= found["memory/update_reserved"] >= found["memory/update_allocated"] >= 0.25
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_is_reserved_is_cut_up_and_given_back() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    memory.reserve(2 * memory.PIECE + 1)
+    assert torch.cuda.memory_reserved() == before + 2 * memory.PIECE
+    parts = [torch.empty(memory.PIECE // 4, dtype=torch.uint8, device="cuda") for _ in range(8)]
+    assert torch.cuda.memory_reserved() == before + 2 * memory.PIECE
+    del parts
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+
+
+def test_on_a_cpu_nothing_is_reserved() -> None:
+    resident = memory.measured("now")["memory/now_rss"]
+    memory.reserve(2**40)
+    assert memory.measured("now")["memory/now_rss"] < resident + 1
