@@ -143,8 +143,9 @@ def seed_step(seed: int, step: int) -> None:
 def main(recipe: Callable[[Sequence[str]], None]) -> None:
     """Runs a recipe on the command line's arguments; a `UserError` becomes one line and exit code 2, a stop code 75.
 
-    Every failure leaves through os._exit: interpreter shutdown would run vLLM's exit hooks, which wait for
-    ranks that are themselves waiting in a collective.
+    Every end goes through os._exit. After a failure, interpreter shutdown would run vLLM's exit hooks, which wait for
+    ranks that are themselves waiting in a collective; after a success, a thread of gloo that lets go of a tensor during
+    the shutdown may abort the process, and Slurm would call a finished run failed. All files are closed by then.
     """
     try:
         recipe(sys.argv[1:])
@@ -162,6 +163,8 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
             _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)
     sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def is_collective(error: BaseException) -> bool:
