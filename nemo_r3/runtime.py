@@ -149,8 +149,8 @@ def _has_cuda(local: int) -> bool:
         return False
     if local >= count:
         raise UserError(
-            f"local rank {local} on {host} sees {count} GPUs: every rank must see all GPUs of its node, and takes the one "
-            "of its local rank. Leave out --gpu-bind, --gpus-per-task and a CUDA_VISIBLE_DEVICES of each task's own"
+            f"local rank {local} on {host} sees {count} GPUs: every rank must see all GPUs of its node, and takes the "
+            "one of its local rank. Leave out --gpu-bind, --gpus-per-task and a CUDA_VISIBLE_DEVICES of each task's own"
         )
     return True
 

@@ -15,7 +15,8 @@ from nemo_r3.report import table
 from recipes import session
 
 PROBES = 8
-PROBE_TOKENS = 32
+PROBE_TOKENS = 64
+"""Of each probe: rank 0's CPU runs them, twice, while the other ranks wait."""
 
 
 def export(argv: Sequence[str]) -> None:
@@ -54,7 +55,7 @@ def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
     for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
         rows = [json.loads(line) for line in file.read_text().splitlines()[:PROBES] if line]
     if rows:
-        return [row["context_ids"] + row["reflection_ids"] for row in rows]
+        return [(row["context_ids"] + row["reflection_ids"])[:PROBE_TOKENS] for row in rows]
     draw = random.Random(0)
     length = min(PROBE_TOKENS, arch.max_positions)
     return [[draw.randrange(arch.vocab_size) for _ in range(length)] for _ in range(PROBES)]

@@ -221,11 +221,11 @@ class Saver:
 
 
 def _is_fault(error: BaseException) -> bool:
-    """Whether a save failed because a rank, the network or a GPU did: nothing that a user could mend.
+    """Whether a save failed because a rank, the network or a GPU did: nothing that a user could fix.
 
     torch's writer in C++ raises a bare RuntimeError for a full disk, and so does gloo for a lost rank.
     """
-    return isinstance(error, torch.OutOfMemoryError) or is_collective(error)
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or is_collective(error)
 
 
 def _names(directory: Path, world: World) -> list[str]:
@@ -375,6 +375,9 @@ def _norm_state(module: Any) -> dict[str, Any]:
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # gathered over gloo on one rank of each data-parallel group; else every rank holds all of its stage's state,
+        # and what was gathered on the GPU comes on top of the engine's memory
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": _data_parallel_group(),

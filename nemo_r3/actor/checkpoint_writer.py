@@ -19,7 +19,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from nemo_r3 import signals
+
 UNREADABLE = "unreadable"
+ALIVE_SECONDS = 10.0
+"""Between two signs of life while a thread writes, which may take longer than run.timeout_minutes."""
 
 
 class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -61,7 +65,9 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         Raises:
             CheckpointException: a rank could not write.
         """
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(ALIVE_SECONDS)
+            signals.alive()
         dist.barrier()
         for finish in self._finish:
             finish()

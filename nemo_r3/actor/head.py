@@ -68,7 +68,7 @@ class _TargetLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         real = weight[: columns.count]
         local = targets - columns.start
-        chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // max(1, columns.count))
+        chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))  # the same on every rank, as padding counts
         found = []
         for part, index in zip(hidden.split(chunk), local.split(chunk), strict=True):
             logits = part @ real.t()

@@ -70,6 +70,6 @@ def test_what_goes_on_follows_what_was_begun() -> None:
     assert end.behind(None) == end
 
 
-def test_engines_of_several_ranks_are_seeded_and_keep_their_turns_all_the_same() -> None:
+def test_engines_of_several_ranks_on_gpus_keep_their_turns() -> None:
     assert not is_deterministic(RolloutConfig(tensor_parallel=2), on_cuda=True)
     assert is_deterministic(RolloutConfig(), on_cuda=False)
