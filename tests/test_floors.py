@@ -23,6 +23,7 @@ FLOORS = {
     "nemo_r3.precision": 2,
     "nemo_r3.runtime": 2,
     "nemo_r3.memory": 2,
+    "nemo_r3.capacity": 2,
     "nemo_r3.signals": 1,
     "nemo_r3.actor": 3,
     "nemo_r3.rollout": 3,
