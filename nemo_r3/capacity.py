@@ -87,8 +87,8 @@ def gpu_problem(config: Config, size: Size, total: int) -> str | None:
     held, vllm = size.weights if rests else size.at_work, share * total
     if size.at_work > total:
         return (
-            f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has {total / GIB:.0f}: use more GPUs, with "
-            "a larger actor.tensor_parallel or actor.pipeline_parallel"
+            f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has {total / GIB:.0f}: use more GPUs, "
+            "with a larger actor.tensor_parallel or actor.pipeline_parallel"
         )
     if held + vllm > total:
         return (
