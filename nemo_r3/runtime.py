@@ -228,12 +228,12 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
 
 
 def is_collective(error: BaseException) -> bool:
-    """Whether the ranks could not meet. gloo raises a bare RuntimeError, so its name in the message has to do."""
+    """Whether a collective failed. gloo raises a bare RuntimeError, so its name in the message has to do."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _of_another_rank(error: Exception) -> str:
-    """What a rank says whose collective failed: the cause is in another rank's log, and in no stack of this one."""
+    """The message for a failed collective: the cause is in another rank's log, and in no stack of this one."""
     said = str(error).partition("\n")[0]
     if "connectFullMesh" in said:
         return (
@@ -250,8 +250,8 @@ def _of_another_rank(error: Exception) -> str:
 def _leave(message: str, code: int, follows: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if follows or (rank and code != signals.STOPPED):
-        signals.deaf()
-        time.sleep(3)  # an error that all ranks meet is printed by rank 0, another one by the rank whose it is, first
+        signals.restore_defaults()
+        time.sleep(3)  # rank 0 prints an error that all ranks meet; a rank's own error comes before those that follow
     if rank:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()

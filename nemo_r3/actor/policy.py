@@ -67,7 +67,7 @@ class Policy:
         self.version = 0
         self._working_bytes = 0
         recipe = precision_of(config).fp8
-        self._lacks_scales = recipe is not None and recipe.history
+        self._lacks_scales = recipe is not None and recipe.delayed
         self.optimizer: MegatronOptimizer | None = None
         with cpu.cuda_stand_in():
             start_parallel_groups(config.actor, config.seed)

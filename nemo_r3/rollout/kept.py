@@ -1,10 +1,10 @@
-"""`Kept`: the turns of the step under way, so that a step that was stopped goes on where it was left.
+"""`Kept`: the turns of the step under way, so that a stopped step continues where it was left.
 
-    stop    turns that have ended, and the tokens so far of those that have not -> step_000040/turns.safetensors
-    resume  in step 41 the ended ones are not asked again, and the others go on behind their tokens
+    stop    finished turns, and the tokens so far of unfinished ones -> step_000040/turns.safetensors
+    resume  step 41 reuses finished turns and continues unfinished ones from their last token
 
-Both are needed. The turns that have ended are the short ones: drawing only the long ones anew would favour short
-answers. Gone on with by the weights that began it, a turn is a sample of the policy like any other.
+Both matter: finished turns are the shorter ones, so resampling only the rest would favour short answers. Continued
+with the weights that began it, a turn is a sample of the policy like any other.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Kept:
         self._turns: dict[str, Completion] = {}
 
     def begin(self, step: int) -> None:
-        """The turns from now on are of `step`, and what was kept of another one goes; only those of training, which
-        count from 1, are kept."""
+        """Starts `step`, dropping turns of any other. Only training steps, which count from 1, are kept."""
         if step != self._step:
             self._step, self._turns = step, {}
 
@@ -56,7 +55,7 @@ class Kept:
         return {turn: found for turn, found in self._turns.items() if found.ids} if step == self._step else {}
 
     def take_up(self, step: int, turns: Mapping[str, Completion]) -> None:
-        """Goes on with what an earlier process kept of `step`."""
+        """Continues with what an earlier process kept of `step`."""
         if self._enabled:
             self._step, self._turns = step, dict(turns)
 

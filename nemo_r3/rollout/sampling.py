@@ -33,13 +33,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request.
+    """What a request has sampled.
 
     Attributes:
         request_id: as it was added.
         ids: [length] sampled token ids.
         logprobs: [length] their log-probabilities in nats at the request's temperature.
-        finish_reason: "stop" or "length"; "unfinished" where the request was left before.
+        finish_reason: "stop" or "length"; "unfinished" if the request was aborted before.
         version: the version of the weights that sampled it.
     """
 
@@ -49,8 +49,8 @@ class Completion:
     finish_reason: str
     version: int
 
-    def behind(self, begun: Completion | None) -> Completion:
-        """This completion as the end of one that was begun with the same weights."""
+    def continuing(self, begun: Completion | None) -> Completion:
+        """This completion appended to the one it continues, of the same weights."""
         if begun is None:
             return self
         return replace(self, ids=begun.ids + self.ids, logprobs=begun.logprobs + self.logprobs)

@@ -255,7 +255,7 @@ class Rollout:
 
         def take(completion: Completion) -> tuple[_Turn, Completion]:
             asked = waiting.pop(completion.request_id)
-            whole = completion.behind(asked.begun)
+            whole = completion.continuing(asked.begun)
             self.kept.add(asked.id, whole)
             return asked.turn, whole
 
