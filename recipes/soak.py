@@ -20,7 +20,7 @@ from nemo_r3 import config as configuration
 from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import write_whole
+from nemo_r3.files import write_whole
 from recipes.drill import PATIENCE, Launch, differences, ranks_of, send, untimed
 
 MINING = "while mining"

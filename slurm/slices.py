@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.files import write_whole
 
 FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
 """Exit codes of `recipes.train`: done; an error the user must mend; stopped on request, saved. Any other is a fault."""
@@ -197,10 +198,7 @@ def read_record(config: Config) -> Record:
 
 def write_record(config: Config, record: Record) -> None:
     """Writes `slurm.json`, whole."""
-    file = _file(config)
-    writing = file.with_name(f".{file.name}.writing")
-    writing.write_text(json.dumps(asdict(record)) + "\n")
-    writing.replace(file)
+    write_whole(_file(config), json.dumps(asdict(record)) + "\n")
 
 
 def _file(config: Config) -> Path:
