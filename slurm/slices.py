@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nemo_r3 import signals
+from nemo_r3.actor.manifest import latest_step
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.files import write_whole
@@ -176,9 +177,8 @@ def requeue(job: str, bad_hosts: list[str]) -> None:
 
 def progress_of(config: Config) -> tuple[int, int]:
     """The newest complete checkpoint's step, and how many shards of the failure bank are mined."""
-    found = Path(config.run.dir, "checkpoints").glob("step_*/manifest.json")
-    steps = [int(file.parent.name.removeprefix("step_")) for file in found]
-    return max(steps, default=0), len(list(Path(config.failures.path).glob("shard_*.jsonl")))
+    shards = Path(config.failures.path).glob("shard_*.jsonl")
+    return latest_step(Path(config.run.dir, "checkpoints")), len(list(shards))
 
 
 def read_record(config: Config) -> Record:
