@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import math
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 
 from nemo_r3.config import Config, load
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import RunDirectory, _locks, naming, take_lock, write_whole
+from nemo_r3.files import _locks, take_lock
+from nemo_r3.run_directory import RunDirectory
 from nemo_r3.runtime import World
 
 
@@ -117,19 +117,3 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run.dir: cannot write"):
         directory(tmp_path / "file" / "run").open(resuming=False)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "x"
-    write_whole(file, "old")
-    with pytest.raises(TypeError):
-        write_whole(file, cast(str, 3))
-    assert file.read_text() == "old"
-
-
-def test_a_write_that_finds_no_room_names_the_file() -> None:
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as error, naming(Path("/dev/full")):
-        with Path("/dev/full").open("w") as full:
-            full.write("x")
-            full.flush()
-    assert error.value.errno == errno.ENOSPC

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import queue
 from collections.abc import Callable
-from hashlib import file_digest
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,8 +19,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from nemo_r3 import signals
+from nemo_r3.actor.manifest import sum_of
 
-UNREADABLE = "unreadable"
 ALIVE_SECONDS = 10.0
 """Between two signs of life while a thread writes, which may take longer than run.timeout_minutes."""
 
@@ -117,12 +116,3 @@ def _copied(buckets: list[Any], sources: list[Any]) -> list[Any]:
         )
         for (*names, (texts, tensors)), (*_, (_, originals)) in zip(buckets, sources, strict=True)
     ]
-
-
-def sum_of(file: Path) -> str:
-    """A file's SHA-256, or UNREADABLE."""
-    try:
-        with file.open("rb") as handle:
-            return file_digest(handle, "sha256").hexdigest()
-    except OSError:
-        return UNREADABLE

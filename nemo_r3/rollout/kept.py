@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
@@ -21,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from nemo_r3.files import write_whole
 from nemo_r3.rollout.sampling import Completion
 from nemo_r3.types import Phase, Trajectory
 
@@ -78,15 +78,7 @@ def write(file: Path, turns: Mapping[str, Completion]) -> None:
         "logprobs": torch.tensor([value for turn in turns.values() for value in turn.logprobs], dtype=torch.float32),
     }
     rows = [[turn, len(found.ids), found.finish_reason, found.version] for turn, found in turns.items()]
-    writing = file.with_name(f".{file.name}.writing")
-    try:
-        with writing.open("wb") as handle:
-            handle.write(save(tensors, {"turns": json.dumps(rows)}))
-            handle.flush()
-            os.fsync(handle.fileno())
-        writing.replace(file)
-    finally:
-        writing.unlink(missing_ok=True)
+    write_whole(file, save(tensors, {"turns": json.dumps(rows)}))
 
 
 def read(file: Path) -> dict[str, Completion]:

@@ -16,6 +16,7 @@ from lab import Lab
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint
+from nemo_r3.actor.manifest import latest
 from nemo_r3.errors import UserError
 
 
@@ -79,7 +80,7 @@ def full_disk(lab: Lab) -> dict[str, Any]:
         found[name] = refusal(lambda limit=limit: limited(limit, lambda: checkpoint.save(policy, directory, 2, {}, 1)))
         found[f"{name} left"] = sorted(path.name for path in directory.iterdir())
     again = lab.policy("one", "llama")
-    found["cursor"] = checkpoint.load(again, checkpoint.latest(directory))["state"]
+    found["cursor"] = checkpoint.load(again, latest(directory))["state"]
     restored = lab.weights(again)
     found["earlier_loads"] = all(torch.equal(restored[name], expected[name]) for name in expected)
     checkpoint.save(policy, directory, 2, {}, keep=1)  # once there is room again
@@ -105,14 +106,14 @@ def killed_while_saving(lab: Lab) -> None:
     checkpoint.save(policy, directory, 1, {"cursor": 1}, keep=2)
     lab.keep("killed-1", lab.weights(policy))
     policy.update(batch_of())
-    checkpoint._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    checkpoint.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     checkpoint.save(policy, directory, 2, {"cursor": 2}, keep=2)
 
 
 def after_the_kill(lab: Lab) -> dict[str, Any]:
     directory = lab.home / "killed"
     before = sorted(path.name for path in directory.iterdir())
-    newest = checkpoint.latest(directory)
+    newest = latest(directory)
     assert newest is not None
     policy = lab.policy("tp2", "qwen2_tied")
     state = checkpoint.load(policy, newest)["state"]
