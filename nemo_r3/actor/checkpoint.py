@@ -236,7 +236,7 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         DamagedError: the checkpoint is incomplete or damaged, on every rank alike.
         UserError: it is of another model, or of the other rotary factors.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = _manifest_on_rank_0(checkpoint, policy.world)
     if manifest["architecture"] != _described(policy):
         raise UserError(
             f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
@@ -252,7 +252,6 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} was trained with longrope's {manifest['rope']} factors, and rollout.max_model_len="
             f"{policy.config.rollout.max_model_len} takes the {_regime(policy)} ones; set it back to the run's own"
         )
-    check_sizes(checkpoint, manifest["files"])
     check_sums(checkpoint, manifest["files"], _file_sums(checkpoint, sorted(manifest["files"]), policy.world))
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
@@ -270,6 +269,25 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         policy.schedule.init_lr = found["schedule"]["init_lr"]
     policy.version = manifest["version"]
     return manifest
+
+
+def _manifest_on_rank_0(checkpoint: Path, world: World) -> dict[str, Any]:
+    """The manifest, and files of the sizes it says, as rank 0 sees them: for a moment another rank may not.
+
+    Raises:
+        DamagedError: on every rank alike.
+    """
+    found: dict[str, Any] | DamagedError = {}
+    if world.is_main:
+        try:
+            found = read_manifest(checkpoint)
+            check_sizes(checkpoint, found["files"])
+        except DamagedError as error:
+            found = error
+    found = world.broadcast(found)
+    if isinstance(found, DamagedError):
+        raise found
+    return found
 
 
 def _described(policy: Policy) -> dict[str, Any]:
