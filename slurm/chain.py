@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
+from slurm.commands import ask
 from slurm.job import sbatch_options
 from slurm.stage import Stage
 
@@ -118,7 +118,7 @@ def submit(steps: Sequence[Step]) -> str:
             before, last = step, jobs[0].job_id.partition("_")[0]
     except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
         if submitted:
-            _ask("scancel", *(job for _, job in submitted))
+            ask("scancel", *(job for _, job in submitted))
         raise UserError(f"Slurm refused {steps[len(submitted)].recipe}: {' '.join(str(error).split())}") from error
     record(folder, submitted)
     return "\n".join(f"{stage.name}: job {job}" for stage, job in submitted)
@@ -190,14 +190,14 @@ def cancel(run_dir: Path) -> str:
     active = [job for _, job in chain if job in queue]
     if not active:
         return "nothing to cancel: no job of the chain is in the queue"
-    _ask("scancel", *active)
+    ask("scancel", *active)
     return f"cancelled: {', '.join(active)}"
 
 
 def _queue() -> dict[str, str]:
     """The user's jobs that have not ended, each with what it does, in words."""
     rows = [
-        line.split("|") for line in _ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R").splitlines()
+        line.split("|") for line in ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R").splitlines()
     ]
     return {job: f"{state.lower()} {where}" for job, state, where in rows}
 
@@ -214,13 +214,3 @@ def _read(folder: Path) -> list[tuple[Stage, str]]:
 
 def _file(folder: Path) -> Path:
     return folder / "chain.json"
-
-
-def _ask(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError(f"{command[0]} was not found: there is no Slurm here (--local runs a chain without)") from None
-    if done.returncode:
-        raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-    return done.stdout

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from nemo_r3.actor.manifest import latest_step
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.files import write_whole
+from slurm.commands import ATTEMPTS, ask
 
 FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
 """Exit codes of `recipes.train`: done; an error the user must mend; stopped on request, saved. Any other is a fault."""
@@ -96,10 +97,10 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
         The batch script's exit code.
     """
     job, restarts = environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT", "0"))
-    hosts = _ask("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]).split()
+    hosts = ask("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"], attempts=ATTEMPTS).split()
     ended = read_end(logs_of(config, job, restarts), code, hosts)
     what = f"slice {restarts} of job {job}: {ended.cause}"
-    state = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
+    state = state_of(job)
     if state != "RUNNING":  # cancelled, preempted, a node lost
         print(f"{what}; the job is {state}: Slurm is ending it, and decides whether it runs again", flush=True)
         return ended.code
@@ -109,6 +110,15 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
     if verdict.requeue:
         requeue(job, [host for host, failures in verdict.record.hosts.items() if failures >= HOST_FAILURES])
     return ended.code
+
+
+def state_of(job: str) -> str:
+    """The job's state; RUNNING if Slurm does not say: one requeue too many does less harm than none."""
+    try:
+        return ask("squeue", "--noheader", f"--jobs={job}", "--format=%T", attempts=ATTEMPTS).strip()
+    except UserError as error:
+        print(f"{error}; going on as if the job were still running", file=sys.stderr, flush=True)
+        return "RUNNING"
 
 
 def read_end(logs: Path, code: int, hosts: list[str]) -> End:
@@ -167,11 +177,12 @@ def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]
 def requeue(job: str, bad_hosts: list[str]) -> None:
     """Puts the job back in the queue, without hosts that failed again and again."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing ends this script, but not before the hosts are excluded
-    _ask("scontrol", "requeue", job)
+    ask("scontrol", "requeue", job, attempts=ATTEMPTS)
     if bad_hosts:  # beside those of --exclude; Slurm takes a new list from a pending job only
-        shown = re.search(r"\bExcNodeList=(\S+)", _ask("scontrol", "show", "job", job))
+        shown = re.search(r"\bExcNodeList=(\S+)", ask("scontrol", "show", "job", job, attempts=ATTEMPTS))
         others = [shown[1]] if shown and shown[1] != "(null)" else []
-        _ask("scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join([*others, *bad_hosts])}")
+        excluded = f"ExcNodeList={','.join([*others, *bad_hosts])}"
+        ask("scontrol", "update", f"jobid={job}", excluded, attempts=ATTEMPTS)
         print(f"excluded, {HOST_FAILURES} failures or more: {', '.join(bad_hosts)}", flush=True)
 
 
@@ -222,15 +233,3 @@ def _said(log: Path, code: int) -> str:
 
 def _lines(file: Path) -> list[str]:
     return file.read_text(errors="replace").splitlines() if file.exists() else []
-
-
-def _ask(*command: str) -> str:
-    """What a Slurm command prints.
-
-    Raises:
-        UserError: it failed.
-    """
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-    return done.stdout
