@@ -29,6 +29,13 @@ HOST_FAILURES = 2
 """A host with so many failures is excluded."""
 IDLE_SLICES = 2
 """So many slices in a row without a checkpoint or mined shard end the job."""
+FROM_OUTSIDE = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals of Slurm and train.sh: a rank that dies of one says nothing about its host."""
+DEVICE_ERROR = re.compile(
+    "(?:CUDA error|Cuda failure).*(ECC error|NVLink error|busy or unavailable|no CUDA-capable device|unknown error|"
+    "system not yet initialized|hardware error)"
+)
+"""Errors of a GPU itself, in the words of CUDA and, after "Cuda failure", NCCL; not those that a program causes."""
 ERROR_LINE = re.compile(r"(\[rank ?\d+\]:? ?)?(error: |([a-zA-Z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt)\b)")
 
 
@@ -38,10 +45,10 @@ class Record:
 
     Attributes:
         job: the job that wrote it; another one starts to count anew.
-        faults: slices of this job that ended in a fault.
+        faults: slices of this job that ended in a fault, since the run last made progress.
         idle: slices in a row that were stopped without progress.
         progress: newest checkpoint's step and number of mined shards when the slice began.
-        hosts: failures by host, of all jobs on this run directory.
+        hosts: failures by host, of all jobs on this run directory, since it last made progress.
     """
 
     job: str = ""
@@ -139,25 +146,31 @@ def read_end(logs: Path, code: int, hosts: list[str]) -> End:
     if sick:  # what all nodes of several share is nobody's fault
         blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()
         return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
-    failed = [(at, rank, code, host) for rank, code, host, at in _exits(logs) if code]
+    failed = sorted((at, rank, code, host) for rank, code, host, at in _exits(logs) if code)
     if not failed and code == STOPPED:
         return End(STOPPED, "stopped on request before the ranks began")
     if not failed:
         return End(FAULT, f"srun ended with code {code} and no rank said why; see the lines above")
-    _, rank, code, host = min(failed)
+    _, rank, code, host = failed[0]
     if code == STOPPED:
         return End(STOPPED, "stopped on request")
-    return End(code, f"rank {rank} on {host} {_said(logs / f'rank_{rank}.log', code)}", (host,))
+    trouble = _host_trouble(logs, rank, code)
+    shared = trouble and any(_host_trouble(logs, n, c) == trouble for _, n, c, other in failed if other != host)
+    blamed = (host,) if trouble and not shared else ()
+    return End(code, f"rank {rank} on {host} {_said(_log(logs, rank), code)}", blamed)
 
 
 def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]) -> Verdict:
-    """Whether a job gets another slice."""
+    """Whether a job gets another slice. Faults, and the failures of hosts, count since the last progress."""
+    if progress != record.progress:
+        record = replace(record, faults=0, idle=0, hosts={})
     if ended.code == FINISHED:
         return Verdict(replace(record, idle=0), False, "done")
     if ended.code == REFUSED:
         return Verdict(record, False, "not requeued: mend that and submit again")
     if ended.code == STOPPED:
-        record = replace(record, idle=0 if progress != record.progress else record.idle + 1)
+        if progress == record.progress:
+            record = replace(record, idle=record.idle + 1)
         if record.idle < IDLE_SLICES:
             return Verdict(record, True, "requeued")
         return Verdict(
@@ -223,10 +236,25 @@ def _exits(logs: Path) -> Iterator[tuple[int, int, str, float]]:
             yield int(file.stem.removeprefix("rank_")), int(words[0]), words[1], float(words[2])
 
 
+def _log(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.log"
+
+
+def _host_trouble(logs: Path, rank: int, code: int) -> str:
+    """What a rank died of, if a broken host may be the reason: a signal or a GPU's own error; empty otherwise."""
+    if number := _signal(code):
+        return "" if number in FROM_OUTSIDE else number.name
+    return next((found[1] for line in _lines(_log(logs, rank)) if (found := DEVICE_ERROR.search(line))), "")
+
+
+def _signal(code: int) -> signal.Signals | None:
+    return signal.Signals(code - 128) if code - 128 in [*signal.Signals] else None
+
+
 def _said(log: Path, code: int) -> str:
     """What a rank died of: a signal, or the first error in its log."""
-    if code - 128 in [*signal.Signals]:
-        return f"was killed by signal {code - 128} ({signal.Signals(code - 128).name})"
+    if number := _signal(code):
+        return f"was killed by signal {number.value} ({number.name})"
     said = next((line for line in _lines(log) if ERROR_LINE.match(line)), "its log names no error")
     return f"ended with code {code}: {said} ({log})"
 

@@ -36,7 +36,7 @@ def test_the_first_rank_that_failed_is_the_cause(tmp_path: Path) -> None:
     exits = {0: "1 n1 105.2", 1: "1 n1 101.5", 2: "143 n2 101.6", 3: "0 n2 100.0"}
     leave(tmp_path, exits, {0: "RuntimeError: Connection closed by peer\n", 1: TRACEBACK})
     ended = read_end(tmp_path, 143, HOSTS)
-    assert ended.code == 1 and ended.hosts == ("n1",)
+    assert ended.code == 1 and ended.hosts == (), "what a program causes is no host's fault"
     assert ended.cause.startswith("rank 1 on n1 ended with code 1: torch.OutOfMemoryError: 3 GiB (")
 
 
@@ -47,7 +47,41 @@ def test_a_stop_may_come_before_the_ranks(tmp_path: Path) -> None:
 
 def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     leave(tmp_path, {0: "1 n1 105.2", 3: "137 n2 101.5"})
-    assert read_end(tmp_path, 137, HOSTS).cause == "rank 3 on n2 was killed by signal 9 (SIGKILL)"
+    assert read_end(tmp_path, 137, HOSTS) == End(137, "rank 3 on n2 was killed by signal 9 (SIGKILL)", ("n2",))
+
+
+def test_a_signal_of_slurm_is_no_hosts_fault(tmp_path: Path) -> None:
+    """All of n2 was lost, and srun ended n1."""
+    leave(tmp_path, {0: "143 n1 101.5", 1: "138 n1 101.6"})
+    assert read_end(tmp_path, 143, HOSTS) == End(143, "rank 0 on n1 was killed by signal 15 (SIGTERM)")
+
+
+@pytest.mark.parametrize(
+    ("line", "blamed"),
+    [
+        ("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", ("n1",)),
+        ("RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", ("n1",)),
+        ("n1:7:7 [0] NCCL WARN Cuda failure 'uncorrectable NVLink error detected during the execution'", ("n1",)),
+        ("torch.AcceleratorError: CUDA error: device-side assert triggered", ()),
+        ("torch.AcceleratorError: CUDA error: an illegal memory access was encountered", ()),
+        ("torch.AcceleratorError: CUDA error: out of memory", ()),
+        ("TypeError: unsupported operand type(s)", ()),
+    ],
+)
+def test_a_host_is_blamed_for_its_gpus_alone(tmp_path: Path, line: str, blamed: tuple[str, ...]) -> None:
+    leave(tmp_path, {0: "1 n1 101.5", 2: "143 n2 102.0"}, {0: f"{line}\nRuntimeError: that was it\n"})
+    assert read_end(tmp_path, 1, HOSTS).hosts == blamed
+
+
+@pytest.mark.parametrize(("second", "blamed"), [("n1", ("n1",)), ("n2", ())])
+def test_the_same_trouble_on_several_hosts_is_no_hosts_fault(
+    tmp_path: Path, second: str, blamed: tuple[str, ...]
+) -> None:
+    leave(tmp_path, {0: "139 n1 101.5", 3: f"139 {second} 104.0"})
+    assert read_end(tmp_path, 139, HOSTS).hosts == blamed
+    lost = "RuntimeError: CUDA error: unknown error\n"
+    leave(tmp_path, {0: "1 n1 101.5", 3: f"1 {second} 104.0"}, {0: lost, 3: lost})
+    assert read_end(tmp_path, 1, HOSTS).hosts == blamed
 
 
 def test_a_code_beyond_all_signals_is_a_code(tmp_path: Path) -> None:
@@ -121,11 +155,20 @@ def test_slices_too_short_end_the_job() -> None:
 
 
 def test_faults_are_capped_and_counted_by_host() -> None:
-    faults = [(1, (step, 0)) for step in range(1, 5)]
+    faults = [(1, (0, 0))] * 4
     assert verdicts(Record(), faults) == [True, True, True, False]
     assert verdicts(Record(), faults[:1], "cluster.max_requeues=0") == [False]
     once = decide(Config(), Record(hosts={"n2": 1}), End(1, "", ("n2", "n1")), (0, 0))
     assert once.record.hosts == {"n2": 2, "n1": 1}
+
+
+def test_progress_forgives_faults_and_hosts() -> None:
+    """By a checkpoint or a shard: a long run survives any number of faults, a broken one none beyond the cap."""
+    assert verdicts(Record(), [(1, (step, 0)) for step in range(1, 9)]) == [True] * 8
+    before = Record(faults=3, idle=1, progress=(5, 2), hosts={"n1": 1, "n2": 1})
+    verdict = decide(Config(), before, End(1, "", ("n2",)), (5, 3))
+    assert verdict.requeue and verdict.record == Record(faults=1, progress=(5, 2), hosts={"n2": 1})
+    assert not decide(Config(), before, End(1, "", ("n2",)), (5, 2)).requeue
 
 
 def test_the_record_outlives_a_slice_but_not_a_job(tmp_path: Path) -> None:
