@@ -134,19 +134,26 @@ def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:
         "RANKS_PER_NODE": str(ranks),
         "THREADS": str(cpus or 1),
         "SETUP": cluster.setup,
-        "CONTAINER": _container(config),
+        "CONTAINER": _container(config, got.job),
         "NODE_STEP": [f"--ntasks={got.nodes}", "--ntasks-per-node=1"],
         "RANK_STEP": step,
+        "HEALTH_MINUTES": str(cluster.health_minutes),
         "HEALTH": [str(word) for word in health],
     }
 
 
-def _container(config: Config) -> list[str]:
+def _container(config: Config, job: str) -> list[str]:
+    """srun's options; with a name, a node imports the image for the health check and has it for the ranks."""
     cluster, here = config.cluster, os.getcwd()
     if not cluster.container:
         return []
     mounts = ",".join([f"{here}:{here}", *cluster.container_mounts])
-    return [f"--container-image={cluster.container}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+    return [
+        f"--container-image={cluster.container}",
+        f"--container-name=nemo_r3_{job}",
+        f"--container-mounts={mounts}",
+        f"--container-workdir={here}",
+    ]
 
 
 def assignments(values: Mapping[str, str | list[str]]) -> str:

@@ -24,6 +24,8 @@ from slurm.commands import ATTEMPTS, ask
 FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
 """Exit codes of `recipes.train`: done; an error the user must mend; stopped on request, saved. Any other is a fault."""
 FAULT = 1
+TIMED_OUT = 124
+"""Exit code of timeout(1), around the health check."""
 FINE = "fine"
 HOST_FAILURES = 2
 """A host with so many failures is excluded."""
@@ -105,7 +107,7 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
     """
     job, restarts = environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT", "0"))
     hosts = ask("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"], attempts=ATTEMPTS).split()
-    ended = read_end(logs_of(config, job, restarts), code, hosts)
+    ended = read_end(logs_of(config, job, restarts), code, hosts, config.cluster.health_minutes)
     what = f"slice {restarts} of job {job}: {ended.cause}"
     state = state_of(job)
     if state != "RUNNING":  # cancelled, preempted, a node lost
@@ -128,20 +130,23 @@ def state_of(job: str) -> str:
         return "RUNNING"
 
 
-def read_end(logs: Path, code: int, hosts: list[str]) -> End:
+def read_end(logs: Path, code: int, hosts: list[str], health_minutes: int) -> End:
     """How a slice ended. srun's code mixes those of all ranks, so the first rank that failed is what counts.
 
     Args:
         logs: the slice's log directory.
         code: what srun returned, for the health check or for the ranks.
         hosts: of the job.
+        health_minutes: the health check's limit.
     """
     if code == FINISHED:
         return End(FINISHED, "finished")
+    late = f"the health check took longer than cluster.health_minutes={health_minutes}" if code == TIMED_OUT else ""
     answers = dict(line.split(": ", 1) for line in _lines(logs / "health.log") if ": " in line)
     if not answers:
-        return End(FAULT, "no node answered the health check (cluster.setup, cluster.container?); see the lines above")
-    sick = {host: answers.get(host, "no answer to the health check") for host in hosts}
+        silent = late or "no node answered the health check"
+        return End(FAULT, f"{silent} (cluster.setup, cluster.container?); see the lines above")
+    sick = {host: answers.get(host, late or "no answer to the health check") for host in hosts}
     sick = {host: cause for host, cause in sick.items() if cause != FINE}
     if sick:  # what all nodes of several share is nobody's fault
         blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()

@@ -40,7 +40,7 @@ forward() { # once: a second signal ends a rank before it has saved
 }
 trap forward USR1 TERM
 
-# LOGS LAUNCHER RANKS_PER_NODE THREADS SETUP CONTAINER NODE_STEP RANK_STEP HEALTH, quoted for the shell
+# LOGS LAUNCHER RANKS_PER_NODE THREADS SETUP CONTAINER NODE_STEP RANK_STEP HEALTH_MINUTES HEALTH, quoted for the shell
 settings=$(python3 -m slurm.job begin "$@") || exit 2
 eval "$settings"
 
@@ -54,7 +54,7 @@ prepared=(bash -ec "$SETUP"$'\nexec "$@"' setup) # runs a command after the line
 srun=(srun --export=ALL "${CONTAINER[@]}")
 
 code=0
-timeout 300 "${srun[@]}" "${NODE_STEP[@]}" \
+timeout "${HEALTH_MINUTES}m" "${srun[@]}" "${NODE_STEP[@]}" \
     "${prepared[@]}" python3 -m slurm.health "${HEALTH[@]}" >"$LOGS/health.log" || code=$?
 
 if [ -n "$stop" ]; then
@@ -74,4 +74,7 @@ elif [ "$code" = 0 ]; then
 fi
 
 trap '' USR1 TERM
+if [ "${#CONTAINER[@]}" -gt 0 ]; then # pyxis by itself keeps what has a name, beyond the job
+    timeout 60 srun "${NODE_STEP[@]}" enroot remove --force "pyxis_nemo_r3_$SLURM_JOB_ID" >/dev/null 2>&1
+fi
 python3 -m slurm.job end "$code" "$@"

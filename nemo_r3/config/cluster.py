@@ -34,7 +34,12 @@ class ClusterConfig:
     )
     min_disk_gb: float = option(10.0, low=0, help="free GB that a node must see at run.dir to start", resume=True)
     min_shm_gb: float = option(1.0, low=0, help="free GB that a node must have in /dev/shm to start", resume=True)
+    health_minutes: int = option(
+        5, low=1, help="limit of the nodes' check before the ranks start; a container is imported in it", resume=True
+    )
     signal_seconds: int = option(
         600, low=1, help="seconds before the time limit to stop and save; a step and a save must fit in", resume=True
     )
-    max_requeues: int = option(3, low=0, help="how often a job may be requeued after a fault", resume=True)
+    max_requeues: int = option(
+        3, low=0, help="how often a job may be requeued after faults without progress", resume=True
+    )

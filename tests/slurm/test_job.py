@@ -165,9 +165,11 @@ def test_what_starts_the_ranks() -> None:
     assert values["LOGS"] == "/r/logs/7_2"
     assert values["RANK_STEP"] == ["--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=6"]
     assert values["NODE_STEP"] == ["--ntasks=2", "--ntasks-per-node=1"]
+    assert values["HEALTH_MINUTES"] == "5"
     here = os.getcwd()
     assert values["CONTAINER"] == [
         "--container-image=/i.sqsh",
+        "--container-name=nemo_r3_7",
         f"--container-mounts={here}:{here},/d:/d",
         f"--container-workdir={here}",
     ]

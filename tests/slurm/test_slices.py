@@ -35,25 +35,25 @@ def test_the_first_rank_that_failed_is_the_cause(tmp_path: Path) -> None:
     """Rank 1 ran out of memory; the others lost their connection to it, or were killed by srun."""
     exits = {0: "1 n1 105.2", 1: "1 n1 101.5", 2: "143 n2 101.6", 3: "0 n2 100.0"}
     leave(tmp_path, exits, {0: "RuntimeError: Connection closed by peer\n", 1: TRACEBACK})
-    ended = read_end(tmp_path, 143, HOSTS)
+    ended = read_end(tmp_path, 143, HOSTS, 5)
     assert ended.code == 1 and ended.hosts == (), "what a program causes is no host's fault"
     assert ended.cause.startswith("rank 1 on n1 ended with code 1: torch.OutOfMemoryError: 3 GiB (")
 
 
 def test_a_stop_may_come_before_the_ranks(tmp_path: Path) -> None:
     leave(tmp_path, {})
-    assert read_end(tmp_path, STOPPED, HOSTS).code == STOPPED
+    assert read_end(tmp_path, STOPPED, HOSTS, 5).code == STOPPED
 
 
 def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     leave(tmp_path, {0: "1 n1 105.2", 3: "137 n2 101.5"})
-    assert read_end(tmp_path, 137, HOSTS) == End(137, "rank 3 on n2 was killed by signal 9 (SIGKILL)", ("n2",))
+    assert read_end(tmp_path, 137, HOSTS, 5) == End(137, "rank 3 on n2 was killed by signal 9 (SIGKILL)", ("n2",))
 
 
 def test_a_signal_of_slurm_is_no_hosts_fault(tmp_path: Path) -> None:
     """All of n2 was lost, and srun ended n1."""
     leave(tmp_path, {0: "143 n1 101.5", 1: "138 n1 101.6"})
-    assert read_end(tmp_path, 143, HOSTS) == End(143, "rank 0 on n1 was killed by signal 15 (SIGTERM)")
+    assert read_end(tmp_path, 143, HOSTS, 5) == End(143, "rank 0 on n1 was killed by signal 15 (SIGTERM)")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_signal_of_slurm_is_no_hosts_fault(tmp_path: Path) -> None:
 )
 def test_a_host_is_blamed_for_its_gpus_alone(tmp_path: Path, line: str, blamed: tuple[str, ...]) -> None:
     leave(tmp_path, {0: "1 n1 101.5", 2: "143 n2 102.0"}, {0: f"{line}\nRuntimeError: that was it\n"})
-    assert read_end(tmp_path, 1, HOSTS).hosts == blamed
+    assert read_end(tmp_path, 1, HOSTS, 5).hosts == blamed
 
 
 @pytest.mark.parametrize(("second", "blamed"), [("n1", ("n1",)), ("n2", ())])
@@ -78,50 +78,56 @@ def test_the_same_trouble_on_several_hosts_is_no_hosts_fault(
     tmp_path: Path, second: str, blamed: tuple[str, ...]
 ) -> None:
     leave(tmp_path, {0: "139 n1 101.5", 3: f"139 {second} 104.0"})
-    assert read_end(tmp_path, 139, HOSTS).hosts == blamed
+    assert read_end(tmp_path, 139, HOSTS, 5).hosts == blamed
     lost = "RuntimeError: CUDA error: unknown error\n"
     leave(tmp_path, {0: "1 n1 101.5", 3: f"1 {second} 104.0"}, {0: lost, 3: lost})
-    assert read_end(tmp_path, 1, HOSTS).hosts == blamed
+    assert read_end(tmp_path, 1, HOSTS, 5).hosts == blamed
 
 
 def test_a_code_beyond_all_signals_is_a_code(tmp_path: Path) -> None:
     (tmp_path / "health.log").write_text("n1: fine\nn2: fine\n")
     (tmp_path / "rank_0.exit").write_text("255 n1 1.0")
-    assert read_end(tmp_path, 255, HOSTS).cause.startswith("rank 0 on n1 ended with code 255: its log names no error")
+    assert read_end(tmp_path, 255, HOSTS, 5).cause.startswith(
+        "rank 0 on n1 ended with code 255: its log names no error"
+    )
 
 
 def test_a_stop_counts_although_srun_killed_late_ranks(tmp_path: Path) -> None:
     leave(tmp_path, {0: "75 n1 100.0", 1: "137 n1 103.0"})
-    assert read_end(tmp_path, 137, HOSTS).code == STOPPED
+    assert read_end(tmp_path, 137, HOSTS, 5).code == STOPPED
 
 
 @pytest.mark.parametrize("line", ["error: model.path: mend me", "[rank 3] error: mend me"])
 def test_a_users_error_is_quoted(tmp_path: Path, line: str) -> None:
     leave(tmp_path, {0: "2 n1 100.0"}, {0: f"warning: ...\n{line}\n"})
-    ended = read_end(tmp_path, 2, HOSTS)
+    ended = read_end(tmp_path, 2, HOSTS, 5)
     assert ended.code == REFUSED and line in ended.cause
 
 
 def test_an_unfit_node_is_named_and_blamed(tmp_path: Path) -> None:
     leave(tmp_path, {}, health="nvidia-smi lists 7 GPUs, 8 were allocated")
-    assert read_end(tmp_path, 2, HOSTS) == End(1, "node n2: nvidia-smi lists 7 GPUs, 8 were allocated", ("n2",))
+    assert read_end(tmp_path, 2, HOSTS, 5) == End(1, "node n2: nvidia-smi lists 7 GPUs, 8 were allocated", ("n2",))
 
 
 def test_a_node_that_does_not_answer_is_blamed(tmp_path: Path) -> None:
     (tmp_path / "health.log").write_text("n2: fine\n")
-    assert read_end(tmp_path, 124, HOSTS) == End(1, "node n1: no answer to the health check", ("n1",))
+    assert read_end(tmp_path, 1, HOSTS, 5) == End(1, "node n1: no answer to the health check", ("n1",))
+    late = "the health check took longer than cluster.health_minutes=5"
+    assert read_end(tmp_path, 124, HOSTS, 5) == End(1, f"node n1: {late}", ("n1",))
+    (tmp_path / "health.log").write_text("")
+    assert read_end(tmp_path, 124, HOSTS, 5).cause.startswith(f"{late} (")
 
 
 def test_what_all_nodes_share_is_no_nodes_fault(tmp_path: Path) -> None:
     (tmp_path / "health.log").write_text("n2: disk full\nn1: disk full\n")
-    assert read_end(tmp_path, 1, HOSTS) == End(1, "node n1: disk full; node n2: disk full")
+    assert read_end(tmp_path, 1, HOSTS, 5) == End(1, "node n1: disk full; node n2: disk full")
     (tmp_path / "health.log").write_text("")
-    assert not read_end(tmp_path, 1, HOSTS).hosts
+    assert not read_end(tmp_path, 1, HOSTS, 5).hosts
 
 
 def test_srun_alone_may_fail(tmp_path: Path) -> None:
     leave(tmp_path, {})
-    assert read_end(tmp_path, 2, HOSTS).code == 1, "only a rank's own code 2 is the user's"
+    assert read_end(tmp_path, 2, HOSTS, 5).code == 1, "only a rank's own code 2 is the user's"
 
 
 def verdicts(record: Record, ends: list[tuple[int, tuple[int, int]]], *overrides: str) -> list[bool]:

@@ -1,0 +1,56 @@
+"""What `train.sh` asks of Slurm, whose commands only note it here; no Slurm is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from cluster import ROOT, search_path
+
+COMMANDS = {
+    "srun": 'case "$*" in *slurm.health*) echo n1: fine ;; esac',
+    "timeout": 'shift; exec "$@"',
+    "squeue": "echo RUNNING",
+    "scontrol": 'if [ "$1" = show ]; then echo n1; fi',
+}
+
+
+def run_slice(folder: Path, *overrides: str, **commands: str) -> tuple[list[str], str]:
+    """The commands that a slice of job 7 gives, and what it prints."""
+    for name, script in (COMMANDS | commands).items():
+        note = f"words=\"{name} $*\"; echo ${{words//$'\\n'/ }} >>'{folder}/asked'"
+        (folder / name).write_text(f"#!/bin/bash\n{note}\n{script}\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    job |= {"PATH": f"{folder}:{search_path()}"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", "slurm/train.sh", "configs/quickstart.yaml", f"run.dir={folder}/run", *overrides],
+        cwd=ROOT,
+        env=kept | job,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return (folder / "asked").read_text().splitlines(), done.stdout
+
+
+def test_a_container_is_imported_once_and_removed(tmp_path: Path) -> None:
+    asked, said = run_slice(tmp_path, "cluster.container=/i.sqsh", "cluster.health_minutes=20")
+    assert "slice 0 of job 7: finished; done" in said
+    limit, removal = (command for command in asked if command.startswith("timeout"))
+    check, ranks, removed = (command for command in asked if command.startswith("srun"))
+    assert limit == f"timeout 20m {check}" and "slurm.health" in check and "slurm/rank.sh" in ranks
+    for command in (check, ranks):
+        assert "--container-image=/i.sqsh --container-name=nemo_r3_7 " in command
+    assert removed == "srun --ntasks=1 --ntasks-per-node=1 enroot remove --force pyxis_nemo_r3_7"
+    assert removal == f"timeout 60 {removed}"
+
+
+def test_a_check_that_takes_too_long_is_said_to(tmp_path: Path) -> None:
+    asked, said = run_slice(tmp_path, timeout="exit 124")
+    assert "slice 0 of job 7: the health check took longer than cluster.health_minutes=5 (" in said
+    assert "requeued: fault 1 of 3 allowed" in said and "scontrol requeue 7" in asked
+    assert not any("rank.sh" in command for command in asked)
