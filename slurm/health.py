@@ -30,6 +30,20 @@ def wrong_with_gpus(wanted: int) -> str:
     seen = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
     if done.returncode or seen < wanted:
         return " ".join(f"nvidia-smi lists {seen} GPUs, {wanted} were allocated {done.stderr.strip()}".split())
+    return wrong_with_cuda(wanted)
+
+
+def wrong_with_cuda(wanted: int) -> str:
+    """What keeps CUDA from the node's GPUs; empty where nothing does. A rank would go on without them, on the CPU."""
+    command = [sys.executable, "-m", "slurm.cuda_devices"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GPU_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"CUDA did not start in {GPU_SECONDS} s"
+    if done.returncode:
+        return f"nvidia-smi lists the GPUs, but CUDA does not start: {' '.join(done.stderr.split())}"
+    if int(done.stdout) < wanted:
+        return f"CUDA sees {int(done.stdout)} GPUs, {wanted} were allocated"
     return ""
 
 

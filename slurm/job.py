@@ -21,6 +21,12 @@ from slurm import slices
 
 SCRIPT = "slurm/train.sh"
 WAY_OUT = f"`{SCRIPT} --print CONFIG.yaml key=value ...` prints the sbatch line that fits a config"
+HIDES_GPUS = {
+    "SLURM_GPUS_PER_TASK": "--gpus-per-task",
+    "SLURM_GPU_BIND": "--gpu-bind",
+    "SLURM_NTASKS_PER_GPU": "--ntasks-per-gpu",
+}
+"""What sbatch sets for options with which a task sees its own GPU alone."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,9 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     tasks = environ["SLURM_TASKS_PER_NODE"] if "SLURM_NTASKS" in environ else "1"
     if not (even := re.fullmatch(r"(\d+)(\(x\d+\))?", tasks)):
         raise ConfigError(f"the job's tasks per node are uneven ({tasks}): ask with --nodes and --ntasks-per-node")
-    if "SLURM_GPUS_PER_TASK" in environ:
-        raise ConfigError("--gpus-per-task hides a rank's GPU from its neighbours: ask with --gpus-per-node instead")
+    for name, option in HIDES_GPUS.items():
+        if environ.get(name, "none") != "none":  # --gpu-bind=none hides nothing
+            raise ConfigError(f"{option} hides a rank's GPU from its neighbours: ask with --gpus-per-node instead")
     gpus = environ.get("SLURM_GPUS_ON_NODE")
     return Allocation(
         job=environ["SLURM_JOB_ID"],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from slurm import health
+from slurm import cuda_devices, health
 
 
 def nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,10 +18,46 @@ def nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
+TWO = "echo 'GPU 0: H100 (UUID: x)'; echo 'GPU 1: H100 (UUID: y)'"
+DRIVER = """\
+int cuInit(unsigned flags) { return %(code)d; }
+int cuDeviceGetCount(int *count) { *count = %(count)d; return 0; }
+int cuGetErrorString(int code, const char **text) { *text = "system not yet initialized"; return 0; }
+"""
+
+
+def driver(folder: Path, code: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A libcuda.so.1 that starts with a code, and sees some devices."""
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    source = folder / "driver.c"
+    source.write_text(DRIVER % {"code": code, "count": count})
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
+
+
 def test_gpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvidia_smi(tmp_path, "echo 'GPU 0: H100 (UUID: x)'; echo 'GPU 1: H100 (UUID: y)'", monkeypatch)
+    nvidia_smi(tmp_path, TWO, monkeypatch)
+    driver(tmp_path, 0, 2, monkeypatch)
     assert health.wrong_with_gpus(0) == health.wrong_with_gpus(2) == ""
     assert health.wrong_with_gpus(8) == "nvidia-smi lists 2 GPUs, 8 were allocated"
+
+
+def test_cuda_must_start_and_see_what_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, TWO, monkeypatch)
+    driver(tmp_path, 0, 1, monkeypatch)
+    assert health.wrong_with_gpus(2) == "CUDA sees 1 GPUs, 2 were allocated"
+    driver(tmp_path, 802, 0, monkeypatch)  # without a fabric manager
+    told = "nvidia-smi lists the GPUs, but CUDA does not start: error 802, system not yet initialized"
+    assert health.wrong_with_gpus(2) == told
+    monkeypatch.setattr(health, "GPU_SECONDS", 0.001)
+    assert health.wrong_with_cuda(2) == "CUDA did not start in 0.001 s"
+
+
+def test_a_container_may_lack_cudas_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_devices, "DRIVER", "libcuda_that_is_not_here.so.1")
+    with pytest.raises(OSError, match="libcuda_that_is_not_here.so.1"):
+        cuda_devices.count()
 
 
 def test_a_broken_driver_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": 
 def test_an_allocation_is_read_from_slurms_variables() -> None:
     gpus = {"SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": "3"}
     assert read_allocation(JOB | gpus) == Allocation("7", restarts=3, nodes=2, tasks=4, gpus=4)
+    assert read_allocation(JOB | gpus | {"SLURM_GPU_BIND": "none"}).gpus == 4
     assert read_allocation(JOB) == Allocation("7", restarts=0, nodes=2, tasks=4, gpus=None)
     unasked = {name: value for name, value in JOB.items() if name != "SLURM_NTASKS"}
     assert read_allocation(unasked).tasks == 1, "Slurm then counts cores"
@@ -95,7 +96,12 @@ def test_an_allocation_is_read_from_slurms_variables() -> None:
 
 @pytest.mark.parametrize(
     ("more", "expected"),
-    [({"SLURM_TASKS_PER_NODE": "3,1"}, "uneven (3,1)"), ({"SLURM_GPUS_PER_TASK": "1"}, "--gpus-per-node instead")],
+    [
+        ({"SLURM_TASKS_PER_NODE": "3,1"}, "uneven (3,1)"),
+        ({"SLURM_GPUS_PER_TASK": "1"}, "--gpus-per-task hides a rank's GPU from its neighbours"),
+        ({"SLURM_GPU_BIND": "closest"}, "--gpu-bind hides"),
+        ({"SLURM_NTASKS_PER_GPU": "1"}, "--ntasks-per-gpu hides"),
+    ],
 )
 def test_an_allocation_without_a_layout_is_refused(more: dict[str, str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
