@@ -121,6 +121,16 @@ def sbatch_line(config: Config, argv: Sequence[str]) -> str:
     return shlex.join(["sbatch", *options, *config.cluster.options, SCRIPT, *argv])
 
 
+def resource_warning(config: Config) -> str:
+    """A warning about GPUs asked for without cores or memory; empty where there is nothing to warn of."""
+    cluster = config.cluster
+    asked = {"cluster.cpus_per_task": cluster.cpus_per_task, "cluster.memory_gb": cluster.memory_gb}
+    unasked = [f"{name}=0" for name, value in asked.items() if not value]
+    if not cluster.gpus_per_node or not unasked:
+        return ""
+    return f"warning: {', '.join(unasked)}: Slurm's default may be one core per rank, and memory for no more than that"
+
+
 def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:
     """The shell variables with which train.sh and rank.sh start the ranks.
 
@@ -186,7 +196,10 @@ def main(argv: Sequence[str]) -> int:
     verb, *rest = argv
     try:
         if verb == "print":
-            print(sbatch_line(load(rest), rest))
+            config = load(rest)
+            print(sbatch_line(config, rest))
+            if warning := resource_warning(config):
+                print(warning, file=sys.stderr)
         elif verb == "begin":
             begin(load(rest))
         elif verb == "end":

@@ -31,7 +31,7 @@ from slurm import chain
 from slurm.chain import Step
 from slurm.stage import STAGES, Stage
 
-SHARED = {"actor", "algo", "evaluate", "reference", "seed", "train"}
+SHARED = {"actor", "algo", "evaluate", "seed", "train"}
 """What may be swept over one failure bank: it does not depend on these."""
 OWN = {"run.dir", "failures.path"}
 """What each point of a sweep has its own of, or shares."""

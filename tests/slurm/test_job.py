@@ -57,8 +57,23 @@ def train_sh(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize("overrides", LINES, ids=["1 node", "8 nodes", "64 nodes"])
 def test_print_writes_the_sbatch_line(overrides: tuple[str, ...]) -> None:
     done = train_sh("--print", QUICKSTART, *overrides)
-    assert (done.returncode, done.stdout, done.stderr) == (0, LINES[overrides] + "\n", "")
+    assert (done.returncode, done.stdout) == (0, LINES[overrides] + "\n")
     assert shlex.split(done.stdout)[-1 - len(overrides) :] == [QUICKSTART, *overrides]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        ((), ""),
+        (("cluster.gpus_per_node=8", "cluster.cpus_per_task=14", "cluster.memory_gb=1800"), ""),
+        (("cluster.gpus_per_node=8", "cluster.cpus_per_task=14"), "warning: cluster.memory_gb=0: "),
+        (("cluster.gpus_per_node=8",), "warning: cluster.cpus_per_task=0, cluster.memory_gb=0: Slurm's default may be"),
+    ],
+)
+def test_gpus_without_cores_or_memory_are_warned_of(overrides: tuple[str, ...], warned: str) -> None:
+    done = train_sh("--print", QUICKSTART, *overrides)
+    assert done.returncode == 0 and done.stdout.startswith("sbatch ") and done.stdout.count("\n") == 1
+    assert done.stderr.startswith(warned) and done.stderr.count("\n") == bool(warned)
 
 
 def test_print_takes_the_quickstart_where_no_config_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -16,8 +17,8 @@ import yaml
 from cluster import Cluster
 from launch import QUICKSTART, SMALL
 
-from nemo_r3.config import load
-from slurm.launch import parser, steps_of
+from nemo_r3.config import Config, load
+from slurm.launch import SHARED, parser, steps_of
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -95,6 +96,10 @@ def test_a_sweep_mines_once_unless_it_changes_what_is_mined(tmp_path: Path) -> N
     each = launch(*base, "rollout.temperature=0.8,1.0").stdout.splitlines()
     assert sum("RECIPE=mine" in line for line in each) == 2
     assert "#SBATCH --dependency=aftercorr:MINE_JOB" in each
+
+
+def test_what_a_sweep_may_share_are_settings() -> None:
+    assert {field.name for field in dataclasses.fields(Config)} >= SHARED
 
 
 def test_a_clusters_file_is_taken_to_the_letter(tmp_path: Path) -> None:
@@ -255,5 +260,6 @@ def test_a_chain_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
 def test_the_example_has_settings_of_cluster_alone() -> None:
     text = launch(QUICKSTART, "cluster.time_minutes=90", "--cluster", EXAMPLE, "--dry-run").stdout
     assert "#SBATCH --partition=gpu" in text
+    assert "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0" in text, "NCCL's and gloo's network interfaces"
     assert "#SBATCH --time=90" in text, "the command line wins"
     assert shlex.split(text.splitlines()[0])[-1] == "RECIPE=mine"
