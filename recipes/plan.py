@@ -2,7 +2,7 @@
 
     CONFIG.yaml key=value ... -> plan: settings, task, model, checked -> join: ranks, device, run directory, tokenizer
 
-torch and transformers take seconds to import, so `join` imports what needs them: a mistyped setting does not wait.
+Checking a plan needs neither torch nor transformers, which take seconds to import: `join` imports what needs them.
 """
 
 from __future__ import annotations
