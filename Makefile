@@ -17,6 +17,7 @@ $(error STACK=$(STACK) is neither py311 nor py312)
 endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
 TRL := $(VENV)-trl
 TRL_STAMP := $(TRL)/.installed
 CONFIG ?= configs/quickstart.yaml
@@ -43,7 +44,9 @@ $(BIN)/python:
 $(STAMP): $(LOCK) pyproject.toml | $(BIN)/python
 	@echo "installing $$(grep -c == $(LOCK)) packages into $(VENV): some minutes and 3 GB (py312: 6 GB) the first time"
 	@$(BIN)/python -m pip install -qq --no-deps -r $(LOCK) || { \
-	  echo "If torch was not found: torch+cpu comes from PyTorch's CPU wheel index, not from PyPI; see Set-up in README.md"; \
+	  echo "trying again with PyTorch's own index, which has the CPU builds of torch: $(TORCH_INDEX)"; \
+	  PIP_EXTRA_INDEX_URL="$$PIP_EXTRA_INDEX_URL $(TORCH_INDEX)" $(BIN)/python -m pip install -qq --no-deps -r $(LOCK); } || { \
+	  echo "If torch was not found: see 'Install elsewhere' in README.md"; \
 	  exit 1; }
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
@@ -66,7 +69,7 @@ test-slurm: setup ## jobs on a virtual Slurm cluster; needs root and Debian's sl
 soak: setup ## end a small run by kill -9 and SIGUSR1, 200 times in all, and count the harm; it goes on where it was stopped
 	$(BIN)/python -m recipes.soak configs/soak.yaml $(ARGS)
 
-gpu-check: ## measure kernels and the update in BF16 and FP8 on this host's GPU, with the Python that is active
+gpu-check: ## measure kernels, update, rollout, refit and training on this host's GPU, with the Python that is active
 	python3 -m benchmarks.gpu_check $(ARGS)
 
 check: setup ## format, lint, types, floors, then `make test`: what CI runs

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_r3 import signals
 from nemo_r3.config import Config, to_yaml
 from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
@@ -183,6 +185,7 @@ def _write_config(directory: Path, source: Path, dtype: torch.dtype) -> None:
     """Everything but weights and card: the starting checkpoint's, with the actor's dtype."""
     hf = read_hf_config(source)
     hf.pop("torch_dtype", None)  # the old name of dtype
+    hf.pop("auto_map", None)  # names Python files that an export does not have, nor need
     _write_json(directory / "config.json", {**hf, "dtype": str(dtype).removeprefix("torch.")})
     for pattern in COPIED:
         for file in source.glob(pattern):
@@ -228,6 +231,7 @@ def _compare(
         UserError: beyond tolerance; names the worst token.
     """
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # torchrun's default is one; the other ranks only wait
     hf = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if regime == "long":
         hf.rope_parameters["short_factor"] = hf.rope_parameters["long_factor"]
@@ -256,6 +260,7 @@ def _logprobs(model: Any, sequences: Sequence[Sequence[int]], temperature: float
     """[sum of (length - 1)] float32: every token but each sequence's first, as `Policy.score` has them."""
     found = []
     for ids in sequences:
+        signals.alive()
         tokens = torch.tensor([list(ids)])
         logits = model(input_ids=tokens).logits[0, :-1].float() / temperature
         found.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])

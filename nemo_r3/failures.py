@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.files import take_lock, write_whole
 from nemo_r3.rollout.scheduler import Attempted, Rollout
-from nemo_r3.run_directory import take_lock, write_whole
 from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 

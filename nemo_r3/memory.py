@@ -27,12 +27,16 @@ def peak() -> int:
 
 
 def reserve(count: int) -> None:
-    """Has torch's allocator take about as many bytes from the driver at once; nothing on a CPU.
+    """Has torch's allocator take about `count` bytes from the driver at once; nothing on a CPU.
 
-    Work after `empty_cache` would otherwise ask for each of its tensors, and the device waits every time.
+    After `empty_cache` each tensor would otherwise cost a cudaMalloc, for which the device waits. At least one piece
+    of what is free is left to others.
     """
     if torch.cuda.is_available():
-        pieces = [torch.empty(PIECE, dtype=torch.uint8, device="cuda") for _ in range(count // PIECE)]
+        free, _ = torch.cuda.mem_get_info()
+        pieces = [
+            torch.empty(PIECE, dtype=torch.uint8, device="cuda") for _ in range(min(count, free - PIECE) // PIECE)
+        ]
         del pieces  # to the allocator, which cuts them up
 
 

@@ -42,11 +42,11 @@ class Recipe:
         edges: layers at each end of the model that stay BF16; 0 where the recipe cannot leave any out.
         te: the oldest Transformer Engine that has it.
         cuda: the oldest CUDA.
-        chips: the first CUDA compute capability that has it, and the first again that has not.
+        capabilities: supported range [first, last) of CUDA compute capabilities.
         environment: what Transformer Engine must find when it is imported.
         tile, weight_tile: numbers of inputs and gradients, and of weights, that share a scale; None: the whole tensor.
-        powers_of_two: whether scales are.
-        history: whether a scale is taken from the largest numbers of earlier steps, and so can be wrong for this one.
+        powers_of_two: whether scales are rounded to powers of two.
+        delayed: whether scales come from earlier steps' amax, and so can be wrong for this one.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Recipe:
     edges: int
     te: Version
     cuda: Version
-    chips: tuple[Version, Version]
+    capabilities: tuple[Version, Version]
     environment: tuple[tuple[str, str], ...] = ()
     tile: Tile | None = None
     weight_tile: Tile | None = None
     powers_of_two: bool = False
-    history: bool = False
+    delayed: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Precision:
 MEGATRON = (0, 19)
 """The oldest megatron-core whose FP8 is known to us."""
 ADA, HOPPER, BLACKWELL, BLACKWELL_RTX, ANY = (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)
-TENSORWISE = Recipe("tensorwise", "hybrid", 16, 16, edges=1, te=(2, 2), cuda=(12, 1), chips=(ADA, ANY))
+TENSORWISE = Recipe("tensorwise", "hybrid", 16, 16, edges=1, te=(2, 2), cuda=(12, 1), capabilities=(ADA, ANY))
 BLOCKWISE = Recipe(
     "blockwise",
     "e4m3",
@@ -139,12 +139,12 @@ BLOCKWISE = Recipe(
     edges=1,
     te=(2, 3),
     cuda=(12, 9),
-    chips=(HOPPER, BLACKWELL),  # from Blackwell on it is emulated by mxfp8, with other scales
+    capabilities=(HOPPER, BLACKWELL),  # from Blackwell on it is emulated by mxfp8, with other scales
     environment=(("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1"),),  # not rounded to powers of two
     tile=(1, 128),
     weight_tile=(128, 128),
 )
-DELAYED = Recipe("delayed", "hybrid", 16, 16, edges=0, te=(2, 0), cuda=(12, 1), chips=(ADA, ANY), history=True)
+DELAYED = Recipe("delayed", "hybrid", 16, 16, edges=0, te=(2, 0), cuda=(12, 1), capabilities=(ADA, ANY), delayed=True)
 MXFP8 = Recipe(
     "mxfp8",
     "e4m3",
@@ -153,7 +153,7 @@ MXFP8 = Recipe(
     edges=1,
     te=(2, 1),
     cuda=(12, 8),
-    chips=(BLACKWELL, BLACKWELL_RTX),
+    capabilities=(BLACKWELL, BLACKWELL_RTX),
     tile=(1, 32),
     weight_tile=(1, 32),
     powers_of_two=True,
@@ -181,7 +181,7 @@ def precision_of(config: Config) -> Precision:
 
 
 def without_fp8(config: Config) -> Config:
-    """What a policy runs by that does not train: FP8 is how an update multiplies, the weights themselves are BF16."""
+    """The config of a policy that does not train: the same weights, no FP8 products."""
     if precision_of(config).fp8 is None:
         return config
     return replace(config, actor=replace(config.actor, precision="bf16"))
@@ -273,7 +273,7 @@ def _check_machine(asked: str, recipe: Recipe, machine: Machine) -> None:
             f"{asked} needs Transformer Engine, which cannot be imported ({machine.te_error}); "
             "install transformer-engine[pytorch]: without it megatron-core would run BF16 and not say so"
         )
-    first, last = recipe.chips
+    first, last = recipe.capabilities
     if machine.capability < first:
         raise ConfigError(
             f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
@@ -298,7 +298,7 @@ def _other(capability: Version) -> str:
     names = [
         name
         for name, precision in PRECISIONS.items()
-        if precision.fp8 is not None and precision.fp8.chips[0] <= capability < precision.fp8.chips[1]
+        if precision.fp8 is not None and precision.fp8.capabilities[0] <= capability < precision.fp8.capabilities[1]
     ]
     return f" (it has {', '.join(names)})" if names else " (ask for bf16)"
 
@@ -353,7 +353,7 @@ def _check_rollout(config: Config, arch: Architecture, machine: Machine) -> None
 
 
 def advice(config: Config) -> str | None:
-    """What a run does better about its arithmetic; None where there is nothing to say."""
+    """A hint about a legal but unwise setting, or None."""
     quantization, correction = config.rollout.quantization, config.algo.mismatch_correction
     if quantization == "none" or correction != "none":
         return None

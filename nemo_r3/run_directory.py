@@ -6,7 +6,6 @@ summary.json
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -14,11 +13,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from nemo_r3 import memory, signals
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import UserError
+from nemo_r3.files import filename_in_errors, take_lock, write_whole
 from nemo_r3.runtime import World
 from nemo_r3.types import Group, UpdateBatch
 
@@ -129,7 +129,7 @@ class RunDirectory:
             return
         _append(self.metrics, [line])
         if self._board is not None:
-            with naming(self.path / "tensorboard"):
+            with filename_in_errors(self.path / "tensorboard"):
                 for name, value in line.items():
                     if value is not None and name != "step":
                         self._board.add_scalar(name, value, step)
@@ -207,7 +207,7 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Adds lines to a log, on the disk when this returns."""
-    with naming(log), log.open("a") as file:
+    with filename_in_errors(log), log.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
@@ -219,42 +219,3 @@ def _step_of(line: str, step: int) -> int:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return step + 1
-
-
-def take_lock(directory: Path) -> None:
-    """Keeps other processes from writing to a directory until this one ends.
-
-    Raises:
-        UserError: another process is at it.
-    """
-    handle = (directory / ".lock").open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process is writing to {directory}; wait for it, or name another directory") from error
-    _locks.append(handle)
-
-
-_locks: list[TextIO] = []
-"""Held open, and so locked, until the process ends."""
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old or the new content, never a part."""
-    writing = file.with_name(f".{file.name}.writing")
-    with naming(file):
-        with writing.open("w") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        writing.replace(file)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts a path on an `OSError` that names none: a full disk is met in a write, which knows no name."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+ROUTES = Path("/proc/net/route")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
@@ -90,6 +92,7 @@ def start(config: Config) -> World:
 
     Raises:
         ConfigError: the ranks that were launched do not fit the layout.
+        UserError: this node's GPUs cannot be used, or only some nodes have any.
     """
     _read_srun()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
@@ -99,18 +102,21 @@ def start(config: Config) -> World:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core orders its overlaps by it
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
-    on_cuda = torch.cuda.is_available()
+    on_cuda = _has_cuda(local)
     device = torch.device("cuda", local) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     patience = timedelta(minutes=config.run.timeout_minutes)
     signals.listen()
     signals.watch(patience.total_seconds())
+    _name_interface(size)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
     objects = dist.new_group(backend="gloo", timeout=patience)
     assert objects is not None
-    return World(rank, size, device, objects, patience)
+    world = World(rank, size, device, objects, patience)
+    _refuse_mixed_devices(world)
+    return world
 
 
 def _read_srun() -> None:
@@ -125,6 +131,60 @@ def _read_srun() -> None:
         raise ConfigError("srun started several ranks: export MASTER_ADDR (the first host) and MASTER_PORT for them")
     for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
         os.environ[name] = os.environ[f"SLURM_{slurm}"]
+
+
+def _has_cuda(local: int) -> bool:
+    """Whether this rank runs on a GPU.
+
+    Raises:
+        UserError: the node has GPUs, but CUDA does not start on them, or this rank does not see its own.
+    """
+    host, count = socket.gethostname(), torch.cuda.device_count()  # of the driver: CUDA itself need not work
+    if not torch.cuda.is_available():
+        if count:
+            raise UserError(
+                f"{host} has {count} GPUs, but CUDA does not start on them: an old driver, or no fabric manager? "
+                "To run on the CPU, set CUDA_VISIBLE_DEVICES to nothing"
+            )
+        return False
+    if local >= count:
+        raise UserError(
+            f"local rank {local} on {host} sees {count} GPUs: every rank must see all GPUs of its node, and takes the "
+            "one of its local rank. Leave out --gpu-bind, --gpus-per-task and a CUDA_VISIBLE_DEVICES of each task's own"
+        )
+    return True
+
+
+def _refuse_mixed_devices(world: World) -> None:
+    found = world.gather((socket.gethostname(), world.device.type))
+    without = sorted({host for host, kind in found if kind == "cpu"})
+    if len({kind for _, kind in found}) > 1:
+        raise UserError(f"CUDA finds no GPU on {', '.join(without)}, but finds some on the other nodes")
+
+
+def _name_interface(size: int) -> None:
+    """Between nodes, has gloo use the default route's interface if this host's own name leads to its loopback.
+
+    Debian's /etc/hosts says "127.0.1.1 <host name>", and gloo would tell the other nodes to connect to that.
+    """
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    several_nodes = size > local_size or int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1
+    if not several_nodes or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:  # a name that leads nowhere: gloo takes the loopback then, too
+        address = "127.0.0.1"
+    interface = default_interface(ROUTES.read_text()) if address.startswith("127.") and ROUTES.exists() else None
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def default_interface(routes: str) -> str | None:
+    """The default route's network interface in the text of /proc/net/route, or None where there is no such route."""
+    rows = [line.split() for line in routes.splitlines()[1:]]
+    defaults = [(int(row[6]), row[0]) for row in rows if len(row) > 7 and row[1] == row[7] == "00000000"]
+    return min(defaults)[1] if defaults else None
 
 
 def _free_port() -> int:
@@ -173,13 +233,18 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
 
 
 def is_collective(error: BaseException) -> bool:
-    """Whether the ranks could not meet. gloo raises a bare RuntimeError, so its name in the message has to do."""
+    """Whether a collective failed. gloo raises a bare RuntimeError, so its name in the message has to do."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _of_another_rank(error: Exception) -> str:
-    """What a rank says whose collective failed: the cause is in another rank's log, and in no stack of this one."""
+    """The message for a failed collective: the cause is in another rank's log, and in no stack of this one."""
     said = str(error).partition("\n")[0]
+    if "connectFullMesh" in said:
+        return (
+            "the ranks cannot connect to each other: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network "
+            f"interface that the nodes share, under Slurm in cluster.setup ({said})"
+        )
     if "timed out" in said.lower() or "timeout" in said.lower():
         return (
             f"a collective waited for another rank until run.timeout_minutes; the stacks of all ranks say why ({said})"
@@ -190,8 +255,8 @@ def _of_another_rank(error: Exception) -> str:
 def _leave(message: str, code: int, follows: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if follows or (rank and code != signals.STOPPED):
-        signals.deaf()
-        time.sleep(3)  # an error that all ranks meet is printed by rank 0, another one by the rank whose it is, first
+        signals.restore_defaults()
+        time.sleep(3)  # rank 0 prints an error that all ranks meet; a rank's own error comes before those that follow
     if rank:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()

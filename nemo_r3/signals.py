@@ -34,8 +34,8 @@ def listen() -> None:
         signal.signal(number, _note)
 
 
-def deaf() -> None:
-    """From now on either of them ends the process again: it has nothing left to save."""
+def restore_defaults() -> None:
+    """Lets SIGUSR1 and SIGTERM kill the process again: it has nothing left to save."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -54,10 +54,10 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def watch(seconds: float) -> None:
-    """From now on, `seconds` without `alive` end the process: stacks at 0.9 of them, the end at 1.1.
+    """Starts a watchdog: without `alive` it dumps all stacks after 0.9 * seconds and kills the process after 1.1.
 
-    In between a hung collective has its own time-out, which says more. The end is the kernel's doing (SIGALRM): a
-    thread that hangs inside a library runs no Python.
+    In between, a hung collective fails by its own time-out, which says more. The kernel does the killing (SIGALRM),
+    since a thread that hangs inside a library runs no Python.
     """
     _watched[:] = [seconds, 0.0]
     alive()

@@ -162,7 +162,7 @@ class Group:
 class Row:
     """One training sequence: a trajectory with what the loss needs at each of its tokens.
 
-    All lists are [length] and aligned with ``ids``: entry t speaks of token t as a target.
+    All lists are [length] and aligned with ``ids``: entry t is about token t as a target.
 
     Attributes:
         ids: token ids.
@@ -174,7 +174,7 @@ class Row:
             ranks adds up to the same loss.
         rollout_logprobs: vLLM's log-probability of the token; 0 where it was not sampled.
         group: rows of one group have the same number.
-        shared: so many leading tokens, none of them trained, are the same in every row of the group.
+        shared: number of leading, untrained tokens that all rows of the group share.
     """
 
     ids: Sequence[int]

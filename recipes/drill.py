@@ -23,6 +23,7 @@ import torch
 
 from nemo_r3 import config as configuration
 from nemo_r3 import runtime, signals
+from nemo_r3.actor.manifest import WRITING
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.run_directory import MEASURED
@@ -117,7 +118,7 @@ def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, f
     Raises:
         UserError: SIGUSR1 did not stop it as it should.
     """
-    writing = launch.path / "checkpoints" / ".writing"
+    writing = launch.path / "checkpoints" / WRITING
     shutil.rmtree(writing, ignore_errors=True)  # of the kill before
     process, begun = launch.start(), time.monotonic()
     while process.poll() is None:

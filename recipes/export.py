@@ -17,7 +17,8 @@ from recipes.plan import join, plan
 from recipes.start import start_policy
 
 PROBES = 8
-PROBE_TOKENS = 32
+PROBE_TOKENS = 64
+"""Of each probe: rank 0's CPU runs them, twice, while the other ranks wait."""
 
 
 def export(argv: Sequence[str]) -> None:
@@ -56,7 +57,7 @@ def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
     for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
         rows = [json.loads(line) for line in file.read_text().splitlines()[:PROBES] if line]
     if rows:
-        return [row["context_ids"] + row["reflection_ids"] for row in rows]
+        return [(row["context_ids"] + row["reflection_ids"])[:PROBE_TOKENS] for row in rows]
     draw = random.Random(0)
     length = min(PROBE_TOKENS, arch.max_positions)
     return [[draw.randrange(arch.vocab_size) for _ in range(length)] for _ in range(PROBES)]

@@ -13,15 +13,15 @@ from nemo_r3.config import TrainConfig
 from nemo_r3.models import flops
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.scheduler import Rollout
-from nemo_r3.types import Group, UpdateBatch
+from nemo_r3.types import Group
 from recipes.plan import Setup
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy  # megatron-core
 
 
-def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | None]:
-    """What a step's rollouts say, and how many of its groups are trained on."""
+def measures(groups: Sequence[Group]) -> dict[str, float | None]:
+    """What a step's rollouts say, whether or not they are trained on."""
     reflections = [reflection for group in groups for reflection in group.reflections]
     return {
         "reward": statistics.fmean(reflection.reward for reflection in reflections),
@@ -29,8 +29,6 @@ def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | N
         "reflection_tokens": statistics.fmean(len(reflection.answer.segment.ids) for reflection in reflections),
         "retry_tokens": statistics.fmean(len(reflection.retry.segment.ids) for reflection in reflections),
         "truncated": statistics.fmean(reflection.answer.finish_reason == "length" for reflection in reflections),
-        "groups_used": batch.groups_used,
-        "groups_dropped": batch.groups_dropped,
     }
 
 

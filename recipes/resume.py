@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from nemo_r3.actor import checkpoint
+from nemo_r3.actor.manifest import DamagedError, complete, latest, read_manifest, set_aside
 from nemo_r3.actor.policy import Policy
 from nemo_r3.refit import refit
 from nemo_r3.rollout import kept
@@ -24,7 +25,7 @@ from recipes.plan import Setup
 
 def newest_checkpoint(setup: Setup) -> Path | None:
     """The run's newest checkpoint as rank 0 sees it: on a shared file system ranks may not see the same."""
-    newest: Path | None = setup.world.broadcast(checkpoint.latest(setup.run.checkpoints))
+    newest: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
     return newest
 
 
@@ -37,7 +38,7 @@ def trained_checkpoint(setup: Setup) -> Path | None:
     asked = setup.plan.config.evaluate.checkpoint
     trained = Path(asked) if asked else newest_checkpoint(setup)
     if trained is not None:
-        checkpoint.read_manifest(trained)
+        read_manifest(trained)
         setup.run.refuse_other_settings()
     return trained
 
@@ -52,7 +53,7 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
         UserError: all of them are damaged, or the newest is of another model.
     """
     counters, home, steps = Counters(), None, setup.plan.config.train.steps
-    if found := setup.world.broadcast(checkpoint.complete(setup.run.checkpoints)):
+    if found := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()  # the refit below brings its weights
         home, manifest = _load_newest(setup, policy, found)
         refit(policy, rollout.engine)
@@ -71,9 +72,9 @@ def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[P
     for path in newer:
         try:
             return path, checkpoint.load(policy, path)
-        except checkpoint.DamagedError as error:
+        except DamagedError as error:
             if setup.world.is_main:
-                checkpoint.set_aside(path)
+                set_aside(path)
                 print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
     return oldest, checkpoint.load(policy, oldest)
 
@@ -105,7 +106,7 @@ def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     cannot be written are said to be lost: all it costs is to sample them again.
     """
     turns = {turn: found for part in setup.world.gather(rollout.kept.of(step)) for turn, found in part.items()}
-    home = checkpoint.latest(setup.run.checkpoints)
+    home = latest(setup.run.checkpoints)
     if setup.world.is_main and turns and home is not None:
         try:
             kept.write(home / kept.FILE, turns)

@@ -13,19 +13,18 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from nemo_r3 import config as configuration
 from nemo_r3 import runtime, signals
+from nemo_r3.actor.manifest import WRITING, complete, is_sound, latest_step
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import write_whole
+from nemo_r3.files import write_whole
 from recipes.drill import PATIENCE, Launch, differences, ranks_of, send, untimed
 
 MINING = "while mining"
 KINDS = ("while saving", "at random", "while saving", "SIGUSR1")
-WRITING = Path("checkpoints", ".writing")
 PAUSE = 1.5
 """Most seconds from the first sign of mining or of a step to the kill, or to waiting for the save to be hit."""
 SAVE = 0.15
@@ -105,8 +104,7 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
     code, lived = end(launch, kind, random.Random(f"{config.seed}/{tally.total}"), patience)
     after = State.of(launch.path)
     tally.seconds = round(tally.seconds + lived, 1)
-    counting = launch.path.glob("checkpoints/step_*/manifest.json")
-    tally.corrupt_checkpoints += sum(not is_sound(manifest.parent) for manifest in counting)
+    tally.corrupt_checkpoints += sum(not is_sound(found) for found in complete(launch.path / "checkpoints"))
     tally.lost_checkpoints += after.step < before.step
     mined = sorted(before.shards | after.shards)
     tally.lost_failure_rows += sum(
@@ -119,7 +117,7 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
         tally.rounds += 1
         tally.differing_rounds += bool(differences(whole, launch.path, config.train.steps))
         return f"came to its end after {lived:.1f} s"
-    tally.cut_saves += _is_newer(launch.path / WRITING, now)
+    tally.cut_saves += _is_newer(launch.path / "checkpoints" / WRITING, now)
     tally.kills[kind] = tally.kills.get(kind, 0) + 1
     return f"kill {tally.total}/{config.drill.kills} {kind} after {lived:.1f} s"
 
@@ -134,9 +132,8 @@ class State:
     @classmethod
     def of(cls, path: Path) -> State:
         """Reads it from a run directory, which need not exist yet."""
-        found = path.glob("checkpoints/step_*/manifest.json")
-        steps = [int(manifest.parent.name.removeprefix("step_")) for manifest in found]
-        return cls(max(steps, default=0), frozenset(shard.name for shard in path.glob("failures/shard_*.jsonl")))
+        shards = path.glob("failures/shard_*.jsonl")
+        return cls(latest_step(path / "checkpoints"), frozenset(shard.name for shard in shards))
 
 
 def next_kind(path: Path, number: int) -> str:
@@ -174,7 +171,7 @@ def end(launch: Launch, kind: str, draw: random.Random, patience: float) -> tupl
         until(launch.path / ("failures/bank.json" if kind == MINING else "metrics.jsonl"))
         time.sleep(draw.uniform(0.0, PAUSE))
         if kind == "while saving":
-            until(launch.path / WRITING)
+            until(launch.path / "checkpoints" / WRITING)
             time.sleep(draw.uniform(0.0, SAVE))
         if process.poll() is None:
             send(process.pid, launch.ranks, signal.SIGUSR1 if kind == "SIGUSR1" else signal.SIGKILL)
@@ -193,16 +190,6 @@ def _is_newer(file: Path, time: float) -> bool:
         return file.stat().st_mtime > time
     except FileNotFoundError:
         return False
-
-
-def is_sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint's manifest is complete and matches its files."""
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-        contents = {name: (checkpoint / name).read_bytes() for name in files}
-    except (OSError, json.JSONDecodeError, KeyError):
-        return False
-    return all([len(found), sha256(found).hexdigest()] == files[name] for name, found in contents.items())
 
 
 def rows_lost(shard: Path, whole: Path) -> int:

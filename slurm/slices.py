@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nemo_r3 import signals
+from nemo_r3.actor.manifest import latest_step
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.files import write_whole
 
 FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
 """Exit codes of `recipes.train`: done; an error the user must mend; stopped on request, saved. Any other is a fault."""
@@ -175,9 +177,8 @@ def requeue(job: str, bad_hosts: list[str]) -> None:
 
 def progress_of(config: Config) -> tuple[int, int]:
     """The newest complete checkpoint's step, and how many shards of the failure bank are mined."""
-    found = Path(config.run.dir, "checkpoints").glob("step_*/manifest.json")
-    steps = [int(file.parent.name.removeprefix("step_")) for file in found]
-    return max(steps, default=0), len(list(Path(config.failures.path).glob("shard_*.jsonl")))
+    shards = Path(config.failures.path).glob("shard_*.jsonl")
+    return latest_step(Path(config.run.dir, "checkpoints")), len(list(shards))
 
 
 def read_record(config: Config) -> Record:
@@ -197,10 +198,7 @@ def read_record(config: Config) -> Record:
 
 def write_record(config: Config, record: Record) -> None:
     """Writes `slurm.json`, whole."""
-    file = _file(config)
-    writing = file.with_name(f".{file.name}.writing")
-    writing.write_text(json.dumps(asdict(record)) + "\n")
-    writing.replace(file)
+    write_whole(_file(config), json.dumps(asdict(record)) + "\n")
 
 
 def _file(config: Config) -> Path:

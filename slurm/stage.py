@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from nemo_r3.files import write_whole
+
 STAGES = ("mine", "train", "evaluate", "export")
 
 
@@ -67,8 +69,6 @@ class Stage:
         return self.folder / f"{self.name.replace(' ', '_')}.code"
 
     def _end(self, code: int) -> None:
-        writing = self._end_file.with_suffix(".writing")
-        writing.write_text(f"{code}\n")
-        writing.replace(self._end_file)
+        write_whole(self._end_file, f"{code}\n")
         if code:
             sys.exit(code)

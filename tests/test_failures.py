@@ -11,8 +11,8 @@ import pytest
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp
+from nemo_r3.files import _locks
 from nemo_r3.rollout.scheduler import Attempted
-from nemo_r3.run_directory import _locks
 from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
 

@@ -15,6 +15,7 @@ FLOORS = {
     "nemo_r3": 0,  # the package's own __init__: its version
     "nemo_r3.types": 0,
     "nemo_r3.errors": 0,
+    "nemo_r3.files": 0,
     "nemo_r3.config": 0,
     "nemo_r3.tasks": 1,
     "nemo_r3.dialogue": 1,
@@ -23,6 +24,7 @@ FLOORS = {
     "nemo_r3.precision": 2,
     "nemo_r3.runtime": 2,
     "nemo_r3.memory": 2,
+    "nemo_r3.capacity": 2,
     "nemo_r3.signals": 1,
     "nemo_r3.actor": 3,
     "nemo_r3.rollout": 3,

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from nemo_r3 import progress as module
 from nemo_r3.progress import Progress
 
 
@@ -13,37 +15,49 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_sees_counts_and_rates_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands still except where a test moves `now`."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_a_terminal_sees_counts_and_rates_on_one_line(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     progress = Progress(enabled=True)
     progress.begin("step 3/40")
-    progress._drawn = 0.0
-    progress("reflection", 5, 8, 100)
-    progress("retry", 3, 8, 20)
+    clock.now += 2
+    progress("reflection", 5, 8, 1000)
+    progress("retry", 3, 8, 200)  # too soon to be drawn
     progress.during("update")
-    shown = terminal.getvalue()
-    assert "step 3/40 reflection 5/8" in shown
-    assert "retry 3/8" in shown and "tok/s | update ..." in shown
-    assert "\n" not in shown
+    redrawn = "\r\033[Kstep 3/40 reflection 5/8"
+    assert terminal.getvalue() == f"{redrawn} | 500 tok/s{redrawn}, retry 3/8 | 600 tok/s | update ..."
     progress.say("done")
     assert terminal.getvalue().endswith("\r\033[Kdone\n")
 
 
-def test_a_log_file_gets_whole_lines_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_file_gets_whole_lines_only(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
     log = io.StringIO()
     monkeypatch.setattr(sys, "stdout", log)
     progress = Progress(enabled=True)
     progress.begin("step 1/2")
+    clock.now += 2
     progress("reflection", 8, 8, 800)
     progress.during("update")
     assert log.getvalue() == ""
     progress.say(f"step 1/2 {progress.rates()}")
-    assert log.getvalue().startswith("step 1/2 reflection 8/8 | ")
-    assert log.getvalue().endswith(" tok/s\n")
+    assert log.getvalue() == "step 1/2 reflection 8/8 | 400 tok/s\n"
 
 
-def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_print_nothing_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
     progress = Progress(enabled=False)
-    progress.say("x")
-    assert capsys.readouterr().out == ""
+    progress.begin("step 1/2")
+    clock.now += 2
+    progress("reflection", 8, 8, 800)
+    progress.during("update")
+    progress.say("done")
+    assert terminal.getvalue() == ""

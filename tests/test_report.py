@@ -6,8 +6,12 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from nemo_r3 import report
 from nemo_r3.errors import UserError
@@ -67,7 +71,7 @@ def test_moving_mean() -> None:
 
 
 def metrics_of(run: Path, steps: int, kl: bool = True) -> Path:
-    """A run whose every third step was empty."""
+    """A run of growing success whose every third step was empty; of the other steps' groups 3 in 4 were used."""
     run.mkdir()
     file = run / "metrics.jsonl"
     lines = []
@@ -98,12 +102,41 @@ def pixels(picture: Path) -> tuple[int, int]:
     return width, height
 
 
-@pytest.mark.parametrize(("steps", "kl"), [(60, True), (60, False), (1, True), (0, False)])
-def test_curve(tmp_path: Path, steps: int, kl: bool) -> None:
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures, save = [], Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.mark.parametrize(("steps", "kl"), [(60, True), (6, False), (1, True), (0, False)])
+def test_curve(tmp_path: Path, saved: list[Figure], steps: int, kl: bool) -> None:
     picture = tmp_path / "curve.png"
     report.curve(metrics_of(tmp_path / "run", steps, kl), picture)
     assert pixels(picture) == (1200, 500)
-    assert picture.stat().st_size > (20_000 if steps > 1 else 8_000)
+    success, groups, *drift = saved[0].axes
+    numbers = list(range(1, steps + 1))
+    rising = [math.nan if step % 3 == 0 else step / steps for step in numbers]
+
+    dots, mean = success.lines
+    assert [(line.get_marker(), line.get_linestyle()) for line in (dots, mean)] == [("o", "None"), ("None", "-")]
+    np.testing.assert_array_equal(dots.get_xydata(), np.reshape([*zip(numbers, rising, strict=True)], (-1, 2)))
+    np.testing.assert_array_equal(mean.get_ydata(), report.moving_mean(rising, 6 if steps == 60 else 5))
+
+    everything, used = groups.containers
+    assert [bar.get_height() for bar in everything] == [1.0] * steps
+    assert [bar.get_height() for bar in used] == [0.0 if step % 3 == 0 else 0.75 for step in numbers]
+    colors = {to_hex(bar.get_facecolor()) for bar in everything}, {to_hex(bar.get_facecolor()) for bar in used}
+    assert colors == (({report.GREY}, {report.BLUE}) if steps else (set(), set()))
+
+    known = [[step, 0.001 * step] for step in numbers if step % 3]
+    assert [axes.lines[0].get_xydata().tolist() for axes in drift] == ([known] if kl else [])
 
 
 def test_curve_of_no_run(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import math
 from pathlib import Path
@@ -8,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nemo_r3 import run_directory
 from nemo_r3.config import Config, load
 from nemo_r3.errors import UserError
-from nemo_r3.run_directory import RunDirectory, _locks, naming, take_lock, write_whole
+from nemo_r3.files import _locks, take_lock
+from nemo_r3.run_directory import RunDirectory
 from nemo_r3.runtime import World
 
 
@@ -21,6 +23,23 @@ def directory(path: Path, *overrides: str) -> RunDirectory:
     config: Config = load([str(yaml), f"run.dir={path}", *overrides])
     alone = SimpleNamespace(is_main=True, rank=0, size=1, barrier=lambda: None)
     return RunDirectory(config, cast(World, cast(Any, alone)))
+
+
+class Clock:
+    """Time passes only where it is spent."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def perf_counter(self) -> float:
+        return self.wall
+
+    def process_time(self) -> float:
+        return self.cpu
+
+    def spend(self, wall: float, cpu: float) -> None:
+        self.wall += wall
+        self.cpu += cpu
 
 
 def steps(run: RunDirectory) -> list[int]:
@@ -75,22 +94,51 @@ def test_resuming_may_change_layout_steps_and_logging(tmp_path: Path, override: 
     )
 
 
-def test_times_add_up_per_phase_and_start_anew_with_each_step(tmp_path: Path) -> None:
+def test_times_add_up_per_phase_and_start_anew_with_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(run_directory, "time", clock)
     run = directory(tmp_path / "run")
     run.open(resuming=False)
-    for step in (1, 2):
-        for _ in range(2):
-            with run.timed("update"):
-                sum(range(100_000))
-        run.log(step, {})
+
+    def spend(phase: str, wall: float, cpu: float) -> None:
+        with run.timed(phase):
+            clock.spend(wall, cpu)
+
+    spend("update", 2.0, 1.0)
+    spend("update", 3.0, 1.5)
+    clock.spend(100.0, 100.0)  # outside of all phases
+    run.log(1, {})
+    spend("refit", 0.5, 0.25)
+    run.log(2, {})
+    spend("update", 10.0, 4.0)
+    spend("evaluate", 7.0, 6.0)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert all(line["time/update"] > 0 and "time/cpu_update" in line for line in lines)
-    total = sum(line["time/update"] for line in lines)
-    with run.timed("evaluate"):
-        sum(range(100_000))
-    seconds = run.add_to_summary()["seconds"]
-    assert seconds["update"]["wall"] == pytest.approx(total, abs=0.01)
-    assert seconds["evaluate"]["cpu"] >= 0
+    assert [{name: value for name, value in line.items() if name.startswith("time/")} for line in lines] == [
+        {"time/update": 5.0, "time/cpu_update": 2.5},
+        {"time/refit": 0.5, "time/cpu_refit": 0.25},
+    ]
+    assert [name for line in lines for name in line if name.endswith("_rss")] == [
+        "memory/update_rss",
+        "memory/refit_rss",
+    ]
+    assert run.add_to_summary()["seconds"] == {
+        "update": {"wall": 15.0, "cpu": 6.5},
+        "refit": {"wall": 0.5, "cpu": 0.25},
+        "evaluate": {"wall": 7.0, "cpu": 6.0},
+    }
+
+
+def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run", "run.tensorboard=true")
+    run.open(resuming=False)
+    run.cut_back(0)
+    for step in (1, 2, 3):
+        run.log(step, {"loss": step / 4, "kl": None})
+    run.cut_back(1)
+    run.log(2, {"loss": 8.0})
+    board = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 0.25), (2, 8.0)]
+    assert board.Tags()["scalars"] == ["loss"]
 
 
 def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
@@ -117,19 +165,3 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run.dir: cannot write"):
         directory(tmp_path / "file" / "run").open(resuming=False)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "x"
-    write_whole(file, "old")
-    with pytest.raises(TypeError):
-        write_whole(file, cast(str, 3))
-    assert file.read_text() == "old"
-
-
-def test_a_write_that_finds_no_room_names_the_file() -> None:
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as error, naming(Path("/dev/full")):
-        with Path("/dev/full").open("w") as full:
-            full.write("x")
-            full.flush()
-    assert error.value.errno == errno.ENOSPC

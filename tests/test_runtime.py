@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_r3 import runtime
 from nemo_r3.config import Config
-from nemo_r3.errors import ConfigError
+from nemo_r3.errors import ConfigError, UserError
 
 SCRIPT = """
 import atexit
@@ -118,3 +121,52 @@ def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:
     draws(1, 6)
     assert draws(1, 5) == first
     assert len({draws(seed, step) for seed in range(3) for step in range(3)}) == 9
+
+
+ROUTES = """Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
+ib0\t0000A8C0\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
+wlan0\t00000000\t0101A8C0\t0003\t0\t0\t600\t00000000\t0\t0\t0
+eth0\t00000000\t0101A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "chosen"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2"}, "127.0.1.1", "eth0"),
+        ({"SLURM_STEP_NUM_NODES": "2"}, "127.0.1.1", "eth0"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "127.0.1.1", None),
+        ({"LOCAL_WORLD_SIZE": "2"}, "192.168.1.7", None),
+        ({"LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "ib0"}, "127.0.1.1", "ib0"),
+    ],
+)
+def test_between_nodes_gloo_never_announces_a_loopback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], address: str, chosen: str | None
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_NODES", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "route").write_text(ROUTES)
+    monkeypatch.setattr(runtime, "ROUTES", tmp_path / "route")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: address)
+    runtime._name_interface(4)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+
+
+def test_without_a_default_route_no_interface_is_named() -> None:
+    assert runtime.default_interface(ROUTES.partition("wlan0")[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("works", "count", "expected"),
+    [(False, 8, "has 8 GPUs, but CUDA does not start on them"), (True, 1, "local rank 1 on .* sees 1 GPUs")],
+)
+def test_gpus_that_cannot_be_used_are_no_reason_to_run_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, works: bool, count: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(UserError, match=expected):
+        runtime._has_cuda(local=1)

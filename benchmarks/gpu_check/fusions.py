@@ -27,6 +27,7 @@ import torch
 from benchmarks.gpu_check.update import arguments, batch_of, distance, float32_of, scores, started, timed
 from nemo_r3 import memory
 from nemo_r3.errors import ConfigError
+from nemo_r3.files import write_whole
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
@@ -105,9 +106,7 @@ def main() -> None:
     """Writes what was found as JSON, after each change: one that fails costs only those behind it."""
     options = arguments(__doc__.splitlines()[0])
     for found in measure(options.shape, options.precision, SMALL_ROUNDS if options.small else ROUNDS):
-        making = options.out.with_suffix(".making")
-        making.write_text(json.dumps(found))
-        making.rename(options.out)
+        write_whole(options.out, json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""Checkpoints of the policy: written whole or not at all, loadable at another layout.
-
-    checkpoints/step_000040/   megatron dist_checkpointing ("fully_reshardable"): model, optimizer, schedule
-                manifest.json  written last: step, weights version, model shape, which of longrope's factors, the
-                               other files' sizes and SHA-256, and the loop's own counters
-    checkpoints/.writing       what a save under way has written so far; swept away by the next one
+"""Saves and loads the policy: checkpoints written whole or not at all (`manifest.py`), loadable at another layout.
 
 No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_step`.
 """
@@ -12,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,46 +24,26 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
-from nemo_r3.actor.checkpoint_writer import UNREADABLE, ThreadedSave, sum_of
+from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.cpu import on_any_device
+from nemo_r3.actor.manifest import (
+    UNREADABLE,
+    WRITING,
+    DamagedError,
+    check_sizes,
+    check_sums,
+    keep_newest,
+    latest,
+    publish,
+    read_manifest,
+    step_path,
+    sums_of,
+)
 from nemo_r3.actor.policy import Policy
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World, is_collective
 
-WRITING = ".writing"
-MANIFEST = "manifest.json"
 NORM_STATE = "decoder.final_layernorm._extra_state"
-WAY_OUT = "remove that checkpoint to resume from the one before"
-FIELDS = {"step", "version", "architecture", "rope", "files", "state", "model"}
-
-
-class DamagedError(UserError):
-    """A checkpoint that is not what was saved; the one before may be."""
-
-
-def complete(directory: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` that have a manifest, newest first."""
-    return sorted((file.parent for file in directory.glob(f"step_*/{MANIFEST}")), reverse=True)
-
-
-def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a run's `checkpoints`, or None."""
-    return next(iter(complete(directory)), None)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
-
-    Raises:
-        DamagedError: it is no complete checkpoint.
-    """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise DamagedError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
-    if not isinstance(manifest, dict) or not manifest.keys() >= FIELDS:
-        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it lacks {sorted(FIELDS - set(manifest))}; {WAY_OUT}")
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -96,7 +70,7 @@ class Saving:
     @property
     def final(self) -> Path:
         """What it will be."""
-        return self.directory / f"step_{self.manifest['step']:06d}"
+        return step_path(self.directory, self.manifest["step"])
 
 
 def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
@@ -154,9 +128,8 @@ def finish(saving: Saving, keep: int) -> Path:
         if UNREADABLE in sums.values():
             raise OSError(errno.EIO, "what was written cannot be read back")
         if world.is_main:
-            _publish(saving, sums)
-            for old in sorted(saving.directory.glob("step_*"))[:-keep]:
-                _remove(old)
+            publish(saving.directory, saving.manifest, sums)
+            keep_newest(saving.directory, keep)
     world.barrier()
     return saving.final
 
@@ -224,11 +197,11 @@ class Saver:
 
 
 def _is_fault(error: BaseException) -> bool:
-    """Whether a save failed because a rank, the network or a GPU did: nothing that a user could mend.
+    """Whether a save failed because a rank, the network or a GPU did: nothing that a user could fix.
 
     torch's writer in C++ raises a bare RuntimeError for a full disk, and so does gloo for a lost rank.
     """
-    return isinstance(error, torch.OutOfMemoryError) or is_collective(error)
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or is_collective(error)
 
 
 def _names(directory: Path, world: World) -> list[str]:
@@ -239,27 +212,8 @@ def _names(directory: Path, world: World) -> list[str]:
 
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
     """SHA-256 of files, or UNREADABLE, the same on every rank; they share the reading."""
-    found = {name: sum_of(directory / name) for name in names[world.rank :: world.size]}
-    return {name: total for part in world.gather(found) for name, total in part.items()}
-
-
-def _publish(saving: Saving, sums: Mapping[str, str]) -> None:
-    """Writes the manifest and moves the directory into place: from here on the checkpoint counts."""
-    writing, final = saving.writing, saving.final
-    files = {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)}
-    with (writing / MANIFEST).open("w") as file:
-        json.dump(saving.manifest | {"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        _remove(final)  # left by a run that was cut back to an earlier step
-    writing.rename(final)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Takes a checkpoint out of the count before its files: one that dies half removed is none."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    found = world.gather(sums_of(directory, names[world.rank :: world.size]))
+    return {name: total for part in found for name, total in part.items()}
 
 
 def _cause(error: BaseException) -> str:
@@ -284,7 +238,7 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         DamagedError: the checkpoint is incomplete or damaged, on every rank alike.
         UserError: it is of another model, or of the other rotary factors.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = _manifest_on_rank_0(checkpoint, policy.world)
     if manifest["architecture"] != _described(policy):
         raise UserError(
             f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
@@ -300,7 +254,7 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} was trained with longrope's {manifest['rope']} factors, and rollout.max_model_len="
             f"{policy.config.rollout.max_model_len} takes the {_regime(policy)} ones; set it back to the run's own"
         )
-    _check_files(checkpoint, manifest["files"], policy.world)
+    check_sums(checkpoint, manifest["files"], _file_sums(checkpoint, sorted(manifest["files"]), policy.world))
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
     )
@@ -319,26 +273,23 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_files(checkpoint: Path, files: Mapping[str, tuple[int, str]], world: World) -> None:
-    """Refuses a checkpoint with a lost, cut or altered file before anything is loaded from it."""
-    for name, (size, _) in files.items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes of {size}"
-            raise DamagedError(f"{checkpoint} is damaged: {name} {state}; {WAY_OUT}")
-    sums = _file_sums(checkpoint, sorted(files), world)
-    for name, (_, total) in files.items():
-        if sums[name] != total:
-            how = "cannot be read" if sums[name] == UNREADABLE else "has other content than was saved"
-            raise DamagedError(f"{checkpoint} is damaged: {name} {how}; {WAY_OUT}")
+def _manifest_on_rank_0(checkpoint: Path, world: World) -> dict[str, Any]:
+    """The manifest, and files of the sizes it says, as rank 0 sees them: for a moment another rank may not.
 
-
-def set_aside(checkpoint: Path) -> None:
-    """Takes a damaged checkpoint out of the count, and keeps it as damaged_step_..."""
-    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
+    Raises:
+        DamagedError: on every rank alike.
+    """
+    found: dict[str, Any] | DamagedError = {}
+    if world.is_main:
+        try:
+            found = read_manifest(checkpoint)
+            check_sizes(checkpoint, found["files"])
+        except DamagedError as error:
+            found = error
+    found = world.broadcast(found)
+    if isinstance(found, DamagedError):
+        raise found
+    return found
 
 
 def _described(policy: Policy) -> dict[str, Any]:
@@ -378,6 +329,9 @@ def _norm_state(module: Any) -> dict[str, Any]:
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # gathered over gloo on one rank of each data-parallel group; else every rank holds all of its stage's state,
+        # and what was gathered on the GPU comes on top of the engine's memory
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": _data_parallel_group(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import queue
 from collections.abc import Callable
-from hashlib import file_digest
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,7 +18,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-UNREADABLE = "unreadable"
+from nemo_r3 import signals
+from nemo_r3.actor.manifest import sum_of
+
+ALIVE_SECONDS = 10.0
+"""Between two signs of life while a thread writes, which may take longer than run.timeout_minutes."""
 
 
 class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -61,7 +64,9 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         Raises:
             CheckpointException: a rank could not write.
         """
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(ALIVE_SECONDS)
+            signals.alive()
         dist.barrier()
         for finish in self._finish:
             finish()
@@ -111,12 +116,3 @@ def _copied(buckets: list[Any], sources: list[Any]) -> list[Any]:
         )
         for (*names, (texts, tensors)), (*_, (_, originals)) in zip(buckets, sources, strict=True)
     ]
-
-
-def sum_of(file: Path) -> str:
-    """A file's SHA-256, or UNREADABLE."""
-    try:
-        with file.open("rb") as handle:
-            return file_digest(handle, "sha256").hexdigest()
-    except OSError:
-        return UNREADABLE

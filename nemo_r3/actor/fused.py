@@ -16,8 +16,8 @@ Result = TypeVar("Result")
 def fused(function: Callable[Arguments, Result], like: Tensor) -> Callable[Arguments, Result]:
     """The function, compiled where `like` is on a GPU; it keeps intermediate results in float32 there.
 
-    For any number of tokens. Beyond torch's limit of other shapes, which no model reaches alone, torch warns and runs
-    it as it is.
+    For any number of tokens. Past torch's recompile limit, which one model never reaches, torch warns and runs it
+    eagerly.
     """
     return _compiled(function) if like.is_cuda else function
 

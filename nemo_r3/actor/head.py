@@ -68,7 +68,7 @@ class _TargetLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         real = weight[: columns.count]
         local = targets - columns.start
-        chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // max(1, columns.count))
+        chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))  # the same on every rank, as padding counts
         found = []
         for part, index in zip(hidden.split(chunk), local.split(chunk), strict=True):
             logits = part @ real.t()
@@ -91,7 +91,7 @@ class _TargetLogprobs(torch.autograd.Function):
             logits = kept if number + 1 == len(pieces) else part @ real.t()
             # d logprob / d logits = (one-hot - softmax) / temperature
             d_logits = fused(_softmax_times, logits)(logits, total, scale, ctx.temperature)
-            held, places = _held(index, ctx.columns)
+            held, places = _own_columns(index, ctx.columns)
             logprobs = logits.gather(1, places).float() / ctx.temperature - total[:, None]
             of_targets = (torch.expm1(logprobs) * scale[:, None]).to(d_logits.dtype)
             d_logits.scatter_(1, places, torch.where(held, of_targets, d_logits.gather(1, places)))
@@ -104,7 +104,7 @@ def _forward_chunk(
     logits: Tensor, local: Tensor, temperature: float, columns: Columns
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a chunk of logits [tokens, columns], over all ranks: log-probabilities, entropies and log-sum-exps."""
-    held, places = _held(local, columns)
+    held, places = _own_columns(local, columns)
     peak, total, weighted = fused(_softmax_sums, logits)(logits, temperature)
     largest = peak.clone()
     columns.reduce(largest, dist.ReduceOp.MAX)
@@ -133,9 +133,9 @@ def _softmax_times(logits: Tensor, total: Tensor, scale: Tensor, temperature: fl
     return scaled.exp_().mul_(scale[:, None]).to(logits.dtype)
 
 
-def _held(local: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-    """[tokens, 1] whether the target is among this rank's columns, and its column; some other where it is not.
+def _own_columns(local: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    """[tokens, 1] whether the target is among this rank's columns, and its column, clamped to a valid one otherwise.
 
-    Both whole: to pick the tokens, the host would have to wait until the device has come this far.
+    Not filtered: to select tokens by a mask, the host would have to wait for the device.
     """
     return ((local >= 0) & (local < columns.count))[:, None], local.clamp(0, columns.count - 1)[:, None]

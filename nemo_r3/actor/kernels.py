@@ -22,7 +22,7 @@ class Parts(NamedTuple):
 
     Attributes:
         queries: bounds of the parts of the queries.
-        keys: bounds of the parts of the keys, as many.
+        keys: bounds of the parts of the keys, equally many.
         causal: whether query j of a part sees only its keys 0..j.
     """
 
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
 
 class Kernel(Protocol):
-    """One way to compute it."""
+    """An implementation of variable-length attention."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """Output [query tokens, heads, head_dim] and log-sum-exp."""
@@ -41,12 +41,12 @@ class Kernel(Protocol):
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value."""
+        """Gradients of query, key and value; `out` and `lse` may be those of a softmax over more keys than these."""
         ...
 
 
 def kernel_for(query: Tensor) -> Kernel:
-    """The fastest kernel that there is for a tensor's device and dtype."""
+    """The fastest kernel for a tensor's device and dtype."""
     if query.device.type == "cpu":
         return CpuFlash()
     return CudaFlash() if query.dtype in (torch.bfloat16, torch.float16) else Plain()
@@ -92,17 +92,17 @@ class CpuFlash:
             k, v = _take(key, keys), _take(value, keys)
             if isinstance(queries, Batch):
                 g = g * queries.inside[:, None, :, None]
-            idle = len(k) * k.shape[1] < torch.get_num_threads()  # it runs that many loops side by side
-            if idle:
+            starved = len(k) * k.shape[1] < torch.get_num_threads()  # the operator is parallel over parts and heads
+            if starved:
                 k, v = _per_head(k, q), _per_head(v, q)
             found = run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
             for gradient, into, batch in zip(found, gradients, (queries, keys, keys), strict=True):
-                _put(_per_kv_head(gradient, into) if idle else gradient, into, batch)
+                _put(_per_kv_head(gradient, into) if starved else gradient, into, batch)
         return gradients[0], gradients[1], gradients[2]
 
 
 def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:
-    """Queries and keys of one call each; a filled-up part is right only where no query sees what lies behind it."""
+    """Queries and keys of one call each; padding a part is valid only under a causal mask."""
     if parts.causal:
         return zip(parts.queries.batches, parts.keys.batches, strict=True)
     return ((slice(*query), slice(*key)) for query, key in zip(parts.queries.spans, parts.keys.spans, strict=True))

@@ -109,7 +109,7 @@ def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
     mark_tensor_parallel(model, arch)
     if kind == "te":
         sum_gradients_in_place(model)
-        keep_scales(model, delayed=precision.fp8 is not None and precision.fp8.history)
+        keep_scales(model, delayed=precision.fp8 is not None and precision.fp8.delayed)
     return model
 
 

@@ -134,7 +134,7 @@ class LayerWatch:
         operand = key[-1]
         dtype = torch.float8_e5m2 if operand == "gradient" and recipe.format == "hybrid" else torch.float8_e4m3fn
         scale = None
-        if self._recipe is not None and recipe.history and key[0] not in self._plain:
+        if self._recipe is not None and recipe.delayed and key[0] not in self._plain:
             held, place = OPERANDS[operand]
             scale = module.fp8_meta[held].scale[place]
         tile = recipe.weight_tile if operand == WEIGHT else recipe.tile
@@ -154,9 +154,10 @@ def rounding(
     Args:
         tensor: [.., columns], of any float dtype.
         dtype: the format.
-        tile: rows and columns that share a scale, chosen so that their largest is the format's; None: all do.
-        powers_of_two: whether scales are, then the next lower.
-        scale: the one to use instead.
+        tile: rows and columns that share one scale, which maps their amax to the format's maximum; None: one scale
+            for the whole tensor.
+        powers_of_two: round scales down to powers of two.
+        scale: use this one instead.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
     height = tile[0] if tile else 1

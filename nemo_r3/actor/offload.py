@@ -16,6 +16,36 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, UntypedStorage, nn
 
+PIECE = 32 * 2**20
+"""Bytes of a host buffer's pieces: torch rounds each pinned allocation up to a power of two."""
+
+
+class HostBuffer:
+    """Room in host memory for the bytes of one tensor, pinned if the tensor is on a GPU."""
+
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        """Allocates; nothing is copied."""
+        self.nbytes = nbytes
+        sizes = (min(PIECE, nbytes - start) for start in range(0, nbytes, PIECE))
+        self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> HostBuffer:
+        """A copy of a contiguous tensor."""
+        buffer = cls(tensor.nbytes, pinned=tensor.device.type == "cuda")
+        buffer.read_from(tensor)
+        return buffer
+
+    def read_from(self, tensor: Tensor) -> None:
+        """Copies a contiguous tensor of `nbytes` into this buffer; on a GPU the copy is only queued."""
+        for piece, part in zip(self._pieces, _bytes(tensor).split(PIECE), strict=True):
+            piece.copy_(part, non_blocking=True)
+
+    def write_to(self, tensor: Tensor) -> None:
+        """Copies this buffer into a contiguous tensor of `nbytes`; on a GPU the copy is only queued."""
+        for piece, part in zip(self._pieces, _bytes(tensor).split(PIECE), strict=True):
+            part.copy_(piece, non_blocking=True)
+
 
 class Offload:
     """Where the optimizer state of one rank is: on the device, or parked on the host.
@@ -27,8 +57,8 @@ class Offload:
     def __init__(self, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
         """Nothing moves before `park`."""
         self._model, self._optimizer = model, optimizer
-        self._hosts: dict[int, Tensor] = {}
-        self._parked: list[tuple[UntypedStorage, Tensor]] = []
+        self._hosts: dict[int, HostBuffer] = {}
+        self._parked: list[tuple[UntypedStorage, HostBuffer]] = []
         self._freed: list[tuple[UntypedStorage, int]] = []
         self._away = False
 
@@ -37,12 +67,13 @@ class Offload:
         if self._away:
             return
         self._away = True
-        hosts: dict[int, Tensor] = {}
+        hosts: dict[int, HostBuffer] = {}
         for storage in _own_storages(self._model, self._optimizer):
             host = self._hosts.get(storage._cdata)
-            if host is None or host.numel() != storage.nbytes():
-                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-            hosts[storage._cdata] = host.copy_(_bytes(storage), non_blocking=True)
+            if host is None or host.nbytes != storage.nbytes():
+                host = HostBuffer(storage.nbytes(), pinned=storage.device.type == "cuda")
+            host.read_from(_whole(storage))
+            hosts[storage._cdata] = host
             self._parked.append((storage, host))
         self._hosts = hosts
         torch.cuda.synchronize()
@@ -59,16 +90,16 @@ class Offload:
         self._away = False
         for storage, size in self._freed:
             storage.resize_(size)
-            _bytes(storage).zero_()
+            _whole(storage).zero_()
         for storage, host in self._parked:
-            storage.resize_(host.numel())
-            _bytes(storage).copy_(host, non_blocking=True)
+            storage.resize_(host.nbytes)
+            host.write_to(_whole(storage))
         self._parked, self._freed = [], []
 
     @property
     def host_bytes(self) -> int:
         """Size of the host buffers, which stay when the state is on the device."""
-        return sum(host.numel() for host in self._hosts.values())
+        return sum(host.nbytes for host in self._hosts.values())
 
 
 def forget_fp8_weights(module: nn.Module) -> None:
@@ -112,6 +143,11 @@ def _own_storages(model: DistributedDataParallel, optimizer: MegatronOptimizer) 
             yield storage
 
 
-def _bytes(storage: UntypedStorage) -> Tensor:
+def _bytes(tensor: Tensor) -> Tensor:
+    """[bytes] uint8 view of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _whole(storage: UntypedStorage) -> Tensor:
     """[bytes] uint8 view of a whole storage."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]

@@ -70,11 +70,13 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
                 group["fused"] = True
             if isinstance(part, DistributedOptimizer):
                 part._set_main_param_and_optimizer_states = partial(_set_with_own_step, part)
+        elif part.optimizer is not None:  # Transformer Engine's; None where this rank has no parameters
+            part.init_state_fn(part.optimizer, part.config)
     return optimizer
 
 
 def _start_adam_state(adam: AdamW) -> None:
-    """Allocates torch AdamW's moments: checkpoints read them before the first step. Fused optimizers do their own."""
+    """Allocates torch AdamW's moments: a checkpoint may be written before the first step, and vLLM measures memory."""
     for parameter in (p for group in adam.param_groups for p in group["params"]):
         adam.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -21,6 +21,7 @@ from nemo_r3.actor.forward import Pass
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
+from nemo_r3.actor.reference import Reference
 from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.scales import knows_scales
 from nemo_r3.actor.weights import export_hf, load_hf
@@ -66,7 +67,7 @@ class Policy:
         self.version = 0
         self._working_bytes = 0
         recipe = precision_of(config).fp8
-        self._lacks_scales = recipe is not None and recipe.history
+        self._lacks_scales = recipe is not None and recipe.delayed
         self.optimizer: MegatronOptimizer | None = None
         with cpu.cuda_stand_in():
             start_parallel_groups(config.actor, config.seed)
@@ -81,7 +82,8 @@ class Policy:
         rotary = Rotary.of(self.arch.rope, config.rollout.max_model_len, world.device)
         self._pass = Pass(self.module, self.arch, rotary, config.rollout.temperature)
         self._objective = Objective(config.algo)
-        self._reference = self._snapshot() if trains and config.algo.kl_beta else None
+        has_reference = trains and config.algo.kl_beta
+        self._reference = Reference(self.module, config.actor.offload_optimizer) if has_reference else None
         self._offload = Offload(self.model, self.optimizer) if trains and config.actor.offload_optimizer else None
         with self.at_work():
             pass  # the engine, which starts next, finds the room free
@@ -123,7 +125,7 @@ class Policy:
             if self._lacks_scales:
                 self._find_scales(microbatches[:1])
             sums = self._accumulate(microbatches)
-            self._working_bytes = memory.peak() - resting  # the first step makes optimizer state, which stays
+            self._working_bytes = memory.peak() - resting  # the optimizer's step needs less
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
         tokens = max(sums["tokens"], 1.0)
@@ -198,7 +200,7 @@ class Policy:
             "optimizer state": state,
             "optimizer state on the host": 0 if self._offload is None else self._offload.host_bytes,
             "activations and other work, peak (CUDA)": self._working_bytes,
-            "reference" + away: sum(weight.nbytes for weight in self._reference or ()),
+            "reference" + away: 0 if self._reference is None else self._reference.nbytes,
         }
 
     def describe_schedule(self) -> str:
@@ -264,29 +266,10 @@ class Policy:
         dist.all_reduce(total)
         return dict(zip(METRICS, total.tolist(), strict=True))
 
-    # the frozen reference
-
-    def _snapshot(self) -> list[Tensor]:
-        """The weights as they are now, on the device, or on the host where optimizer state waits there."""
-        away = self.config.actor.offload_optimizer and self.world.device.type == "cuda"
-        weights = (parameter.detach() for parameter in self.module.parameters())
-        return [weight.cpu().pin_memory() if away else weight.clone() for weight in weights]
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        """The starting weights in the model's place, copied only from the host to a GPU."""
-        assert self._reference is not None
-        parameters = list(self.module.parameters())
-        current = [parameter.data for parameter in parameters]
-        for parameter, weight in zip(parameters, self._reference, strict=True):
-            parameter.data = weight.to(parameter.device, non_blocking=True)
-        yield
-        for parameter, weight in zip(parameters, current, strict=True):
-            parameter.data = weight
-
     def _reference_logprobs(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
         """The starting model's log-probabilities of the trained tokens, by the microbatch's rows."""
-        with self._as_reference():
+        assert self._reference is not None
+        with self._reference.swapped_in():
             found = self._score(microbatches)
         return {microbatch.rows: logprobs for microbatch, logprobs in zip(microbatches, found, strict=False)}
 

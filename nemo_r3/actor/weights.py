@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nemo_r3 import signals
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
 from nemo_r3.models import names as table
@@ -67,6 +68,7 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
     mine = parameters_by_name(model, arch)
     checkpoint = HFTensors(path)
     for row in table.table(arch):
+        signals.alive()
         targets = [mine[row.megatron]] if row.megatron in mine else []
         if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
             targets.append(mine[HEAD])  # the last stage's copy of a tied embedding

@@ -68,7 +68,7 @@ def kept_weights(weights: Tensor, kept: Kept, sequences: Tensor, kind: Aggregati
 
 
 def denominators(kept: Kept, sequences: Tensor, kind: Aggregation) -> tuple[Tensor, Tensor]:
-    """What this microbatch counts for in the step's denominator, (before, after) its rejected tokens left.
+    """This microbatch's part of the step's denominator, (before, after) its rejected tokens are taken out.
 
     Tokens for TOKEN_MEAN; for the others sequences, which leave when none of their tokens is kept.
     """

@@ -72,10 +72,13 @@ class Balance:
         self._pieces = [piece for members in groups.values() for piece in self._within_budget(members)]
 
     def deal(self, ranks: int) -> list[list[list[Piece]]]:
-        """Pieces by [rank][microbatch]; every rank has as many microbatches, some maybe empty."""
-        dealt = [self._costliest_first(held) for held in self._over(ranks)]
+        """Pieces by [rank][microbatch]; all ranks have equally many microbatches, some maybe empty."""
+        dealt = [self._costliest_first(held) for held in self._deal_to_ranks(ranks)]
         count = max(1, *(-(-sum(map(self.tokens, pieces)) // self._budget) for pieces in dealt))
-        while len(filled := [fill for pieces in dealt if (fill := self._fill(pieces, count)) is not None]) < ranks:
+        while (
+            len(filled := [fill for pieces in dealt if (fill := self._deal_to_microbatches(pieces, count)) is not None])
+            < ranks
+        ):
             count += 1
         return filled
 
@@ -104,7 +107,7 @@ class Balance:
                 pieces.append((number,))
         return pieces
 
-    def _over(self, ranks: int) -> list[dict[int, Piece]]:
+    def _deal_to_ranks(self, ranks: int) -> list[dict[int, Piece]]:
         """What each rank holds of every piece, by the piece's number."""
         held: list[dict[int, Piece]] = [{} for _ in range(ranks)]
         loads = [(0.0, rank) for rank in range(ranks)]
@@ -141,7 +144,7 @@ class Balance:
     def _costliest_first(self, held: Mapping[int, Piece]) -> list[Piece]:
         return sorted(held.values(), key=lambda piece: (-self.flops(piece), piece))
 
-    def _fill(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:
+    def _deal_to_microbatches(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:
         """Costliest first onto the lightest of `count` microbatches with room; None if one has no room."""
         filled: list[list[Piece]] = [[] for _ in range(count)]
         loads, tokens = [0.0] * count, [0] * count

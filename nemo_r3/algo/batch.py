@@ -79,7 +79,7 @@ def token_limit(config: Config) -> int:
 
 
 def up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajectory:
-    """The trajectory cut behind its last trained segment: what follows never enters a row."""
+    """The trajectory cut after its last trained segment: what follows never enters a row."""
     last = max((i for i, segment in enumerate(trajectory.segments) if _trained(segment, phases)), default=-1)
     return Trajectory(trajectory.segments[: last + 1])
 

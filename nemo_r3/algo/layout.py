@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 LENGTH_STEP = 8
-"""Parts whose lengths round up to the same multiple of this are about as long as each other."""
+"""Parts are batched together if their lengths round up to the same multiple of this."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Parts that are about as long as each other, side by side.
+    """Parts of similar length, side by side.
 
     Attributes:
-        places: [parts, longest] int64; behind a part's end it repeats its last token.
-        inside: [parts, longest] bool, False behind a part's end.
+        places: [parts, longest] int64; after a part's end it repeats its last token.
+        inside: [parts, longest] bool, False after a part's end.
     """
 
     places: Tensor

@@ -26,8 +26,8 @@ METRICS = (
 - prob_error, rollout_kl, ratio, entropy: over all trained tokens, the rejected ones too; / tokens is the mean.
 - outliers: trained tokens whose importance ratio is beyond `mismatch.OUTLIER`; nonfinite: whose log-probability is NaN
   or Inf.
-- tokens: trained tokens, of which rejected: were rejected by `algo.mismatch_correction`.
-- counted, kept: the loss's denominator before and after they left (tokens or sequences, as the loss aggregates).
+- tokens: trained tokens; rejected: those of them that `algo.mismatch_correction` rejected.
+- counted, kept: the loss's denominator before and after rejection (tokens or sequences, as the loss aggregates).
   Where kept is 0, so are loss, kl and gradient.
 """
 
@@ -39,12 +39,14 @@ class Objective:
         self.algo = algo
         self.loss = loss_named(algo.loss)
         self.clip = None if self.loss.CLIP is None else _bounds(self.loss.CLIP, algo.clip_low, algo.clip_high)
-        self.trust = _bounds(BOUNDS[algo.mismatch_correction], algo.mismatch_low, algo.mismatch_high)
+        self.ratio_bounds = _bounds(BOUNDS[algo.mismatch_correction], algo.mismatch_low, algo.mismatch_high)
 
     def __call__(
         self, logprobs: Tensor, targets: Targets, reference: Tensor | None, entropy: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss and sums of a microbatch; it may be empty, and all its tokens may be rejected.
+
+        Where nothing is rejected the host does not wait for the device: it goes on to the backward pass.
 
         Args:
             logprobs: [trained] float32 of the policy, with gradient.
@@ -52,14 +54,12 @@ class Objective:
             reference: [trained] of the frozen reference; None exactly where `algo.kl_beta` is 0.
             entropy: [trained] of the policy's distributions, without gradient.
 
-        Where nothing is rejected the host does not wait for the device: it goes on to the backward pass.
-
         Returns:
             The scalar to differentiate, and the sums of METRICS, [12] float64, without gradient.
         """
         algo, aggregation = self.algo, self.loss.AGGREGATION
         rollout, sequences = targets.rollout_logprobs, targets.sequences
-        factors, kept = correct(logprobs, rollout, sequences, algo.mismatch_correction, *self.trust)
+        factors, kept = correct(logprobs, rollout, sequences, algo.mismatch_correction, *self.ratio_bounds)
         weights = kept_weights(targets.weights, kept, sequences, aggregation)
         new = logprobs[kept]
         policy = self.loss.policy_loss(new, new.detach(), targets.advantages[kept], sequences[kept], self.clip)

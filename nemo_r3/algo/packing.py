@@ -47,7 +47,7 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
         rows: of the batch.
         pieces: numbers of rows. Rows of one piece share its context: they are of one group. A row on its own is
             laid whole.
-        multiple: the number of tokens is one of it, and at least one.
+        multiple: the token count is padded to a positive multiple of this.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -62,7 +62,7 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
             cuts.append(len(ids))
         return len(ids) - 1
 
-    def lay_behind(context: int, last: int, piece: Sequence[int]) -> None:
+    def lay_after(context: int, last: int, piece: Sequence[int]) -> None:
         for number in piece:
             before = len(ids) - context - 1
             lay(rows[number].ids[context:-1], context)
@@ -77,9 +77,9 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
         (families if context and branches else alone).append((Family(context, branches), piece))
     ends = [lay(rows[piece[0]].ids[: family.context], 0) for family, piece in families]
     for (family, piece), last in zip(families, ends, strict=True):
-        lay_behind(family.context, last, piece)
+        lay_after(family.context, last, piece)
     for family, piece in alone:
-        lay_behind(family.context, lay(rows[piece[0]].ids[: family.context], 0), piece)
+        lay_after(family.context, lay(rows[piece[0]].ids[: family.context], 0), piece)
     lay([0] * (-len(ids) % multiple or (0 if ids else multiple)), 0)
     order = [number for piece in pieces for number in piece]
     return Microbatch(
@@ -113,7 +113,7 @@ def trained(row: Row) -> list[int]:
 def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Tensor:
     """[count]; torch's own way of reading a list takes four times as long.
 
-    A copy: numpy's memory takes the interpreter's lock to be freed, in whichever thread, even when the process ends.
+    Cloned: freeing a numpy buffer needs the interpreter's lock, and a thread of autograd or gloo may do it at exit.
     """
     return torch.from_numpy(np.fromiter(values, dtype, count)).clone()
 

@@ -16,7 +16,9 @@ class RolloutConfig:
         help="vLLM's online FP8: the layers' bf16 weights are quantised at every refit, activations as they come; "
         "algo.mismatch_correction=tis makes up for the difference",
     )
-    temperature: float = option(0.9, above=0.0, help="sampling temperature; the actor divides its logits by it too")
+    temperature: float = option(
+        0.9, low=0.01, high=2.0, help="sampling temperature, in vLLM's limits; the actor divides its logits by it too"
+    )
     top_p: float = option(
         1.0, low=1.0, high=1.0, help="nucleus sampling, off: a truncated distribution is not the policy's"
     )
@@ -25,7 +27,9 @@ class RolloutConfig:
     max_reflection_tokens: int = option(256, low=1, help="token limit of reflections")
     max_model_len: int = option(4096, low=1, help="longest whole dialogue the engine holds, in tokens")
     deterministic: bool | None = option(
-        None, help="seed each request by (seed, step, problem, sample, phase); default: on CPU only"
+        None,
+        help="a step sampled again gives the same, but for the rounding of a GPU's kernels: engine steps do not depend "
+        "on timing, and nothing is cached across steps; default: on CPU only",
     )
     prefix_caching: bool = option(True, help="reuse KV of shared contexts (reset at every refit)", resume=True)
     max_num_seqs: int = option(256, low=1, help="sequences an engine decodes at once", resume=True)

@@ -59,7 +59,7 @@ PEAKS = (  # dense, of NVIDIA's data sheets; a name holds the first of these tha
 
 
 def peak_of(chip: str, precision: str) -> float | None:
-    """FLOP/s that a GPU reaches at most in `actor.precision`; None where that is not known, fp32 among it."""
+    """Peak FLOP/s of a GPU in `actor.precision`; None if unknown, and always for fp32."""
     for name, bf16, fp8 in PEAKS:
         if name in chip:
             return fp8 if "fp8" in precision else bf16 if precision == "bf16" else None
@@ -67,6 +67,15 @@ def peak_of(chip: str, precision: str) -> float | None:
 
 
 def speed(phase: str, flops: float, seconds: float, ranks: int, chip: str, precision: str) -> dict[str, float]:
-    """What a rank did on average: `speed/<phase>_tflops`, and `speed/<phase>_mfu` where the chip's peak is known."""
+    """A rank's average rate: `speed/<phase>_tflops`, and `speed/<phase>_mfu` if the chip's peak is known.
+
+    Args:
+        phase: rollout or update.
+        flops: of all ranks together.
+        seconds: of wall time.
+        ranks: number of them.
+        chip: the GPU's name as CUDA has it.
+        precision: as in `actor.precision` or `rollout.quantization`.
+    """
     done, peak = flops / seconds / ranks, peak_of(chip, precision)
     return {f"speed/{phase}_tflops": done / 1e12} | ({} if peak is None else {f"speed/{phase}_mfu": done / peak})

@@ -24,12 +24,13 @@ from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.models.names import table
 from nemo_r3.precision import precision_of
-from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, seeds_requests
+from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, steps_in_order
 
 KV_BLOCK = 32
 """Tokens per block of vLLM's KV cache on a CPU. Only whole blocks of a shared context are reused: with vLLM's 128, G
@@ -70,7 +71,7 @@ class Engine:
         rollout, arch = config.rollout, architecture_of(model_dir)
         on_cuda = not current_platform.is_cpu()
         # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
-        in_step = seeds_requests(rollout, on_cuda)
+        in_order = steps_in_order(rollout, on_cuda)
         args = EngineArgs(
             model=str(model_dir),
             skip_tokenizer_init=True,
@@ -89,7 +90,7 @@ class Engine:
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             kv_cache_memory_bytes=None if on_cuda else _cpu_cache_bytes(config, arch),
             enable_sleep_mode=rollout.sleep and current_platform.is_sleep_mode_available(),
-            async_scheduling=False if in_step else None,
+            async_scheduling=False if in_order else None,
             # a CPU's generators cannot be rewound, which vLLM does for a seeded request whose prompt it cuts
             enable_chunked_prefill=on_cuda,
             max_num_batched_tokens=None if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS),
@@ -98,10 +99,12 @@ class Engine:
         )
         # a tied head has no weight of its own; `load` itself checks that nothing is missing
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
+        signals.alive()
         try:
             llm = LLMEngine.from_engine_args(args)
         except ValueError as error:  # settings that vLLM refuses, or too little free GPU memory for its share
             raise UserError(f"vLLM refused to start: {' '.join(str(error).split())}") from error
+        signals.alive()
         return cls(llm, arch, rollout.max_model_len, version)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:

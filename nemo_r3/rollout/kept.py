@@ -1,17 +1,16 @@
-"""`Kept`: the turns of the step under way, so that a step that was stopped goes on where it was left.
+"""`Kept`: the turns of the step under way, so that a stopped step continues where it was left.
 
-    stop    turns that have ended, and the tokens so far of those that have not -> step_000040/turns.safetensors
-    resume  in step 41 the ended ones are not asked again, and the others go on behind their tokens
+    stop    finished turns, and the tokens so far of unfinished ones -> step_000040/turns.safetensors
+    resume  step 41 reuses finished turns and continues unfinished ones from their last token
 
-Both are needed. The turns that have ended are the short ones: drawing only the long ones anew would favour short
-answers. Gone on with by the weights that began it, a turn is a sample of the policy like any other.
+Both matter: finished turns are the shorter ones, so resampling only the rest would favour short answers. Continued
+with the weights that began it, a turn is a sample of the policy like any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
@@ -21,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from nemo_r3.files import write_whole
 from nemo_r3.rollout.sampling import Completion
 from nemo_r3.types import Phase, Trajectory
 
@@ -37,8 +37,7 @@ class Kept:
         self._turns: dict[str, Completion] = {}
 
     def begin(self, step: int) -> None:
-        """The turns from now on are of `step`, and what was kept of another one goes; only those of training, which
-        count from 1, are kept."""
+        """Starts `step`, dropping turns of any other. Only training steps, which count from 1, are kept."""
         if step != self._step:
             self._step, self._turns = step, {}
 
@@ -56,7 +55,7 @@ class Kept:
         return {turn: found for turn, found in self._turns.items() if found.ids} if step == self._step else {}
 
     def take_up(self, step: int, turns: Mapping[str, Completion]) -> None:
-        """Goes on with what an earlier process kept of `step`."""
+        """Continues with what an earlier process kept of `step`."""
         if self._enabled:
             self._step, self._turns = step, dict(turns)
 
@@ -79,15 +78,7 @@ def write(file: Path, turns: Mapping[str, Completion]) -> None:
         "logprobs": torch.tensor([value for turn in turns.values() for value in turn.logprobs], dtype=torch.float32),
     }
     rows = [[turn, len(found.ids), found.finish_reason, found.version] for turn, found in turns.items()]
-    writing = file.with_name(f".{file.name}.writing")
-    try:
-        with writing.open("wb") as handle:
-            handle.write(save(tensors, {"turns": json.dumps(rows)}))
-            handle.flush()
-            os.fsync(handle.fileno())
-        writing.replace(file)
-    finally:
-        writing.unlink(missing_ok=True)
+    write_whole(file, save(tensors, {"turns": json.dumps(rows)}))
 
 
 def read(file: Path) -> dict[str, Completion]:

@@ -21,7 +21,8 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the likeliest token.
         max_tokens: most tokens to sample, the end-of-turn token included.
         stop_ids: tokens that end the turn; the one that does is the last of its tokens.
-        seed: makes the request's tokens independent of the batch it runs in; None draws from the engine's generator.
+        seed: of the request's own random numbers. Engines share no generator, and a rank that resumes has none to
+            restore; None where nothing is drawn.
     """
 
     temperature: float
@@ -32,13 +33,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request.
+    """What a request has sampled.
 
     Attributes:
         request_id: as it was added.
         ids: [length] sampled token ids.
         logprobs: [length] their log-probabilities in nats at the request's temperature.
-        finish_reason: "stop" or "length"; "unfinished" where the request was left before.
+        finish_reason: "stop" or "length"; "unfinished" if the request was aborted before.
         version: the version of the weights that sampled it.
     """
 
@@ -48,8 +49,8 @@ class Completion:
     finish_reason: str
     version: int
 
-    def behind(self, begun: Completion | None) -> Completion:
-        """This completion as the end of one that was begun with the same weights."""
+    def continuing(self, begun: Completion | None) -> Completion:
+        """This completion appended to the one it continues, of the same weights."""
         if begun is None:
             return self
         return replace(self, ids=begun.ids + self.ids, logprobs=begun.logprobs + self.logprobs)
@@ -94,10 +95,9 @@ def is_deterministic(rollout: RolloutConfig, on_cuda: bool) -> bool:
     return rollout.deterministic if rollout.deterministic is not None else not on_cuda
 
 
-def seeds_requests(rollout: RolloutConfig, on_cuda: bool) -> bool:
-    """Whether every request gets its own seed.
+def steps_in_order(rollout: RolloutConfig, on_cuda: bool) -> bool:
+    """Whether what an engine's step does must not depend on timing.
 
-    Where rollouts are deterministic; and with several ranks per engine, since each of them samples for itself and all
-    must draw the same token.
+    Where rollouts are deterministic; and with several ranks per engine, which all run the same steps.
     """
     return is_deterministic(rollout, on_cuda) or rollout.tensor_parallel > 1

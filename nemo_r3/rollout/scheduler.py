@@ -29,7 +29,7 @@ from nemo_r3.rollout.sampling import (
     Sampling,
     is_deterministic,
     request_seed,
-    seeds_requests,
+    steps_in_order,
 )
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
@@ -139,7 +139,7 @@ class Rollout(Generic[EngineT]):
         self._fleet = Fleet(world, config.rollout.tensor_parallel)
         self._progress = progress if world.is_main else None
         on_cuda = torch.cuda.is_available()
-        self._seeded = seeds_requests(config.rollout, on_cuda)
+        self._forgets = steps_in_order(config.rollout, on_cuda)
         self.kept = Kept(enabled=not is_deterministic(config.rollout, on_cuda))
 
     def first_attempts(
@@ -257,12 +257,12 @@ class Rollout(Generic[EngineT]):
 
         def take(completion: Completion) -> tuple[_Turn, Completion]:
             asked = waiting.pop(completion.request_id)
-            whole = completion.behind(asked.begun)
+            whole = completion.continuing(asked.begun)
             self.kept.add(asked.id, whole)
             return asked.turn, whole
 
         self.kept.begin(step)
-        if self._seeded:
+        if self._forgets:
             self.engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
         for turn in turns:
             begin(turn)
@@ -281,14 +281,14 @@ class Rollout(Generic[EngineT]):
     def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int, begun: int) -> Sampling:
         rollout = self._config.rollout
         limit = rollout.max_reflection_tokens if turn.phase is Phase.REFLECTION else rollout.max_answer_tokens
-        # a turn that goes on must not draw again the numbers that its beginning was drawn with
+        # a turn that continues must not draw the random numbers of its beginning again
         phase = f"{turn.phase}+{begun}" if begun else turn.phase
         seed = request_seed(self._config.seed, step, turn.key, turn.sample, phase)
         return Sampling(
             temperature=0.0 if greedy else rollout.temperature,
             max_tokens=min(limit, room) - begun,
             stop_ids=self._dialogue.end_of_turn,
-            seed=seed if self._seeded and not greedy else None,
+            seed=None if greedy else seed,
         )
 
     def _answer(self, phase: Phase, completion: Completion) -> Answer:

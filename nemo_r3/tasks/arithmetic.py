@@ -1,4 +1,4 @@
-"""Integer arithmetic as models write it, read by an own parser: nothing a model writes is ever evaluated by Python.
+"""Integer arithmetic as models write it, read by a dedicated parser: Python never evaluates what a model wrote.
 
     expression = term (("+" | "-") term)*
     term       = factor (("*" | "/") factor)*

@@ -75,7 +75,7 @@ def fits(arguments: Mapping[str, Any], gold: Mapping[str, Any], rule: Rule, defa
         arguments: of a call.
         gold: by the same names, in the terms of `rule`.
         rule: what gold means.
-        defaults: arguments that may be left out, or given in vain, at this value.
+        defaults: arguments that may be left out, or given explicitly, at this value.
     """
     for name in arguments.keys() | gold.keys():
         if name not in gold:
@@ -90,7 +90,7 @@ def fits(arguments: Mapping[str, Any], gold: Mapping[str, Any], rule: Rule, defa
 
 
 def pair_up(fitting: Sequence[Sequence[bool]]) -> bool:
-    """Whether rows and columns, as many of each, pair up one to one with every pair fitting.
+    """Whether rows and columns, equally many, pair up one to one with every pair fitting.
 
     A greedy match would not do: a call may fit two golds, and another call only one of these (Kuhn's algorithm).
     """

@@ -89,7 +89,7 @@ def as_declared(value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 def _is_number(schema: Mapping[str, Any]) -> bool:
-    """Whether the schema declares a number, perhaps among other types but integers."""
+    """Whether the schema declares a number, possibly among other types, but not integer."""
     options = schema.get("anyOf", [schema])
     kinds = [one.get("type") for one in options if isinstance(one, Mapping)] if isinstance(options, list) else []
     return "number" in kinds and "integer" not in kinds

@@ -26,7 +26,7 @@ START_SECONDS = 120.0
 class Worker:
     """Calls a function of some module elsewhere; its process starts with the first call and again after it was ended.
 
-    Example: ``Worker("nemo_r3.tasks.latex:compare", seconds=2)(r"\\frac{1}{2}", "0.5")``
+    Example: ``Worker("nemo_r3.tasks.latex.comparison:compare", seconds=2)(r"\\frac{1}{2}", "0.5")``
     """
 
     def __init__(self, function: str, seconds: float = 5.0, megabytes: int = 2048) -> None:

@@ -1,21 +1,25 @@
-"""What checkpoints do when they are foreign, damaged, cut by a full disk, or when the process dies while saving."""
+"""Checkpoints that are foreign, damaged, late or cut by a full disk, and a process that dies while saving."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from data import batch_of
-from lab import Lab
+from lab import Lab, written_late
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint
+from nemo_r3.actor.manifest import latest
+from nemo_r3.actor.policy import Policy
 from nemo_r3.errors import UserError
 
 
@@ -34,6 +38,7 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
 
     cases = {
         "foreign": lab.home / "one-llama_tied-checkpoints" / "step_000002",
+        "other_weights": damage("other_weights", began_with_other_weights),
         "absent": lab.home / "damaged" / "nowhere",
         "truncated": damage(
             "truncated", lambda path: os.truncate(path / largest, (path / largest).stat().st_size // 2)
@@ -53,7 +58,21 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
     for name, path in cases.items():
         message, same = lab.unchanged(policy, lambda path=path: refusal(lambda: checkpoint.load(policy, path)))
         found[name] = {"message": message, "unchanged": same}
-    return found
+    return found | {"other_factors": other_factors(lab)}
+
+
+def began_with_other_weights(path: Path) -> None:
+    manifest = checkpoint.read_manifest(path) | {"model": "0123456789abcdef"}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def other_factors(lab: Lab) -> dict[str, Any]:
+    """A checkpoint that was trained with longrope's short factors, in a run whose sequences need the long ones."""
+    policy = lab.policy("one", "phi3_short")
+    path = checkpoint.save(policy, lab.home / "short", 0, {}, keep=1)
+    policy.config.rollout.max_model_len = 300
+    message, same = lab.unchanged(policy, lambda: refusal(lambda: checkpoint.load(policy, path)))
+    return {"message": message, "unchanged": same}
 
 
 def refusal(act: Callable[[], Any]) -> str:
@@ -79,7 +98,7 @@ def full_disk(lab: Lab) -> dict[str, Any]:
         found[name] = refusal(lambda limit=limit: limited(limit, lambda: checkpoint.save(policy, directory, 2, {}, 1)))
         found[f"{name} left"] = sorted(path.name for path in directory.iterdir())
     again = lab.policy("one", "llama")
-    found["cursor"] = checkpoint.load(again, checkpoint.latest(directory))["state"]
+    found["cursor"] = checkpoint.load(again, latest(directory))["state"]
     restored = lab.weights(again)
     found["earlier_loads"] = all(torch.equal(restored[name], expected[name]) for name in expected)
     checkpoint.save(policy, directory, 2, {}, keep=1)  # once there is room again
@@ -98,6 +117,38 @@ def limited(size: int, act: Callable[[], Any]) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def written_late_by_rank_1(lab: Lab, policy: Policy) -> dict[str, Any]:
+    """When a save in the background counts: the directory before any rank, one and both of them have written."""
+    directory = lab.home / "late"
+    saver = checkpoint.Saver(policy, directory, keep=1, background=True)
+    found: dict[str, Any] = {}
+
+    def look(name: str) -> None:
+        lab.world.barrier()
+        saver.finish_if_written()
+        lab.world.barrier()
+        found[name] = sorted(path.name for path in directory.iterdir())
+
+    with written_late() as let_write:
+        saver.save(1, {})
+        look("written by none")
+        if lab.world.rank == 0:
+            let_write()
+            wait_until_written(saver)
+        look("written by rank 0")
+        let_write()
+        wait_until_written(saver)
+    look("written by both")
+    return found
+
+
+def wait_until_written(saver: checkpoint.Saver) -> None:
+    """Returns after ten seconds at the latest."""
+    end = time.monotonic() + 10
+    while saver._saving is not None and not saver._saving.strategy.is_written() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def killed_while_saving(lab: Lab) -> None:
     """Ends this process by SIGKILL when all shards of step 2 are written and nothing says so yet."""
     policy, directory = lab.policy("one", "qwen2_tied"), lab.home / "killed"
@@ -105,14 +156,14 @@ def killed_while_saving(lab: Lab) -> None:
     checkpoint.save(policy, directory, 1, {"cursor": 1}, keep=2)
     lab.keep("killed-1", lab.weights(policy))
     policy.update(batch_of())
-    checkpoint._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    checkpoint.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     checkpoint.save(policy, directory, 2, {"cursor": 2}, keep=2)
 
 
 def after_the_kill(lab: Lab) -> dict[str, Any]:
     directory = lab.home / "killed"
     before = sorted(path.name for path in directory.iterdir())
-    newest = checkpoint.latest(directory)
+    newest = latest(directory)
     assert newest is not None
     policy = lab.policy("tp2", "qwen2_tied")
     state = checkpoint.load(policy, newest)["state"]

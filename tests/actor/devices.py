@@ -12,6 +12,7 @@ from lab import Lab, error_of
 from pretended_gpu import storages
 
 from nemo_r3.actor import checkpoint
+from nemo_r3.actor.manifest import latest
 from nemo_r3.actor.numerics import LayerWatch
 
 POLICIES = {
@@ -55,7 +56,7 @@ def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
     found["layers"] = len(watch.found(lab.world))
     home = lab.home / f"devices-{layout}-{kind}"
     checkpoint.save(policy, home, 2, {}, keep=1)
-    checkpoint.load(again, checkpoint.latest(home))
+    checkpoint.load(again, latest(home))
     before = storages()
     metrics.append(policy.update(batch_of()))
     return found | {

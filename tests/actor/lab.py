@@ -24,6 +24,7 @@ from nemo_r3.actor import checkpoint
 from nemo_r3.actor import optimizer as optimizer_module
 from nemo_r3.actor import policy as policy_module
 from nemo_r3.actor.checkpoint_writer import ThreadedSave
+from nemo_r3.actor.manifest import latest, read_manifest
 from nemo_r3.actor.model import start_parallel_groups
 from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.actor.policy import Policy
@@ -126,7 +127,7 @@ class Lab:
                 elsewhere = self.home / f"{name}-background"
                 saving = checkpoint.begin(policy, elsewhere, 2, {"cursor": 5}, background=True)
                 found |= self.second_half(policy, name, metrics)
-                counted = checkpoint.latest(elsewhere)
+                counted = latest(elsewhere)
                 let_write()
                 late = checkpoint.finish(saving, keep=2)
             found["background"] = {"early": counted is not None, "same": content_of(saved) == content_of(late)}
@@ -218,7 +219,7 @@ class Lab:
 
 def content_of(path: Path) -> tuple[Any, ...]:
     """A checkpoint's manifest and index, without the id that torch draws anew for each index."""
-    manifest, index = checkpoint.read_manifest(path), FileSystemReader(path).read_metadata()
+    manifest, index = read_manifest(path), FileSystemReader(path).read_metadata()
     del manifest["files"][".metadata"]
     return manifest, index.state_dict_metadata, index.storage_data
 
@@ -229,7 +230,7 @@ def written_late() -> Iterator[Callable[[], None]]:
     gate, write = Event(), ThreadedSave._write_file
 
     def wait(*arguments: Any) -> Any:
-        gate.wait()
+        gate.wait(60)  # in vain where a save waits for its shards that should not: then it fails, and does not hang
         return write(*arguments)
 
     ThreadedSave._write_file = wait  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from data import batch_of
 from lab import Lab
 
 from nemo_r3.actor import checkpoint
+from nemo_r3.actor.manifest import latest
 from nemo_r3.actor.offload import state_tensors
 from nemo_r3.actor.policy import Policy
 
@@ -31,7 +32,7 @@ def _compared(lab: Lab, layout: str, precision: str) -> dict[str, Any]:
     found["nan"] = lab.nan(moves)
     again = [lab.policy(layout, "qwen2", precision=precision, offload_optimizer=offloads) for offloads in (False, True)]
     for policy in again:
-        checkpoint.load(policy, checkpoint.latest(home))
+        checkpoint.load(policy, latest(home))
     found["held_after_load"] = _held(again[1])
     policies = [stays, moves, *again]
     last = [policy.update(batch_of()) for policy in policies]

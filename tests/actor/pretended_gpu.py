@@ -257,7 +257,7 @@ CUDA = {
     "_lazy_init": lambda: None,
     "is_available": lambda: True,
     "is_initialized": lambda: True,
-    "device_count": lambda: 1,
+    "device_count": lambda: 8,
     "current_device": lambda: 0,
     "set_device": lambda device: None,
     "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",

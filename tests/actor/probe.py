@@ -17,7 +17,14 @@ from pathlib import Path
 
 import families
 from ceiling import ceiling
-from damage import after_the_kill, bad_checkpoints, full_disk, killed_while_saving, limited
+from damage import (
+    after_the_kill,
+    bad_checkpoints,
+    full_disk,
+    killed_while_saving,
+    limited,
+    written_late_by_rank_1,
+)
 from data import KINDS, batch_of, make_models, plain_updates
 from devices import devices
 from lab import Lab
@@ -76,6 +83,7 @@ def two(lab: Lab) -> None:
     lab.resume("pp2", "dp2", "llama_tied")
     lab.resume("dp2", "dp2", "qwen2")
     policy = lab.policy("dp2", "llama")
+    lab.note("late", written_late_by_rank_1(lab, policy))
     checkpoint.save(policy, lab.home / "full-two", 1, {}, keep=1)
     policy.update(batch_of())
     limit = 50_000 if lab.world.rank == 1 else resource.RLIM_INFINITY

@@ -25,6 +25,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from nemo_r3 import precision, runtime  # noqa: E402
 from nemo_r3.actor import checkpoint  # noqa: E402
+from nemo_r3.actor.manifest import latest  # noqa: E402
 from nemo_r3.actor.numerics import LayerWatch  # noqa: E402
 from nemo_r3.actor.policy import Policy  # noqa: E402
 from nemo_r3.export import export  # noqa: E402
@@ -62,13 +63,13 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     found = {"scores": scores, "products": products, "layers": watch.found(lab.world), "nan": lab.nan(policy)}
     home = lab.home / f"te-{layout}-{name}"
     checkpoint.save(policy, home, 2, {}, keep=1)
-    checkpoint.load(again, checkpoint.latest(home))
+    checkpoint.load(again, latest(home))
     before = storages()
     metrics.append(policy.update(batch()))
     found["behind"] = [size for storage, size in storages().items() if storage not in before]
     found |= {"metrics": metrics, "resumed": again.update(batch()) == metrics[-1]}
     plain = Policy(policy.config, lab.world, trains=False)
-    checkpoint.load(plain, checkpoint.latest(home))
+    checkpoint.load(plain, latest(home))
     out = lab.home / f"te-{layout}-{name}-export"
     found["exported"] = export(plain, model_path(policy.config), out, "", sequences()[:4])
     if "fp8" in name:

@@ -31,6 +31,11 @@ DAMAGED = {
     "manifest_empty": "manifest.json is damaged: it lacks ['architecture', 'files', 'model', 'rope', 'state'",
     "absent": "is not a complete checkpoint",
 }
+FOREIGN = {
+    "foreign": ("is a checkpoint of another model (family llama != qwen2", "set model.path to"),
+    "other_weights": ("began with other weights (fingerprint 0123456789abcdef) than model.path=", "set model.path to"),
+    "other_factors": ("was trained with longrope's short factors", "rollout.max_model_len=300 takes the long ones"),
+}
 
 
 def saved_at(name: str) -> str:
@@ -52,6 +57,14 @@ def test_a_save_in_the_background_is_the_same_to_the_byte_while_the_policy_moves
 ) -> None:
     """Its shards are written after three more updates."""
     assert every[name]["background"] == {"early": False, "same": True}
+
+
+def test_a_save_in_the_background_counts_once_every_rank_has_written(two: Any) -> None:
+    assert two.found["late"] == {
+        "written by none": [".writing"],
+        "written by rank 0": [".writing"],
+        "written by both": ["step_000001"],
+    }
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -84,10 +97,10 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(one: Any, cas
     assert found["unchanged"]
 
 
-def test_a_checkpoint_of_another_model_is_refused(one: Any) -> None:
-    found = one.found["bad_checkpoints"]["foreign"]
-    assert "is a checkpoint of another model" in found["message"]
-    assert "family llama != qwen2" in found["message"] and "model.path" in found["message"]
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_checkpoint_of_another_run_is_refused(one: Any, case: str) -> None:
+    found = one.found["bad_checkpoints"][case]
+    assert all(part in found["message"] for part in FOREIGN[case]), found["message"]
     assert "\n" not in found["message"]
     assert found["unchanged"]
 

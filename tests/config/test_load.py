@@ -133,7 +133,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("task.options={1: 2}", ["task.options: its keys must be text, got 1"]),
         ("task.options.x=!!binary aGk=", ["task.options.x", "not allowed"]),
         ("seed=-1", ["seed: -1 is not allowed; it must be at least 0"]),
-        ("rollout.temperature=0", ["rollout.temperature: 0 is not allowed; it must be above 0"]),
+        ("rollout.temperature=0", ["rollout.temperature: 0 is not allowed; it must be at least 0.01 and at most 2"]),
         ("algo.clip_low=2", ["algo.clip_low: 2 is not allowed; it must be above 0 and at most 1"]),
         ("algo.mismatch_low=1.5", ["algo.mismatch_low: 1.5 is not allowed; it must be above 0 and at most 1"]),
         ("algo.mismatch_high=1", ["algo.mismatch_high: 1 is not allowed; it must be above 1"]),

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from launch import QUICKSTART, SMALL, run, start
 
+from nemo_r3.actor.manifest import is_sound
 from nemo_r3.run_directory import MEASURED
-from recipes.soak import is_sound
 
 MB = 2**20
 CHECKPOINT = 11 * MB

@@ -95,7 +95,7 @@ class Probe:
     """An engine on model a, its reference models, and the rollout around it."""
 
     def __init__(self, home: Path, tensor_parallel: int) -> None:
-        config = settings(home, tensor_parallel)
+        self.config = config = settings(home, tensor_parallel)
         self.world = runtime.start(config)
         if self.world.is_main:
             make_models(home)
@@ -240,11 +240,12 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
 
 
 def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
-    """A rollout whose step is stopped after 8 tokens, and again after 8 more, and is then done to its end."""
+    """A step that is stopped after 8 tokens and again after 8 more, and then runs to its end, as on a GPU."""
     from nemo_r3.rollout.kept import Kept
+    from nemo_r3.rollout.scheduler import Rollout
 
-    rollout, asked = probe.rollout, []
-    rollout.kept = Kept(enabled=True)
+    config = replace(probe.config, rollout=replace(probe.config.rollout, deterministic=False))
+    rollout, asked = Rollout(probe.engine, probe.dialogue, probe.task, config, probe.world), []
     add = probe.engine.add
     probe.engine.add = lambda request, ids, sampling: (
         asked.append((sampling.seed, tuple(ids))),

@@ -105,7 +105,7 @@ def test_progress_counts_every_turn(engine: dict[str, Any]) -> None:
     assert last["retry"] == last["reflection"]
 
 
-def test_a_step_that_is_stopped_goes_on_behind_its_tokens(engine: dict[str, Any]) -> None:
+def test_a_stopped_step_continues_after_its_tokens(engine: dict[str, Any]) -> None:
     stopped = engine["rollout"]["stopped"]
     (first_begun, first), (again_begun, again) = stopped["counts"]
     assert first_begun > 5 and again_begun > 5 and first <= again < stopped["turns"]
@@ -113,7 +113,7 @@ def test_a_step_that_is_stopped_goes_on_behind_its_tokens(engine: dict[str, Any]
     assert again_begun <= stopped["asked_at_last"] <= stopped["turns"] - (again - again_begun), (
         "an ended turn was asked"
     )
-    assert stopped["seeds_differ"], "what goes on is drawn with the numbers of its beginning"
+    assert stopped["seeds_differ"], "a turn that continues draws the random numbers of its beginning again"
     assert stopped["longest_begun"] == 16 and stopped["longest"] == 32, "the token limit counts from the turn's start"
     assert stopped["logprob_error"] < TOLERANCE
     assert stopped["of_another_step"] == 0

@@ -66,10 +66,10 @@ def test_only_the_training_step_under_way_is_kept() -> None:
 
 def test_what_goes_on_follows_what_was_begun() -> None:
     end = Completion("c-2", (7, 8), (-1.0, -3.0), "stop", 3)
-    assert end.behind(TURNS["c"]) == Completion("c-2", (9, 7, 8), (-2.0, -1.0, -3.0), "stop", 3)
-    assert end.behind(None) == end
+    assert end.continuing(TURNS["c"]) == Completion("c-2", (9, 7, 8), (-2.0, -1.0, -3.0), "stop", 3)
+    assert end.continuing(None) == end
 
 
-def test_engines_of_several_ranks_are_seeded_and_keep_their_turns_all_the_same() -> None:
+def test_engines_of_several_ranks_on_gpus_keep_their_turns() -> None:
     assert not is_deterministic(RolloutConfig(tensor_parallel=2), on_cuda=True)
     assert is_deterministic(RolloutConfig(), on_cuda=False)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 from nemo_r3.config.rollout import RolloutConfig
-from nemo_r3.rollout.sampling import request_seed, seeds_requests
+from nemo_r3.rollout.sampling import request_seed, steps_in_order
 from nemo_r3.types import Phase
 
 
@@ -18,9 +18,9 @@ def test_every_part_of_the_key_matters() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_requests_are_seeded_where_ranks_must_agree() -> None:
-    assert seeds_requests(RolloutConfig(), on_cuda=False)
-    assert not seeds_requests(RolloutConfig(), on_cuda=True)
-    assert seeds_requests(RolloutConfig(deterministic=True), on_cuda=True)
-    assert not seeds_requests(RolloutConfig(deterministic=False), on_cuda=False)
-    assert seeds_requests(RolloutConfig(deterministic=False, tensor_parallel=2), on_cuda=True)
+def test_engine_steps_are_ordered_where_results_repeat_or_ranks_must_agree() -> None:
+    assert steps_in_order(RolloutConfig(), on_cuda=False)
+    assert not steps_in_order(RolloutConfig(), on_cuda=True)
+    assert steps_in_order(RolloutConfig(deterministic=True), on_cuda=True)
+    assert not steps_in_order(RolloutConfig(deterministic=False), on_cuda=False)
+    assert steps_in_order(RolloutConfig(deterministic=False, tensor_parallel=2), on_cuda=True)

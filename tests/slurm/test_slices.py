@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,11 @@ def test_the_record_outlives_a_slice_but_not_a_job(tmp_path: Path) -> None:
     (tmp_path / "run/slurm.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         slices.begin(config, "8", 1)
+
+
+def test_the_batch_script_needs_omegaconf_and_yaml_alone(tmp_path: Path) -> None:
+    for name in ("omegaconf", "antlr4", "yaml"):
+        (tmp_path / name).symlink_to(Path(str(import_module(name).__file__)).parent)
+    command = [sys.executable, "-S", "-c", "import slurm.job, slurm.health, slurm.stage"]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

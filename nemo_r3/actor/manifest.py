@@ -1,0 +1,153 @@
+"""What can be said and done about a checkpoint without loading it.
+
+    checkpoints/step_000040/   megatron dist_checkpointing ("fully_reshardable"): model, optimizer, schedule
+                manifest.json  written last: step, weights version, model shape, which of longrope's factors, the
+                               other files' sizes and SHA-256, and the loop's own counters
+    checkpoints/.writing       what a save under way has written so far; swept away by the next one
+
+A checkpoint counts while it has its manifest. Nothing here needs torch: Slurm's batch script has none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from nemo_r3.errors import UserError
+from nemo_r3.files import write_whole
+
+WRITING = ".writing"
+MANIFEST = "manifest.json"
+UNREADABLE = "unreadable"
+WAY_OUT = "remove that checkpoint to resume from the one before"
+FIELDS = {"step", "version", "architecture", "rope", "files", "state", "model"}
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was saved; the one before may be."""
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where a run's `checkpoints` keep a step."""
+    return directory / f"step_{step:06d}"
+
+
+def complete(directory: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` that have a manifest, newest first."""
+    return sorted((file.parent for file in directory.glob(f"step_*/{MANIFEST}")), reverse=True)
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint in a run's `checkpoints`, or None."""
+    return next(iter(complete(directory)), None)
+
+
+def latest_step(directory: Path) -> int:
+    """The step of the newest complete checkpoint in a run's `checkpoints`; 0 where there is none."""
+    newest = latest(directory)
+    return int(newest.name.removeprefix("step_")) if newest else 0
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        DamagedError: it is no complete checkpoint.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DamagedError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
+    if not isinstance(manifest, dict) or not manifest.keys() >= FIELDS:
+        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it lacks {sorted(FIELDS - set(manifest))}; {WAY_OUT}")
+    return manifest
+
+
+def sums_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files by name, or UNREADABLE."""
+    return {name: sum_of(directory / name) for name in names}
+
+
+def sum_of(file: Path) -> str:
+    """A file's SHA-256, or UNREADABLE."""
+    try:
+        with file.open("rb") as handle:
+            return file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return UNREADABLE
+
+
+def check_sizes(checkpoint: Path, files: Mapping[str, tuple[int, str]]) -> None:
+    """Refuses a checkpoint with a lost or cut file; `files` is what its manifest says: size and SHA-256 by name.
+
+    Raises:
+        DamagedError: naming the file.
+    """
+    for name, (size, _) in files.items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes of {size}"
+            raise DamagedError(f"{checkpoint} is damaged: {name} {state}; {WAY_OUT}")
+
+
+def check_sums(checkpoint: Path, files: Mapping[str, tuple[int, str]], sums: Mapping[str, str]) -> None:
+    """Refuses a checkpoint with an altered file: `sums` is what its files have, by name.
+
+    Raises:
+        DamagedError: naming the file.
+    """
+    for name, (_, total) in files.items():
+        if sums[name] != total:
+            how = "cannot be read" if sums[name] == UNREADABLE else "has other content than was saved"
+            raise DamagedError(f"{checkpoint} is damaged: {name} {how}; {WAY_OUT}")
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether a checkpoint is complete and its files are what was saved."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+        check_sizes(checkpoint, files)
+        check_sums(checkpoint, files, sums_of(checkpoint, files))
+    except DamagedError:
+        return False
+    return True
+
+
+def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) -> None:
+    """Writes the manifest of the save under way and moves it into place: from here on the checkpoint counts.
+
+    Args:
+        directory: a run's `checkpoints`.
+        manifest: all but its `files`.
+        sums: SHA-256 of the files by name.
+    """
+    writing, final = directory / WRITING, step_path(directory, manifest["step"])
+    files = {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)}
+    write_whole(writing / MANIFEST, json.dumps(manifest | {"files": files}, indent=1))
+    if final.exists():
+        _remove(final)  # left by a run that was cut back to an earlier step
+    writing.rename(final)
+
+
+def keep_newest(directory: Path, number: int) -> None:
+    """Removes all but so many of the checkpoints in a run's `checkpoints`."""
+    for old in sorted(directory.glob("step_*"))[:-number]:
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes a checkpoint out of the count before its files: one that dies half removed is none."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Takes a damaged checkpoint out of the count, and keeps it as damaged_step_..."""
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)

@@ -1,0 +1,41 @@
+"""The starting model, kept as a copy of its weights that takes the model's place for one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from nemo_r3.actor.offload import HostBuffer
+
+
+class Reference:
+    """The weights a module has now: on its device, or on the host, from where every pass copies them."""
+
+    def __init__(self, module: nn.Module, on_host: bool) -> None:
+        """Copies this rank's weights; `on_host` only moves those of a GPU."""
+        self._module = module
+        weights = [parameter.detach() for parameter in module.parameters()]
+        self._kept = [HostBuffer.of(it) if on_host and it.device.type == "cuda" else it.clone() for it in weights]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return sum(kept.nbytes for kept in self._kept)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The module has the starting weights inside this block, and its own again afterwards."""
+        parameters = list(self._module.parameters())
+        current = [parameter.data for parameter in parameters]
+        for parameter, kept in zip(parameters, self._kept, strict=True):
+            if isinstance(kept, HostBuffer):
+                parameter.data = torch.empty_like(parameter.data)
+                kept.write_to(parameter.data)
+            else:
+                parameter.data = kept
+        yield
+        for parameter, weight in zip(parameters, current, strict=True):
+            parameter.data = weight

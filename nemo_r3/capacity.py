@@ -1,0 +1,153 @@
+"""Whether a run fits its machines, by arithmetic, before a weight is read.
+
+GPU    weights, gradients, optimizer state and reference, beside vLLM's share; activations come on top
+host   optimizer state on its way to and from a checkpoint, and what is offloaded
+disk   the checkpoints that are kept, and the one being written
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nemo_r3.config import Config
+from nemo_r3.errors import ConfigError
+from nemo_r3.memory import GIB
+from nemo_r3.models import Architecture
+from nemo_r3.models.names import count_parameters
+from nemo_r3.precision import precision_of
+from nemo_r3.runtime import World
+
+OPTIMIZER_BYTES = 12
+"""Per parameter in a checkpoint: fp32 main weights and AdamW's two moments."""
+CGROUPS = Path("/sys/fs/cgroup")
+LIMITS = ("memory.max", "memory.limit_in_bytes")
+"""Of cgroup v2 and v1."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of one rank of the actor, if the model were cut into equal parts."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float
+
+    @property
+    def at_work(self) -> float:
+        """During an update, without activations."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+
+def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
+    """What one rank of the actor holds in this layout."""
+    actor = config.actor
+    ways = actor.tensor_parallel * actor.pipeline_parallel
+    share = count_parameters(arch) / ways
+    owners = world_size // ways if actor.distributed_optimizer else 1
+    bf16 = precision_of(config).bf16
+    width, state = (2, OPTIMIZER_BYTES) if bf16 else (4, OPTIMIZER_BYTES - 4)  # fp32's main weights are the model's
+    return Size(width * share, 4 * share, state * share / owners, width * share if config.algo.kl_beta else 0)
+
+
+def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -> None:
+    """Refuses a training run that cannot fit; every rank calls it.
+
+    Args:
+        config: the run's settings.
+        arch: the model.
+        world: all ranks.
+        checkpoints: the directory they are written to; it need not exist.
+
+    Raises:
+        ConfigError: naming what does not fit, by how much, and the settings that change it.
+    """
+    size = size_of(config, arch, world.size)
+    ranks = world.gather(socket.gethostname()).count(socket.gethostname())
+    problem = None
+    if world.device.type == "cuda":
+        problem = gpu_problem(config, size, torch.cuda.mem_get_info(world.device)[1])
+    problem = problem or host_problem(config, arch, size, ranks, host_bytes())
+    if world.is_main:
+        problem = problem or disk_problem(config, arch, checkpoints)
+    if found := next((it for it in world.gather(problem) if it), None):
+        raise ConfigError(found)
+
+
+def gpu_problem(config: Config, size: Size, total: int) -> str | None:
+    """Why actor and engine cannot share a GPU of `total` bytes, or None."""
+    share = config.rollout.gpu_memory_utilization
+    rests = config.actor.offload_optimizer and config.rollout.sleep
+    held, vllm = size.weights if rests else size.at_work, share * total
+    if size.at_work > total:
+        return (
+            f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has {total / GIB:.0f}: use more GPUs, "
+            "with a larger actor.tensor_parallel or actor.pipeline_parallel"
+        )
+    if held + vllm > total:
+        return (
+            f"the actor's {held / GIB:.0f} GiB and vLLM's {vllm / GIB:.0f} (rollout.gpu_memory_utilization={share:g}) "
+            f"do not fit on a GPU of {total / GIB:.0f}: set actor.offload_optimizer=true, lower "
+            "rollout.gpu_memory_utilization, or raise actor.tensor_parallel or actor.pipeline_parallel"
+        )
+    return None
+
+
+def host_problem(config: Config, arch: Architecture, size: Size, ranks: int, free: float) -> str | None:
+    """Why `ranks` ranks cannot share a node with `free` bytes of host memory, or None.
+
+    A rank that loads a checkpoint holds the optimizer state of its whole model shard, whatever its own part is.
+    """
+    ways = config.actor.tensor_parallel * config.actor.pipeline_parallel
+    loaded = ranks * OPTIMIZER_BYTES * count_parameters(arch) / ways
+    offloaded = ranks * (size.optimizer + size.reference) if config.actor.offload_optimizer else 0.0
+    if loaded + offloaded <= free:
+        return None
+    return (
+        f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory for this run, and its {ranks} ranks need "
+        f"{loaded / GIB:.0f} to load a checkpoint and {offloaded / GIB:.0f} for what is offloaded: ask for more "
+        "(cluster.memory_gb), or raise actor.tensor_parallel or actor.pipeline_parallel"
+    )
+
+
+def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
+    """Why the checkpoints do not fit on the disk, or None."""
+    each = (OPTIMIZER_BYTES + precision_of(config).dtype.itemsize) * count_parameters(arch)
+    more = config.train.keep_checkpoints + 1 - len(list(checkpoints.glob("step_*")))
+    place = next(path for path in (checkpoints.absolute(), *checkpoints.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if more * each <= free:
+        return None
+    return (
+        f"run.dir: {place} has {free / GIB:.1f} GiB free, and {more} more checkpoints of {each / GIB:.1f} need "
+        f"{more * each / GIB:.1f} (train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
+    )
+
+
+def host_bytes() -> float:
+    """Host memory that is available to this process: the kernel's estimate, or its cgroup's limit if that is lower."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return min([int(line.split()[1]) * 1024.0, *cgroup_limits(Path("/proc/self/cgroup").read_text())])
+    return float("inf")
+
+
+def cgroup_limits(membership: str) -> Iterator[float]:
+    """Memory limits in bytes of a process's cgroups and their parents, given its /proc/<pid>/cgroup."""
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        group = root / path.lstrip("/")
+        for directory in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+            for name in LIMITS:
+                file = directory / name
+                if file.is_file() and (limit := file.read_text().strip()) != "max":
+                    yield float(limit)

@@ -1,0 +1,76 @@
+"""What is said of a checkpoint without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_r3.actor.manifest import (
+    FIELDS,
+    MANIFEST,
+    WRITING,
+    DamagedError,
+    complete,
+    is_sound,
+    keep_newest,
+    latest,
+    latest_step,
+    publish,
+    read_manifest,
+    set_aside,
+    step_path,
+    sums_of,
+)
+
+
+def saved(directory: Path, step: int = 1) -> Path:
+    """A checkpoint with one shard, as `checkpoint.finish` leaves it."""
+    writing = directory / WRITING
+    writing.mkdir(parents=True)
+    (writing / "shard").write_bytes(b"weights")
+    publish(directory, dict.fromkeys(FIELDS, "") | {"step": step}, sums_of(writing, ["shard"]))
+    return step_path(directory, step)
+
+
+def test_a_checkpoint_counts_once_it_is_published(tmp_path: Path) -> None:
+    assert (latest(tmp_path), latest_step(tmp_path)) == (None, 0)
+    (tmp_path / WRITING).mkdir()
+    step_path(tmp_path, 9).mkdir()  # one that died while it was removed
+    assert latest_step(tmp_path) == 0
+    (tmp_path / WRITING).rmdir()
+    two, ten = saved(tmp_path, 2), saved(tmp_path, 10)
+    assert complete(tmp_path) == [ten, two]
+    assert (latest(tmp_path), latest_step(tmp_path)) == (ten, 10)
+    assert sorted(file.name for file in ten.iterdir()) == [MANIFEST, "shard"]
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:
+    (saved(tmp_path) / "old").touch()
+    assert not (saved(tmp_path) / "old").exists()
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    steps = [saved(tmp_path, step) for step in (1, 2, 3)]
+    keep_newest(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == steps[1:]
+
+
+def test_one_that_is_set_aside_no_longer_counts(tmp_path: Path) -> None:
+    for _ in range(2):
+        set_aside(saved(tmp_path))
+    assert latest(tmp_path) is None
+    assert [found.name for found in tmp_path.iterdir()] == ["damaged_step_000001"]
+
+
+def test_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
+    """What `load` says of each is in test_checkpoint.py."""
+    assert is_sound(saved(tmp_path / "whole"))
+    altered, cut, lost, unsaid = (saved(tmp_path / name) for name in ("altered", "cut", "lost", "unsaid"))
+    (altered / "shard").write_bytes(b"Weights")
+    (cut / "shard").write_bytes(b"weight")
+    (lost / "shard").unlink()
+    (unsaid / MANIFEST).write_text((unsaid / MANIFEST).read_text()[:20])
+    assert not any(is_sound(checkpoint) for checkpoint in (altered, cut, lost, unsaid, tmp_path / "nowhere"))
+    with pytest.raises(DamagedError, match="is not a complete checkpoint"):
+        read_manifest(unsaid)

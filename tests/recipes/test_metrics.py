@@ -1,0 +1,37 @@
+"""What a step's rollouts and its update say in metrics.jsonl and on the step's line."""
+
+from __future__ import annotations
+
+from nemo_r3.config import TrainConfig
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from recipes.metrics import measures, summary
+
+
+def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:
+    return Answer(Segment(phase, (1,) * tokens, (-1.0,) * tokens, 0), "", finish_reason)
+
+
+def reflection(tokens: int, reason: str, retry_tokens: int, retry_reason: str, reward: float) -> Reflection:
+    answers = answer(Phase.REFLECTION, tokens, reason), answer(Phase.RETRY, retry_tokens, retry_reason)
+    return Reflection(0, Trajectory(), *answers, reward)
+
+
+def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
+    failure = Failure(Problem("0", "", {}), Trajectory(), answer(Phase.ATTEMPT, 9))
+    first = reflection(10, "length", 3, "stop", 0.0), reflection(4, "stop", 5, "length", 1.0)
+    second = reflection(6, "stop", 7, "length", 0.0), reflection(8, "stop", 0, "no_room", 0.0)
+    assert measures([Group(failure, first), Group(failure, second)]) == {
+        "reward": 0.25,
+        "retry_success": 0.25,
+        "reflection_tokens": 7.0,
+        "retry_tokens": 3.75,
+        "truncated": 0.25,
+    }
+
+
+def test_a_skipped_update_names_its_cause() -> None:
+    skipped = {"retry_success": 0.5, "groups_used": 2.0, "loss": 0.1, "grad_norm": 1.0, "skipped": 1.0}
+    skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0}
+    for rejected, cause in ((40.0, "all tokens rejected"), (39.0, "NaN or Inf gradient")):
+        line = summary(skipped | {"rejected_tokens": rejected}, TrainConfig())
+        assert line == f"retry success 0.500  groups 2  {cause}: update skipped"

@@ -1,0 +1,118 @@
+"""Which runs fit their machines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_r3 import capacity
+from nemo_r3.config import Config
+from nemo_r3.memory import GIB
+from nemo_r3.models import shape
+
+
+def config_of(tensor_parallel: int = 1, pipeline_parallel: int = 1, offload: bool = False) -> Config:
+    config = Config()
+    config.actor.tensor_parallel, config.actor.pipeline_parallel = tensor_parallel, pipeline_parallel
+    config.actor.offload_optimizer = offload
+    return config
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "pipeline", "ranks", "gib"),
+    [
+        ("qwen2.5-1.5b", 1, 1, 8, 13.6),
+        ("phi-3.5-mini", 1, 1, 8, 33.8),
+        ("llama-3.1-8b", 2, 1, 8, 41.1),
+        ("llama-3.1-70b", 8, 4, 32, 41.1),
+    ],
+)
+def test_the_actors_of_docs_training(model: str, tensor: int, pipeline: int, ranks: int, gib: float) -> None:
+    """(8 P + 12 P / DP) / (TP x PP), as docs/training.md has it."""
+    size = capacity.size_of(config_of(tensor, pipeline), shape(model), ranks)
+    assert size.at_work / GIB == pytest.approx(gib, abs=0.1)
+
+
+def test_without_a_reference_and_in_fp32() -> None:
+    config = config_of()
+    config.algo.kl_beta, config.actor.precision = 0.0, "fp32"
+    size = capacity.size_of(config, shape("qwen2.5-1.5b"), 1)
+    assert (size.reference, size.gradients) == (0, size.weights)
+    assert size.optimizer == 2 * size.weights, "its main weights are the model's own"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "offload", "share", "gpu", "expected"),
+    [
+        (2, True, 0.5, 79, None),
+        (4, False, 0.5, 79, None),
+        (2, False, 0.4, 79, None),
+        (2, False, 0.5, 79, "the actor's 41 GiB and vLLM's 40 .* actor.offload_optimizer=true"),
+        (1, True, 0.3, 64, "the actor needs 71 GiB of each GPU, which has 64"),
+    ],
+)
+def test_an_8b_beside_vllm(tensor: int, offload: bool, share: float, gpu: int, expected: str | None) -> None:
+    config = config_of(tensor, offload=offload)
+    config.rollout.gpu_memory_utilization = share
+    size = capacity.size_of(config, shape("llama-3.1-8b"), 8)
+    assert_is(capacity.gpu_problem(config, size, gpu * GIB), expected)
+
+
+def test_an_engine_that_does_not_sleep_needs_its_room_during_the_update_too() -> None:
+    config = config_of(2, offload=True)
+    config.rollout.sleep = False
+    size = capacity.size_of(config, shape("llama-3.1-8b"), 8)
+    assert_is(capacity.gpu_problem(config, size, 79 * GIB), "do not fit")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "offload", "free", "expected"),
+    [
+        (2, False, 360, None),
+        (
+            2,
+            False,
+            350,
+            "350 GiB of host memory .* 8 ranks need 359 to load a checkpoint and 0 for .*cluster.memory_gb",
+        ),
+        (2, True, 360, "need 359 to load a checkpoint and 150 for what is offloaded"),
+        (8, True, 250, None),
+    ],
+)
+def test_host_memory_of_a_node_with_8_ranks(tensor: int, offload: bool, free: int, expected: str | None) -> None:
+    config, arch = config_of(tensor, offload=offload), shape("llama-3.1-8b")
+    size = capacity.size_of(config, arch, 8)
+    assert_is(capacity.host_problem(config, arch, size, 8, free * GIB), expected)
+
+
+def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, arch, checkpoints = config_of(), shape("llama-3.1-8b"), tmp_path / "run" / "checkpoints"
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=250 * GIB))
+    assert_is(
+        capacity.disk_problem(config, arch, checkpoints),
+        f"run.dir: {tmp_path} has 250.0 GiB free, and 3 more checkpoints of 104.7 need 314.1 .*keep_checkpoints=2",
+    )
+    (checkpoints / "step_000001").mkdir(parents=True)
+    assert capacity.disk_problem(config, arch, checkpoints) is None
+
+
+def test_the_lowest_limit_of_a_cgroup_and_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "CGROUPS", tmp_path)
+    job = tmp_path / "slurm" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    (job / "memory.max").write_text("4096\n")
+    (job / "step_0" / "memory.max").write_text("max\n")
+    assert list(capacity.cgroup_limits("0::/slurm/job_7/step_0\n")) == [4096]
+    (tmp_path / "memory" / "job_7").mkdir(parents=True)
+    (tmp_path / "memory" / "job_7" / "memory.limit_in_bytes").write_text("8192\n")
+    assert list(capacity.cgroup_limits("4:cpu:/\n3:memory:/job_7\n")) == [8192]
+
+
+def assert_is(found: str | None, expected: str | None) -> None:
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None and re.search(expected, found) and "\n" not in found, found
