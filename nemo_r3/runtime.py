@@ -195,9 +195,14 @@ def _free_port() -> int:
 
 def seed_step(seed: int, step: int) -> None:
     """Seeds every generator from (seed, step) alone, so that a resumed step draws what the first run drew."""
-    mixed = (seed * 1_000_003 + step) % 2**31
+    mixed = step_seed(seed, step) % 2**31
     random.seed(mixed)
     torch.manual_seed(mixed)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """One number for the run's seed and a step."""
+    return seed * 1_000_003 + step
 
 
 def main(recipe: Callable[[Sequence[str]], None]) -> None:

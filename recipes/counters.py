@@ -1,22 +1,25 @@
-"""`Counters`: where a training run is, and when it has gone wrong for too long."""
+"""`Counters`: how far a training run has come, and when it has gone wrong for too long."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nemo_r3.config import TrainConfig
 
 
 @dataclass
 class Counters:
-    """Where a run is: what a checkpoint keeps beside the policy.
+    """The loop's state, which every checkpoint keeps beside the policy.
 
     Attributes:
-        step: the last one done.
-        cursor: where the source of failures is.
-        empty_steps, skipped_steps, drift_steps: in a row, up to now.
-        bf16_layers: taken out of FP8 because they drifted.
+        step: the last finished step.
+        cursor: how far the source of failures has come.
+        empty_steps: consecutive steps, up to this one, in which no group had mixed rewards.
+        skipped_steps: consecutive steps whose update was skipped.
+        drift_steps: consecutive steps above `train.drift_stop`.
+        bf16_layers: layers that were moved from FP8 to BF16.
     """
 
     step: int = 0
@@ -27,7 +30,7 @@ class Counters:
     bf16_layers: list[int] = field(default_factory=list)
 
     def after(self, step: int, cursor: int, metrics: Mapping[str, float | None], config: TrainConfig) -> Counters:
-        """Where it is one step later; a step without a loss had nothing to train on."""
+        """The counters after one more step; a step without a loss had nothing to train on."""
         empty, drift = metrics["loss"] is None, metrics["token_mult_prob_error"]
         return Counters(
             step=step,
@@ -39,28 +42,31 @@ class Counters:
         )
 
 
-def hopeless(at: Counters, config: TrainConfig, good: str) -> str | None:
-    """Why a run should end that learns nothing, or the wrong thing; `good` is the last checkpoint.
+def reason_to_stop(counters: Counters, config: TrainConfig, last_checkpoint: Path | None) -> str | None:
+    """Why the run should end, or None.
 
-    That is too many steps in a row with nothing to train on, with a skipped update, or with drift.
+    It should after too many consecutive steps that had nothing to train on, skipped their update, or drifted: it would
+    learn nothing, or the wrong thing.
     """
-    if at.empty_steps >= config.max_empty_steps:
+    checkpoint = f"last checkpoint: {last_checkpoint or 'none yet'}"
+    if counters.empty_steps >= config.max_empty_steps:
         return (
-            f"{at.empty_steps} steps in a row had nothing to train on "
+            f"{counters.empty_steps} steps in a row had nothing to train on "
             f"(train.max_empty_steps={config.max_empty_steps}): all retries of each group pass, or all fail; "
             "look at rollouts/, and at the task's difficulty"
         )
-    if at.skipped_steps >= config.max_skipped_steps:
+    if counters.skipped_steps >= config.max_skipped_steps:
         return (
-            f"{at.skipped_steps} updates in a row were skipped (train.max_skipped_steps={config.max_skipped_steps}): "
+            f"{counters.skipped_steps} updates in a row were skipped "
+            f"(train.max_skipped_steps={config.max_skipped_steps}): "
             "their gradient was NaN or Inf (lower actor.lr, or resume an earlier checkpoint), or "
             "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off); "
-            f"last checkpoint: {good}"
+            f"{checkpoint}"
         )
-    if at.drift_steps >= config.max_drift_steps:
+    if counters.drift_steps >= config.max_drift_steps:
         return (
-            f"token_mult_prob_error was above train.drift_stop={config.drift_stop} in {at.drift_steps} steps in a row "
-            f"(train.max_drift_steps={config.max_drift_steps}): vLLM samples from another policy than is trained; "
-            f"try actor.precision=bf16 and rollout.quantization=none; last checkpoint: {good}"
+            f"token_mult_prob_error was above train.drift_stop={config.drift_stop} in {counters.drift_steps} steps "
+            f"in a row (train.max_drift_steps={config.max_drift_steps}): vLLM samples from another policy than is "
+            f"trained; try actor.precision=bf16 and rollout.quantization=none; {checkpoint}"
         )
     return None

@@ -1,8 +1,8 @@
-"""The resume drill: a run that is killed again and again must end as the one that is left alone.
+"""The resume drill: a run that is killed and resumed several times must give the same as one that is not.
 
-<run.dir>/drill/whole    trains to its end
-<run.dir>/drill/killed   is ended at a random moment, while it saves, and by SIGUSR1, in turns, and started again
-verdict                  failure bank, metrics (but time/ and memory/) and rollouts are the same, every step once
+<run.dir>/drill/whole    runs to its end undisturbed
+<run.dir>/drill/killed   is killed at random, killed while it saves, or stopped by SIGUSR1, in turns, and resumed
+verdict                  same failure bank, rollouts and metrics (but for times and the like), each step logged once
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_r3.run_directory import MEASURED
 
 KINDS = ("at random", "while saving", "SIGUSR1")
 PATIENCE = 5.0
-"""A launch may take so many times as long as the whole run did before it counts as hung."""
+"""A launch counts as hung after this many times the undisturbed run's duration."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Launch:
     """How the run under test is started.
 
     Attributes:
-        argv: CONFIG.yaml and its settings.
-        ranks: processes of torchrun.
+        argv: CONFIG.yaml and settings, as on the command line.
+        ranks: processes; torchrun starts them where there are several.
         path: the run directory.
     """
 
@@ -48,7 +48,7 @@ class Launch:
     path: Path
 
     def start(self) -> subprocess.Popen[bytes]:
-        """A process group of its own, whose output goes to <path>.log."""
+        """Starts it in its own process group; its output is appended to <path>.log."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
         settings = [f"run.dir={self.path}", f"failures.path={self.path}/failures"]
         with Path(f"{self.path}.log").open("ab") as log:
@@ -61,7 +61,7 @@ class Launch:
 
 
 def drill(argv: Sequence[str]) -> None:
-    """`python -m recipes.drill CONFIG.yaml key=value ...`; exits with 1 where the two runs differ."""
+    """`python -m recipes.drill CONFIG.yaml key=value ...`; an error where the two runs differ."""
     config = configuration.load(argv)
     ranks = ranks_of(config)
     home = Path(config.run.dir) / "drill"
@@ -92,10 +92,10 @@ def drill(argv: Sequence[str]) -> None:
 
 
 def ranks_of(config: Config) -> int:
-    """How many ranks the run under test has on this machine.
+    """How many ranks the config needs on this machine.
 
     Raises:
-        UserError: two runs of this config would differ anyway.
+        UserError: rollouts are not deterministic, so that two runs differ even undisturbed.
     """
     asked, actor = config.rollout.deterministic, config.actor
     if asked is False or (asked is None and torch.cuda.is_available()):
@@ -104,10 +104,19 @@ def ranks_of(config: Config) -> int:
 
 
 def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, float]:
-    """Starts the run and ends it; one that is faster than its end ends by itself.
+    """Starts the run and kills or stops it, unless it finishes first.
+
+    Args:
+        launch: the run.
+        kind: how it ends, one of KINDS.
+        wait: seconds until then, except while saving.
+        patience: seconds after which it counts as hung.
 
     Returns:
-        Its exit code, and the seconds that it lived.
+        Its exit code, and how many seconds it ran.
+
+    Raises:
+        UserError: SIGUSR1 did not stop it as it should.
     """
     writing = launch.path / "checkpoints" / WRITING
     shutil.rmtree(writing, ignore_errors=True)  # of the kill before
@@ -130,9 +139,9 @@ def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, f
 
 
 def send(process: int, ranks: int, number: signal.Signals) -> None:
-    """Signals the ranks, and with SIGKILL their launcher too: torchrun dies of SIGUSR1 and takes the ranks with it.
+    """Sends a signal to every rank, and SIGKILL to their launcher too.
 
-    SIGUSR1 waits until every rank has its ears open: before, Python would die of it.
+    torchrun gets no SIGUSR1: it would die of it and kill the ranks. Nor does a rank before it has a handler.
     """
     if number is signal.SIGKILL:
         os.killpg(process, number)
@@ -143,24 +152,24 @@ def send(process: int, ranks: int, number: signal.Signals) -> None:
         for pid in pids:
             os.kill(pid, number)
     except (FileNotFoundError, ProcessLookupError):
-        return  # it has ended by itself
+        return  # it has finished
 
 
 def _ranks(process: int, ranks: int) -> list[int]:
-    """The processes of the ranks: the launcher's children, where there is one."""
+    """Process ids of the ranks: the launcher's children, where there is a launcher."""
     if ranks == 1:
         return [process]
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def _hears(process: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal; True for one that has ended and waits to be noticed."""
+    """Whether a process has a handler for a signal; True for a zombie, which needs none."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return "Z" in status["State"] or bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
 
 
 def differences(whole: Path, killed: Path, steps: int) -> list[str]:
-    """What the killed run has otherwise."""
+    """Where the killed run differs, a line each; none if the runs are the same."""
     found = []
     ours, theirs = (untimed(path / "metrics.jsonl") for path in (killed, whole))
     if [line["step"] for line in ours] != list(range(1, steps + 1)):
@@ -176,7 +185,7 @@ def differences(whole: Path, killed: Path, steps: int) -> list[str]:
 
 
 def untimed(file: Path) -> list[dict[str, object]]:
-    """A run's metrics by step, without what is measured; a last line that was cut short is left out."""
+    """A run's metrics by step, without times and other measurements; a last line that was cut short is left out."""
     text = file.read_text() if file.exists() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]

@@ -9,32 +9,35 @@ from nemo_r3 import runtime
 from nemo_r3.evaluate import as_json, measure
 from nemo_r3.refit import refit
 from nemo_r3.report import table
-from recipes import session
+from recipes.metrics import versions
+from recipes.plan import join, plan
+from recipes.start import start_policy, start_rollout
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """`python -m recipes.evaluate CONFIG.yaml key=value ...`; without a checkpoint, the starting model alone."""
-    ground = session.join(session.plan(argv), trains=False)
-    plan, run = ground.plan, ground.run
-    trained = session.trained_checkpoint(ground)
-    policy = session.start_policy(ground, trains=False) if trained is not None else None
-    rl = session.start_engine(ground)
-    problems = plan.task.problems("test")[: plan.config.evaluate.problems or None]
+    setup = join(plan(argv), trains=False)
+    from nemo_r3.actor import checkpoint  # megatron-core: after `join`
+    from recipes.resume import trained_checkpoint
 
-    rl.progress.begin("evaluate the starting model:")
+    run, progress, config = setup.run, setup.progress, setup.plan.config
+    trained = trained_checkpoint(setup)
+    policy = start_policy(setup, trains=False) if trained is not None else None
+    rollout = start_rollout(setup)
+    problems = setup.plan.task.problems("test")[: config.evaluate.problems or None]
+
+    progress.begin("evaluate the starting model:")
     with run.timed("evaluate"):
-        before, failures = measure(rl.rollout, problems)
+        before, failures = measure(rollout, problems)
     entries: dict[str, Any] = {"before": as_json(before), "after": None, "step": None}
     if policy is not None and trained is not None:
-        from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
-
         entries["step"] = checkpoint.load(policy, trained)["step"]
-        refit(policy, rl.engine)
-        rl.progress.begin(f"evaluate step {entries['step']}:")
+        refit(policy, rollout.engine)
+        progress.begin(f"evaluate step {entries['step']}:")
         with run.timed("evaluate"):
-            after, _ = measure(rl.rollout, problems, failures)
+            after, _ = measure(rollout, problems, failures)
         entries["after"] = as_json(after)
-    rl.progress.say(table(run.add_to_summary(**entries, versions=session.versions())))
+    progress.say(table(run.add_to_summary(**entries, versions=versions())))
 
 
 if __name__ == "__main__":

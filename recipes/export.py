@@ -12,7 +12,9 @@ from nemo_r3 import runtime
 from nemo_r3.errors import UserError
 from nemo_r3.models import Architecture
 from nemo_r3.report import table
-from recipes import session
+from recipes.metrics import versions
+from recipes.plan import join, plan
+from recipes.start import start_policy
 
 PROBES = 8
 PROBE_TOKENS = 64
@@ -21,25 +23,25 @@ PROBE_TOKENS = 64
 
 def export(argv: Sequence[str]) -> None:
     """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
-    ground = session.join(session.plan(argv), trains=False)
-    plan, world, run = ground.plan, ground.world, ground.run
-
-    from nemo_r3.actor import checkpoint  # megatron-core: after `join` has prepared the environment
+    setup = join(plan(argv), trains=False)
+    from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
     from nemo_r3.export import export as export_policy
     from nemo_r3.export import has_results, model_card
+    from recipes.resume import trained_checkpoint
 
-    trained = session.trained_checkpoint(ground)
+    world, run, config, model = setup.world, setup.run, setup.plan.config, setup.plan.model
+    trained = trained_checkpoint(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
     out = run.path / "export"
     with run.timed("export"):
-        policy = session.start_policy(ground, trains=False)
+        policy = start_policy(setup, trains=False)
         step = checkpoint.load(policy, trained)["step"]
         world.leave_if_asked()
         recorded = run.path / "config.yaml"
-        trained_with = configuration.load([str(recorded)]) if recorded.exists() else plan.config
-        card = model_card(trained_with, run.add_to_summary(versions=session.versions()), step, plan.model.name)
-        difference = export_policy(policy, plan.model, out, card, probe_of(run.path, plan.arch))
+        trained_with = configuration.load([str(recorded)]) if recorded.exists() else config
+        card = model_card(trained_with, run.add_to_summary(versions=versions()), step, model.name)
+        difference = export_policy(policy, model, out, card, probe_of(run.path, setup.plan.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
         print(

@@ -1,4 +1,4 @@
-"""`Layers`: the record of what FP8 costs each layer, and BF16 for those it costs most once a run drifts."""
+"""`Layers`: measures FP8's error in each layer, and moves the worst layers to BF16 when a run drifts."""
 
 from __future__ import annotations
 
@@ -6,63 +6,74 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from nemo_r3.actor.numerics import LayerWatch
+from nemo_r3.precision import precision_of
 from recipes.counters import Counters
-from recipes.session import Ground, Session
-
-if TYPE_CHECKING:
-    from nemo_r3.actor.policy import Policy
+from recipes.plan import Setup
 
 
 class Layers:
-    """The layers of a run; every rank makes the same calls."""
+    """The policy's layers; every rank makes the same calls."""
 
-    def __init__(self, ground: Ground, policy: Policy, session: Session, at: Counters) -> None:
-        """Those that drifted before the checkpoint that the run goes on from multiply in BF16 again."""
-        from nemo_r3.actor.numerics import LayerWatch  # torch: after `join` has prepared the environment
-        from nemo_r3.precision import precision_of
-
-        config = ground.plan.config
-        self._config, self._ground, self._progress = config.train, ground, session.progress
-        self._watch = LayerWatch(policy.module, precision_of(config).fp8)
+    def __init__(self, setup: Setup, trunk: nn.Module, counters: Counters) -> None:
+        """Keeps the layers in BF16 that were moved there before the checkpoint that the run resumes from."""
+        config = setup.plan.config
+        self._config, self._setup = config.train, setup
+        self._watch = LayerWatch(trunk, precision_of(config).fp8)
         self._found: list[dict[str, Any]] = []
-        if at.bf16_layers:
-            self._watch.leave_fp8(at.bf16_layers)
+        if counters.bf16_layers:
+            self._watch.leave_fp8(counters.bf16_layers)
 
     @contextmanager
-    def watched(self, at: Counters) -> Iterator[None]:
-        """Watches the update after `at`, where a record is due or the run may be about to drift for too long."""
-        step, every = at.step + 1, self._config.layers_every
-        last_chance = self._config.on_drift == "bf16" and at.drift_steps + 1 >= self._config.max_drift_steps
+    def watched(self, counters: Counters) -> Iterator[None]:
+        """Measures the update in its block and logs it to layers.jsonl, in some steps only.
+
+        These are every `train.layers_every`-th step, and with `train.on_drift=bf16` each step that would be the last
+        one if it drifts too: `move_worst_to_bf16` then knows which layers are the worst.
+        """
+        step, every = counters.step + 1, self._config.layers_every
+        last_chance = self._config.on_drift == "bf16" and counters.drift_steps + 1 >= self._config.max_drift_steps
         if not (last_chance or (every and step % every == 0)):
             yield
             return
         with self._watch.watching():
             yield
-        self._found = self._watch.found(self._ground.world)
-        self._ground.run.log_layers(step, self._found)
+        self._found = self._watch.found(self._setup.world)
+        self._setup.run.log_layers(step, self._found)
 
-    def relieve(self, at: Counters) -> Counters:
-        """With `train.on_drift=bf16`, takes layers out of FP8 where the run would give up; then it need not, yet."""
-        if self._config.on_drift == "stop" or at.drift_steps < self._config.max_drift_steps:
-            return at
-        if not (worst := costliest(self._found)):
-            return at
+    def move_worst_to_bf16(self, counters: Counters) -> Counters:
+        """Instead of stopping for drift, moves the worst FP8 layers to BF16 and restarts the count.
+
+        Only with `train.on_drift=bf16`, and while there are FP8 layers.
+
+        Returns:
+            The counters, without drift where layers were moved.
+        """
+        if self._config.on_drift == "stop" or counters.drift_steps < self._config.max_drift_steps:
+            return counters
+        if not (worst := worst_layers(self._found)):
+            return counters
         self._watch.leave_fp8(worst)
         names = ", ".join(f"{layer} ({error:.1%} off)" for layer, error in sorted(worst.items()))
-        self._progress.say(
-            f"DRIFT: {at.drift_steps} steps above train.drift_stop={self._config.drift_stop}: from here on layers "
-            f"{names} multiply in BF16 (train.on_drift=bf16)"
+        self._setup.progress.say(
+            f"DRIFT: {counters.drift_steps} steps above train.drift_stop={self._config.drift_stop}: from here on "
+            f"layers {names} multiply in BF16 (train.on_drift=bf16)"
         )
-        return replace(at, drift_steps=0, bf16_layers=sorted({*at.bf16_layers, *worst}))
+        return replace(counters, drift_steps=0, bf16_layers=sorted({*counters.bf16_layers, *worst}))
 
 
-def costliest(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """A quarter of the layers in FP8, at least one: those whose products are furthest off, with how far that is.
+def worst_layers(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The quarter of the FP8 layers, at least one, with the largest relative error, and that error.
 
-    A product is as far off as its input and its weight together, a layer as its worst product. Gradients do not count:
-    what drifts are log-probabilities.
+    A product's error is that of its input and its weight together, a layer's that of its worst product. Errors of
+    gradients do not count: drift is an error of log-probabilities, which the forward pass alone makes.
+
+    Args:
+        rows: as `LayerWatch.found` gives them.
     """
     squares: dict[tuple[int, str], float] = {}
     for row in rows:

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 
 from nemo_r3 import runtime
 from nemo_r3.errors import UserError
-from recipes import session
+from recipes.bank import mine_missing, open_bank
+from recipes.plan import join, plan
+from recipes.start import start_rollout
 
 
 def mine(argv: Sequence[str]) -> None:
     """`python -m recipes.mine CONFIG.yaml key=value ...`."""
-    ground = session.join(session.plan(argv), trains=False)
-    bank = session.open_bank(ground)
+    setup = join(plan(argv), trains=False)
+    bank = open_bank(setup)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")
-    session.fill(bank, ground, session.start_engine(ground))
-    ground.run.add_to_summary()
-    if ground.world.is_main:
+    mine_missing(setup, bank, start_rollout(setup))
+    setup.run.add_to_summary()
+    if setup.world.is_main:
         print(f"{bank.path} is complete: {len(bank.read())} failures")
 
 

@@ -1,8 +1,8 @@
-"""The soak: a small run is killed hundreds of times, and what every kill leaves behind is checked.
+"""The soak: kills a small run hundreds of times, and checks what each kill left behind.
 
-<run.dir>/whole        trains to its end
-<run.dir>/round_001    is killed every few steps, from mining to its end, and compared with it; then the next round
-<run.dir>/tally.json   counts over all calls: the same command goes on where the last one ended
+<run.dir>/whole        a run to its end, undisturbed
+<run.dir>/round_001    the same run, killed every few steps until it finishes, then compared; then the next round
+<run.dir>/tally.json   the counts so far; the same command continues from them
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from recipes.drill import PATIENCE, Launch, differences, ranks_of, send, untimed
 MINING = "while mining"
 KINDS = ("while saving", "at random", "while saving", "SIGUSR1")
 PAUSE = 1.5
-"""Seconds, at most, from the first sign of mining or of steps to the kill, or to the save that is aimed at."""
+"""Most seconds from the first sign of mining or of a step to the kill, or to waiting for the save to be hit."""
 SAVE = 0.15
-"""Seconds, at most, from the beginning of that save to the kill."""
+"""Most seconds from the beginning of that save to the kill."""
 
 
 @dataclass
 class Tally:
-    """What all kills so far came to; all but the first four should be 0.
+    """Counts over all kills so far: four of work done, then the harm, which should all be 0.
 
     Attributes:
         kills: by kind.
         cut_saves: kills that left a save half done.
-        rounds: runs that came to their end, kill after kill.
-        seconds: spent on that.
-        corrupt_checkpoints: with a manifest that is cut, or whose hashes do not agree with the files.
-        lost_checkpoints: kills after which the newest checkpoint was an older one than before.
-        lost_failure_rows: rows of the failure bank that were mined and are gone, or are others.
-        double_counted_steps: steps that metrics.jsonl has more than once.
-        differing_steps: steps with other metrics than those of the run that is left alone.
-        differing_rounds: rounds that ended otherwise than the run that is left alone.
+        rounds: runs that finished in spite of their kills.
+        seconds: how long the killed runs ran.
+        corrupt_checkpoints: checkpoints whose manifest is cut, or whose files do not match its hashes.
+        lost_checkpoints: kills after which the newest checkpoint was older than before.
+        lost_failure_rows: rows missing from mined shards of the failure bank, compared with the undisturbed run's.
+        double_counted_steps: repeated steps in metrics.jsonl.
+        differing_steps: steps whose metrics differ from the undisturbed run's.
+        differing_rounds: finished runs that differ from the undisturbed one.
     """
 
     kills: dict[str, int] = field(default_factory=dict)
@@ -66,20 +66,20 @@ class Tally:
 
     @property
     def harm(self) -> dict[str, int]:
-        """What should be 0 and is not."""
+        """The counts of harm that are not 0."""
         counted = asdict(self)
         return {name: counted[name] for name in list(counted)[4:] if counted[name]}
 
 
 def soak(argv: Sequence[str]) -> None:
-    """`python -m recipes.soak CONFIG.yaml key=value ...`, until `drill.kills` kills are counted; 1 on any harm."""
+    """`python -m recipes.soak CONFIG.yaml key=value ...`, up to `drill.kills` kills; an error on any harm."""
     config = configuration.load(argv)
     home, ranks = Path(config.run.dir), ranks_of(config)
     home.mkdir(parents=True, exist_ok=True)
     file = home / "tally.json"
     tally = Tally(**json.loads(file.read_text())) if file.exists() else Tally()
     whole = Launch(argv, ranks, home / "whole")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, leaves no run behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `end` then kills the run under test
     begun = time.monotonic()
     if code := whole.start().wait():
         raise UserError(f"the run that is left alone ended with code {code}; see {whole.path}.log")
@@ -95,10 +95,10 @@ def soak(argv: Sequence[str]) -> None:
 
 
 def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: float) -> str:
-    """Starts the run, ends it, and adds what that did to the tally.
+    """Starts the run, kills it, and adds to the tally what that did.
 
     Returns:
-        How it ended, in words.
+        What happened, in words.
     """
     before, kind, now = State.of(launch.path), next_kind(launch.path, tally.total), time.time()
     code, lived = end(launch, kind, random.Random(f"{config.seed}/{tally.total}"), patience)
@@ -124,33 +124,39 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
 
 @dataclass(frozen=True)
 class State:
-    """What a kill must not take away: the newest checkpoint's step, and the shards that are mined."""
+    """What a kill must not lose: the step of the newest checkpoint, and the mined shards."""
 
     step: int
     shards: frozenset[str]
 
     @classmethod
     def of(cls, path: Path) -> State:
-        """Of a run directory, or of none yet."""
+        """Reads it from a run directory, which need not exist yet."""
         shards = path.glob("failures/shard_*.jsonl")
         return cls(latest_step(path / "checkpoints"), frozenset(shard.name for shard in shards))
 
 
 def next_kind(path: Path, number: int) -> str:
-    """How the next launch ends; as long as the bank is not whole, three of four are ended while they mine."""
+    """How the next launch is killed: until the bank is complete, three of four times while mining."""
     index = path / "failures" / "bank.json"
     mined = index.exists() and json.loads(index.read_text())["complete"]
     return KINDS[number % len(KINDS)] if mined or number % 4 == 0 else MINING
 
 
 def end(launch: Launch, kind: str, draw: random.Random, patience: float) -> tuple[int, float]:
-    """Starts the run and ends it soon after it has begun to mine or to step; it may come to its end before.
+    """Starts the run and kills or stops it soon after it has begun to mine or to train, unless it finishes first.
+
+    Args:
+        launch: the run.
+        kind: how it ends, one of KINDS or MINING.
+        draw: for the moment.
+        patience: seconds after which it counts as hung.
 
     Returns:
-        Its exit code, and the seconds that it lived.
+        Its exit code, and how many seconds it ran.
 
     Raises:
-        UserError: it hung, or ended otherwise than it was made to.
+        UserError: it hung, or ended in another way.
     """
     process, begun, now = launch.start(), time.monotonic(), time.time()
 
@@ -170,7 +176,7 @@ def end(launch: Launch, kind: str, draw: random.Random, patience: float) -> tupl
         if process.poll() is None:
             send(process.pid, launch.ranks, signal.SIGUSR1 if kind == "SIGUSR1" else signal.SIGKILL)
         code = process.wait(patience)
-    except BaseException:  # the soak itself is stopped, by hand or by a fault: it leaves no run behind
+    except BaseException:  # a fault, or the soak itself is stopped: leave no run behind
         send(process.pid, launch.ranks, signal.SIGKILL)
         raise
     allowed = (0, signals.STOPPED) if kind == "SIGUSR1" else (0, -signal.SIGKILL)
@@ -187,7 +193,7 @@ def _is_newer(file: Path, time: float) -> bool:
 
 
 def rows_lost(shard: Path, whole: Path) -> int:
-    """How many rows of the bank of the run that is left alone this shard lacks."""
+    """How many rows of the undisturbed run's shard this one lacks."""
     found = set(shard.read_text().splitlines()) if shard.exists() else set()
     return len(set(whole.read_text().splitlines()) - found)
 

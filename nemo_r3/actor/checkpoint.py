@@ -29,6 +29,7 @@ from nemo_r3.actor.cpu import on_any_device
 from nemo_r3.actor.manifest import (
     UNREADABLE,
     WRITING,
+    DamagedError,
     check_sizes,
     check_sums,
     keep_newest,
@@ -41,8 +42,6 @@ from nemo_r3.actor.manifest import (
 from nemo_r3.actor.policy import Policy
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World, is_collective
-
-from nemo_r3.actor.manifest import DamagedError, complete, set_aside  # isort: skip  # noqa: F401  # TODO(merge): session
 
 NORM_STATE = "decoder.final_layernorm._extra_state"
 
@@ -169,18 +168,21 @@ class Saver:
         self._keep, self._background, self._room = keep, background, room
         self._saving: Saving | None = None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> int:
-        """Begins a save, after the end of the one before; in the foreground it ends it too. Gives the step back.
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Begins a save, after the end of the one before; in the foreground it ends it too.
+
+        Returns:
+            The checkpoint, which counts once its save has ended.
 
         Raises:
             UserError: either of them cannot be written.
         """
         self.finish()
         with self._room(), self._policy.at_work():
-            self._saving = begin(self._policy, self._directory, step, state, self._background)
+            self._saving = saving = begin(self._policy, self._directory, step, state, self._background)
             if not self._background:
                 self.finish()
-        return step
+        return saving.final
 
     def finish_if_written(self) -> None:
         """Every rank calls this between steps: a save that all of them have written counts from now on."""

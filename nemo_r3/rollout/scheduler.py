@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 
+EngineT = TypeVar("EngineT", bound=Sampler)
 NO_ROOM = "no_room"
 """Finish reason of a turn that was not sampled: its prompt fills rollout.max_model_len. Its answer is empty."""
 
@@ -103,17 +104,18 @@ class _Asked:
     begun: Completion | None
 
 
-class Rollout:
+class Rollout(Generic[EngineT]):
     """Samples turns with the run's engines; every rank calls the same method with the same arguments.
 
     Attributes:
+        engine: this rank's.
         kept: what this rank's engine has sampled in the step under way; nothing where rollouts are deterministic, since
             a step that is done again gives the same.
     """
 
     def __init__(
         self,
-        engine: Sampler,
+        engine: EngineT,
         dialogue: Dialogue,
         task: Task,
         config: Config,
@@ -130,7 +132,7 @@ class Rollout:
             world: all ranks.
             progress: told how far this rank's engine is.
         """
-        self._engine = engine
+        self.engine = engine
         self._dialogue = dialogue
         self._task = task
         self._config = config
@@ -238,7 +240,7 @@ class Rollout:
                 begin(following)
 
         def begin(turn: _Turn) -> None:
-            room = 0 if turn.prompt is None else self._engine.max_model_len - len(turn.prompt)
+            room = 0 if turn.prompt is None else self.engine.max_model_len - len(turn.prompt)
             if turn.prompt is None or room < 1:
                 finish(turn, self._unsampled(turn.phase))
                 return
@@ -251,7 +253,7 @@ class Rollout:
             request = f"{turn.phase}-{next(numbers)}"
             waiting[request] = _Asked(turn, name, begun)
             sampling = self._sampling(turn, step, greedy, room, len(so_far))
-            self._engine.add(request, [*turn.prompt.ids, *so_far], sampling)
+            self.engine.add(request, [*turn.prompt.ids, *so_far], sampling)
 
         def take(completion: Completion) -> tuple[_Turn, Completion]:
             asked = waiting.pop(completion.request_id)
@@ -261,19 +263,19 @@ class Rollout:
 
         self.kept.begin(step)
         if self._forgets:
-            self._engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
+            self.engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
         for turn in turns:
             begin(turn)
         while waiting and not self._fleet.asked_to_stop():
             signals.alive()
-            completions = self._engine.step()
+            completions = self.engine.step()
             for completion in completions:
                 turn, whole = take(completion)
                 finish(turn, self._answer(turn.phase, whole))
             if completions and self._progress is not None:
                 for phase, total in totals.items():
                     self._progress(phase, ended[phase], total, tokens[phase])
-        for completion in self._engine.leave():
+        for completion in self.engine.leave():
             take(completion)
 
     def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int, begun: int) -> Sampling:
@@ -294,7 +296,7 @@ class Rollout:
         return Answer(segment, self._dialogue.decode(completion.ids), completion.finish_reason)
 
     def _unsampled(self, phase: Phase) -> Answer:
-        return Answer(Segment(phase, (), (), self._engine.version), "", NO_ROOM)
+        return Answer(Segment(phase, (), (), self.engine.version), "", NO_ROOM)
 
     def _verify(self, problem: Problem, answer: Answer) -> bool:
         return answer.finish_reason != NO_ROOM and self._task.verify(problem, answer.text)

@@ -11,9 +11,10 @@ import sys
 import time
 
 from nemo_r3 import runtime
-from recipes import session, train
+from nemo_r3.rollout.scheduler import Rollout
+from recipes.train import train
 
-started = session.start_engine
+take_engine = Rollout.__init__
 before_the_stop = iter(range(12))
 
 
@@ -29,21 +30,20 @@ def breaks_in_step_2(how: str) -> None:
         time.sleep(1)
 
 
-def start_engine(ground: session.Ground) -> session.Session:
-    """The real engine; rank 1's breaks once its weights are those of step 1."""
-    rl = started(ground)
-    step = rl.engine.step
+def take_broken_engine(rollout: Rollout, engine, dialogue, task, config, world, progress) -> None:
+    """Takes the real engine; rank 1's breaks once its weights are those of step 1."""
+    take_engine(rollout, engine, dialogue, task, config, world, progress)
+    step = engine.step
 
     def broken():
-        if rl.engine.version == 1:
+        if engine.version == 1:
             breaks_in_step_2(how)
         return step()
 
-    if ground.world.rank == 1:
-        rl.engine.step = broken
-    return rl
+    if world.rank == 1:
+        engine.step = broken
 
 
 how = sys.argv.pop(1)
-session.start_engine = start_engine
-runtime.main(train.train)
+Rollout.__init__ = take_broken_engine
+runtime.main(train)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from nemo_r3.config import TrainConfig
-from recipes.counters import Counters, hopeless
-from recipes.train import summary
+from recipes.counters import Counters, reason_to_stop
+from recipes.metrics import summary
 
 CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_drift_steps=2)
 FINE = {"loss": 0.1, "token_mult_prob_error": 1.01, "skipped": 0.0}
@@ -18,10 +19,10 @@ DRIFTED = FINE | {"token_mult_prob_error": 1.2}
 
 
 def walk(*steps: dict[str, float | None]) -> Counters:
-    at = Counters()
+    counters = Counters()
     for number, metrics in enumerate(steps, 1):
-        at = at.after(number, 8 * number, metrics, CONFIG)
-    return at
+        counters = counters.after(number, 8 * number, metrics, CONFIG)
+    return counters
 
 
 def test_counts_are_of_steps_in_a_row() -> None:
@@ -39,9 +40,9 @@ def test_counts_are_of_steps_in_a_row() -> None:
     ],
 )
 def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float | None], said: str) -> None:
-    assert hopeless(walk(metrics), CONFIG, "c/step_000007") is None
-    assert hopeless(walk(metrics, FINE, metrics), CONFIG, "c/step_000007") is None
-    reason = hopeless(walk(metrics, metrics), CONFIG, "c/step_000007")
+    assert reason_to_stop(walk(metrics), CONFIG, Path("c/step_000007")) is None
+    assert reason_to_stop(walk(metrics, FINE, metrics), CONFIG, Path("c/step_000007")) is None
+    reason = reason_to_stop(walk(metrics, metrics), CONFIG, Path("c/step_000007"))
     assert reason is not None and said in reason
     assert ("last checkpoint: c/step_000007" in reason) == (metrics is not EMPTY)
 

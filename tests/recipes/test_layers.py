@@ -14,8 +14,8 @@ from torch import nn
 
 from nemo_r3.actor.numerics import MATRICES, LayerWatch
 from nemo_r3.config import Config
-from recipes.counters import Counters, hopeless
-from recipes.layers import Layers, costliest
+from recipes.counters import Counters, reason_to_stop
+from recipes.layers import Layers, worst_layers
 
 
 def rows(errors: dict[int, float], operand: str = "input", fp8: bool = True) -> list[dict[str, Any]]:
@@ -28,15 +28,15 @@ def rows(errors: dict[int, float], operand: str = "input", fp8: bool = True) -> 
 
 def test_a_quarter_of_the_layers_that_are_left_and_at_least_one() -> None:
     errors = {layer: 0.02 + 0.001 * (layer % 5) for layer in range(9)}
-    assert list(costliest(rows(errors))) == [4, 3, 8]
-    assert costliest(rows({7: 0.03})) == {7: 0.03}
-    assert costliest(rows({7: 0.03}, fp8=False)) == {}
+    assert list(worst_layers(rows(errors))) == [4, 3, 8]
+    assert worst_layers(rows({7: 0.03})) == {7: 0.03}
+    assert worst_layers(rows({7: 0.03}, fp8=False)) == {}
 
 
 def test_input_and_weight_count_together_gradients_do_not_and_nan_is_the_worst() -> None:
     found = rows({1: 0.03, 2: 0.04}) + rows({1: 0.04, 2: 0.001}, "weight") + rows({2: 0.9}, "gradient")
-    assert costliest(found) == {1: math.hypot(0.03, 0.04)}
-    assert costliest([*found, *rows({2: math.nan})]) == {2: math.inf}
+    assert worst_layers(found) == {1: math.hypot(0.03, 0.04)}
+    assert worst_layers([*found, *rows({2: math.nan})]) == {2: math.inf}
 
 
 class Layer(nn.Module):
@@ -76,44 +76,47 @@ class Run:
 
         monkeypatch.setattr(LayerWatch, "leave_fp8", leave_fp8)
 
-    def begin(self, at: Counters) -> Layers:
-        trunk = SimpleNamespace(decoder=SimpleNamespace(layers=self.layers), config=SimpleNamespace(num_layers=8))
+    def begin(self, counters: Counters) -> Layers:
+        trunk: Any = SimpleNamespace(decoder=SimpleNamespace(layers=self.layers), config=SimpleNamespace(num_layers=8))
         world = SimpleNamespace(gather=lambda item: [item])
         run = SimpleNamespace(log_layers=self.logged.__setitem__)
-        ground: Any = SimpleNamespace(plan=SimpleNamespace(config=self.config), world=world, run=run)
-        session: Any = SimpleNamespace(progress=SimpleNamespace(say=self.said.append))
-        return Layers(ground, SimpleNamespace(module=trunk), session, at)  # type: ignore[arg-type]
+        progress = SimpleNamespace(say=self.said.append)
+        plan = SimpleNamespace(config=self.config)
+        setup: Any = SimpleNamespace(plan=plan, world=world, run=run, progress=progress)
+        return Layers(setup, trunk, counters)
 
-    def step(self, layers: Layers, at: Counters, drift: float) -> Counters:
-        with layers.watched(at):
+    def step(self, layers: Layers, counters: Counters, drift: float) -> Counters:
+        with layers.watched(counters):
             self.layers(torch.randn(5, 8)).sum().backward()
         metrics = {"loss": 0.1, "token_mult_prob_error": drift}
-        return layers.relieve(at.after(at.step + 1, 0, metrics, self.config.train))
+        return layers.move_worst_to_bf16(counters.after(counters.step + 1, 0, metrics, self.config.train))
 
 
 def test_a_record_is_made_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, on_drift="stop", layers_every=3)
-    layers, at = run.begin(Counters()), Counters()
+    layers, counters = run.begin(Counters()), Counters()
     for _ in range(7):
-        at = run.step(layers, at, drift=1.5)
+        counters = run.step(layers, counters, drift=1.5)
     assert list(run.logged) == [3, 6] and all(len(rows) == 8 * 4 * 3 for rows in run.logged.values())
-    assert at.drift_steps == 7 and not run.left, "on_drift=stop leaves the end to `hopeless`"
+    assert counters.drift_steps == 7 and not run.left, "on_drift=stop leaves the end to `reason_to_stop`"
 
 
 def test_drift_costs_a_quarter_of_the_fp8_layers_after_a_quarter_and_then_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(monkeypatch)
-    layers, at = run.begin(Counters()), Counters()
-    assert run.step(layers, at, drift=1.0) == replace(at, step=1) and not run.logged, "sound steps are not watched"
+    layers, counters = run.begin(Counters()), Counters()
+    assert run.step(layers, counters, drift=1.0) == replace(counters, step=1) and not run.logged, (
+        "sound steps are not watched"
+    )
     counts = []
-    while hopeless(at, run.config.train, "none") is None:
-        at = run.step(layers, at, drift=1.5)
-        counts.append(len(at.bf16_layers))
+    while reason_to_stop(counters, run.config.train, None) is None:
+        counters = run.step(layers, counters, drift=1.5)
+        counts.append(len(counters.bf16_layers))
     assert counts == [0, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6], "layers 1 to 6 are FP8 at first"
-    assert at.bf16_layers == sorted(run.left) == [1, 2, 3, 4, 5, 6]
+    assert counters.bf16_layers == sorted(run.left) == [1, 2, 3, 4, 5, 6]
     assert all(row["fp8"] == (row["layer"] in (1, 2, 3, 4, 5, 6)) for row in run.logged[2])
     assert len(run.said) == 5 and all("multiply in BF16 (train.on_drift=bf16)" in line for line in run.said)
     resumed = Run(monkeypatch)
-    resumed.begin(at)
-    assert resumed.left == at.bf16_layers
+    resumed.begin(counters)
+    assert resumed.left == counters.bf16_layers

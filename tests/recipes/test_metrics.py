@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemo_r3.config import TrainConfig
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
-from recipes.train import measures, summary
+from recipes.metrics import measures, summary
 
 
 def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:

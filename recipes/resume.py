@@ -1,0 +1,128 @@
+"""A run's checkpoints: going on from one, saving the next, and what was sampled of a step that a stop cut short.
+
+Imports megatron-core: after `join`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from nemo_r3.actor import checkpoint
+from nemo_r3.actor.manifest import DamagedError, complete, latest, read_manifest, set_aside
+from nemo_r3.actor.policy import Policy
+from nemo_r3.refit import refit
+from nemo_r3.rollout import kept
+from nemo_r3.rollout.scheduler import Rollout
+from recipes.counters import Counters
+from recipes.plan import Setup
+
+
+def newest_checkpoint(setup: Setup) -> Path | None:
+    """The run's newest checkpoint as rank 0 sees it: on a shared file system ranks may not see the same."""
+    newest: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
+    return newest
+
+
+def trained_checkpoint(setup: Setup) -> Path | None:
+    """The checkpoint to measure or export: `evaluate.checkpoint`, or the run's newest.
+
+    Raises:
+        UserError: it is no complete checkpoint, or the run has other settings than this command.
+    """
+    asked = setup.plan.config.evaluate.checkpoint
+    trained = Path(asked) if asked else newest_checkpoint(setup)
+    if trained is not None:
+        read_manifest(trained)
+        setup.run.refuse_other_settings()
+    return trained
+
+
+def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Path | None]:
+    """Goes on from the run's newest sound checkpoint: policy, engine, and logs that end where it does.
+
+    Returns:
+        The loop's counters, and the checkpoint that kept them; new ones and None where the run has no checkpoint.
+
+    Raises:
+        UserError: all of them are damaged, or the newest is of another model.
+    """
+    counters, home, steps = Counters(), None, setup.plan.config.train.steps
+    if found := setup.world.broadcast(complete(setup.run.checkpoints)):
+        rollout.engine.sleep()  # the refit below brings its weights
+        home, manifest = _load_newest(setup, policy, found)
+        refit(policy, rollout.engine)
+        counters = Counters(**manifest["state"])
+        setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
+        if counters.step >= steps:
+            setup.progress.say(f"step {counters.step} of train.steps={steps} is done: nothing to train")
+        _take_up_turns(setup, rollout, home, counters.step + 1)
+    setup.run.cut_back(counters.step)
+    return counters, home
+
+
+def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """Loads the first of these checkpoints that is sound; damaged ones before it are set aside."""
+    *newer, oldest = found
+    for path in newer:
+        try:
+            return path, checkpoint.load(policy, path)
+        except DamagedError as error:
+            if setup.world.is_main:
+                set_aside(path)
+                print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
+    return oldest, checkpoint.load(policy, oldest)
+
+
+def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Saver:
+    """What saves the run's steps.
+
+    An offloaded optimizer state comes back to the device to be saved: the engine makes room for it meanwhile.
+    """
+    config = setup.plan.config
+
+    @contextmanager
+    def room() -> Iterator[None]:
+        setup.progress.during("save")
+        if config.actor.offload_optimizer:
+            rollout.engine.sleep()
+        yield
+        if config.actor.offload_optimizer:
+            refit(policy, rollout.engine)
+
+    keep, background = config.train.keep_checkpoints, config.train.save_in_background
+    return checkpoint.Saver(policy, setup.run.checkpoints, keep, background, room)
+
+
+def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
+    """After a stop, keeps what was sampled of `step` beside the checkpoint whose weights sampled it.
+
+    Nothing where rollouts are deterministic, and in a run's first step, which has no checkpoint before it. Turns that
+    cannot be written are said to be lost: all it costs is to sample them again.
+    """
+    turns = {turn: found for part in setup.world.gather(rollout.kept.of(step)) for turn, found in part.items()}
+    home = latest(setup.run.checkpoints)
+    if setup.world.is_main and turns and home is not None:
+        try:
+            kept.write(home / kept.FILE, turns)
+            setup.progress.say(f"kept {len(turns)} turns of step {step} in {home / kept.FILE}")
+        except OSError as error:
+            lost = f"step {step} will be sampled anew: cannot write {home / kept.FILE} ({error.strerror})"
+            print(f"warning: {lost}", file=sys.stderr, flush=True)
+
+
+def _take_up_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> None:
+    """Gives the engines what a stopped process kept of `step`, if it did."""
+    file, turns = home / kept.FILE, {}
+    if setup.world.is_main and file.exists():
+        try:
+            turns = kept.read(file)
+            setup.progress.say(f"going on with {len(turns)} turns of step {step} from {file}")
+        except (OSError, SafetensorError) as error:
+            print(f"warning: step {step} is sampled anew: {file} is damaged ({error})", file=sys.stderr, flush=True)
+    rollout.kept.take_up(step, setup.world.broadcast(turns))
