@@ -141,7 +141,7 @@ def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
     for first in range(0, len(attempts), samples):
         answers = attempts[first : first + samples]
         solve_rate = sum(attempt.passed for attempt in answers) / samples
-        rows += [_row(attempt, solve_rate) for attempt in answers if not attempt.passed and attempt.answer.segment.ids]
+        rows += [_row(attempt, solve_rate) for attempt in answers if attempt.is_failure]
     return rows
 
 
@@ -237,7 +237,7 @@ class OnlineSource:
         failures: list[Failure] = []
         for _ in range(ONLINE_ROUNDS):
             attempts = self._rollout.first_attempts(self._next_problems(), step)
-            failures += [attempt.failure for attempt in attempts if not attempt.passed and attempt.answer.segment.ids]
+            failures += [attempt.failure for attempt in attempts if attempt.is_failure]
             if len(failures) >= self._count:
                 return failures[: self._count]
         raise UserError(

@@ -193,3 +193,12 @@ def test_the_online_source_gives_up_on_a_policy_that_solves_everything() -> None
 def test_online_source_needs_problems() -> None:
     with pytest.raises(UserError, match="failures.source=online: the task has no training problems"):
         OnlineSource(Scripted(passes=1), [], count=4, seed=1)
+
+
+def test_a_rejected_attempt_without_tokens_is_no_failure() -> None:
+    problem = problems(1)[0]
+    task = Trajectory((Segment(Phase.TASK, (1, 5)),))
+    unsampled = Attempted(problem, 0, task, Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room"), False)
+    assert not unsampled.is_failure
+    assert not attempt(problem, 0, passed=True).is_failure
+    assert attempt(problem, 0, passed=False).is_failure
