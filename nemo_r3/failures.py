@@ -6,9 +6,10 @@ failures/shard_00000.jsonl  the rejected answers to a fixed slice of the problem
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ class Stamp:
 
     Attributes:
         model: fingerprint of the checkpoint that answered.
-        problems: hash of the problems that were asked, in order: another split is another bank.
+        problems: `hash_of` the problems that were asked: another split, text or right answer is another bank.
         task: its name.
         verifier: its version and settings.
         dialogue: fingerprint of template and wording.
@@ -50,6 +51,14 @@ class Stamp:
     temperature: float
     max_answer_tokens: int
     samples_per_problem: int
+
+
+def hash_of(problems: Iterable[Problem]) -> str:
+    """Changes with any problem's id, text, data or tools, and with their order."""
+    found = hashlib.sha256()
+    for problem in problems:
+        found.update(json.dumps([problem.id, problem.text, problem.data, problem.tools]).encode() + b"\n")
+    return found.hexdigest()[:16]
 
 
 class Bank:

@@ -6,7 +6,6 @@ a weight is read.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import sys
@@ -289,7 +288,7 @@ def open_bank(ground: Ground) -> Bank | None:
     Raises:
         UserError: there is a bank, and it is of another model, problems, verifier or wording.
     """
-    from nemo_r3.failures import Bank, Stamp
+    from nemo_r3.failures import Bank, Stamp, hash_of
 
     plan = ground.plan
     config = plan.config
@@ -297,7 +296,7 @@ def open_bank(ground: Ground) -> Bank | None:
         return None
     stamp = Stamp(
         model=fingerprint(plan.model, plan.arch),
-        problems=hashlib.sha256("\n".join(p.id for p in problems_to_mine(plan)).encode()).hexdigest()[:16],
+        problems=hash_of(problems_to_mine(plan)),
         task=plan.task.name,
         verifier=plan.task.verifier,
         dialogue=ground.dialogue.fingerprint[:16],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,7 +11,7 @@ import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp
+from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp, hash_of
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.run_directory import _locks
 from nemo_r3.runtime import World
@@ -95,6 +96,15 @@ def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: st
         bank(tmp_path, other).check()
     assert "\n" not in str(error.value)
     assert bank(tmp_path, other, allow_foreign=True).check()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"id": "p9"}, {"text": "other words"}, {"data": {"numbers": [1], "target": 2}}, {"tools": ({"x": 1},)}]
+)
+def test_a_problem_that_was_changed_is_another_one_to_the_stamp(changed: dict[str, object]) -> None:
+    asked = problems(2)
+    assert hash_of(asked) == hash_of(problems(2)) != hash_of(asked[::-1])
+    assert hash_of([asked[0], replace(asked[1], **changed)]) != hash_of(asked)
 
 
 def test_a_half_mined_foreign_bank_is_refused_even_when_told(tmp_path: Path) -> None:
