@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -238,28 +238,35 @@ class OnlineSource:
         self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
 
     def draw(self, step: int) -> list[Failure]:
-        """Asks batch after batch of problems until `count` answers were rejected.
+        """Asks batch after batch of problems, none of them twice, until `count` answers were rejected.
 
         Raises:
-            UserError: too few were, over many batches.
+            UserError: too few were, over many batches or all problems.
         """
         failures: list[Failure] = []
+        asked: set[int] = set()
         for _ in range(ONLINE_ROUNDS):
-            attempts = self._rollout.first_attempts(self._next_problems(), step)
+            if not (batch := self._next_unasked(asked)):
+                break
+            asked.update(batch)
+            attempts = self._rollout.first_attempts([self._problems[i] for i in batch], step)
             failures += [attempt.failure for attempt in attempts if attempt.is_failure]
             if len(failures) >= self._count:
                 return failures[: self._count]
         raise UserError(
-            f"failures.source=online: {ONLINE_ROUNDS * self._count} first answers gave {len(failures)} failures, "
+            f"failures.source=online: {len(asked)} first answers gave {len(failures)} failures, "
             f"fewer than train.failures_per_step={self._count}; the policy solves this task already"
         )
 
-    def _next_problems(self) -> list[Problem]:
-        chosen = []
-        for _ in range(self._count):
+    def _next_unasked(self, asked: Set[int]) -> list[int]:
+        """The next `count` problems, by their index, that are not among those asked; fewer where fewer are left."""
+        chosen: list[int] = []
+        while len(chosen) < min(self._count, len(self._problems) - len(asked)):
             epoch, place = divmod(self.cursor, len(self._problems))
-            chosen.append(self._problems[epoch_order(len(self._problems), self._seed, epoch)[place]])
+            problem = epoch_order(len(self._problems), self._seed, epoch)[place]
             self.cursor += 1
+            if problem not in asked and problem not in chosen:
+                chosen.append(problem)
         return chosen
 
 

@@ -195,6 +195,21 @@ def test_the_online_source_asks_until_it_has_enough_failures() -> None:
     assert source.cursor == rollout.asked
 
 
+def test_the_online_source_asks_no_problem_twice_in_a_step() -> None:
+    class EveryTenth(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+            self.asked += len(asked)
+            return [attempt(problem, 0, int(problem.id[1:]) % 10 != 0) for problem in asked]
+
+    source = OnlineSource(EveryTenth(), problems(200), count=20, seed=1)
+    source.cursor = 130  # the step runs on into the next epoch
+    assert len({failure.id for failure in source.draw(1)}) == 20
+    rollout = EveryTenth()
+    with pytest.raises(UserError, match="200 first answers gave 20 failures, fewer than train.failures_per_step=21"):
+        OnlineSource(rollout, problems(200), count=21, seed=1).draw(1)
+    assert rollout.asked == 200
+
+
 def test_the_online_source_gives_up_on_a_policy_that_solves_everything() -> None:
     with pytest.raises(UserError, match="failures.source=online"):
         OnlineSource(Scripted(passes=1), problems(10), count=4, seed=1).draw(1)
