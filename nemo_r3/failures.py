@@ -1,6 +1,6 @@
 """Where failed first attempts come from: a bank mined once (as in the paper), or the current policy.
 
-failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; and how it went
+failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; and the shards' SHA-256 sums
 failures/shard_00000.jsonl  the rejected answers to a fixed slice of the problems, written whole: mining resumes
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,8 +62,32 @@ def hash_of(problems: Iterable[Problem]) -> str:
     return found.hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class BankRow:
+    """Where a failure stands in a bank: the failures of a large one would fill the memory."""
+
+    shard: Path
+    offset: int
+
+    def load(self) -> Failure:
+        """The failure.
+
+        Raises:
+            UserError: it is no longer there.
+        """
+        try:
+            with self.shard.open("rb") as file:
+                file.seek(self.offset)
+                return _failure(json.loads(file.readline()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"failures.path: {self.shard} was changed while this run used it ({error!r})") from error
+
+
 class Bank:
-    """A directory of mined failures. Rank 0 writes; all ranks read."""
+    """A directory of mined failures. Rank 0 reads and writes it; on a shared file system ranks may see different files.
+
+    All ranks call `check`, `mine` and `read` together.
+    """
 
     def __init__(self, config: Config, stamp: Stamp, world: World) -> None:
         """Names the bank; nothing is read yet."""
@@ -71,77 +96,118 @@ class Bank:
         self._index = self.path / "bank.json"
 
     def check(self) -> bool:
-        """Whether the bank is complete; a missing or half-mined one is not.
+        """Whether the bank is complete; one that is missing, half mined or without one of its shards is not.
 
         Raises:
-            UserError: it was mined from another model, task, verifier, dialogue or sampling.
+            UserError: it was mined from another model, task, verifier, dialogue or sampling, or by an older nemo_r3.
         """
+        return bool(self._world.broadcast(self._is_complete() if self._world.is_main else None))
+
+    def _is_complete(self) -> bool:
         if not self._index.exists():
             if any(self.path.glob("shard_*.jsonl")):
                 raise UserError(f"failures.path: {self.path} has shards but no bank.json to say whose; remove them")
             return False
-        try:
-            index = json.loads(self._index.read_text())
-            found = index["stamp"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
-        wanted = vars(self._stamp)
+        index = self._read_index()
+        found, wanted = index["stamp"], vars(self._stamp)
         differing = [f"{key} {found.get(key)!r} != {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
-        complete = bool(index.get("complete"))
+        lost = [name for name in index["shards"] if not (self.path / name).exists()]
+        complete = index["complete"] and not lost
         if differing and not (self._config.allow_foreign and complete):
             raise UserError(
                 f"failures.path: {self.path} was mined with another {', '.join(differing)}; mine a new bank at another "
                 "failures.path, or accept this one, if it is complete, with failures.allow_foreign=true"
+                + "".join(f"; {name} is missing" for name in lost)
             )
-        return complete
+        return bool(complete)
 
     def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> None:
         """Samples first answers to the problems, shard by shard, and keeps every one that the verifier rejects."""
         samples = self._config.samples_per_problem
+        names = [f"shard_{number:05d}.jsonl" for number in range(-(-len(problems) // SHARD_PROBLEMS))]
+        mined: dict[str, str] = {}
         if self._world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             take_lock(self.path)
-            self._write_index(complete=False, problems=len(problems))
-        shards = [self.path / f"shard_{number:05d}.jsonl" for number in range(-(-len(problems) // SHARD_PROBLEMS))]
-        missing = self._world.broadcast([not shard.exists() for shard in shards])
-        for number, shard in enumerate(shards):
+            mined = self._mined_before()
+            self._write_index(complete=False, problems=len(problems), shards=mined)
+        missing = self._world.broadcast([name not in mined for name in names])
+        for number, name in enumerate(names):
             if missing[number]:
+                shard = self.path / name
                 asked = problems[number * SHARD_PROBLEMS : (number + 1) * SHARD_PROBLEMS]
                 attempts = rollout.first_attempts(asked, MINING_STEP, samples)
                 if self._world.is_main:
                     write_whole(shard, "".join(f"{json.dumps(row)}\n" for row in _rows(attempts, samples)))
+                    mined[name] = _sha256(shard)
+                    self._write_index(complete=False, problems=len(problems), shards=mined)
         if self._world.is_main:
-            self._write_index(complete=True, problems=len(problems))
+            self._write_index(complete=True, problems=len(problems), shards=mined)
         self._world.barrier()
 
-    def read(self) -> list[Failure]:
-        """All failures that `failures.max_solve_rate` lets through, in the order of the problems.
+    def read(self) -> list[BankRow]:
+        """All failures that `failures.max_solve_rate` lets through, in the order of the problems, on every rank.
 
         Raises:
             UserError: there are none, or a shard is damaged.
         """
-        failures = []
-        for shard in sorted(self.path.glob("shard_*.jsonl")):
-            for number, line in enumerate(shard.read_text().splitlines(), 1):
-                try:
-                    row = json.loads(line)
-                    if row["solve_rate"] <= self._config.max_solve_rate:
-                        failures.append(_failure(row))
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"failures.path: {shard}:{number} is damaged ({error!r}); remove {self.path}, and it is "
-                        "mined again"
-                    ) from error
-        if not failures:
+        rows: list[BankRow] = self._world.broadcast(self._find_rows() if self._world.is_main else [])
+        if not rows:
             raise UserError(
                 f"failures.path: the bank {self.path} holds no failures: every first answer passed, or "
                 f"failures.max_solve_rate={self._config.max_solve_rate} left all of them out; there is nothing to "
                 "reflect on"
             )
-        return failures
+        return rows
+
+    def _find_rows(self) -> list[BankRow]:
+        rows = []
+        for name, mined in sorted(self._read_index()["shards"].items()):
+            shard, offset = self.path / name, 0
+            if not shard.exists() or _sha256(shard) != mined:
+                raise UserError(
+                    f"failures.path: {shard} was lost, cut or changed since it was mined; remove this file, and "
+                    "recipes.mine asks its problems again"
+                )
+            with shard.open("rb") as file:
+                for line in file:
+                    if self._lets_through(line):
+                        rows.append(BankRow(shard, offset))
+                    offset += len(line)
+        return rows
+
+    def _lets_through(self, line: bytes) -> bool:
+        most = self._config.max_solve_rate
+        return most == 1.0 or json.loads(line)["solve_rate"] <= most
+
+    def _mined_before(self) -> dict[str, str]:
+        """The shards that earlier processes mined, by name, with the SHA-256 of their content."""
+        mined = self._read_index()["shards"] if self._index.exists() else {}
+        for name in [name for name in mined if not (self.path / name).exists()]:
+            print(f"warning: {self.path / name} is missing; its problems are asked again", file=sys.stderr, flush=True)
+            del mined[name]
+        return mined
+
+    def _read_index(self) -> dict[str, Any]:
+        try:
+            index = json.loads(self._index.read_text())
+            found = {name: index[name] for name in ("stamp", "complete")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
+        if "shards" not in index:
+            raise UserError(
+                f"failures.path: {self.path} was mined by an older nemo_r3, and its bank.json does not say what its "
+                "shards hold; remove it or name another failures.path to mine a new bank"
+            )
+        return found | {"shards": index["shards"]}
 
     def _write_index(self, **entries: Any) -> None:
         write_whole(self._index, json.dumps({"stamp": vars(self._stamp), **entries}, indent=1) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
@@ -201,26 +267,30 @@ class Source(Protocol):
 class BankSource:
     """Walks through a bank in a new seeded order each epoch; what is left at an epoch's end is dropped."""
 
-    def __init__(self, failures: Sequence[Failure], count: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[BankRow], count: int, seed: int, world: World) -> None:
         """Gives `count` failures a step.
 
         Raises:
             UserError: the bank is smaller than a step.
         """
-        if len(failures) < count:
+        if len(rows) < count:
             raise UserError(
-                f"failures.path: the bank holds {len(failures)} failures, fewer than train.failures_per_step={count}; "
+                f"failures.path: the bank holds {len(rows)} failures, fewer than train.failures_per_step={count}; "
                 "mine more problems or samples, or lower it"
             )
         self.cursor = 0
-        self._failures, self._count, self._seed = failures, count, seed
+        self._rows, self._count, self._seed, self._world = rows, count, seed, world
 
     def draw(self, step: int) -> list[Failure]:
-        """The next `count` failures; `step` does not matter."""
-        epoch, place = divmod(self.cursor, len(self._failures) // self._count)
-        order = epoch_order(len(self._failures), self._seed, epoch)
+        """The next `count` failures, as rank 0 reads them; `step` does not matter."""
+        epoch, place = divmod(self.cursor, len(self._rows) // self._count)
+        order = epoch_order(len(self._rows), self._seed, epoch)
         self.cursor += 1
-        return [self._failures[i] for i in order[place * self._count : (place + 1) * self._count]]
+        drawn = order[place * self._count : (place + 1) * self._count]
+        failures: list[Failure] = self._world.broadcast(
+            [self._rows[i].load() for i in drawn] if self._world.is_main else []
+        )
+        return failures
 
 
 class OnlineSource:

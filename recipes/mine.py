@@ -15,10 +15,10 @@ def mine(argv: Sequence[str]) -> None:
     bank = session.open_bank(ground)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")
-    session.fill(bank, ground, session.start_engine(ground))
+    rows = session.fill(bank, ground, session.start_engine(ground))
     ground.run.add_to_summary()
     if ground.world.is_main:
-        print(f"{bank.path} is complete: {len(bank.read())} failures")
+        print(f"{bank.path} is complete: {len(rows)} failures")
 
 
 if __name__ == "__main__":

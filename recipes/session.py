@@ -28,7 +28,7 @@ from nemo_r3.types import Group, Problem
 if TYPE_CHECKING:
     from nemo_r3.actor.checkpoint import Saver
     from nemo_r3.actor.policy import Policy
-    from nemo_r3.failures import Bank, Source
+    from nemo_r3.failures import Bank, BankRow, Source
     from nemo_r3.rollout.engine import Engine
     from nemo_r3.rollout.scheduler import Rollout
     from nemo_r3.run_directory import RunDirectory
@@ -309,10 +309,10 @@ def open_bank(ground: Ground) -> Bank | None:
     return bank
 
 
-def fill(bank: Bank, ground: Ground, session: Session) -> None:
-    """Mines a bank that is missing or half-mined; the engine holds the starting weights."""
-    if ground.world.broadcast(bank.check()):
-        return
+def fill(bank: Bank, ground: Ground, session: Session) -> list[BankRow]:
+    """The bank's failures; mines it first where it is missing or half-mined: the engine holds the starting weights."""
+    if bank.check():
+        return bank.read()
     problems = problems_to_mine(ground.plan)
     if any(problem.tools for problem in problems):
         session.progress.say(
@@ -321,7 +321,9 @@ def fill(bank: Bank, ground: Ground, session: Session) -> None:
     session.progress.begin(f"mine {len(problems)} problems:")
     with ground.run.timed("mine"):
         bank.mine(session.rollout, problems)
-    session.progress.say(f"mined {bank.path}: {len(bank.read())} failures of {len(problems)} problems")
+    rows = bank.read()
+    session.progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems")
+    return rows
 
 
 def failure_source(bank: Bank | None, ground: Ground, session: Session) -> Source:
@@ -332,8 +334,7 @@ def failure_source(bank: Bank | None, ground: Ground, session: Session) -> Sourc
     count = config.train.failures_per_step
     if bank is None:
         return OnlineSource(session.rollout, ground.plan.task.problems("train"), count, config.seed)
-    fill(bank, ground, session)
-    return BankSource(bank.read(), count, config.seed)
+    return BankSource(fill(bank, ground, session), count, config.seed, ground.world)
 
 
 def versions() -> dict[str, str]:
