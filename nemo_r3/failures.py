@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,7 +94,8 @@ class Bank:
     def __init__(self, config: Config, stamp: Stamp, world: World) -> None:
         """Names the bank; nothing is read yet."""
         self.path = Path(config.failures.path)
-        self._config, self._stamp, self._world = config.failures, stamp, world
+        self._config, self._rollout = config.failures, config.rollout
+        self._stamp, self._world = stamp, world
         self._index = self.path / "bank.json"
 
     def check(self) -> bool:
@@ -122,28 +125,38 @@ class Bank:
         return bool(complete)
 
     def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> None:
-        """Samples first answers to the problems, shard by shard, and keeps every one that the verifier rejects."""
+        """Samples first answers to the problems and keeps every one that the verifier rejects.
+
+        As many shards are asked at once as keep all engines busy; a process that ends loses what it was asking.
+        """
         samples = self._config.samples_per_problem
-        names = [f"shard_{number:05d}.jsonl" for number in range(-(-len(problems) // SHARD_PROBLEMS))]
+        starts = range(0, len(problems), SHARD_PROBLEMS)
+        parts = {f"shard_{i:05d}.jsonl": problems[start : start + SHARD_PROBLEMS] for i, start in enumerate(starts)}
         mined: dict[str, str] = {}
         if self._world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             take_lock(self.path)
             mined = self._mined_before()
             self._write_index(complete=False, problems=len(problems), shards=mined)
-        missing = self._world.broadcast([name not in mined for name in names])
-        for number, name in enumerate(names):
-            if missing[number]:
-                shard = self.path / name
-                asked = problems[number * SHARD_PROBLEMS : (number + 1) * SHARD_PROBLEMS]
-                attempts = rollout.first_attempts(asked, MINING_STEP, samples)
-                if self._world.is_main:
-                    write_whole(shard, "".join(f"{json.dumps(row)}\n" for row in _rows(attempts, samples)))
-                    mined[name] = _sha256(shard)
-                    self._write_index(complete=False, problems=len(problems), shards=mined)
+        missing = self._world.broadcast([name for name in parts if name not in mined])
+        at_once = self._shards_at_once()
+        for first in range(0, len(missing), at_once):
+            names = missing[first : first + at_once]
+            asked = [problem for name in names for problem in parts[name]]
+            attempts = iter(rollout.first_attempts(asked, MINING_STEP, samples))
+            for name in names if self._world.is_main else []:
+                rows = _rows(list(islice(attempts, len(parts[name]) * samples)), samples)
+                write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
+                mined[name] = _sha256(self.path / name)
+                self._write_index(complete=False, problems=len(problems), shards=mined)
         if self._world.is_main:
             self._write_index(complete=True, problems=len(problems), shards=mined)
         self._world.barrier()
+
+    def _shards_at_once(self) -> int:
+        """As few as give every engine `rollout.max_num_seqs` prompts."""
+        engines = self._world.size // self._rollout.tensor_parallel
+        return math.ceil(engines * self._rollout.max_num_seqs / (SHARD_PROBLEMS * self._config.samples_per_problem))
 
     def read(self) -> list[BankRow]:
         """All failures that `failures.max_solve_rate` lets through, in the order of the problems, on every rank.

@@ -107,6 +107,31 @@ def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None
     assert [failure.id for failure in read(bank(tmp_path))] == [f"{problem.id}/1" for problem in many]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "tensor_parallel", "rounds"),
+    [(1, 1, [512, 512, 512, 4]), (8, 1, [1024, 516]), (8, 2, [512, 512, 512, 4])],
+)
+def test_as_many_shards_are_asked_at_once_as_the_engines_need(
+    tmp_path: Path, ranks: int, tensor_parallel: int, rounds: list[int]
+) -> None:
+    class Counting(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *more: Any) -> list[Attempted]:
+            found.append(len(asked))
+            return super().first_attempts(asked, *more)
+
+    found: list[int] = []
+    many = problems(3 * SHARD_PROBLEMS + 4)
+    world = cast(World, SimpleNamespace(**vars(ALONE) | {"size": ranks}))
+    wide = bank(tmp_path / "wide", world=world)
+    wide._rollout.tensor_parallel = tensor_parallel
+    wide.mine(Counting(), many)
+    assert found == rounds
+    bank(tmp_path / "narrow").mine(Scripted(), many)
+    for file in (tmp_path / "narrow").glob("shard_*.jsonl"):
+        assert file.read_bytes() == (tmp_path / "wide" / file.name).read_bytes()
+    assert read(wide) == read(bank(tmp_path / "narrow"))
+
+
 def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> None:
     class Interrupted(Scripted):
         def first_attempts(self, *args: object, **kwargs: object) -> list[Attempted]:
