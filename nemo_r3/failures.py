@@ -11,12 +11,12 @@ import json
 import math
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
@@ -27,6 +27,8 @@ from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
+COMPARED_ROWS = 8
+"""How many answers of a foreign bank must read, token by token, as the text beside them."""
 ONLINE_ROUNDS = 50
 """How many batches of problems `OnlineSource` tries before it concludes that the policy solves them all."""
 
@@ -64,9 +66,8 @@ def hash_of(problems: Iterable[Problem]) -> str:
     return found.hexdigest()[:16]
 
 
-@dataclass(frozen=True, slots=True)
-class BankRow:
-    """Where a failure stands in a bank: the failures of a large one would fill the memory."""
+class BankRow(NamedTuple):
+    """Where a failure stands in a bank. All failures of a large bank would fill the memory."""
 
     shard: Path
     offset: int
@@ -91,18 +92,26 @@ class Bank:
     All ranks call `check`, `mine` and `read` together.
     """
 
-    def __init__(self, config: Config, stamp: Stamp, world: World) -> None:
-        """Names the bank; nothing is read yet."""
+    def __init__(self, config: Config, stamp: Stamp, world: World, decode: Callable[[Sequence[int]], str]) -> None:
+        """Names the bank; nothing is read yet.
+
+        Args:
+            config: the run's settings.
+            stamp: what its answers depend on.
+            world: all ranks.
+            decode: gives the text of an answer's ids, see `Dialogue.decode`.
+        """
         self.path = Path(config.failures.path)
         self._config, self._rollout = config.failures, config.rollout
-        self._stamp, self._world = stamp, world
+        self._stamp, self._world, self._decode = stamp, world, decode
         self._index = self.path / "bank.json"
 
     def check(self) -> bool:
         """Whether the bank is complete; one that is missing, half mined or without one of its shards is not.
 
         Raises:
-            UserError: it was mined from another model, task, verifier, dialogue or sampling, or by an older nemo_r3.
+            UserError: it was mined from another model, task, verifier, dialogue or sampling, or by an older nemo_r3;
+                or it is accepted as foreign and holds token ids of another tokenizer.
         """
         return bool(self._world.broadcast(self._is_complete() if self._world.is_main else None))
 
@@ -115,14 +124,26 @@ class Bank:
         found, wanted = index["stamp"], vars(self._stamp)
         differing = [f"{key} {found.get(key)!r} != {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
         lost = [name for name in index["shards"] if not (self.path / name).exists()]
-        complete = index["complete"] and not lost
+        complete = bool(index["complete"]) and not lost
         if differing and not (self._config.allow_foreign and complete):
             raise UserError(
                 f"failures.path: {self.path} was mined with another {', '.join(differing)}; mine a new bank at another "
                 "failures.path, or accept this one, if it is complete, with failures.allow_foreign=true"
                 + "".join(f"; {name} is missing" for name in lost)
             )
-        return bool(complete)
+        if differing:
+            self._refuse_other_tokens()
+        return complete
+
+    def _refuse_other_tokens(self) -> None:
+        for row in self._find_rows()[:COMPARED_ROWS]:
+            answer = row.load().attempt
+            if (read := self._decode(answer.segment.ids)) != answer.text:
+                raise UserError(
+                    f"failures.path: {self.path} holds token ids of another tokenizer: {row.shard} has an answer "
+                    f"{answer.text[:40]!r} that this tokenizer reads as {read[:40]!r}; failures.allow_foreign=true "
+                    "cannot mend that, so mine a new bank at another failures.path"
+                )
 
     def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> None:
         """Samples first answers to the problems and keeps every one that the verifier rejects.
@@ -144,11 +165,12 @@ class Bank:
             names = missing[first : first + at_once]
             asked = [problem for name in names for problem in parts[name]]
             attempts = iter(rollout.first_attempts(asked, MINING_STEP, samples))
-            for name in names if self._world.is_main else []:
-                rows = _rows(list(islice(attempts, len(parts[name]) * samples)), samples)
-                write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
-                mined[name] = _sha256(self.path / name)
-                self._write_index(complete=False, problems=len(problems), shards=mined)
+            if self._world.is_main:
+                for name in names:
+                    rows = _rows(list(islice(attempts, len(parts[name]) * samples)), samples)
+                    write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
+                    mined[name] = _sha256(self.path / name)
+                    self._write_index(complete=False, problems=len(problems), shards=mined)
         if self._world.is_main:
             self._write_index(complete=True, problems=len(problems), shards=mined)
         self._world.barrier()

@@ -304,7 +304,7 @@ def open_bank(ground: Ground) -> Bank | None:
         max_answer_tokens=config.rollout.max_answer_tokens,
         samples_per_problem=config.failures.samples_per_problem,
     )
-    bank = Bank(config, stamp, ground.world)
+    bank = Bank(config, stamp, ground.world, ground.dialogue.decode)
     bank.check()
     return bank
 

@@ -45,13 +45,23 @@ def problems(count: int) -> list[Problem]:
     return [Problem(f"p{i}", f"problem {i}", {"numbers": [i], "target": i}) for i in range(count)]
 
 
-def bank(path: Path, stamp: Stamp = STAMP, world: World = ALONE, **settings: object) -> Bank:
+def numbers(ids: Sequence[int]) -> str:
+    return " ".join(str(i) for i in ids[:-1])
+
+
+def bank(
+    path: Path,
+    stamp: Stamp = STAMP,
+    world: World = ALONE,
+    decode: Callable[[Sequence[int]], str] = numbers,
+    **settings: object,
+) -> Bank:
     config = Config()
     config.failures.path = str(path)
     config.failures.samples_per_problem = 2
     for name, value in settings.items():
         setattr(config.failures, name, value)
-    return Bank(config, stamp, world)
+    return Bank(config, stamp, world, decode)
 
 
 def read(bank: Bank) -> list[Failure]:
@@ -161,6 +171,19 @@ def test_a_problem_that_was_changed_is_another_one_to_the_stamp(changed: dict[st
     asked = problems(2)
     assert hash_of(asked) == hash_of(problems(2)) != hash_of(asked[::-1])
     assert hash_of([asked[0], replace(asked[1], **changed)]) != hash_of(asked)
+
+
+def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    def other_words(ids: Sequence[int]) -> str:
+        return f"words {ids}"
+
+    bank(tmp_path).mine(Scripted(), problems(2))
+    other = replace(STAMP, model="m1")
+    assert bank(tmp_path, decode=other_words, allow_foreign=True).check()  # it is no foreign one
+    with pytest.raises(
+        UserError, match=r"failures\.path: .*another tokenizer.*'7 8'.*'words .*failures\.allow_foreign"
+    ):
+        bank(tmp_path, other, decode=other_words, allow_foreign=True).check()
 
 
 def test_a_half_mined_foreign_bank_is_refused_even_when_told(tmp_path: Path) -> None:
