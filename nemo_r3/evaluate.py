@@ -52,7 +52,7 @@ def rate(passed: int, n: int) -> Rate:
 
 def failures_of(attempts: Sequence[Attempted]) -> list[Failure]:
     """The rejected attempts that have tokens to reflect on."""
-    return [attempt.failure for attempt in attempts if not attempt.passed and attempt.answer.segment.ids]
+    return [attempt.failure for attempt in attempts if attempt.is_failure]
 
 
 def measure(

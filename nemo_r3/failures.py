@@ -1,18 +1,22 @@
 """Where failed first attempts come from: a bank mined once (as in the paper), or the current policy.
 
-failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; and how it went
+failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; and the shards' SHA-256 sums
 failures/shard_00000.jsonl  the rejected answers to a fixed slice of the problems, written whole: mining resumes
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
@@ -23,6 +27,8 @@ from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
+COMPARED_ROWS = 8
+"""How many answers of a foreign bank must read, token by token, as the text beside them."""
 ONLINE_ROUNDS = 50
 """How many batches of problems `OnlineSource` tries before it concludes that the policy solves them all."""
 
@@ -33,7 +39,7 @@ class Stamp:
 
     Attributes:
         model: fingerprint of the checkpoint that answered.
-        problems: hash of the problems that were asked, in order: another split is another bank.
+        problems: `hash_of` the problems that were asked: another split, text or right answer is another bank.
         task: its name.
         verifier: its version and settings.
         dialogue: fingerprint of template and wording.
@@ -52,87 +58,191 @@ class Stamp:
     samples_per_problem: int
 
 
-class Bank:
-    """A directory of mined failures. Rank 0 writes; all ranks read."""
+def hash_of(problems: Iterable[Problem]) -> str:
+    """Changes with any problem's id, text, data or tools, and with their order."""
+    found = hashlib.sha256()
+    for problem in problems:
+        found.update(json.dumps([problem.id, problem.text, problem.data, problem.tools]).encode() + b"\n")
+    return found.hexdigest()[:16]
 
-    def __init__(self, config: Config, stamp: Stamp, world: World) -> None:
-        """Names the bank; nothing is read yet."""
+
+class BankRow(NamedTuple):
+    """Where a failure stands in a bank. All failures of a large bank would fill the memory."""
+
+    shard: Path
+    offset: int
+
+    def load(self) -> Failure:
+        """The failure.
+
+        Raises:
+            UserError: it is no longer there.
+        """
+        try:
+            with self.shard.open("rb") as file:
+                file.seek(self.offset)
+                return _failure(json.loads(file.readline()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"failures.path: {self.shard} was changed while this run used it ({error!r})") from error
+
+
+class Bank:
+    """A directory of mined failures. Rank 0 reads and writes it; on a shared file system ranks may see different files.
+
+    All ranks call `check`, `mine` and `read` together.
+    """
+
+    def __init__(self, config: Config, stamp: Stamp, world: World, decode: Callable[[Sequence[int]], str]) -> None:
+        """Names the bank; nothing is read yet.
+
+        Args:
+            config: the run's settings.
+            stamp: what its answers depend on.
+            world: all ranks.
+            decode: gives the text of an answer's ids, see `Dialogue.decode`.
+        """
         self.path = Path(config.failures.path)
-        self._config, self._stamp, self._world = config.failures, stamp, world
+        self._config, self._rollout = config.failures, config.rollout
+        self._stamp, self._world, self._decode = stamp, world, decode
         self._index = self.path / "bank.json"
 
     def check(self) -> bool:
-        """Whether the bank is complete; a missing or half-mined one is not.
+        """Whether the bank is complete; one that is missing, half mined or without one of its shards is not.
 
         Raises:
-            UserError: it was mined from another model, task, verifier, dialogue or sampling.
+            UserError: it was mined from another model, task, verifier, dialogue or sampling, or by an older nemo_r3;
+                or it is accepted as foreign and holds token ids of another tokenizer.
         """
+        return bool(self._world.broadcast(self._is_complete() if self._world.is_main else None))
+
+    def _is_complete(self) -> bool:
         if not self._index.exists():
             if any(self.path.glob("shard_*.jsonl")):
                 raise UserError(f"failures.path: {self.path} has shards but no bank.json to say whose; remove them")
             return False
-        try:
-            index = json.loads(self._index.read_text())
-            found = index["stamp"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
-        wanted = vars(self._stamp)
+        index = self._read_index()
+        found, wanted = index["stamp"], vars(self._stamp)
         differing = [f"{key} {found.get(key)!r} != {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
-        complete = bool(index.get("complete"))
+        lost = [name for name in index["shards"] if not (self.path / name).exists()]
+        complete = bool(index["complete"]) and not lost
         if differing and not (self._config.allow_foreign and complete):
             raise UserError(
                 f"failures.path: {self.path} was mined with another {', '.join(differing)}; mine a new bank at another "
                 "failures.path, or accept this one, if it is complete, with failures.allow_foreign=true"
+                + "".join(f"; {name} is missing" for name in lost)
             )
+        if differing:
+            self._refuse_other_tokens()
         return complete
 
+    def _refuse_other_tokens(self) -> None:
+        for row in self._find_rows()[:COMPARED_ROWS]:
+            answer = row.load().attempt
+            if (read := self._decode(answer.segment.ids)) != answer.text:
+                raise UserError(
+                    f"failures.path: {self.path} holds token ids of another tokenizer: {row.shard} has an answer "
+                    f"{answer.text[:40]!r} that this tokenizer reads as {read[:40]!r}; failures.allow_foreign=true "
+                    "cannot change that, so mine a new bank at another failures.path"
+                )
+
     def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> None:
-        """Samples first answers to the problems, shard by shard, and keeps every one that the verifier rejects."""
+        """Samples first answers to the problems and keeps every one that the verifier rejects.
+
+        As many shards are asked at once as keep all engines busy; a process that ends loses what it was asking.
+        """
         samples = self._config.samples_per_problem
+        starts = range(0, len(problems), SHARD_PROBLEMS)
+        parts = {f"shard_{i:05d}.jsonl": problems[start : start + SHARD_PROBLEMS] for i, start in enumerate(starts)}
+        mined: dict[str, str] = {}
         if self._world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             take_lock(self.path)
-            self._write_index(complete=False, problems=len(problems))
-        shards = [self.path / f"shard_{number:05d}.jsonl" for number in range(-(-len(problems) // SHARD_PROBLEMS))]
-        missing = self._world.broadcast([not shard.exists() for shard in shards])
-        for number, shard in enumerate(shards):
-            if missing[number]:
-                asked = problems[number * SHARD_PROBLEMS : (number + 1) * SHARD_PROBLEMS]
-                attempts = rollout.first_attempts(asked, MINING_STEP, samples)
-                if self._world.is_main:
-                    write_whole(shard, "".join(f"{json.dumps(row)}\n" for row in _rows(attempts, samples)))
+            mined = self._mined_before()
+            self._write_index(complete=False, problems=len(problems), shards=mined)
+        missing = self._world.broadcast([name for name in parts if name not in mined])
+        at_once = self._shards_at_once()
+        for first in range(0, len(missing), at_once):
+            names = missing[first : first + at_once]
+            asked = [problem for name in names for problem in parts[name]]
+            attempts = iter(rollout.first_attempts(asked, MINING_STEP, samples))
+            if self._world.is_main:
+                for name in names:
+                    rows = _rows(list(islice(attempts, len(parts[name]) * samples)), samples)
+                    write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
+                    mined[name] = _sha256(self.path / name)
+                    self._write_index(complete=False, problems=len(problems), shards=mined)
         if self._world.is_main:
-            self._write_index(complete=True, problems=len(problems))
+            self._write_index(complete=True, problems=len(problems), shards=mined)
         self._world.barrier()
 
-    def read(self) -> list[Failure]:
-        """All failures that `failures.max_solve_rate` lets through, in the order of the problems.
+    def _shards_at_once(self) -> int:
+        """As few as give every engine `rollout.max_num_seqs` prompts."""
+        engines = self._world.size // self._rollout.tensor_parallel
+        return math.ceil(engines * self._rollout.max_num_seqs / (SHARD_PROBLEMS * self._config.samples_per_problem))
+
+    def read(self) -> list[BankRow]:
+        """All failures that `failures.max_solve_rate` lets through, in the order of the problems, on every rank.
 
         Raises:
             UserError: there are none, or a shard is damaged.
         """
-        failures = []
-        for shard in sorted(self.path.glob("shard_*.jsonl")):
-            for number, line in enumerate(shard.read_text().splitlines(), 1):
-                try:
-                    row = json.loads(line)
-                    if row["solve_rate"] <= self._config.max_solve_rate:
-                        failures.append(_failure(row))
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"failures.path: {shard}:{number} is damaged ({error!r}); remove {self.path}, and it is "
-                        "mined again"
-                    ) from error
-        if not failures:
+        rows: list[BankRow] = self._world.broadcast(self._find_rows() if self._world.is_main else [])
+        if not rows:
             raise UserError(
                 f"failures.path: the bank {self.path} holds no failures: every first answer passed, or "
                 f"failures.max_solve_rate={self._config.max_solve_rate} left all of them out; there is nothing to "
                 "reflect on"
             )
-        return failures
+        return rows
+
+    def _find_rows(self) -> list[BankRow]:
+        rows = []
+        for name, mined in sorted(self._read_index()["shards"].items()):
+            shard, offset = self.path / name, 0
+            if not shard.exists() or _sha256(shard) != mined:
+                raise UserError(
+                    f"failures.path: {shard} was lost, cut or changed since it was mined; remove this file, and "
+                    "recipes.mine asks its problems again"
+                )
+            with shard.open("rb") as file:
+                for line in file:
+                    if self._lets_through(line):
+                        rows.append(BankRow(shard, offset))
+                    offset += len(line)
+        return rows
+
+    def _lets_through(self, line: bytes) -> bool:
+        most = self._config.max_solve_rate
+        return most == 1.0 or json.loads(line)["solve_rate"] <= most
+
+    def _mined_before(self) -> dict[str, str]:
+        """The shards that earlier processes mined, by name, with the SHA-256 of their content."""
+        mined = self._read_index()["shards"] if self._index.exists() else {}
+        for name in [name for name in mined if not (self.path / name).exists()]:
+            print(f"warning: {self.path / name} is missing; its problems are asked again", file=sys.stderr, flush=True)
+            del mined[name]
+        return mined
+
+    def _read_index(self) -> dict[str, Any]:
+        try:
+            index = json.loads(self._index.read_text())
+            found = {name: index[name] for name in ("stamp", "complete")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
+        if "shards" not in index:
+            raise UserError(
+                f"failures.path: {self.path} was mined by an older nemo_r3, and its bank.json does not say what its "
+                "shards hold; remove it or name another failures.path to mine a new bank"
+            )
+        return found | {"shards": index["shards"]}
 
     def _write_index(self, **entries: Any) -> None:
         write_whole(self._index, json.dumps({"stamp": vars(self._stamp), **entries}, indent=1) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
@@ -141,7 +251,7 @@ def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
     for first in range(0, len(attempts), samples):
         answers = attempts[first : first + samples]
         solve_rate = sum(attempt.passed for attempt in answers) / samples
-        rows += [_row(attempt, solve_rate) for attempt in answers if not attempt.passed and attempt.answer.segment.ids]
+        rows += [_row(attempt, solve_rate) for attempt in answers if attempt.is_failure]
     return rows
 
 
@@ -192,26 +302,30 @@ class Source(Protocol):
 class BankSource:
     """Walks through a bank in a new seeded order each epoch; what is left at an epoch's end is dropped."""
 
-    def __init__(self, failures: Sequence[Failure], count: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[BankRow], count: int, seed: int, world: World) -> None:
         """Gives `count` failures a step.
 
         Raises:
             UserError: the bank is smaller than a step.
         """
-        if len(failures) < count:
+        if len(rows) < count:
             raise UserError(
-                f"failures.path: the bank holds {len(failures)} failures, fewer than train.failures_per_step={count}; "
+                f"failures.path: the bank holds {len(rows)} failures, fewer than train.failures_per_step={count}; "
                 "mine more problems or samples, or lower it"
             )
         self.cursor = 0
-        self._failures, self._count, self._seed = failures, count, seed
+        self._rows, self._count, self._seed, self._world = rows, count, seed, world
 
     def draw(self, step: int) -> list[Failure]:
-        """The next `count` failures; `step` does not matter."""
-        epoch, place = divmod(self.cursor, len(self._failures) // self._count)
-        order = epoch_order(len(self._failures), self._seed, epoch)
+        """The next `count` failures, as rank 0 reads them; `step` does not matter."""
+        epoch, place = divmod(self.cursor, len(self._rows) // self._count)
+        order = epoch_order(len(self._rows), self._seed, epoch)
         self.cursor += 1
-        return [self._failures[i] for i in order[place * self._count : (place + 1) * self._count]]
+        drawn = order[place * self._count : (place + 1) * self._count]
+        failures: list[Failure] = self._world.broadcast(
+            [self._rows[i].load() for i in drawn] if self._world.is_main else []
+        )
+        return failures
 
 
 class OnlineSource:
@@ -229,28 +343,35 @@ class OnlineSource:
         self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
 
     def draw(self, step: int) -> list[Failure]:
-        """Asks batch after batch of problems until `count` answers were rejected.
+        """Asks batch after batch of problems, none of them twice, until `count` answers were rejected.
 
         Raises:
-            UserError: too few were, over many batches.
+            UserError: too few were, over many batches or all problems.
         """
         failures: list[Failure] = []
+        asked: set[int] = set()
         for _ in range(ONLINE_ROUNDS):
-            attempts = self._rollout.first_attempts(self._next_problems(), step)
-            failures += [attempt.failure for attempt in attempts if not attempt.passed and attempt.answer.segment.ids]
+            if not (batch := self._next_unasked(asked)):
+                break
+            asked.update(batch)
+            attempts = self._rollout.first_attempts([self._problems[i] for i in batch], step)
+            failures += [attempt.failure for attempt in attempts if attempt.is_failure]
             if len(failures) >= self._count:
                 return failures[: self._count]
         raise UserError(
-            f"failures.source=online: {ONLINE_ROUNDS * self._count} first answers gave {len(failures)} failures, "
+            f"failures.source=online: {len(asked)} first answers gave {len(failures)} failures, "
             f"fewer than train.failures_per_step={self._count}; the policy solves this task already"
         )
 
-    def _next_problems(self) -> list[Problem]:
-        chosen = []
-        for _ in range(self._count):
+    def _next_unasked(self, asked: Set[int]) -> list[int]:
+        """The next `count` problems, by their index, that are not among those asked; fewer where fewer are left."""
+        chosen: list[int] = []
+        while len(chosen) < min(self._count, len(self._problems) - len(asked)):
             epoch, place = divmod(self.cursor, len(self._problems))
-            chosen.append(self._problems[epoch_order(len(self._problems), self._seed, epoch)[place]])
+            problem = epoch_order(len(self._problems), self._seed, epoch)[place]
             self.cursor += 1
+            if problem not in asked and problem not in chosen:
+                chosen.append(problem)
         return chosen
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
-from nemo_r3.failures import Bank, BankSource, OnlineSource, Source, Stamp
+from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source, Stamp, hash_of
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Problem
@@ -32,7 +31,7 @@ def open_bank(setup: Setup) -> Bank | None:
         return None
     stamp = Stamp(
         model=fingerprint(plan.model, plan.arch),
-        problems=hashlib.sha256("\n".join(p.id for p in problems_to_mine(plan)).encode()).hexdigest()[:16],
+        problems=hash_of(problems_to_mine(plan)),
         task=plan.task.name,
         verifier=plan.task.verifier,
         dialogue=setup.dialogue.fingerprint[:16],
@@ -40,15 +39,15 @@ def open_bank(setup: Setup) -> Bank | None:
         max_answer_tokens=config.rollout.max_answer_tokens,
         samples_per_problem=config.failures.samples_per_problem,
     )
-    bank = Bank(config, stamp, setup.world)
+    bank = Bank(config, stamp, setup.world, setup.dialogue.decode)
     bank.check()
     return bank
 
 
-def mine_missing(setup: Setup, bank: Bank, rollout: Rollout) -> None:
-    """Mines what a bank lacks, if anything; the engine holds the starting weights."""
-    if setup.world.broadcast(bank.check()):
-        return
+def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
+    """The bank's failures. Mines what is missing first: the engine holds the starting weights."""
+    if bank.check():
+        return bank.read()
     problems, progress = problems_to_mine(setup.plan), setup.progress
     if any(problem.tools for problem in problems):
         tools = TOOLS_ARE[setup.dialogue.tools]
@@ -56,7 +55,9 @@ def mine_missing(setup: Setup, bank: Bank, rollout: Rollout) -> None:
     progress.begin(f"mine {len(problems)} problems:")
     with setup.run.timed("mine"):
         bank.mine(rollout, problems)
-    progress.say(f"mined {bank.path}: {len(bank.read())} failures of {len(problems)} problems")
+    rows = bank.read()
+    progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems")
+    return rows
 
 
 def failure_source(setup: Setup, bank: Bank | None, rollout: Rollout) -> Source:
@@ -65,5 +66,4 @@ def failure_source(setup: Setup, bank: Bank | None, rollout: Rollout) -> Source:
     count = config.train.failures_per_step
     if bank is None:
         return OnlineSource(rollout, setup.plan.task.problems("train"), count, config.seed)
-    mine_missing(setup, bank, rollout)
-    return BankSource(bank.read(), count, config.seed)
+    return BankSource(bank_rows(setup, bank, rollout), count, config.seed, setup.world)

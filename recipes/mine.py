@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nemo_r3 import runtime
 from nemo_r3.errors import UserError
-from recipes.bank import mine_missing, open_bank
+from recipes.bank import bank_rows, open_bank
 from recipes.plan import join, plan
 from recipes.start import start_rollout
 
@@ -17,10 +17,10 @@ def mine(argv: Sequence[str]) -> None:
     bank = open_bank(setup)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")
-    mine_missing(setup, bank, start_rollout(setup))
+    rows = bank_rows(setup, bank, start_rollout(setup))
     setup.run.add_to_summary()
     if setup.world.is_main:
-        print(f"{bank.path} is complete: {len(bank.read())} failures")
+        print(f"{bank.path} is complete: {len(rows)} failures")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp
+from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp, hash_of
 from nemo_r3.files import _locks
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
-from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
-ALONE = cast(World, SimpleNamespace(is_main=True, broadcast=lambda item: item, barrier=lambda: None))
+ALONE = cast(World, SimpleNamespace(is_main=True, size=1, broadcast=lambda item: item, barrier=lambda: None))
 
 
 class Scripted:
@@ -43,13 +45,33 @@ def problems(count: int) -> list[Problem]:
     return [Problem(f"p{i}", f"problem {i}", {"numbers": [i], "target": i}) for i in range(count)]
 
 
-def bank(path: Path, stamp: Stamp = STAMP, **settings: object) -> Bank:
+def numbers(ids: Sequence[int]) -> str:
+    return " ".join(str(i) for i in ids[:-1])
+
+
+def bank(
+    path: Path,
+    stamp: Stamp = STAMP,
+    world: World = ALONE,
+    decode: Callable[[Sequence[int]], str] = numbers,
+    **settings: object,
+) -> Bank:
     config = Config()
     config.failures.path = str(path)
     config.failures.samples_per_problem = 2
     for name, value in settings.items():
         setattr(config.failures, name, value)
-    return Bank(config, stamp, ALONE)
+    return Bank(config, stamp, world, decode)
+
+
+def read(bank: Bank) -> list[Failure]:
+    return [row.load() for row in bank.read()]
+
+
+def mine(path: Path, rollout: Scripted, asked: Sequence[Problem]) -> None:
+    """As a process does that ends afterwards."""
+    bank(path).mine(rollout, asked)
+    _locks.pop().close()
 
 
 def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
@@ -57,22 +79,67 @@ def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
     assert not mined.check()
     mined.mine(Scripted(passes=1), problems(3))
     assert mined.check()
-    failures = mined.read()
+    failures = read(mined)
     assert [failure.id for failure in failures] == ["p0/1", "p1/1", "p2/1"]
     expected = attempt(problems(3)[2], 1, False).failure
     assert failures[2] == expected
 
 
-def test_mining_resumes_at_the_first_missing_shard(tmp_path: Path) -> None:
-    many = problems(SHARD_PROBLEMS + 3)
+def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = problems(2 * SHARD_PROBLEMS + 3)
     first, again = Scripted(), Scripted()
-    bank(tmp_path).mine(first, many)
-    whole = [failure.id for failure in bank(tmp_path).read()]
-    (tmp_path / "shard_00001.jsonl").unlink()
-    _locks.pop().close()  # as the end of its process would
-    bank(tmp_path).mine(again, many)
-    assert (first.asked, again.asked) == (len(many), 3)
-    assert [failure.id for failure in bank(tmp_path).read()] == whole
+    mine(tmp_path, first, many)
+    whole = read(bank(tmp_path))
+    lost = tmp_path / "shard_00001.jsonl"
+    lost.unlink()
+    assert not bank(tmp_path).check()
+    mine(tmp_path, again, many)
+    assert (first.asked, again.asked) == (len(many), SHARD_PROBLEMS)
+    assert f"{lost} is missing" in capsys.readouterr().err
+    assert bank(tmp_path).check()
+    assert read(bank(tmp_path)) == whole
+
+
+def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None:
+    class Killed(Scripted):
+        def first_attempts(self, *args: Any, **kwargs: Any) -> list[Attempted]:
+            if self.asked:
+                raise KeyboardInterrupt
+            return super().first_attempts(*args, **kwargs)
+
+    many, again = problems(SHARD_PROBLEMS + 3), Scripted()
+    with pytest.raises(KeyboardInterrupt):
+        mine(tmp_path, Killed(), many)
+    _locks.pop().close()
+    assert not bank(tmp_path).check()
+    mine(tmp_path, again, many)
+    assert again.asked == 3
+    assert [failure.id for failure in read(bank(tmp_path))] == [f"{problem.id}/1" for problem in many]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor_parallel", "rounds"),
+    [(1, 1, [512, 512, 512, 4]), (8, 1, [1024, 516]), (8, 2, [512, 512, 512, 4])],
+)
+def test_as_many_shards_are_asked_at_once_as_the_engines_need(
+    tmp_path: Path, ranks: int, tensor_parallel: int, rounds: list[int]
+) -> None:
+    class Counting(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *more: Any) -> list[Attempted]:
+            found.append(len(asked))
+            return super().first_attempts(asked, *more)
+
+    found: list[int] = []
+    many = problems(3 * SHARD_PROBLEMS + 4)
+    world = cast(World, SimpleNamespace(**vars(ALONE) | {"size": ranks}))
+    wide = bank(tmp_path / "wide", world=world)
+    wide._rollout.tensor_parallel = tensor_parallel
+    wide.mine(Counting(), many)
+    assert found == rounds
+    bank(tmp_path / "narrow").mine(Scripted(), many)
+    for file in (tmp_path / "narrow").glob("shard_*.jsonl"):
+        assert file.read_bytes() == (tmp_path / "wide" / file.name).read_bytes()
+    assert read(wide) == read(bank(tmp_path / "narrow"))
 
 
 def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> None:
@@ -97,9 +164,31 @@ def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: st
     assert bank(tmp_path, other, allow_foreign=True).check()
 
 
+@pytest.mark.parametrize(
+    "changed", [{"id": "p9"}, {"text": "other words"}, {"data": {"numbers": [1], "target": 2}}, {"tools": ({"x": 1},)}]
+)
+def test_a_problem_that_was_changed_is_another_one_to_the_stamp(changed: dict[str, object]) -> None:
+    asked = problems(2)
+    assert hash_of(asked) == hash_of(problems(2)) != hash_of(asked[::-1])
+    assert hash_of([asked[0], replace(asked[1], **changed)]) != hash_of(asked)
+
+
+def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    def other_words(ids: Sequence[int]) -> str:
+        return f"words {ids}"
+
+    bank(tmp_path).mine(Scripted(), problems(2))
+    other = replace(STAMP, model="m1")
+    assert bank(tmp_path, decode=other_words, allow_foreign=True).check()  # it is no foreign one
+    with pytest.raises(
+        UserError, match=r"failures\.path: .*another tokenizer.*'7 8'.*'words .*failures\.allow_foreign"
+    ):
+        bank(tmp_path, other, decode=other_words, allow_foreign=True).check()
+
+
 def test_a_half_mined_foreign_bank_is_refused_even_when_told(tmp_path: Path) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
-    bank(tmp_path)._write_index(complete=False)
+    bank(tmp_path)._write_index(complete=False, shards={})
     with pytest.raises(UserError, match="another model"):
         bank(tmp_path, Stamp(**{**vars(STAMP), "model": "m1"}), allow_foreign=True).check()
 
@@ -124,13 +213,75 @@ def test_the_filter_leaves_out_problems_that_are_solved_too_often(tmp_path: Path
         bank(tmp_path, max_solve_rate=0.4).read()
 
 
-@pytest.mark.parametrize("damage", ['{"problem_id": "p', '{"problem_id": "p0"}'])
-def test_a_damaged_shard_names_file_and_line(tmp_path: Path, damage: str) -> None:
-    bank(tmp_path).mine(Scripted(), problems(2))
-    with (tmp_path / "shard_00000.jsonl").open("a") as file:
-        file.write(damage)
-    with pytest.raises(UserError, match=r"shard_00000\.jsonl:3 is damaged"):
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[: text.index("\n") + 1], lambda text: text[:-9], lambda text: text + text],
+    ids=["cut between lines", "cut within a line", "longer"],
+)
+@pytest.mark.parametrize("max_solve_rate", [1.0, 0.5])
+def test_a_shard_that_was_cut_or_changed_is_refused_until_it_is_removed(
+    tmp_path: Path, damage: Callable[[str], str], max_solve_rate: float
+) -> None:
+    mine(tmp_path, Scripted(), problems(3))
+    shard = tmp_path / "shard_00000.jsonl"
+    shard.write_text(damage(shard.read_text()))
+    with pytest.raises(UserError, match=rf"{shard} was lost, cut or changed .* remove this file, and recipes.mine"):
+        bank(tmp_path, max_solve_rate=max_solve_rate).read()
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard} was lost"):
         bank(tmp_path).read()
+    mine(tmp_path, Scripted(), problems(3))
+    assert len(bank(tmp_path, max_solve_rate=max_solve_rate).read()) == 3
+
+
+def test_a_shard_that_changes_under_a_run_is_named(tmp_path: Path) -> None:
+    bank(tmp_path).mine(Scripted(), problems(2))
+    row = bank(tmp_path).read()[1]
+    row.shard.write_text("")
+    with pytest.raises(UserError, match=r"shard_00000\.jsonl was changed while this run used it"):
+        row.load()
+
+
+def test_a_bank_of_an_older_nemo_r3_is_refused(tmp_path: Path) -> None:
+    bank(tmp_path)._write_index(complete=True, problems=2)
+    with pytest.raises(UserError, match="mined by an older nemo_r3"):
+        bank(tmp_path, allow_foreign=True).check()
+
+
+def test_all_ranks_draw_what_rank_0_reads(tmp_path: Path) -> None:
+    bank(tmp_path / "here").mine(Scripted(), problems(9))
+    said: list[Any] = []
+    first = SimpleNamespace(is_main=True, broadcast=lambda item: said.append(item) or item)
+    other = SimpleNamespace(is_main=False, broadcast=lambda _: said.pop(0))
+
+    def seen(path: Path, world: SimpleNamespace) -> list[Any]:
+        found = bank(path, world=cast(World, world))
+        complete = found.check()
+        source = BankSource(found.read(), 4, 1, cast(World, world))
+        return [complete, source.draw(1), source.draw(2)]
+
+    assert seen(tmp_path / "here", first) == seen(tmp_path / "not here", other)
+
+
+def test_a_bank_that_is_read_stays_on_the_disk(tmp_path: Path) -> None:
+    class Long(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+            return [long_attempt(problem, sample) for problem in asked for sample in range(2)]
+
+    def long_attempt(problem: Problem, sample: int) -> Attempted:
+        segment = Segment(Phase.ATTEMPT, tuple(range(1000, 1400)), (-0.5,) * 400, 0)
+        context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
+        return Attempted(problem, sample, context, Answer(segment, "7", "stop"), passed=False)
+
+    bank(tmp_path).mine(Long(), problems(SHARD_PROBLEMS))
+    tracemalloc.start()
+    try:
+        rows = bank(tmp_path).read()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 2 * SHARD_PROBLEMS
+    assert held < 200 * len(rows)  # bytes
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
@@ -148,27 +299,34 @@ def test_rows_hold_ids_and_text(tmp_path: Path) -> None:
     assert (row["solve_rate"], row["weights_version"], row["finish_reason"]) == (0.5, 0, "stop")
 
 
-def failures(count: int) -> list:
-    return [attempt(problem, 0, False).failure for problem in problems(count)]
+def source(path: Path, failures: int, count: int) -> BankSource:
+    mine(path, Scripted(), problems(failures))
+    return BankSource(bank(path).read(), count, 1, ALONE)
 
 
-def test_an_epoch_visits_every_failure_once_in_a_new_order() -> None:
-    source = BankSource(failures(12), count=4, seed=1)
-    epochs = [[failure.id for _ in range(3) for failure in source.draw(0)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(failure.id for failure in failures(12))
+def test_an_epoch_visits_every_failure_once_in_a_new_order(tmp_path: Path) -> None:
+    walk = source(tmp_path, failures=12, count=4)
+    epochs = [[failure.id for _ in range(3) for failure in walk.draw(0)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"p{i}/1" for i in range(12))
     assert epochs[0] != epochs[1]
 
 
-def test_a_source_continues_from_its_cursor() -> None:
-    source, resumed = (BankSource(failures(10), count=3, seed=1) for _ in range(2))
-    drawn = [source.draw(step) for step in range(5)]
+def test_the_order_of_a_bank_is_a_promise(tmp_path: Path) -> None:
+    """A resumed run goes on where it was, and the quickstart's numbers are in the README."""
+    drawn = [failure.id for failure in source(tmp_path, failures=6, count=6).draw(0)]
+    assert drawn == ["p2/1", "p1/1", "p0/1", "p4/1", "p3/1", "p5/1"]
+
+
+def test_a_source_continues_from_its_cursor(tmp_path: Path) -> None:
+    walk, resumed = source(tmp_path, failures=10, count=3), source(tmp_path, failures=10, count=3)
+    drawn = [walk.draw(step) for step in range(5)]
     resumed.cursor = 3
     assert [resumed.draw(step) for step in range(2)] == drawn[3:]
 
 
-def test_a_bank_smaller_than_a_step_is_refused() -> None:
+def test_a_bank_smaller_than_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds 3 failures, fewer than train.failures_per_step=4"):
-        BankSource(failures(3), count=4, seed=1)
+        source(tmp_path, failures=3, count=4)
 
 
 def test_the_online_source_asks_until_it_has_enough_failures() -> None:
@@ -185,6 +343,21 @@ def test_the_online_source_asks_until_it_has_enough_failures() -> None:
     assert source.cursor == rollout.asked
 
 
+def test_the_online_source_asks_no_problem_twice_in_a_step() -> None:
+    class EveryTenth(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+            self.asked += len(asked)
+            return [attempt(problem, 0, int(problem.id[1:]) % 10 != 0) for problem in asked]
+
+    source = OnlineSource(EveryTenth(), problems(200), count=20, seed=1)
+    source.cursor = 130  # the step runs on into the next epoch
+    assert len({failure.id for failure in source.draw(1)}) == 20
+    rollout = EveryTenth()
+    with pytest.raises(UserError, match="200 first answers gave 20 failures, fewer than train.failures_per_step=21"):
+        OnlineSource(rollout, problems(200), count=21, seed=1).draw(1)
+    assert rollout.asked == 200
+
+
 def test_the_online_source_gives_up_on_a_policy_that_solves_everything() -> None:
     with pytest.raises(UserError, match="failures.source=online"):
         OnlineSource(Scripted(passes=1), problems(10), count=4, seed=1).draw(1)
@@ -193,3 +366,12 @@ def test_the_online_source_gives_up_on_a_policy_that_solves_everything() -> None
 def test_online_source_needs_problems() -> None:
     with pytest.raises(UserError, match="failures.source=online: the task has no training problems"):
         OnlineSource(Scripted(passes=1), [], count=4, seed=1)
+
+
+def test_a_rejected_attempt_without_tokens_is_no_failure() -> None:
+    problem = problems(1)[0]
+    task = Trajectory((Segment(Phase.TASK, (1, 5)),))
+    unsampled = Attempted(problem, 0, task, Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room"), False)
+    assert not unsampled.is_failure
+    assert not attempt(problem, 0, passed=True).is_failure
+    assert attempt(problem, 0, passed=False).is_failure

@@ -20,4 +20,6 @@ class FailuresConfig:
     max_solve_rate: float = option(
         1.0, above=0.0, high=1.0, help="leave out problems solved more often than this; 1: off"
     )
-    allow_foreign: bool = option(False, help="accept a bank mined with another model, task or verifier", resume=True)
+    allow_foreign: bool = option(
+        False, help="accept a bank mined with another model (of the same tokenizer), task or verifier", resume=True
+    )

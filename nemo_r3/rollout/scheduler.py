@@ -67,9 +67,14 @@ class Attempted:
     passed: bool
 
     @property
+    def is_failure(self) -> bool:
+        """Whether the verifier rejected it and it has tokens to reflect on."""
+        return not self.passed and bool(self.answer.segment.ids)
+
+    @property
     def failure(self) -> Failure:
-        """This attempt as something to reflect on; of failed attempts that were sampled only."""
-        assert not self.passed and self.answer.segment.ids, "only a sampled, rejected attempt is a failure"
+        """This attempt as something to reflect on, where `is_failure`."""
+        assert self.is_failure, "only a sampled, rejected attempt is a failure"
         return Failure(self.problem, self.context, self.answer, self.sample)
 
 

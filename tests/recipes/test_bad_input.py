@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -59,7 +61,8 @@ def test_a_bank_of_another_model_is_refused_and_kept(bank: Path, tmp_path: Path)
 def test_an_empty_bank_is_refused(bank: Path, tmp_path: Path) -> None:
     empty = tmp_path / "bank"
     empty.mkdir()
-    shutil.copy(bank / "bank.json", empty)
+    index = json.loads((bank / "bank.json").read_text())
+    (empty / "bank.json").write_text(json.dumps(index | {"shards": {"shard_00000.jsonl": sha256(b"").hexdigest()}}))
     (empty / "shard_00000.jsonl").write_text("")
     line = refused("train", QUICKSTART, *SMALL, f"failures.path={empty}", f"run.dir={tmp_path}/run")
     assert "holds no failures" in line

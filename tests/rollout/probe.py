@@ -309,7 +309,7 @@ def probe_no_room(probe: Probe, failure: Failure) -> list[Any]:
 
 def failures_of(probe: Probe) -> list[Failure]:
     attempts = probe.rollout.first_attempts(probe.task.problems("train"), 1, samples=2)
-    return [attempt.failure for attempt in attempts if not attempt.passed]
+    return [attempt.failure for attempt in attempts if attempt.is_failure]
 
 
 def run_rollout(probe: Probe) -> dict[str, Any]:
