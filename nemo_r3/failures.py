@@ -189,9 +189,9 @@ class Bank:
         rows: list[BankRow] = self._world.broadcast(self._find_rows() if self._world.is_main else [])
         if not rows:
             raise UserError(
-                f"failures.path: the bank {self.path} holds no failures: every first answer passed, or "
-                f"failures.max_solve_rate={self._config.max_solve_rate} left all of them out; there is nothing to "
-                "reflect on"
+                f"failures.path: the bank {self.path} holds no failures: every first answer passed, no problem fits "
+                f"rollout.max_model_len={self._rollout.max_model_len}, or failures.max_solve_rate="
+                f"{self._config.max_solve_rate} left all of them out; there is nothing to reflect on"
             )
         return rows
 
@@ -360,7 +360,8 @@ class OnlineSource:
                 return failures[: self._count]
         raise UserError(
             f"failures.source=online: {len(asked)} first answers gave {len(failures)} failures, "
-            f"fewer than train.failures_per_step={self._count}; the policy solves this task already"
+            f"fewer than train.failures_per_step={self._count}; the policy solves this task already, or its "
+            f"problems do not fit rollout.max_model_len ({len(self._rollout.too_long)} of them)"
         )
 
     def _next_unasked(self, asked: Set[int]) -> list[int]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from nemo_r3.errors import UserError
+
+LOST_NODE_SECONDS = 180
+"""How long a file server may keep the lock of a node that was lost."""
+LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
@@ -43,15 +50,37 @@ def filename_in_errors(path: Path) -> Iterator[None]:
 def take_lock(directory: Path) -> None:
     """Keeps other processes from writing to a directory until this one ends.
 
+    A requeued Slurm job waits for the lock, which may still be that of its lost node. Where a file system has no locks,
+    a warning says so.
+
     Raises:
-        UserError: another process is at it.
+        UserError: another process holds the lock.
     """
     handle = (directory / ".lock").open("w")
+    patience = LOST_NODE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0
+    begun = time.monotonic()
+    while not _locked(handle):
+        if time.monotonic() - begun >= patience:
+            raise UserError(
+                f"another process is writing to {directory}; wait for it, or name another directory (if none is, "
+                f"remove {directory}/.lock)"
+            )
+        time.sleep(1)
+    _locks.append(handle)
+
+
+def _locked(handle: TextIO) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process is writing to {directory}; wait for it, or name another directory") from error
-    _locks.append(handle)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in LOCKLESS:
+            raise
+        print(
+            f"warning: {handle.name} cannot be locked here ({error.strerror}): run only one job on it", file=sys.stderr
+        )
+    return True
 
 
 _locks: list[TextIO] = []

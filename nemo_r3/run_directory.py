@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,13 @@ from typing import Any
 
 from nemo_r3 import memory, signals
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
-from nemo_r3.errors import UserError
+from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, take_lock, write_whole
 from nemo_r3.runtime import World
 from nemo_r3.types import Group, UpdateBatch
 
 MEASURED = ("time/", "memory/", "speed/")
-"""How metrics begin that differ between two runs of the same config."""
+"""Prefixes of the metrics that differ between two runs of one config."""
 
 
 class RunDirectory:
@@ -58,6 +59,23 @@ class RunDirectory:
         """One flat JSON object per watched step, layer, matrix and operand."""
         return self.path / "layers.jsonl"
 
+    def check_writable(self) -> None:
+        """Makes the directory and writes to it; every rank calls this.
+
+        Raises:
+            UserError: rank 0 cannot write there.
+        """
+        problem = None
+        if self._world.is_main:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_whole(self.path / ".writable", "")
+                (self.path / ".writable").unlink()
+            except OSError as error:
+                problem = f"run.dir: cannot write to {self.path} ({error.strerror})"
+        if problem := self._world.broadcast(problem):
+            raise UserError(problem)
+
     def open(self, resuming: bool) -> None:
         """Makes the directory and records the resolved config.
 
@@ -65,9 +83,15 @@ class RunDirectory:
             resuming: there is a checkpoint, whose settings this run has to share.
 
         Raises:
-            UserError: the directory cannot be written, or a setting differs that a resumed run must keep.
+            UserError: the directory cannot be written, it holds steps of a run with other settings, or a checkpoint of
+                one with unknown settings.
         """
-        if resuming:
+        if resuming and not (self.path / "config.yaml").exists():
+            raise UserError(
+                f"run.dir: {self.path} has checkpoints and no config.yaml, which says what settings they have: put it "
+                "back, or name another run.dir"
+            )
+        if resuming or self.metrics.exists():
             self.refuse_other_settings()
         self._world.barrier()  # everyone has read the old config
         try:
@@ -86,7 +110,13 @@ class RunDirectory:
             UserError: a setting differs that belongs to the run.
         """
         file = self.path / "config.yaml"
-        changed = diff_for_resume(load([str(file)]), self._config) if file.exists() else []
+        try:
+            changed = diff_for_resume(load([str(file)]), self._config) if file.exists() else []
+        except ConfigError as error:
+            raise UserError(
+                f"run.dir: {file} should have the settings of the run in this directory, and cannot be read: {error}; "
+                "put it back, or name another run.dir"
+            ) from error
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
@@ -97,13 +127,20 @@ class RunDirectory:
         """Forgets what was logged after `step`, so that a resumed run logs every step once."""
         if not self._world.is_main:
             return
+        logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
+        if lost := step - len(logged):
+            print(f"warning: {self.metrics} lacks {lost} of the {step} steps before", file=sys.stderr, flush=True)
         for log in (self.metrics, self.layers):
             if log.exists():
-                lines = [line for line in log.read_text().splitlines() if _step_of(line, step) <= step]
+                lines = [line for line in _lines(log) if (number := _step_of(line)) and number <= step]
                 write_whole(log, "".join(f"{line}\n" for line in lines))
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
-            if int(file.stem.removeprefix("step_")) > step:
+            if (name := file.stem.removeprefix("step_")).isdigit() and int(name) > step:
                 file.unlink()
+        self._open_board(step)
+
+    def _open_board(self, step: int) -> None:
+        """TensorBoard's events, without those after `step`."""
         if self._config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every recipe logs
 
@@ -175,7 +212,7 @@ class RunDirectory:
             The whole summary.
         """
         file = self.path / "summary.json"
-        summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        summary = self._read_object(file)
         entries["seconds"] = summary.get("seconds", {}) | self._seconds()
         merged = {name: value for name, value in (summary | entries).items() if value is not None}
         self._world.barrier()  # everyone has read the old summary
@@ -184,11 +221,23 @@ class RunDirectory:
             write_whole(file, json.dumps(merged, indent=1) + "\n")
         return merged
 
+    def _read_object(self, file: Path) -> dict[str, Any]:
+        """A JSON file's object; an empty one if there is none, or, with a warning, if it is damaged."""
+        try:
+            found = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        if self._world.is_main:
+            print(f"warning: {file} is damaged, and starts again", file=sys.stderr, flush=True)
+        return {}
+
     def _seconds(self) -> dict[str, dict[str, float]]:
         """Wall and CPU seconds (of rank 0) by phase: of all logged steps, and of this verb since the last one."""
-        logged = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        logged = [json.loads(line) for line in _lines(self.metrics) if _step_of(line) is not None]
         spent: dict[str, dict[str, float]] = {}
-        for line in [*(json.loads(line) for line in logged if _step_of(line, -2) > -1), self.times]:
+        for line in [*logged, self.times]:
             for name, value in line.items():
                 if name.startswith("time/"):
                     phase = name.removeprefix("time/")
@@ -213,9 +262,13 @@ def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def _step_of(line: str, step: int) -> int:
-    """The step of a metrics line; beyond `step` for one that a crash cut short."""
+def _lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines() if log.exists() else []
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a metrics line; None for one that a crash cut short, or that is none."""
     try:
         return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return step + 1
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -8,6 +8,7 @@ from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source, St
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Problem
+from recipes.metrics import warn_of_long_problems
 from recipes.plan import Plan, Setup
 
 TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
@@ -55,6 +56,7 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     progress.begin(f"mine {len(problems)} problems:")
     with setup.run.timed("mine"):
         bank.mine(rollout, problems)
+    warn_of_long_problems(setup, rollout)
     rows = bank.read()
     progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems")
     return rows

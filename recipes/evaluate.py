@@ -9,7 +9,7 @@ from nemo_r3 import runtime
 from nemo_r3.evaluate import as_json, measure
 from nemo_r3.refit import refit
 from nemo_r3.report import table
-from recipes.metrics import versions
+from recipes.metrics import versions, warn_of_long_problems
 from recipes.plan import join, plan
 from recipes.start import start_policy, start_rollout
 
@@ -37,6 +37,7 @@ def evaluate(argv: Sequence[str]) -> None:
         with run.timed("evaluate"):
             after, _ = measure(rollout, problems, failures)
         entries["after"] = as_json(after)
+    warn_of_long_problems(setup, rollout)
     progress.say(table(run.add_to_summary(**entries, versions=versions())))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,11 +54,12 @@ def export(argv: Sequence[str]) -> None:
 
 def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
     """Token ids to compare log-probabilities on: the run's first rollouts, or random ones where it has none."""
-    rows = []
     for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
-        rows = [json.loads(line) for line in file.read_text().splitlines()[:PROBES] if line]
-    if rows:
-        return [(row["context_ids"] + row["reflection_ids"])[:PROBE_TOKENS] for row in rows]
+        try:
+            rows = [json.loads(line) for line in file.read_text().splitlines()[:PROBES] if line]
+            return [(row["context_ids"] + row["reflection_ids"])[:PROBE_TOKENS] for row in rows]
+        except (ValueError, KeyError, TypeError):
+            print(f"warning: {file} is damaged; the export is compared on random tokens", file=sys.stderr, flush=True)
     draw = random.Random(0)
     length = min(PROBE_TOKENS, arch.max_positions)
     return [[draw.randrange(arch.vocab_size) for _ in range(length)] for _ in range(PROBES)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,17 @@ def report_memory(setup: Setup, policy: Policy, rollout: Rollout, step: int) -> 
     if step == 1:
         holders = policy.held() | {"KV cache": rollout.engine.cache_bytes()}
         setup.progress.say(memory.table(holders, setup.run.memory))
+
+
+def warn_of_long_problems(setup: Setup, rollout: Rollout) -> None:
+    """Says how many problems were not asked, if any: mining leaves them out, evaluation counts them as not solved."""
+    if setup.world.is_main and rollout.too_long:
+        print(
+            f"warning: {len(rollout.too_long)} problems do not fit rollout.max_model_len="
+            f"{setup.plan.config.rollout.max_model_len} and were not asked, such as {min(rollout.too_long)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def versions() -> dict[str, str]:

@@ -81,12 +81,12 @@ def join(plan: Plan, trains: bool = True) -> Setup:
         trains: whether there will be updates; a run without any needs no FP8.
 
     Raises:
-        ConfigError: the ranks, the model and the layout do not fit.
-        UserError: there is no tokenizer, or its template cannot be used.
+        ConfigError: ranks, model and layout do not fit each other, or a training run does not fit its machines.
+        UserError: the run directory cannot be written; there is no tokenizer, or its template cannot be used.
     """
     import torch
 
-    from nemo_r3 import precision, runtime
+    from nemo_r3 import capacity, precision, runtime
     from nemo_r3.rollout import environment
     from nemo_r3.run_directory import RunDirectory
 
@@ -95,7 +95,11 @@ def join(plan: Plan, trains: bool = True) -> Setup:
     precision.prepare(plan.config if trains else precision.without_fp8(plan.config), plan.arch)
     if world.is_main and (advice := precision.advice(plan.config)):
         print(f"warning: {advice}", file=sys.stderr, flush=True)
-    return Setup(plan, world, RunDirectory(plan.config, world), _read_dialogue(plan), Progress(world.is_main))
+    run = RunDirectory(plan.config, world)
+    run.check_writable()
+    if trains:
+        capacity.check(plan.config, plan.arch, world, run.checkpoints)
+    return Setup(plan, world, run, _read_dialogue(plan), Progress(world.is_main))
 
 
 def _read_dialogue(plan: Plan) -> Dialogue:

@@ -1,4 +1,4 @@
-"""A run's checkpoints: going on from one, saving the next, and what was sampled of a step that a stop cut short.
+"""A run's checkpoints: continuing from one, saving the next, and what was sampled of a step that a stop cut short.
 
 Imports megatron-core: after `join`.
 """
@@ -14,8 +14,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.manifest import DamagedError, complete, latest, read_manifest, set_aside
+from nemo_r3.actor.manifest import (
+    MANIFEST,
+    WAY_OUT,
+    DamagedError,
+    complete,
+    latest,
+    read_manifest,
+    set_aside,
+)
 from nemo_r3.actor.policy import Policy
+from nemo_r3.errors import UserError
 from nemo_r3.refit import refit
 from nemo_r3.rollout import kept
 from nemo_r3.rollout.scheduler import Rollout
@@ -37,6 +46,8 @@ def trained_checkpoint(setup: Setup) -> Path | None:
     """
     asked = setup.plan.config.evaluate.checkpoint
     trained = Path(asked) if asked else newest_checkpoint(setup)
+    if asked and not (Path(asked) / MANIFEST).is_file():
+        raise UserError(f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}")
     if trained is not None:
         read_manifest(trained)
         setup.run.refuse_other_settings()
@@ -44,7 +55,7 @@ def trained_checkpoint(setup: Setup) -> Path | None:
 
 
 def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Path | None]:
-    """Goes on from the run's newest sound checkpoint: policy, engine, and logs that end where it does.
+    """Continues from the run's newest sound checkpoint: policy, engine, and logs that end where it does.
 
     Returns:
         The loop's counters, and the checkpoint that kept them; new ones and None where the run has no checkpoint.
@@ -76,7 +87,13 @@ def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[P
             if setup.world.is_main:
                 set_aside(path)
                 print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
-    return oldest, checkpoint.load(policy, oldest)
+    try:
+        return oldest, checkpoint.load(policy, oldest)
+    except DamagedError as error:
+        said = str(error).removesuffix(f"; {WAY_OUT}")
+        raise UserError(
+            f"{said}; there is no sound checkpoint before it: name another run.dir to start again"
+        ) from error
 
 
 def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Saver:
@@ -102,8 +119,8 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Sav
 def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     """After a stop, keeps what was sampled of `step` beside the checkpoint whose weights sampled it.
 
-    Nothing where rollouts are deterministic, and in a run's first step, which has no checkpoint before it. Turns that
-    cannot be written are said to be lost: all it costs is to sample them again.
+    Nothing where rollouts are deterministic, and in a run's first step, which has no checkpoint before it. A failed
+    write is only a warning: the turns will be sampled again.
     """
     turns = {turn: found for part in setup.world.gather(rollout.kept.of(step)) for turn, found in part.items()}
     home = latest(setup.run.checkpoints)
@@ -112,7 +129,7 @@ def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
             kept.write(home / kept.FILE, turns)
             setup.progress.say(f"kept {len(turns)} turns of step {step} in {home / kept.FILE}")
         except OSError as error:
-            lost = f"step {step} will be sampled anew: cannot write {home / kept.FILE} ({error.strerror})"
+            lost = f"step {step} will be sampled again: cannot write {home / kept.FILE} ({error.strerror})"
             print(f"warning: {lost}", file=sys.stderr, flush=True)
 
 
@@ -122,7 +139,7 @@ def _take_up_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> Non
     if setup.world.is_main and file.exists():
         try:
             turns = kept.read(file)
-            setup.progress.say(f"going on with {len(turns)} turns of step {step} from {file}")
+            setup.progress.say(f"continuing with {len(turns)} turns of step {step} from {file}")
         except (OSError, SafetensorError) as error:
-            print(f"warning: step {step} is sampled anew: {file} is damaged ({error})", file=sys.stderr, flush=True)
+            print(f"warning: step {step} is sampled again: {file} is damaged ({error})", file=sys.stderr, flush=True)
     rollout.kept.take_up(step, setup.world.broadcast(turns))

@@ -26,7 +26,7 @@ class Scripted:
     """First answers that pass where the problem's number says so: `passes` of the samples of each problem."""
 
     def __init__(self, passes: int = 1) -> None:
-        self.passes, self.asked = passes, 0
+        self.passes, self.asked, self.too_long = passes, 0, set[str]()
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False

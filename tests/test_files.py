@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from nemo_r3.files import filename_in_errors, write_whole
+from nemo_r3 import files
+from nemo_r3.errors import UserError
+from nemo_r3.files import filename_in_errors, take_lock, write_whole
 
 
 @pytest.mark.parametrize("content", ["ä\n", b"\xff\r\n"])
@@ -33,3 +36,28 @@ def test_a_write_that_finds_no_room_names_the_file() -> None:
             file.write("x")
             file.flush()
     assert error.value.errno == errno.ENOSPC
+
+
+def test_a_directory_has_one_writer_and_a_requeued_job_waits_for_a_lost_nodes_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = (tmp_path / ".lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
+        take_lock(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: held.close())
+    take_lock(tmp_path)
+    files._locks.pop().close()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(handle: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    take_lock(tmp_path)
+    assert f"{tmp_path}/.lock cannot be locked here (Function not implemented)" in capsys.readouterr().err
+    files._locks.pop().close()

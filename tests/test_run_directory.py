@@ -21,7 +21,7 @@ def directory(path: Path, *overrides: str) -> RunDirectory:
     yaml = path.parent / "run.yaml" if path.parent.is_dir() else path.parents[1] / "run.yaml"
     yaml.write_text("model: {path: embedded}\nrun: {tensorboard: false}\n")
     config: Config = load([str(yaml), f"run.dir={path}", *overrides])
-    alone = SimpleNamespace(is_main=True, rank=0, size=1, barrier=lambda: None)
+    alone = SimpleNamespace(is_main=True, rank=0, size=1, barrier=lambda: None, broadcast=lambda item: item)
     return RunDirectory(config, cast(World, cast(Any, alone)))
 
 
@@ -82,6 +82,57 @@ def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path, overrid
     with pytest.raises(UserError, match=key) as error:
         directory(tmp_path / "run", override).open(resuming=True)
     assert "\n" not in str(error.value)
+
+
+def test_steps_before_the_first_checkpoint_are_not_overwritten_by_a_run_with_other_settings(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    run.log(1, {"loss": 0.5})
+    with pytest.raises(UserError, match="holds a run with other settings: .*seed"):
+        directory(tmp_path / "run", "seed=2").open(resuming=False)
+    assert steps(run) == [1]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "no config.yaml"), ("model: [", "config.yaml should have the settings"), ("", "model.path")],
+)
+def test_checkpoints_whose_settings_are_unknown_are_not_resumed(
+    tmp_path: Path, content: str | None, expected: str
+) -> None:
+    run = directory(tmp_path / "run")
+    run.path.mkdir()
+    if content is not None:
+        (run.path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"run\.dir: .*{expected}") as error:
+        run.open(resuming=True)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_logs_cost_their_own_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    for step in (1, 2, 3):
+        run.log(step, {"loss": 0.5})
+    lines = run.metrics.read_bytes().splitlines()
+    run.metrics.write_bytes(b"\n".join([b"5", b"\xff\xfe", lines[1], lines[2]]) + b"\n")
+    (run.path / "rollouts" / "step_notes.jsonl").touch()
+    (run.path / "summary.json").write_text("[]")
+    run.cut_back(3)
+    assert steps(run) == [2, 3]
+    assert run.add_to_summary(export="here")["export"] == "here"
+    errors = capsys.readouterr().err
+    assert f"{run.metrics} lacks 1 of the 3 steps before" in errors
+    assert f"{run.path}/summary.json is damaged, and starts again" in errors
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run\.dir: cannot write to .*file/run \(Not a directory\)"):
+        directory(tmp_path / "file" / "run").check_writable()
+    run = directory(tmp_path / "run")
+    run.check_writable()
+    assert list(run.path.iterdir()) == []
 
 
 @pytest.mark.parametrize("override", ["actor.tensor_parallel=2", "train.steps=9", "run.tensorboard=true"])

@@ -24,7 +24,12 @@ WRITING = ".writing"
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable"
 WAY_OUT = "remove that checkpoint to resume from the one before"
-FIELDS = {"step", "version", "architecture", "rope", "files", "state", "model"}
+FIELDS = {
+    **dict.fromkeys(("step", "version"), int),
+    **dict.fromkeys(("architecture", "files", "state"), dict),
+    **dict.fromkeys(("rope", "model"), str),
+}
+"""What a manifest has, and of which type."""
 
 
 class DamagedError(UserError):
@@ -60,11 +65,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
-    if not isinstance(manifest, dict) or not manifest.keys() >= FIELDS:
-        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it lacks {sorted(FIELDS - set(manifest))}; {WAY_OUT}")
-    return manifest
+    found = manifest if isinstance(manifest, dict) else {}
+    if wrong := sorted(name for name, kind in FIELDS.items() if not isinstance(found.get(name), kind)):
+        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it has no proper {', '.join(wrong)}; {WAY_OUT}")
+    return found
 
 
 def sums_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
@@ -135,19 +141,19 @@ def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) 
 
 
 def keep_newest(directory: Path, number: int) -> None:
-    """Removes all but so many of the checkpoints in a run's `checkpoints`."""
+    """Removes all but the newest `number` checkpoints in a run's `checkpoints`."""
     for old in sorted(directory.glob("step_*"))[:-number]:
         _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Takes a checkpoint out of the count before its files: one that dies half removed is none."""
+    """Deletes the manifest first, so that a half-removed checkpoint never looks complete."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Takes a damaged checkpoint out of the count, and keeps it as damaged_step_..."""
+    """Renames a damaged checkpoint to damaged_step_..., which no longer counts."""
     aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)

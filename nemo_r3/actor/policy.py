@@ -205,7 +205,14 @@ class Policy:
 
     def describe_schedule(self) -> str:
         """Where the learning rate ends; a resumed run keeps the horizon it began with."""
-        return f"the learning rate reaches {self.config.actor.lr_min:g} after {self.schedule.lr_decay_steps} updates"
+        end, horizon, steps = self.config.actor.lr_min, self.schedule.lr_decay_steps, self.config.train.steps
+        said = f"the learning rate reaches {end:g} after {horizon} updates"
+        if end == 0 and steps > horizon:
+            said += (
+                f", and later ones, up to train.steps={steps}, change nothing: to train longer, start a new run with "
+                "model.path=<this run's export>"
+            )
+        return said
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities of every token but the first, at the rollout temperature.

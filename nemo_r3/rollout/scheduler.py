@@ -114,6 +114,7 @@ class Rollout(Generic[EngineT]):
 
     Attributes:
         engine: this rank's.
+        too_long: ids of the problems whose task alone fills `rollout.max_model_len`, so that they were not asked.
         kept: what this rank's engine has sampled in the step under way; nothing where rollouts are deterministic, since
             a step that is done again gives the same.
     """
@@ -145,6 +146,7 @@ class Rollout(Generic[EngineT]):
         self._progress = progress if world.is_main else None
         on_cuda = torch.cuda.is_available()
         self._forgets = steps_in_order(config.rollout, on_cuda)
+        self.too_long: set[str] = set()
         self.kept = Kept(enabled=not is_deterministic(config.rollout, on_cuda))
 
     def first_attempts(
@@ -180,7 +182,9 @@ class Rollout(Generic[EngineT]):
 
         turns = [attempt(item, sample) for item in mine for sample in range(samples)]
         self._run(turns, step, greedy, {Phase.ATTEMPT: len(turns)})
-        return self._fleet.collect(done, len(problems) * samples)
+        attempts = self._fleet.collect(done, len(problems) * samples)
+        self.too_long |= {it.problem.id for it in attempts if it.answer.finish_reason == NO_ROOM}
+        return attempts
 
     def reflect_and_retry(
         self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False

@@ -29,7 +29,8 @@ def saved(directory: Path, step: int = 1) -> Path:
     writing = directory / WRITING
     writing.mkdir(parents=True)
     (writing / "shard").write_bytes(b"weights")
-    publish(directory, dict.fromkeys(FIELDS, "") | {"step": step}, sums_of(writing, ["shard"]))
+    manifest = {name: kind() for name, kind in FIELDS.items()} | {"step": step}
+    publish(directory, manifest, sums_of(writing, ["shard"]))
     return step_path(directory, step)
 
 
@@ -74,3 +75,21 @@ def test_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
     assert not any(is_sound(checkpoint) for checkpoint in (altered, cut, lost, unsaid, tmp_path / "nowhere"))
     with pytest.raises(DamagedError, match="is not a complete checkpoint"):
         read_manifest(unsaid)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xff\xfe\x00{", "is not a complete checkpoint"),
+        (b"[]", "it has no proper architecture, files, model, rope, state, step, version"),
+        (
+            b'{"step": 1, "version": 1, "architecture": {}, "files": null, "state": {}, "rope": "", "model": ""}',
+            "files;",
+        ),
+    ],
+)
+def test_a_manifest_that_is_none_is_damage(tmp_path: Path, content: bytes, expected: str) -> None:
+    """So that a resume falls back to the checkpoint before."""
+    (saved(tmp_path) / MANIFEST).write_bytes(content)
+    with pytest.raises(DamagedError, match=expected):
+        read_manifest(step_path(tmp_path, 1))

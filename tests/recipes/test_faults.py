@@ -91,11 +91,11 @@ def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same
     damaged = tmp_path / "damaged"
     shutil.copytree(path, damaged)
     anew = run("train", *settings, f"run.dir={damaged}")
-    assert "warning: step 2 is sampled anew: " in anew.stderr and f"{kept.FILE} is damaged" in anew.stderr
+    assert "warning: step 2 is sampled again: " in anew.stderr and f"{kept.FILE} is damaged" in anew.stderr
 
     file.write_bytes(whole)
     resumed = run("train", *settings, f"run.dir={path}")
-    assert f"going on with {len(turns)} turns of step 2 from {file}" in resumed.stdout
+    assert f"continuing with {len(turns)} turns of step 2 from {file}" in resumed.stdout
     rows = [json.loads(line) for line in (path / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
     sampled = [tuple(row[name]) for row in rows for name in ("reflection_ids", "retry_ids")]
     assert ended <= set(sampled)
