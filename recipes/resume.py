@@ -112,8 +112,7 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Sav
         if config.actor.offload_optimizer:
             refit(policy, rollout.engine)
 
-    keep, background = config.train.keep_checkpoints, config.train.save_in_background
-    return checkpoint.Saver(policy, setup.run.checkpoints, keep, background, room)
+    return checkpoint.Saver(policy, setup.run.checkpoints, config.train, room)
 
 
 def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:

@@ -68,7 +68,7 @@ def train(argv: Sequence[str]) -> None:
             progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config.train)}  {rates}")
             with run.timed("save"):
                 saver.finish_if_written()
-                if step % config.train.save_every == 0 or step == config.train.steps:
+                if saver.is_due(step):
                     saved_step, last_checkpoint = step, saver.save(step, asdict(counters))
             if reason := reason_to_stop(counters, config.train, last_checkpoint):
                 saver.finish()

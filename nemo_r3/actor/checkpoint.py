@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from nemo_r3.actor.manifest import (
     sums_of,
 )
 from nemo_r3.actor.policy import Policy
+from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World, is_collective
 
@@ -153,20 +155,30 @@ def _explained(saving: Saving) -> Iterator[None]:
 
 
 class Saver:
-    """Saves a policy again and again; with `background` each save is written while the run goes on."""
+    """Saves a run's policy again and again, as `config.train` says."""
 
     def __init__(
-        self,
-        policy: Policy,
-        directory: Path,
-        keep: int,
-        background: bool,
-        room: Callable[[], AbstractContextManager[None]] = nullcontext,
+        self, policy: Policy, directory: Path, config: TrainConfig, room: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """Writes nothing yet; `room` makes room on the device for the policy at work, the rest is as for `begin`."""
-        self._policy, self._directory = policy, directory
-        self._keep, self._background, self._room = keep, background, room
+        """Writes nothing yet.
+
+        Args:
+            policy: on every rank.
+            directory: the run's `checkpoints`.
+            config: when to save, how many checkpoints to keep, and whether to write them in the background.
+            room: makes room on the device for the policy at work.
+        """
+        self._policy, self._directory, self._config, self._room = policy, directory, config, room
         self._saving: Saving | None = None
+        self._begun = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` is to be saved; every rank calls this after the step, and all of them hear the same."""
+        config = self._config
+        if step % config.save_every == 0 or step == config.steps:
+            return True
+        overdue = config.save_minutes and time.monotonic() - self._begun >= 60 * config.save_minutes
+        return bool(config.save_minutes and self._policy.world.broadcast(overdue))
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Begins a save, after the end of the one before; in the foreground it ends it too.
@@ -178,9 +190,11 @@ class Saver:
             UserError: either of them cannot be written.
         """
         self.finish()
+        self._begun = time.monotonic()
+        background = self._config.save_in_background
         with self._room(), self._policy.at_work():
-            self._saving = saving = begin(self._policy, self._directory, step, state, self._background)
-            if not self._background:
+            self._saving = saving = begin(self._policy, self._directory, step, state, background)
+            if not background:
                 self.finish()
         return saving.final
 
@@ -193,7 +207,7 @@ class Saver:
         """Waits for the save that is under way, if there is one."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            finish(saving, self._keep)
+            finish(saving, self._config.keep_checkpoints)
 
 
 def _is_fault(error: BaseException) -> bool:

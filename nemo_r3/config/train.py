@@ -12,6 +12,13 @@ class TrainConfig:
     steps: int = option(1750, low=0, help="training steps (the paper's upper bound)", resume=True)
     failures_per_step: int = option(32, low=1, help="groups per step; times algo.group_size = the paper's batch of 256")
     save_every: int = option(50, low=1, help="steps between checkpoints; the last step is always saved", resume=True)
+    save_minutes: float = option(
+        0.0,
+        low=0.0,
+        help="also save after a step that ends this many minutes after the last save began; 0: never. For a job whose "
+        "preemption leaves less time than a save takes",
+        resume=True,
+    )
     keep_checkpoints: int = option(2, low=1, help="how many of the newest checkpoints to keep", resume=True)
     save_in_background: bool = option(
         False,

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import latest
 from nemo_r3.actor.policy import Policy
+from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 
 
@@ -120,7 +122,8 @@ def limited(size: int, act: Callable[[], Any]) -> Any:
 def written_late_by_rank_1(lab: Lab, policy: Policy) -> dict[str, Any]:
     """When a save in the background counts: the directory before any rank, one and both of them have written."""
     directory = lab.home / "late"
-    saver = checkpoint.Saver(policy, directory, keep=1, background=True)
+    config = TrainConfig(keep_checkpoints=1, save_in_background=True)
+    saver = checkpoint.Saver(policy, directory, config, nullcontext)
     found: dict[str, Any] = {}
 
     def look(name: str) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from safetensors.torch import load_file
+
+from nemo_r3.actor import checkpoint
+from nemo_r3.actor.policy import Policy
+from nemo_r3.config import TrainConfig
 
 SAME = ["one-to-one-llama_tied", "one-to-one-qwen2", "tp2-to-tp2-qwen2", "pp2-to-pp2-llama_tied", "dp2-to-dp2-qwen2"]
 OTHER = [
@@ -140,3 +147,15 @@ def test_the_next_save_sweeps_up_and_keeps_as_many_as_asked(two: Any) -> None:
 
 def test_the_last_launch_ends_well(four: Any) -> None:
     assert four.code == 0, four.errors[-3000:]
+
+
+def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 59.0, 60.0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
+    policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item))
+    config = TrainConfig(steps=7, save_every=3, save_minutes=1.0)
+    saver = checkpoint.Saver(cast(Policy, policy), Path(), config, nullcontext)
+    assert [saver.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: 1e9)
+    config.save_minutes = 0.0
+    assert [saver.is_due(step) for step in (1, 2, 3)] == [False, False, True]
