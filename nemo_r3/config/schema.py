@@ -75,6 +75,8 @@ def build(schema: type[T], layers: Iterable[Layer], prefix: str = "") -> T:
             tree = OmegaConf.merge(tree, OmegaConf.create(_checked(schema, layer.values, prefix, known)))
         except ConfigError as error:
             raise ConfigError(f"{layer.source}{error}") from None
+    if missing := OmegaConf.missing_keys(tree):
+        raise ConfigError(f"{_join(prefix, min(missing))}: has no default and must be set")
     return cast(T, OmegaConf.to_object(tree))
 
 
