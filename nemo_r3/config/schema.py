@@ -126,9 +126,13 @@ def describe_limits(limits: Mapping[str, Any]) -> str:
     if choices is not None:
         return "one of " + ", ".join(str(choice) for choice in choices)
     if low is not None and low == high:
-        return f"{low:g}"
-    bounds = ((above, "above {:g}"), (low, "at least {:g}"), (high, "at most {:g}"))
-    return " and ".join(text.format(bound) for bound, text in bounds if bound is not None)
+        return _number(low)
+    bounds = ((above, "above"), (low, "at least"), (high, "at most"))
+    return " and ".join(f"{text} {_number(bound)}" for bound, text in bounds if bound is not None)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def describe(hint: Any) -> str:
