@@ -1,5 +1,8 @@
 """The errors a user can cause: printed as one line, without a traceback, by every recipe."""
 
+LONGEST_DETAIL = 300
+"""Characters of another library's or a user's own message that are repeated in ours."""
+
 
 class UserError(Exception):
     """Something the user can mend; the message names the setting or file, the value and what to do."""
@@ -7,3 +10,15 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A setting that cannot be right, or that does not fit the others, the model or the machine."""
+
+
+def in_one_line(value: object) -> str:
+    """Text of any length on one line of at most `LONGEST_DETAIL` characters."""
+    line = " ".join(str(value).split())
+    return line if len(line) <= LONGEST_DETAIL else line[: LONGEST_DETAIL - 3] + "..."
+
+
+def describe(error: BaseException) -> str:
+    """An exception's type and message on one line: "ValueError (substring not found)"."""
+    message = in_one_line(error)
+    return f"{type(error).__name__} ({message})" if message else type(error).__name__

@@ -1,18 +1,19 @@
-"""Files that are whole whenever a process dies or a disk fills up, and directories that one process writes to."""
+"""Files that are whole whenever a process dies or a disk fills up, JSON objects, and directories with one writer."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from nemo_r3.errors import UserError
+from nemo_r3.errors import ConfigError, UserError
 
 LOST_NODE_SECONDS = 180
 """How long a file server may keep the lock of a node that was lost."""
@@ -35,6 +36,25 @@ def write_whole(file: Path, content: str | bytes) -> None:
             writing.replace(file)
         finally:
             writing.unlink(missing_ok=True)
+
+
+def read_json_object(file: Path, setting: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        file: what to read.
+        setting: the key that led here; error messages begin with it.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no JSON object.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{setting}: {file} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{setting}: {file} holds no object")
+    return found
 
 
 @contextmanager

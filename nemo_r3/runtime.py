@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from nemo_r3 import signals
 from nemo_r3.config import Config, check_world
+from nemo_r3.config.load import USAGE
 from nemo_r3.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -212,8 +214,13 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
     ranks that are themselves waiting in a collective; after a success, a thread of gloo that lets go of a tensor during
     the shutdown may abort the process, and Slurm would call a finished run failed. All files are closed by then.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `recipes` until here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        recipe(sys.argv[1:])
+        if sys.argv[1:2] in (["--help"], ["-h"]):
+            print(USAGE)
+        else:
+            recipe(sys.argv[1:])
     except UserError as error:
         _leave(f"error: {error}", 2)
     except signals.Stopped as error:

@@ -2,7 +2,7 @@
 
     SIGUSR1 or SIGTERM -> noted -> a rollout is left, an update is finished -> all ranks agree -> save -> exit code 75
     a second one       -> the process ends at once; the last checkpoint stands
-    no sign of life    -> every thread's stack on stderr, then the end
+    no sign of life    -> a line and every thread's stack on stderr, then the end
 
 Signals belong to the process, so what is noted is this module's own state.
 """
@@ -10,9 +10,14 @@ Signals belong to the process, so what is noted is this module's own state.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 
 STOPPED = 75
@@ -20,8 +25,12 @@ STOPPED = 75
 SAME_REQUEST = 5.0
 """Seconds within which a second signal belongs to the first: Slurm may send one to the tasks and one to the script."""
 
+LOOK = 1.0
+"""Seconds between two looks at the last sign of life."""
+
 _noted: list[tuple[str, float]] = []
-_watched: list[float] = []
+_watched: tuple[float, float] | None = None
+"""Seconds without a sign of life that are allowed, and when the last one was; None while nobody watches."""
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong
@@ -58,16 +67,56 @@ def watch(seconds: float) -> None:
 
     In between, a hung collective fails by its own time-out, which says more. The kernel does the killing (SIGALRM),
     since a thread that hangs inside a library runs no Python.
+
+    Args:
+        seconds: of run.timeout_minutes, which the line before the stacks names.
     """
-    _watched[:] = [seconds, 0.0]
+    global _watched
+    _watched = (seconds, 0.0)
     alive()
+    _start_announcer()
+
+
+@contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """Watches its block alone, see `watch`."""
+    global _watched
+    watch(seconds)
+    try:
+        yield
+    finally:
+        _watched = None
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def alive() -> None:
     """A sign of life; costs nothing when called often."""
+    global _watched
     now = time.monotonic()
-    if not _watched or now - _watched[1] < 1:
+    if _watched is None or now - _watched[1] < 1:
         return
-    seconds, _watched[1] = _watched[0], now
+    seconds = _watched[0]
+    _watched = (seconds, now)
     faulthandler.dump_traceback_later(0.9 * seconds)
     signal.setitimer(signal.ITIMER_REAL, 1.1 * seconds)
+
+
+@cache
+def _start_announcer() -> None:
+    threading.Thread(target=_announce, daemon=True).start()
+
+
+def _announce() -> None:
+    """Says just before the stacks why they come. A hang that holds Python's lock comes without this line."""
+    said = 0.0
+    while True:
+        time.sleep(LOOK)
+        seconds, last = _watched or (math.inf, 0.0)
+        if last != said and time.monotonic() > last + 0.9 * seconds - 2 * LOOK:
+            said = last
+            line = (
+                f"error: no sign of life for {0.9 * seconds:.0f} s, so this process ends (run.timeout_minutes="
+                f"{seconds / 60:g}); where its threads are, the innermost call first:\n"
+            )
+            os.write(2, line.encode())

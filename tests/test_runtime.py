@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -19,10 +20,13 @@ from nemo_r3.errors import ConfigError, UserError
 SCRIPT = """
 import atexit
 import os
+import signal
 import sys
 from pathlib import Path
 
 from nemo_r3 import runtime
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as recipes/__init__.py has it while modules are imported
 from nemo_r3.errors import ConfigError
 
 def recipe(arguments):
@@ -33,10 +37,13 @@ def recipe(arguments):
         raise ZeroDivisionError("a bug")
     if arguments == ["interrupt"]:
         raise KeyboardInterrupt
+    if arguments == ["ctrl-c"]:
+        signal.raise_signal(signal.SIGINT)
     assert arguments == ["well", "x=1"]
 
 home, children = Path(sys.argv[1]), {}
-for rank, *arguments in (["0", "mend"], ["1", "mend"], ["0", "bug"], ["0", "interrupt"], ["0", "well", "x=1"]):
+ways = ["0 mend", "1 mend", "0 bug", "0 interrupt", "0 ctrl-c", "0 --help", "0 well x=1"]
+for rank, *arguments in map(str.split, ways):
     name = f"{arguments[0]} {rank}"
     child = os.fork()  # importing torch once is enough
     if child == 0:
@@ -81,7 +88,33 @@ def test_a_bug_shows_its_traceback_and_code_1(ends: dict[str, tuple[int, str, st
 
 
 def test_an_interrupt_is_one_word(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["interrupt 0"][0] == 130 and ends["interrupt 0"][2] == "interrupted\n"
+    for end in ("interrupt 0", "ctrl-c 0"):
+        assert ends[end][0] == 130 and ends[end][2] == "interrupted\n"
+
+
+def test_help_shows_a_command_and_where_the_settings_are(ends: dict[str, tuple[int, str, str]]) -> None:
+    code, said, errors = ends["--help 0"]
+    assert (code, errors) == (0, "") and "python -m recipes.train" in said and "docs/config.md" in said
+
+
+INTERRUPTED = """
+import signal, sys
+{prepare}
+sys.argv[0] = "-m"  # as where Python looks for the verb
+import recipes
+signal.raise_signal(signal.SIGINT)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("prepare", "code", "said"),
+    [("", -signal.SIGINT, ""), ("signal.signal(signal.SIGINT, signal.SIG_IGN)", 0, "went on\n")],
+)
+def test_ctrl_c_while_a_verb_is_imported_ends_it_without_a_traceback(prepare: str, code: int, said: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED.format(prepare=prepare)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
 def test_a_recipe_that_ends_well_says_all_it_had_to_say_and_runs_no_exit_hook_either(

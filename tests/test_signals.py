@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 LISTENS = """
 import time
@@ -24,6 +28,7 @@ while True:
 HANGS = """
 import time
 from nemo_r3 import signals
+signals.LOOK = 0.1
 signals.watch(2.0)
 def forgotten():
     time.sleep(60)
@@ -53,4 +58,30 @@ def test_without_a_sign_of_life_the_stacks_are_shown_and_the_process_ends() -> N
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == -signal.SIGALRM
     assert "in forgotten" in done.stderr and "Timeout" in done.stderr
+    assert done.stderr.startswith(
+        "error: no sign of life for 2 s, so this process ends (run.timeout_minutes=0.0333333)"
+    )
     assert time.monotonic() - begun > 5  # three signs of life, a second apart, then 2.2 seconds
+
+
+TASK = """
+import time
+from nemo_r3 import signals, tasks
+from nemo_r3.config import DialogueConfig, TaskConfig
+signals.LOOK = 0.1
+with signals.watched(1.0):
+    tasks.load(TaskConfig("countdown", {"size": 1000, "test_size": 100}), DialogueConfig())
+time.sleep(2)
+print("not watched")
+with signals.watched(1.0):
+    tasks.load(TaskConfig("endless"), DialogueConfig())
+"""
+
+
+def test_a_task_that_never_ends_giving_problems_is_watched_and_only_while_it_loads(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text("def problems(split):\n    while True:\n        pass\nverify = None\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, "-c", TASK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (-signal.SIGALRM, "not watched\n")
+    assert done.stderr.count("error: no sign of life") == 1 and "endless.py" in done.stderr

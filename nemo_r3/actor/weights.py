@@ -7,20 +7,18 @@ to the other stages, so no rank ever holds more than one full parameter beside i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nemo_r3 import signals
-from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
 from nemo_r3.models import names as table
+from nemo_r3.models.tensors import HFTensors
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
@@ -63,10 +61,11 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
     Raises:
         ConfigError: no safetensors, an unreadable one, or a tensor that is missing or of another shape.
     """
+    checkpoint = HFTensors(path)
+    checkpoint.check(arch)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     mine = parameters_by_name(model, arch)
-    checkpoint = HFTensors(path)
     for row in table.table(arch):
         signals.alive()
         targets = [mine[row.megatron]] if row.megatron in mine else []
@@ -74,60 +73,11 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
             targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
         if not targets:
             continue
-        tensors = [checkpoint.read(name) for name in row.hf]
-        _check_shapes(path, row, tensors, arch, tp_size)
-        full = table.merge(row, tensors, arch, tp_size)
+        full = table.merge(row, [checkpoint.read(name) for name in row.hf], arch, tp_size)
         part = table.shard(row, full, tp_rank, tp_size)
         for target in targets:
             with torch.no_grad():
                 target.copy_(part)
-
-
-def _check_shapes(path: Path, row: table.Row, tensors: list[Tensor], arch: Architecture, tp_size: int) -> None:
-    whole = torch.empty(table.full_shape(row, arch, tp_size), device="meta")
-    for name, tensor, expected in zip(row.hf, tensors, table.split(row, whole, arch), strict=True):
-        if tensor.shape != expected.shape:
-            raise ConfigError(
-                f"model.path: {path}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
-            )
-
-
-class HFTensors:
-    """Reads single tensors of a Hugging Face checkpoint directory (safetensors, one file or many)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            self.files = _weight_map(index)
-        elif (path / "model.safetensors").is_file():
-            self.files = {name: "model.safetensors" for name in self._keys("model.safetensors")}
-        else:
-            raise ConfigError(f"model.path: {path} has no model.safetensors (pickled weights are not read)")
-
-    def _keys(self, file: str) -> list[str]:
-        try:
-            with safe_open(self.path / file, framework="pt") as handle:
-                return list(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"model.path: {self.path / file} cannot be read ({error})") from error
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        if name not in self.files:
-            raise ConfigError(f"model.path: {self.path} has no tensor {name!r}; config.json names another model?")
-        try:
-            with safe_open(self.path / self.files[name], framework="pt") as handle:
-                return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"model.path: {self.path / self.files[name]} cannot be read ({error})") from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: {index} is no index of safetensors ({error!r})") from error
 
 
 def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from io import StringIO
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from nemo_r3.config.schema import Layer, build, show
 from nemo_r3.config.tree import Config
 from nemo_r3.errors import ConfigError
 
-USAGE = "name a config file, then settings: CONFIG.yaml key=value ..."
+USAGE = (
+    "name a config file, then settings: CONFIG.yaml key=value ..., as in `python -m recipes.train "
+    "configs/quickstart.yaml run.dir=runs/mine train.steps=10`; docs/config.md lists all settings"
+)
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError)
 
 
@@ -45,9 +49,10 @@ def to_yaml(config: Config) -> str:
 
 
 def _fill(config: Config, path: Path) -> None:
-    """Settings whose default follows from other ones."""
-    config.run.dir = config.run.dir or str(Path("runs", path.stem))
-    config.failures.path = config.failures.path or str(Path(config.run.dir, "failures"))
+    """Settings whose default follows from other ones; ~ in paths."""
+    config.run.dir = expanduser(config.run.dir) or str(Path("runs", path.stem))
+    config.failures.path = expanduser(config.failures.path) or str(Path(config.run.dir, "failures"))
+    config.evaluate.checkpoint = expanduser(config.evaluate.checkpoint)
 
 
 def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
@@ -93,14 +98,23 @@ def _reason(error: Exception) -> str:
 
 
 def _override(argument: str) -> Layer:
-    """One `key=value` argument; the value is YAML, and nothing after the = is empty text."""
+    """One `key=value` argument; the value is YAML without comments, and nothing after the = is empty text."""
     key, equals, value = argument.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"{show(argument)}: expected key=value, as in train.steps=10")
     try:
+        comment = _comment(value)
         tree = OmegaConf.from_dotlist([f"{key}={value}" if value else f"{key}=''"])
     except UNREADABLE as error:
         raise ConfigError(f"{show(argument)}: the value is broken YAML: {_reason(error)}") from None
+    if comment:
+        raise ConfigError(f"{show(argument)}: YAML reads {show(comment)} as a comment; put quotes inside the value")
     values = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(values, dict)
     return Layer(values)
+
+
+def _comment(value: str) -> str:
+    """What YAML would leave out at the end of a value."""
+    ends = [token.end_mark.index for token in yaml.scan(value) if token.end_mark.index > token.start_mark.index]
+    return value[max(ends, default=0) :].strip()

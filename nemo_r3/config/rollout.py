@@ -32,7 +32,7 @@ class RolloutConfig:
         "on timing, and nothing is cached across steps; default: on CPU only",
     )
     prefix_caching: bool = option(True, help="reuse KV of shared contexts (reset at every refit)", resume=True)
-    max_num_seqs: int = option(256, low=1, help="sequences an engine decodes at once", resume=True)
+    max_num_seqs: int = option(256, low=1, high=4096, help="sequences an engine decodes at once", resume=True)
     gpu_memory_utilization: float = option(
         0.5, above=0.0, high=1.0, help="share of each GPU that vLLM may use; the actor lives beside it", resume=True
     )

@@ -14,6 +14,7 @@ class RunConfig:
     timeout_minutes: int = option(
         30,
         low=1,
+        high=30 * 24 * 60,
         help="minutes a collective may wait, or a rank give no sign of life, before the job fails",
         resume=True,
     )

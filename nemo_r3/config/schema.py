@@ -75,6 +75,8 @@ def build(schema: type[T], layers: Iterable[Layer], prefix: str = "") -> T:
             tree = OmegaConf.merge(tree, OmegaConf.create(_checked(schema, layer.values, prefix, known)))
         except ConfigError as error:
             raise ConfigError(f"{layer.source}{error}") from None
+    if missing := OmegaConf.missing_keys(tree):
+        raise ConfigError(f"{_join(prefix, min(missing))}: has no default and must be set")
     return cast(T, OmegaConf.to_object(tree))
 
 
@@ -124,9 +126,13 @@ def describe_limits(limits: Mapping[str, Any]) -> str:
     if choices is not None:
         return "one of " + ", ".join(str(choice) for choice in choices)
     if low is not None and low == high:
-        return f"{low:g}"
-    bounds = ((above, "above {:g}"), (low, "at least {:g}"), (high, "at most {:g}"))
-    return " and ".join(text.format(bound) for bound, text in bounds if bound is not None)
+        return _number(low)
+    bounds = ((above, "above"), (low, "at least"), (high, "at most"))
+    return " and ".join(f"{text} {_number(bound)}" for bound, text in bounds if bound is not None)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def describe(hint: Any) -> str:

@@ -20,7 +20,7 @@ from nemo_r3.config.train import TrainConfig
 class Config:
     """Every setting of a run. A YAML file and `key=value` arguments hold only what differs from here."""
 
-    seed: int = option(1, low=0, help="seeds sampling, problem order and shuffles")
+    seed: int = option(1, low=0, high=2**32 - 1, help="seeds sampling, problem order and shuffles")
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

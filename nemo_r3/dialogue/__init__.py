@@ -8,6 +8,7 @@ trajectory begins with exactly the ids of the shorter one. What a template would
 at set-up by rendering marked turns. No torch, no vLLM.
 """
 
+from nemo_r3.dialogue.tokenizer import read_tokenizer
 from nemo_r3.dialogue.turns import Dialogue, stop_token_ids
 
-__all__ = ["Dialogue", "stop_token_ids"]
+__all__ = ["Dialogue", "read_tokenizer", "stop_token_ids"]

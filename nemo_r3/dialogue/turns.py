@@ -10,7 +10,8 @@ from pathlib import Path
 from nemo_r3.config.task import DialogueConfig
 from nemo_r3.dialogue.chat_template import ChatTemplate, Tokenizer, Tool
 from nemo_r3.dialogue.probe import ANSWER, PROBLEM, TOOL, USER, after_answer, objection
-from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.errors import ConfigError, UserError, in_one_line
+from nemo_r3.files import read_json_object
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.template import fill
 from nemo_r3.types import Phase, Problem, Segment, Trajectory
@@ -142,12 +143,20 @@ class Dialogue:
 
 
 def stop_token_ids(model_dir: Path) -> list[int]:
-    """The end-of-sequence ids of a checkpoint: generation_config.json's, else config.json's, else none."""
-    for name in ("generation_config.json", "config.json"):
-        file = model_dir / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    """The end-of-sequence ids of a checkpoint: generation_config.json's, else config.json's, else none.
+
+    Raises:
+        ConfigError: such a file is broken, or has something else there.
+    """
+    for file in (model_dir / "generation_config.json", model_dir / "config.json"):
+        found = read_json_object(file, "model.path").get("eos_token_id") if file.is_file() else None
         if found is not None:
-            return [found] if isinstance(found, int) else list(found)
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise ConfigError(
+                    f"model.path: {file}: eos_token_id={in_one_line(repr(found))} is no token id or list of them"
+                )
+            return ids
     return []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.models.rope import Rope, read_rope
+from nemo_r3.files import read_json_object
+from nemo_r3.models.rope import Rope, positive_integer, positive_number, read_rope
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"model.path: {path} is not a directory; name a Hugging Face checkpoint, or 'embedded'")
     if not file.is_file():
         raise ConfigError(f"model.path: {path} has no config.json; it is not a Hugging Face checkpoint")
-    try:
-        found = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"model.path: {file} is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"model.path: {file} holds no object")
-    return found
+    return read_json_object(file, "model.path")
 
 
 def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
@@ -90,31 +84,39 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
         traits: what this family says otherwise or beyond; it takes precedence.
 
     Raises:
-        ConfigError: biases or an activation that the actor does not have, or unsupported rotary positions.
+        ConfigError: a field that makes no model, biases or an activation that the actor does not have, or unsupported
+            rotary positions. `architecture_of` puts the file before the message.
         KeyError: a field is missing.
     """
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
-            raise ConfigError(f"model.path: {family} with {key}=true is not supported")
+            raise ConfigError(f"{family} with {key}=true is not supported")
     if hf.get("quantization_config"):
-        raise ConfigError(
-            "model.path: the checkpoint is quantized (quantization_config); train from the unquantized one"
-        )
+        raise ConfigError("the checkpoint is quantized (quantization_config); train from the unquantized one")
     if hf.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"model.path: {family} with hidden_act={hf['hidden_act']!r} is not supported (only 'silu')")
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    common = {
-        "num_layers": hf["num_hidden_layers"],
-        "hidden_size": hf["hidden_size"],
-        "ffn_hidden_size": hf["intermediate_size"],
-        "num_heads": hf["num_attention_heads"],
-        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        raise ConfigError(f"{family} with hidden_act={hf['hidden_act']!r} is not supported (only 'silu')")
+    heads, hidden_size = positive_integer(hf, "num_attention_heads"), positive_integer(hf, "hidden_size")
+    kv_heads = heads if hf.get("num_key_value_heads") is None else positive_integer(hf, "num_key_value_heads")
+    if heads % kv_heads:
+        raise ConfigError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    head_dim = hidden_size // heads if hf.get("head_dim") is None else positive_integer(hf, "head_dim")
+    tied = hf.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise ConfigError(f"tie_word_embeddings={tied!r} is neither true nor false")
+    if traits.get("window") is not None:
+        positive_integer({"sliding_window": traits["window"]}, "sliding_window")
+    common: dict[str, Any] = {
+        "num_layers": positive_integer(hf, "num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": positive_integer(hf, "intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "vocab_size": hf["vocab_size"],
-        "max_positions": hf["max_position_embeddings"],
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "vocab_size": positive_integer(hf, "vocab_size"),
+        "max_positions": positive_integer(hf, "max_position_embeddings"),
+        "norm_eps": positive_number({"rms_norm_eps": 1e-6} | dict(hf), "rms_norm_eps"),
         "rope": read_rope(hf, head_dim),
-        "tied": hf.get("tie_word_embeddings", False),
+        "tied": tied,
     }
     return Architecture(family=family, **common | traits)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from os.path import expanduser
 from pathlib import Path
 
 from nemo_r3.config import Config
@@ -25,7 +26,7 @@ def model_path(config: Config) -> Path:
         ConfigError: a hub name that is neither cached nor to be had.
     """
     name = config.model.path
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if name == "embedded":
         return EMBEDDED
     return _snapshot(name) if HUB_NAME.fullmatch(name) and not path.exists() else path

@@ -18,6 +18,6 @@ def architecture(hf: Mapping[str, Any]) -> Architecture:
         ConfigError: the checkpoint attends in chunks (Qwen2.5's one-million-token models), which vLLM would do.
     """
     if hf.get("dual_chunk_attention_config"):
-        raise ConfigError(f"model.path: {HF_CLASS} with dual_chunk_attention_config is not supported")
+        raise ConfigError(f"{HF_CLASS} with dual_chunk_attention_config is not supported")
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     return decoder(hf, "qwen2", qkv_bias=True, window=window)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_r3.errors import ConfigError
+from nemo_r3.errors import ConfigError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,21 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, theta: float = 10000.0) -> R
         ConfigError: a scaling that the actor does not compute, or values that make none.
     """
     found = {"rope_theta": theta, "partial_rotary_factor": 1.0} | _settings(hf)
-    share = _number(found, "partial_rotary_factor")
+    share = positive_number(found, "partial_rotary_factor")
     dim = int(head_dim * share)
     if share > 1 or dim % 2 or not dim:
-        raise ConfigError(f"model.path: partial_rotary_factor={share:g} of a head's {head_dim} channels makes no pairs")
-    return Rope(_number(found, "rope_theta"), dim, _read_scaling(hf, found, dim))
+        raise ConfigError(f"partial_rotary_factor={share:g} of a head's {head_dim} channels makes no pairs")
+    return Rope(positive_number(found, "rope_theta"), dim, _read_scaling(hf, found, dim))
 
 
 def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about rotary positions in one place; the order of precedence is transformers'."""
-    inner = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    inner = hf.get(key) or {}
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{key}={in_one_line(repr(inner))} is no object")
     if any(isinstance(value, dict) for value in inner.values()):
-        raise ConfigError(f"model.path: rope settings per layer type ({', '.join(inner)}) are not supported")
+        raise ConfigError(f"rope settings per layer type ({', '.join(inner)}) are not supported")
     outer = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf}
     original = {key: hf[key] for key in ("original_max_position_embeddings",) if key in hf}
     return outer | inner | original
@@ -103,24 +107,26 @@ def _read_scaling(hf: Mapping[str, Any], found: Mapping[str, Any], dim: int) -> 
     if kind == "default":
         return None
     if kind == "llama3":
-        low, high = _number(found, "low_freq_factor"), _number(found, "high_freq_factor")
+        low, high = positive_number(found, "low_freq_factor"), positive_number(found, "high_freq_factor")
         if not low < high:
-            raise ConfigError(f"model.path: rope's low_freq_factor={low:g} is not below high_freq_factor={high:g}")
-        return Llama3(_number(found, "factor"), low, high, int(_number(found, "original_max_position_embeddings")))
+            raise ConfigError(f"rope's low_freq_factor={low:g} is not below high_freq_factor={high:g}")
+        return Llama3(
+            positive_number(found, "factor"), low, high, positive_integer(found, "original_max_position_embeddings")
+        )
     if kind in ("longrope", "su"):  # its first name
         return _read_longrope(hf, found, dim)
-    raise ConfigError(f"model.path: rope type {kind!r} is not supported (only 'default', 'llama3' and 'longrope')")
+    raise ConfigError(f"rope type {kind!r} is not supported (only 'default', 'llama3' and 'longrope')")
 
 
 def _read_longrope(hf: Mapping[str, Any], found: Mapping[str, Any], dim: int) -> LongRope:
-    original = int(_number(found, "original_max_position_embeddings"))
+    original = positive_integer(found, "original_max_position_embeddings")
     stretch = hf["max_position_embeddings"] / original
     for key in ("attention_factor", "short_mscale", "long_mscale"):
         if found.get(key) is not None:
-            raise ConfigError(f"model.path: longrope's {key} is not supported: transformers and vLLM differ about it")
+            raise ConfigError(f"longrope's {key} is not supported: transformers and vLLM differ about it")
     if found.get("factor", stretch) != stretch:
         raise ConfigError(
-            f"model.path: longrope's factor={found['factor']} is not supported: only {stretch:g}, which is "
+            f"longrope's factor={found['factor']} is not supported: only {stretch:g}, which is "
             "max_position_embeddings / original_max_position_embeddings and what vLLM takes"
         )
     short, long = (_factors(found, key, dim // 2) for key in ("short_factor", "long_factor"))
@@ -131,15 +137,29 @@ def _read_longrope(hf: Mapping[str, Any], found: Mapping[str, Any], dim: int) ->
 def _factors(found: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
     factors = found[key]
     if not isinstance(factors, list) or len(factors) != count:
-        raise ConfigError(f"model.path: longrope's {key} must be a list of {count} numbers, one per turning pair")
+        raise ConfigError(f"longrope's {key} must be a list of {count} numbers, one per turning pair")
     return tuple(_positive(factor, key) for factor in factors)
 
 
-def _number(found: Mapping[str, Any], key: str) -> float:
-    return _positive(found[key], key)
+def positive_number(hf: Mapping[str, Any], key: str) -> float:
+    """A field that must be a number above 0.
+
+    Raises:
+        ConfigError: it is none.
+        KeyError: it is missing.
+    """
+    return _positive(hf[key], key)
+
+
+def positive_integer(hf: Mapping[str, Any], key: str) -> int:
+    """A field that must be a whole number above 0, and one of this world; raises as `positive_number`."""
+    value = hf[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ConfigError(f"{key}={in_one_line(repr(value))} is not an integer from 1 to {2**31 - 1}")
+    return value
 
 
 def _positive(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"model.path: rope's {key}={value!r} is not a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{key}={in_one_line(repr(value))} is not a positive number")
     return float(value)

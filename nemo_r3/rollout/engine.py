@@ -26,9 +26,10 @@ from vllm.sampling_params import RequestOutputKind
 
 from nemo_r3 import signals
 from nemo_r3.config import Config
-from nemo_r3.errors import UserError
+from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.models.names import table
+from nemo_r3.models.tensors import HFTensors
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, steps_in_order
 
@@ -66,9 +67,14 @@ class Engine:
             config: the run's settings.
             model_dir: Hugging Face checkpoint; its tokenizer is not read.
             version: version of the checkpoint's weights.
+
+        Raises:
+            ConfigError: the checkpoint's weights are missing, cut, or of another model.
+            UserError: vLLM refuses the settings, or finds too little memory.
         """
         assert dist.is_initialized(), "runtime.start comes before Engine.start"
         rollout, arch = config.rollout, architecture_of(model_dir)
+        HFTensors(model_dir).check(arch)  # vLLM would say the same in a traceback
         on_cuda = not current_platform.is_cpu()
         # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
         in_order = steps_in_order(rollout, on_cuda)
@@ -103,7 +109,7 @@ class Engine:
         try:
             llm = LLMEngine.from_engine_args(args)
         except ValueError as error:  # settings that vLLM refuses, or too little free GPU memory for its share
-            raise UserError(f"vLLM refused to start: {' '.join(str(error).split())}") from error
+            raise UserError(f"vLLM refused to start: {in_one_line(error)}") from error
         signals.alive()
         return cls(llm, arch, rollout.max_model_len, version)
 

@@ -35,6 +35,7 @@ from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.functions import PLACEHOLDERS, FunctionTask
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import unknown_placeholders
+from nemo_r3.tasks.user_code import user_code
 
 BUILT = ("Options", "WORDING", "PLACEHOLDERS", "build")
 FUNCTIONS = ("problems", "verify")
@@ -52,13 +53,14 @@ def load(task: TaskConfig, dialogue: DialogueConfig) -> Task:
 
     Raises:
         ConfigError: unknown task, option or {placeholder}, or a value that is not allowed.
-        UserError: the task's data cannot be read, or its verifier does not work.
+        UserError: the task's data cannot be read, or its module or verifier does not work.
     """
     module = find(task.name)
     options = read_options(module, task)
     wording = read_wording(module, dialogue)
     if hasattr(module, "build"):
-        return cast(Task, module.build(options, wording))
+        with user_code(f"{task.name}.build", "; it must give a task"):
+            return cast(Task, module.build(options, wording))
     return FunctionTask(module, options, wording)
 
 
@@ -67,6 +69,7 @@ def find(name: str) -> ModuleType:
 
     Raises:
         ConfigError: there is no such module, or it is not a task.
+        UserError: it cannot be imported.
     """
     module = None
     if re.fullmatch(r"\w+(\.\w+)*", name):
@@ -83,12 +86,13 @@ def find(name: str) -> ModuleType:
 
 
 def _import(path: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
-            raise
-        return None
+    with user_code(f"importing {path}", f"; `python -c 'import {path}'` must work"):
+        try:
+            return importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
+                raise
+    return None
 
 
 def _known() -> str:
@@ -101,10 +105,12 @@ def read_options(module: ModuleType, task: TaskConfig) -> Any:
     """The task's options as an object of the module's Options; None where it has none.
 
     Raises:
-        ConfigError: an option that is unknown or not allowed.
+        ConfigError: an option that is unknown, missing or not allowed.
+        UserError: the module's Options cannot be used.
     """
     if hasattr(module, "Options"):
-        return build(module.Options, [Layer(task.options)], "task.options")
+        with user_code(f"{module.__name__}.Options", "; it must be a dataclass of text, numbers, lists and mappings"):
+            return build(module.Options, [Layer(task.options)], "task.options")
     if task.options:
         raise ConfigError(f"task.options: {task.name} has no options, got {show(task.options)}")
     return None
@@ -115,10 +121,14 @@ def read_wording(module: ModuleType, dialogue: DialogueConfig) -> Wording:
 
     Raises:
         ConfigError: a {placeholder} in `dialogue.task` or `dialogue.tools_text` that nothing fills, or one that is
-            missing there.
+            missing there; or a WORDING that is none.
     """
     given = {name: getattr(dialogue, name) for name in ("task", "reflect", "retry")}
-    own: Wording = module.WORDING if hasattr(module, "WORDING") else Wording()
+    own = module.WORDING if hasattr(module, "WORDING") else Wording()
+    if not isinstance(own, Wording) or not all(isinstance(text, str) for text in vars(own).values()):
+        raise ConfigError(
+            f"task.name: {module.__name__}.WORDING must be a nemo_r3.tasks.protocol.Wording of texts, got {show(own)}"
+        )
     wording = replace(own, **{name: text for name, text in given.items() if text is not None})
     placeholders = module.PLACEHOLDERS if hasattr(module, "build") else PLACEHOLDERS
     _check_placeholders("dialogue.task", wording.task, placeholders)

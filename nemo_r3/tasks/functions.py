@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import traceback
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.errors import ConfigError, UserError, in_one_line
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.template import fill
+from nemo_r3.tasks.user_code import user_code
 from nemo_r3.types import Problem
 
 PLACEHOLDERS = ("problem",)
@@ -34,14 +33,13 @@ class FunctionTask:
 
         Raises:
             ConfigError: there are no problems, or they cannot be used.
-            UserError: `verify` raised, or gave something else than True or False.
+            UserError: `problems` or `verify` raised, or `verify` gave something else than True or False.
         """
         self.name = module.__name__
         self.wording = wording
         self.verifier = f"{self.name} {_version(module, options)}"
-        self._verify = module.verify
-        arguments = () if options is None else (options,)
-        self._splits = {split: self._read(split, module.problems(split, *arguments)) for split in SPLITS}
+        self._module = module
+        self._splits = {split: self._read(split, () if options is None else (options,)) for split in SPLITS}
         shared = {problem.id for problem in self._splits["train"]} & {problem.id for problem in self._splits["test"]}
         if shared:
             raise ConfigError(f"task.name: {self.name}: problem {min(shared)!r} is in train and in test")
@@ -57,29 +55,27 @@ class FunctionTask:
         Raises:
             UserError: it raised, or gave something else than True or False.
         """
-        try:
-            verdict = self._verify(problem, text)
-        except Exception as error:  # whatever it is, the user's way out is the same
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"task.name: {self.name}.verify raised {type(error).__name__} ({error}) in {place.filename}:"
-                f"{place.lineno} on an answer to problem {problem.id!r}; it must give a verdict on any text"
-            ) from error
+        answer = f"on an answer to problem {problem.id!r}"
+        with user_code(f"{self.name}.verify", f" {answer}; it must give a verdict on any text"):
+            verdict = self._module.verify(problem, text)
         if not isinstance(verdict, bool):
+            kind = type(verdict)
+            name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
             raise UserError(
-                f"task.name: {self.name}.verify returned {verdict!r} of type {type(verdict).__name__} on an answer to "
-                f"problem {problem.id!r}; it must return True or False"
+                f"task.name: {self.name}.verify returned {in_one_line(repr(verdict))} of type {name} {answer}; it must "
+                "return True or False"
             )
         return verdict
 
-    def _read(self, split: str, problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    def _read(self, split: str, options: tuple[Any, ...]) -> tuple[Problem, ...]:
         """The problems of a split in the words of the task turn."""
         found: dict[str, Problem] = {}
-        for problem in problems:
-            self._check(split, problem)
-            if problem.id in found:
-                raise ConfigError(f"task.name: {self.name}: problems({split!r}) gives the id {problem.id!r} twice")
-            found[problem.id] = replace(problem, text=fill(self.wording.task, {"problem": problem.text}))
+        with user_code(f"{self.name}.problems({split!r})", "; it must give the problems of that split"):
+            for problem in self._module.problems(split, *options):
+                self._check(split, problem)
+                if problem.id in found:
+                    raise ConfigError(f"task.name: {self.name}: problems({split!r}) gives the id {problem.id!r} twice")
+                found[problem.id] = replace(problem, text=fill(self.wording.task, {"problem": problem.text}))
         if not found:
             raise ConfigError(f"task.name: {self.name}: problems({split!r}) gives no problems")
         return tuple(found.values())
@@ -92,7 +88,15 @@ class FunctionTask:
             raise ConfigError(
                 f"{where} gives the id {problem.id!r} and the text {problem.text!r:.80}; both must be text"
             )
-        for name, value in (("data", problem.data), ("tools", [*problem.tools])):
+        if not _is_unicode(problem.id + problem.text):
+            raise ConfigError(f"{where}: id or text of problem {problem.id!r} holds half a character, a lone surrogate")
+        tools = problem.tools
+        if not isinstance(tools, (tuple, list)) or not all(isinstance(t, dict) and "function" in t for t in tools):
+            raise ConfigError(
+                f"{where}: tools of problem {problem.id!r} must be a tuple of {{'type': 'function', 'function': ...}}; "
+                f"got {tools!r:.200}"
+            )
+        for name, value in (("data", problem.data), ("tools", [*tools])):
             if not _survives_json(value):
                 raise ConfigError(
                     f"{where}: {name} of problem {problem.id!r} is not what JSON would read back, and banks keep it as "
@@ -102,9 +106,19 @@ class FunctionTask:
 
 def _survives_json(value: Any) -> bool:
     try:
-        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
-    except (TypeError, ValueError):
+        written = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        return bool(json.loads(written) == value) and _is_unicode(written)
+    except (TypeError, ValueError, RecursionError):
         return False
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether tokenizers and files can take a text: Python's may hold one half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _version(module: ModuleType, options: Any) -> str:

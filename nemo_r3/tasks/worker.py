@@ -18,7 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
-from nemo_r3.errors import UserError
+from nemo_r3.errors import UserError, describe
 
 START_SECONDS = 120.0
 
@@ -104,7 +104,7 @@ def serve(function: str, megabytes: int) -> None:
         except MemoryError:
             return
         except Exception as error:  # whatever it is, the caller hears of it
-            reply = {"raised": f"{type(error).__name__}: {error}"}
+            reply = {"raised": describe(error)}
         print(json.dumps(reply), file=answers, flush=True)
 
 

@@ -60,9 +60,24 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
     assert config.rollout.deterministic is True
 
 
+def test_a_home_directory_is_found_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    file = write(tmp_path, "a.yaml", MINIMAL + "evaluate: {checkpoint: ~/c}\nrun: {dir: ~/a}")
+    config = load([file])
+    assert (config.run.dir, config.evaluate.checkpoint) == ("/home/me/a", "/home/me/c")
+    assert config.failures.path == "/home/me/a/failures"
+    assert load([file, "failures.path=~/b"]).failures.path == "/home/me/b"
+
+
+def test_a_hash_sign_is_kept_where_yaml_keeps_it(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.yaml", MINIMAL)
+    assert load([file, "run.dir='/a/b #1'"]).run.dir == "/a/b #1"
+    assert load([file, "run.dir=/a/b#1"]).run.dir == "/a/b#1"
+
+
 @pytest.mark.parametrize("argv", [[], ["seed=1"], ["--help"]])
 def test_no_file_named(argv: list[str]) -> None:
-    assert "CONFIG.yaml key=value" in error_of(*argv)
+    assert "CONFIG.yaml key=value" in error_of(*argv) and "docs/config.md" in error_of(*argv)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -132,7 +147,12 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("task.options=3", ["task.options: expected a mapping, got 3"]),
         ("task.options={1: 2}", ["task.options: its keys must be text, got 1"]),
         ("task.options.x=!!binary aGk=", ["task.options.x", "not allowed"]),
+        ("run.dir=/a/b #1", ["YAML reads '#1' as a comment; put quotes inside the value"]),
+        ("dialogue.system=#hi", ["YAML reads '#hi' as a comment"]),
         ("seed=-1", ["seed: -1 is not allowed; it must be at least 0"]),
+        ("seed=18446744073709551616", ["seed: 18446744073709551616 is not allowed", "at most 4,294,967,295"]),
+        ("run.timeout_minutes=100000000000000", ["run.timeout_minutes", "at most 43,200"]),
+        ("rollout.max_num_seqs=100000000", ["rollout.max_num_seqs", "at most 4,096"]),
         ("rollout.temperature=0", ["rollout.temperature: 0 is not allowed; it must be at least 0.01 and at most 2"]),
         ("algo.clip_low=2", ["algo.clip_low: 2 is not allowed; it must be above 0 and at most 1"]),
         ("algo.mismatch_low=1.5", ["algo.mismatch_low: 1.5 is not allowed; it must be above 0 and at most 1"]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_r3.config.task import DialogueConfig
-from nemo_r3.dialogue import Dialogue, stop_token_ids
+from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
 from nemo_r3.errors import UserError
+from nemo_r3.models import EMBEDDED
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.types import Phase, Problem, Segment, Trajectory
 
@@ -203,3 +205,34 @@ def test_stop_token_ids(tmp_path: Path) -> None:
     assert stop_token_ids(tmp_path) == [2]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     assert stop_token_ids(tmp_path) == [3, 4]
+
+
+@pytest.mark.parametrize("text", ["{cut", "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}'])
+def test_stop_token_ids_that_cannot_be_read_are_refused_by_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"model\.path: {tmp_path}/generation_config\.json"):
+        stop_token_ids(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", ""),
+        ("tokenizer.json", '{"a": 1}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, file: str, text: str | None) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
+    (model / file).unlink() if text is None else (model / file).write_text(text)
+    with pytest.raises(UserError, match=rf"model\.path: {model} has no tokenizer that can be read: ") as caught:
+        read_tokenizer(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sound_tokenizer_is_read() -> None:
+    assert read_tokenizer(EMBEDDED).eos_token_id is not None

@@ -207,8 +207,8 @@ def test_a_share_of_the_head_may_turn(tmp_path: Path, place: dict[str, Any]) -> 
     ("rope", "expected"),
     [
         (LLAMA3 | {"rope_type": "dynamic"}, "rope type 'dynamic' is not supported (only 'default', 'llama3'"),
-        (LLAMA3 | {"rope_type": "llama3", "factor": 0}, "rope's factor=0 is not a positive number"),
-        (LLAMA3 | {"rope_type": "llama3", "factor": "8"}, "rope's factor='8' is not a positive number"),
+        (LLAMA3 | {"rope_type": "llama3", "factor": 0}, "factor=0 is not a positive number"),
+        (LLAMA3 | {"rope_type": "llama3", "factor": "8"}, "factor='8' is not a positive number"),
         (LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor=4 is not below high_freq_factor=4"),
         ({"rope_type": "llama3"}, "lacks 'low_freq_factor'"),
         (LONGROPE | {"type": "longrope"}, "lacks 'original_max_position_embeddings'"),
@@ -230,6 +230,38 @@ def test_rotary_positions_that_the_actor_does_not_compute_are_refused(
 ) -> None:
     message = refusal(lambda: architecture_of(write(tmp_path, json.dumps(LLAMA | {"rope_scaling": rope}))))
     assert message.startswith("model.path: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"hidden_size": "big"}, "hidden_size='big' is not an integer from 1"),
+        ({"hidden_size": None}, "hidden_size=None is not"),
+        ({"hidden_size": [64] * 999}, "... is not an integer from 1"),
+        ({"intermediate_size": True}, "intermediate_size=True is not"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0 is not"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1 is not"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is not"),
+        ({"num_attention_heads": 128}, "of a head's 0 channels makes no pairs"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+        ({"head_dim": "16"}, "head_dim='16' is not"),
+        ({"vocab_size": 10**400}, "... is not an integer from 1"),
+        ({"max_position_embeddings": {}}, "max_position_embeddings={} is not"),
+        ({"rms_norm_eps": "abc"}, "rms_norm_eps='abc' is not a positive number"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf is not a positive number"),
+        ({"rope_theta": math.nan}, "rope_theta=nan is not a positive number"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' is no object"),
+        ({"rope_parameters": 3}, "rope_parameters=3 is no object"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' is neither true nor false"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": "wide"}, "sliding_window='wide' is not"),
+        ({"architectures": 3}, "architectures=3 is no list of classes"),
+    ],
+)
+def test_a_field_that_makes_no_model_is_refused_with_its_file_and_value(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    message = refusal(lambda: architecture_of(write(tmp_path, json.dumps(LLAMA | change))))
+    assert message.startswith("model.path: ") and str(tmp_path) in message and expected in message
 
 
 @pytest.mark.parametrize(

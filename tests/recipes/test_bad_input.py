@@ -44,6 +44,14 @@ def test_settings_are_refused_before_anything_is_written(tmp_path: Path, foreign
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_are_cut_are_refused_before_vllm_starts(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    line = refused("mine", QUICKSTART, *SMALL, f"model.path={tmp_path}/model", f"run.dir={tmp_path}/run")
+    assert f"model.path: {weights} cannot be read" in line
+
+
 def test_a_bank_of_another_model_is_refused_and_kept(bank: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(EMBEDDED, model)

@@ -38,6 +38,20 @@ def problems(split, options):
     return [Problem(split, "Say it.", {"word": options.word})]
 """
 
+BUILDS = """
+from dataclasses import dataclass
+from nemo_r3.tasks.protocol import Wording
+
+PLACEHOLDERS, WORDING = ("problem",), Wording()
+
+@dataclass
+class Options:
+    pass
+
+def build(options, wording):
+    return 1 / 0
+"""
+
 Write = Callable[..., Task]
 
 
@@ -102,7 +116,13 @@ GIVES = "from nemo_r3.types import Problem\ndef problems(split):\n    "
         (GIVES + "return [Problem('a', 't', {'word': (1, 2)})]" + VERIFY, "data of problem 'a' is not what JSON would"),
         (GIVES + "return [Problem('a', 't', {'word': {1}})]" + VERIFY, "data of problem 'a' is not what JSON would"),
         (GIVES + "return [Problem('a', 't', {'word': float('nan')})]" + VERIFY, "data of problem 'a' is not"),
-        (GIVES + "return [Problem('a', 't', {}, ({'type': print},))]" + VERIFY, "tools of problem 'a' is not"),
+        (GIVES + "return [Problem('a', 't', {}, ({'type': print},))]" + VERIFY, "tools of problem 'a' must be"),
+        (GIVES + "return [Problem('a', 't', {}, ({'function': print},))]" + VERIFY, "tools of problem 'a' is not"),
+        (GIVES + "return [Problem('a', 't', {}, None)]" + VERIFY, "tools of problem 'a' must be a tuple .* got None"),
+        (GIVES + "return [Problem('a', 't', {}, 3)]" + VERIFY, "tools of problem 'a' must be a tuple .* got 3"),
+        (GIVES + r"return [Problem('a', '\ud800', {})]" + VERIFY, "problem 'a' holds half a character"),
+        (GIVES + r"return [Problem('a', 't', {'word': '\ud800'})]" + VERIFY, "data of problem 'a' is not what JSON"),
+        ("WORDING = 'hello'" + PROBLEMS + VERIFY, r"said\.WORDING must be a .*Wording of texts, got 'hello'"),
     ],
 )
 def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, message: str) -> None:
@@ -111,14 +131,55 @@ def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, messa
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys; sys.exit('bye')", r"importing said raised SystemExit \(bye\) in .*said\.py:1;"),
+        ("def problems(:", r"importing said raised SyntaxError \(.*\) in .*said\.py:1;"),
+        ("import no_such_module", r"importing said raised ModuleNotFoundError \(.*no_such_module.*\) in .*said\.py:1;"),
+        ("Options = 3" + PROBLEMS + VERIFY, r"said\.Options raised TypeError"),
+        ("problems = [1]" + VERIFY, r"said\.problems\('train'\) raised TypeError \('list' object is not callable\);"),
+        ("def problems(): pass" + VERIFY, r"said\.problems\('train'\) raised TypeError \(.* takes 0 positional"),
+        (GIVES + "return None" + VERIFY, r"said\.problems\('train'\) raised TypeError \('NoneType' object is not iter"),
+        (GIVES + "open('/nowhere')" + VERIFY, r"problems\('train'\) raised FileNotFoundError \(.*\) in .*said\.py:3;"),
+        (GIVES + "import json; json.loads('{')" + VERIFY, r"raised JSONDecodeError \(.*\) in .*said\.py:3;"),
+        (
+            GIVES + "raise ValueError('a\\nb' * 999)" + VERIFY,
+            r"raised ValueError \(a ba .{280,296}\.\.\.\) in .*said\.py:3;",
+        ),
+        (BUILDS, r"said\.build raised ZeroDivisionError \(.*\) in .*said\.py:12;"),
+    ],
+)
+def test_whatever_a_users_module_raises_is_one_line_with_its_place(write: Write, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"task\.name: .*{message}") as caught:
+        write(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_without_a_default_must_be_set(write: Write) -> None:
+    text = OPTIONS.replace('option("one", help="what to say")', 'option(help="what to say")')
+    assert write(text, VERIFY, options={"word": "two"}).problems("test")[0].data == {"word": "two"}
+    with pytest.raises(ConfigError, match=r"task\.options\.word: has no default and must be set"):
+        write(text, VERIFY)
+
+
+def test_a_users_module_leaves_the_working_directory_where_it_was(write: Write) -> None:
+    here = Path.cwd()
+    leaves = "\nimport os\nos.chdir('/')\ndef verify(problem, text):\n    os.chdir('/')\n    return True\n"
+    task = write(PROBLEMS, leaves)
+    assert task.verify(task.problems("test")[0], "") and Path.cwd() == here
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
+        ("raise SystemExit(3)", r"said\.verify raised SystemExit \(3\) in .*said\.py:8 on .* problem 'train-1'"),
         (
             "return text.index('x') > 0",
             r"said\.verify raised ValueError \(.*\) in .*said\.py:8 on .* problem 'train-1'",
         ),
         ("return None", "returned None of type NoneType"),
         ("return 1", "returned 1 of type int"),
+        ("import numpy; return numpy.True_", r"returned np\.True_ of type numpy\.bool "),
     ],
 )
 def test_a_verifier_that_gives_no_verdict_is_refused_at_load(write: Write, body: str, message: str) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from nemo_r3.config.task import DialogueConfig, TaskConfig
-from nemo_r3.errors import ConfigError
+from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.tasks import load
 
 SMALL = {"size": 200, "test_size": 50}
@@ -91,7 +91,7 @@ def test_a_users_module_is_a_task(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     options, wording = load(TaskConfig("my_tasks.parrot", {"loud": True}), DialogueConfig())
     assert options.loud and wording.reflect == "Why not?"
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+    with pytest.raises(UserError, match=r"my_tasks\.broken raised ModuleNotFoundError \(.*a_module_that_is_missing"):
         load(TaskConfig("my_tasks.broken"), DialogueConfig())
 
 

@@ -1,0 +1,24 @@
+"""`read_tokenizer`: the tokenizer of a checkpoint, or one line that says why there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_r3.dialogue.chat_template import Tokenizer
+from nemo_r3.errors import UserError, describe
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Reads the tokenizer of a Hugging Face checkpoint directory; the network is never asked.
+
+    Raises:
+        UserError: the directory has none, or transformers cannot make one of its files.
+    """
+    from transformers import AutoTokenizer  # slow
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer.encode("What is broken may show only here.", add_special_tokens=False)
+    except Exception as error:  # of any type: transformers and tokenizers check little of what is in the files
+        raise UserError(f"model.path: {path} has no tokenizer that can be read: {describe(error)}") from error
+    return tokenizer
