@@ -7,7 +7,7 @@
 
 ROWS is `per_device_train_batch_size`; gradients are accumulated over the rest of the step's reflections. The trainer
 runs its own loop: a callback waits for the command when a step begins and answers when it has ended. What had to be
-changed for a CPU, always in TRL's favour or to make it run at all, is in `mend` and `sync_weights`.
+changed for a CPU, always in TRL's favour or to make it run at all, is in `adapt` and `sync_weights`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Ids = list[list[int]]
 Generate = Callable[[GRPOTrainer, Ids, Sequence[int]], Ids]
 
 
-def mend() -> None:
+def adapt() -> None:
     """What TRL and vLLM do otherwise on a GPU.
 
     - TRL's LM head scores completions only where Triton runs and whole prompts elsewhere; here it skips prompts, too.
@@ -145,7 +145,7 @@ class TakesTurns(TrainerCallback):
 
 def build(workload: Workload, engine: str, rows: int, channel: Channel) -> GRPOTrainer:
     """A trainer with the workload's settings."""
-    mend()
+    adapt()
     watch = Stopwatch()
     rollout = ReflectAndRetry(workload, with_vllm if engine == "vllm" else with_transformers)
     names = [f"{step} {index}" for step, contexts in enumerate(workload.steps) for index in range(len(contexts))]

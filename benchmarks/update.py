@@ -153,7 +153,7 @@ def peak(policy: Any, batch: UpdateBatch) -> float:
     Giving free memory back first makes the update slower: it is not one that is timed, and warms up those that are.
     """
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
     policy.update(batch)
     return resident("VmHWM") - before

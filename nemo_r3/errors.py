@@ -5,7 +5,7 @@ LONGEST_DETAIL = 300
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the setting or file, the value and what to do."""
+    """Something the user can fix; the message names the setting or file, the value and what to do."""
 
 
 class ConfigError(UserError, ValueError):

@@ -14,7 +14,7 @@ PIECE = 2 * GIB
 
 
 def restart_peak() -> int:
-    """Begins torch's peak anew; returns the bytes allocated now. 0 on a CPU, whose allocator counts nothing."""
+    """Resets torch's peak; returns the bytes allocated now. 0 on a CPU, whose allocator counts nothing."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.reset_peak_memory_stats()

@@ -309,7 +309,7 @@ def _show(version: Version) -> str:
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dimension of a layer's matrices: `total` columns, cut into `ways` for as many tensor-parallel ranks."""
+    """A dimension of a layer's matrices: `total` columns, cut over `ways` tensor-parallel ranks."""
 
     what: str
     total: int

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 
 ROUTES = Path("/proc/net/route")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+)
+"""What a user can fix, met in a file or directory."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
     except Exception as error:  # noqa: BLE001  the last frame of the process: print what it was, end the rank
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "writing failed"
-            _leave(f"error: {where}: {error.strerror}; mend that and run the same command again", 2)
+            _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", 2)
         if is_collective(error):
             _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)

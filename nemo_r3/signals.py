@@ -1,8 +1,8 @@
 """What ends a process from outside: a request to stop, and a hang.
 
-    SIGUSR1 or SIGTERM -> noted -> a rollout is left, an update is finished -> all ranks agree -> save -> exit code 75
-    a second one       -> the process ends at once; the last checkpoint stands
-    no sign of life    -> a line and every thread's stack on stderr, then the end
+    a request to stop -> noted -> a rollout is left, an update is finished -> all ranks agree -> save -> exit code 75
+    a second one      -> the process ends at once; the last checkpoint stands
+    no sign of life   -> a line and every thread's stack on stderr, then the end
 
 Signals belong to the process, so what is noted is this module's own state.
 """
@@ -22,8 +22,13 @@ from types import FrameType
 
 STOPPED = 75
 """Exit code (EX_TEMPFAIL of sysexits.h) of a process that stopped on request: the same command goes on from there."""
+REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask to stop: of Slurm, kill, Ctrl-C and a terminal that is closed."""
 SAME_REQUEST = 5.0
-"""Seconds within which a second signal belongs to the first: Slurm may send one to the tasks and one to the script."""
+"""Seconds within which a second signal belongs to the first: Slurm may send one to the tasks and one to the script.
+
+A second Ctrl-C is a person's, and counts at once.
+"""
 
 LOOK = 1.0
 """Seconds between two looks at the last sign of life."""
@@ -38,14 +43,14 @@ class Stopped(Exception):  # noqa: N818  nothing is wrong
 
 
 def listen() -> None:
-    """Notes SIGUSR1 and SIGTERM from now on, instead of dying of them."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    """Notes requests to stop from now on, instead of dying of them."""
+    for number in REQUESTS:
         signal.signal(number, _note)
 
 
 def restore_defaults() -> None:
-    """Lets SIGUSR1 and SIGTERM kill the process again: it has nothing left to save."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    """Lets a request to stop kill the process again: it has nothing left to save."""
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -55,11 +60,13 @@ def noted() -> str | None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    now = time.monotonic()
-    if _noted and now - _noted[0][1] > SAME_REQUEST:
+    now, name = time.monotonic(), signal.Signals(number).name
+    if _noted and (now - _noted[0][1] > SAME_REQUEST or name == _noted[0][0] == "SIGINT"):
         os._exit(128 + number)
     if not _noted:
-        _noted.append((signal.Signals(number).name, now))
+        _noted.append((name, now))
+        if name == "SIGINT" and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping as soon as everything is saved; Ctrl-C again ends this at once\n")
 
 
 def watch(seconds: float) -> None:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from nemo_r3 import config as configuration
 from nemo_r3 import tasks
 from nemo_r3.config import Config
-from nemo_r3.dialogue import Dialogue, stop_token_ids
-from nemo_r3.errors import UserError
+from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
 from nemo_r3.progress import Progress
 from nemo_r3.tasks.protocol import Task
@@ -99,14 +98,6 @@ def join(plan: Plan, trains: bool = True) -> Setup:
     run.check_writable()
     if trains:
         capacity.check(plan.config, plan.arch, world, run.checkpoints)
-    return Setup(plan, world, run, _read_dialogue(plan), Progress(world.is_main))
-
-
-def _read_dialogue(plan: Plan) -> Dialogue:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(plan.model), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {plan.model} has no tokenizer that can be read ({error})") from error
-    return Dialogue(tokenizer, plan.config.dialogue, plan.task.wording, stop_token_ids(plan.model))
+    tokenizer, stops = read_tokenizer(plan.model), stop_token_ids(plan.model)
+    dialogue = Dialogue(tokenizer, plan.config.dialogue, plan.task.wording, stops)
+    return Setup(plan, world, run, dialogue, Progress(world.is_main))

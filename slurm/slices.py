@@ -22,7 +22,7 @@ from nemo_r3.files import write_whole
 from slurm.commands import ATTEMPTS, ask
 
 FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
-"""Exit codes of `recipes.train`: done; an error the user must mend; stopped on request, saved. Any other is a fault."""
+"""Exit codes of `recipes.train`: done; an error the user must fix; stopped on request, saved. Any other is a fault."""
 FAULT = 1
 TIMED_OUT = 124
 """Exit code of timeout(1), around the health check."""
@@ -46,7 +46,7 @@ class Record:
     """What `slurm.json` keeps.
 
     Attributes:
-        job: the job that wrote it; another one starts to count anew.
+        job: the job that wrote it; another one restarts the counts.
         faults: slices of this job that ended in a fault, since the run last made progress.
         idle: slices in a row that were stopped without progress.
         progress: newest checkpoint's step and number of mined shards when the slice began.
@@ -172,7 +172,7 @@ def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]
     if ended.code == FINISHED:
         return Verdict(replace(record, idle=0), False, "done")
     if ended.code == REFUSED:
-        return Verdict(record, False, "not requeued: mend that and submit again")
+        return Verdict(record, False, "not requeued: fix that and submit again")
     if ended.code == STOPPED:
         if progress == record.progress:
             record = replace(record, idle=record.idle + 1)

@@ -39,7 +39,7 @@ forgotten()
 """
 
 
-@pytest.mark.parametrize("first", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("first", ["SIGUSR1", "SIGTERM", "SIGHUP", "SIGINT"])
 def test_the_first_signal_is_noted_and_a_later_one_ends_the_process(first: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", LISTENS], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -51,6 +51,18 @@ def test_the_first_signal_is_noted_and_a_later_one_ends_the_process(first: str) 
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_ctrl_c_says_what_it_does_and_ends_the_process_when_it_is_pressed_again() -> None:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", LISTENS], stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 128 + signal.SIGINT
+    assert "Ctrl-C again ends this at once" in process.stderr.read()
 
 
 def test_without_a_sign_of_life_the_stacks_are_shown_and_the_process_ends() -> None:

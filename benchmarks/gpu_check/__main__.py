@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_check [--small] [--device cpu] [--only NAME ...] [--out FILE]
 
-A check that fails, hangs or cannot run here loses no other check's result: the file is written anew after each.
+A check that fails, hangs or cannot run here loses no other check's result: the file is rewritten after each.
 """
 
 from __future__ import annotations

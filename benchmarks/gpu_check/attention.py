@@ -97,7 +97,7 @@ def masked(layout: Layout) -> Attend:
 
 
 def flex(layout: Layout) -> Attend:
-    """FlexAttention, compiled anew for this layout."""
+    """FlexAttention, compiled for this layout."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     part, branch, context = labels(layout)

@@ -65,7 +65,7 @@ def all_of(patches: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
 
 
 def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """What is found, after each change anew and all so far, or `skipped` with the reason."""
+    """All results so far, again after each change; or `skipped` with the reason."""
     try:
         policy = started(shape, arithmetic)
     except ConfigError as error:

@@ -1,6 +1,6 @@
 """Writes a checkpoint's shards in a thread of this process.
 
-megatron-core's own writer starts a manager by importing the main module anew and forks one process per file. Here
+megatron-core's own writer starts a manager by importing the main module again and forks one process per file. Here
 vLLM's engine and its threads live in the same process, where importing twice takes long and forking can hang.
 """
 

@@ -82,7 +82,7 @@ def prepare() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Has malloc reuse what is freed: it would map and unmap large tensors, and the kernel clears each page anew."""
+    """Makes malloc reuse freed memory: it would map and unmap large tensors, and the kernel clears every new page."""
     malloc = ctypes.CDLL(None)
     malloc.mallopt(M_MMAP_MAX, 0)
     malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -2,7 +2,7 @@
 
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
-Backward keeps the last chunk's logits and computes the others anew: memory does not grow with the number of tokens.
+Backward keeps the last chunk's logits and recomputes the others: memory does not grow with the number of tokens.
 Logits keep the weights' dtype; what is done with them is float32, and on CUDA compiled.
 """
 

@@ -105,7 +105,7 @@ class Offload:
 def forget_fp8_weights(module: nn.Module) -> None:
     """Frees the FP8 copies of weights that Transformer Engine keeps from one microbatch to the next.
 
-    megatron-core has the first microbatch of every pass make them anew.
+    megatron-core makes them again in the first microbatch of every pass.
     """
     for part in module.modules():
         if (copies := getattr(part, "_fp8_workspaces", None)) is not None:

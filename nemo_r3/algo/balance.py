@@ -1,7 +1,7 @@
 """Rows -> data-parallel ranks -> microbatches, so that every rank computes for about as long.
 
     groups --cut to the token budget--> pieces --costliest onto the lightest--> ranks --move what helps--> ranks
-    a rank's pieces --costliest onto the lightest--> microbatches, as many on every rank
+    a rank's pieces --costliest onto the lightest--> microbatches, equally many on every rank
 
 A piece is some rows of a group that share its context. It may be cut in two, which repeats the context: worth it when
 the slowest rank gets faster by it.

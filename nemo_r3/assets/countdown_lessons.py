@@ -67,7 +67,7 @@ class Lessons:
     def ask(self) -> tuple[list[int], str, Dialogue]:
         """Shuffled numbers, one of the right answers, and the task turn.
 
-        The answer is drawn anew each time: a fixed one would be learned by heart.
+        The answer is drawn again each time: a fixed one would be learned by heart.
         """
         data = self.rng.choice(self.problems).data
         numbers = self.rng.sample(data["numbers"], 3)

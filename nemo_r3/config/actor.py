@@ -23,13 +23,13 @@ class ActorConfig:
     layer_spec: str = option(
         "auto",
         choices=("auto", "te", "local"),
-        help="auto: Transformer Engine on CUDA but for fp32, which it would round to TF32; local elsewhere",
+        help="auto: Transformer Engine on CUDA, except for fp32, which it would round to TF32; local elsewhere",
         resume=True,
     )
     distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks")
     offload_optimizer: bool = option(
         False,
-        help="hold optimizer state in host memory between updates, the reference always; free the gradient buffers",
+        help="keep optimizer state in host memory between updates, the reference there always; free gradient buffers",
         resume=True,
     )
     recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
@@ -39,7 +39,9 @@ class ActorConfig:
     )
     lr: float = option(5e-7, low=0.0, help="peak learning rate")
     lr_min: float = option(0.0, low=0.0, help="learning rate at the end of the cosine")
-    lr_decay_steps: int = option(0, low=0, help="length of the cosine; 0: train.steps of the run's first start")
+    lr_decay_steps: int = option(
+        0, low=0, help="length of the cosine, fixed for the run; 0: train.steps when the run first starts"
+    )
     lr_warmup_ratio: float = option(0.03, low=0.0, high=1.0, help="share of lr_decay_steps spent warming up")
     weight_decay: float = option(0.0, low=0.0, help="AdamW's decoupled weight decay")
     adam_beta1: float = option(0.9, low=0.0, high=1.0, help="AdamW's first beta")

@@ -1,4 +1,4 @@
-"""`drill`: how often `recipes.drill` kills a run."""
+"""`drill`: how often `recipes.drill` and `recipes.soak` kill a run."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class DrillConfig:
-    """The resume drill; `recipes.drill` alone reads it."""
+    """The resume drill; recipes.drill and recipes.soak read it."""
 
     kills: int = option(
         6,

@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class RolloutConfig:
-    """Engines are world / tensor_parallel many; their layout is independent of the actor's."""
+    """There are world size / tensor_parallel engines; their layout is independent of the actor's."""
 
     tensor_parallel: int = option(1, low=1, help="ranks per vLLM engine", resume=True)
     quantization: str = option(

@@ -40,8 +40,8 @@ class TrainConfig:
     on_drift: str = option(
         "stop",
         choices=("stop", "bf16"),
-        help="after max_drift_steps: stop the run, or multiply in BF16 in a quarter of the FP8 layers, those that lose "
-        "most by FP8, and count anew until none is left",
+        help="after max_drift_steps: stop the run, or switch the quarter of the FP8 layers with the largest FP8 error "
+        "to BF16 and restart the count, until none is left",
         resume=True,
     )
     layers_every: int = option(

@@ -54,7 +54,7 @@ class Architecture:
     window: int | None = None
 
     def padded_vocab(self, tensor_parallel: int) -> int:
-        """Embedding rows once padded so that every tensor-parallel rank holds as many."""
+        """Embedding rows once padded so that all tensor-parallel ranks hold equally many."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
 

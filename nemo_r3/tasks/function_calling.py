@@ -117,7 +117,7 @@ class FunctionCalling:
         return self.splits[split]
 
     def verify(self, problem: Problem, text: str) -> bool:
-        """Whether the calls in `text` are the gold's, as many of each, and nothing in it is malformed."""
+        """Whether the calls in `text` are exactly the gold ones, in any order, and nothing in it is malformed."""
         gold = problem.data["calls"]
         try:
             calls = read_calls(text, self.options.format)

@@ -110,7 +110,7 @@ def well_formed(rows: Iterable[Row], read: Callable[[Any], Record], source: str,
     found = f"{len(malformed)} of {count} rows of {source!r} are malformed ({'; '.join([*malformed[:SHOWN], *more])})"
     if len(malformed) > max_malformed * count:
         raise UserError(
-            f"task.options.source: {found}; mend them, or raise task.options.max_malformed={max_malformed:g} to leave "
+            f"task.options.source: {found}; fix them, or raise task.options.max_malformed={max_malformed:g} to leave "
             "them out"
         )
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")

@@ -108,7 +108,7 @@ def test_an_unfit_node_is_named_and_in_the_end_left_out(cluster: Cluster, tmp_pa
     assert "excluded, 2 failures or more: n2" in said
     assert cluster.show(job)["NodeList"] == "n[1,3]"
     assert re.search(r"rank \d on n[13] ended with code 2: error: model.path", said)
-    assert "not requeued: mend that and submit again" in said
+    assert "not requeued: fix that and submit again" in said
 
 
 def test_a_stop_saves_and_goes_on_as_if_nothing_had_happened(
