@@ -125,9 +125,13 @@ def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str |
     if more * each <= free:
         return None
     return (
-        f"run.dir: {place} has {free / GIB:.1f} GiB free, and {more} more checkpoints of {each / GIB:.1f} need "
-        f"{more * each / GIB:.1f} (train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
+        f"run.dir: {place} has {_show(free)} free, and {more} more checkpoints of {_show(each)} need "
+        f"{_show(more * each)} (train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
     )
+
+
+def _show(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count > GIB / 2 else f"{count / 2**20:.1f} MiB"
 
 
 def host_bytes() -> float:

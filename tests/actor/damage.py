@@ -19,7 +19,7 @@ from lab import Lab, written_late
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.manifest import latest
+from nemo_r3.actor.manifest import MANIFEST, latest, read_manifest
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
@@ -64,8 +64,8 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
 
 
 def began_with_other_weights(path: Path) -> None:
-    manifest = checkpoint.read_manifest(path) | {"model": "0123456789abcdef"}
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    manifest = read_manifest(path) | {"model": "0123456789abcdef"}
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def other_factors(lab: Lab) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from nemo_r3.run_directory import MEASURED
 MB = 2**20
 CHECKPOINT = 11 * MB
 """Of the embedded model with its optimizer: 10.6 million bytes."""
+TIGHT = 21_000_000
+"""Two checkpoints fit by the arithmetic of set-up, which does not know what their indices take."""
 MS_RDONLY, MS_REMOUNT = 1, 32
 
 
@@ -31,10 +33,10 @@ def mount(path: Path, size: int, flags: int = 0) -> bool:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for one checkpoint, where a run's checkpoints go."""
+    """A file system of its own with room for not quite two checkpoints, where a run's checkpoints go."""
     path = tmp_path / "run" / "checkpoints"
     path.mkdir(parents=True)
-    if not mount(path, CHECKPOINT + CHECKPOINT // 2):
+    if not mount(path, TIGHT):
         pytest.skip("mounting a tmpfs is not allowed here: it needs root and CAP_SYS_ADMIN")
     yield path
     subprocess.run(["umount", str(path)], check=True)
@@ -48,6 +50,7 @@ def settings(bank: Path, disk: Path) -> tuple[str, ...]:
         f"run.dir={disk.parent}",
         "train.steps=4",
         "train.save_every=1",
+        "train.keep_checkpoints=1",
     )
 
 
@@ -75,6 +78,12 @@ def test_a_full_disk_is_named_and_with_room_again_the_run_goes_on(bank: Path, tr
     again = run("train", *settings(bank, disk))
     assert "resuming after step 1 " in again.stdout
     assert untimed(disk.parent) == untimed(trained)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_starts(bank: Path, disk: Path) -> None:
+    done = run("train", *settings(bank, disk), "train.keep_checkpoints=2", succeed=False)
+    assert done.returncode == 2
+    assert f"error: run.dir: {disk} has 20.0 MiB free, and 3 more checkpoints of 9.9 MiB need 29.6 MiB" in done.stderr
 
 
 @pytest.mark.slow
