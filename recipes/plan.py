@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_r3 import config as configuration
-from nemo_r3 import tasks
+from nemo_r3 import signals, tasks
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
@@ -62,7 +62,8 @@ def plan(argv: Sequence[str]) -> Plan:
         ConfigError: naming the key, its value and what is allowed.
     """
     config = configuration.load(argv)
-    task = tasks.load(config.task, config.dialogue)
+    with signals.watched(60 * config.run.timeout_minutes):  # a task of the user's may hang
+        task = tasks.load(config.task, config.dialogue)
     path = model_path(config)
     arch = architecture_of(path)
     check_layout(config, arch)
