@@ -48,12 +48,13 @@ def batch() -> UpdateBatch:
 
 
 def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
-    """A policy's log-probabilities, products, updates, resume, export and layers that leave FP8."""
+    """A policy's log-probabilities, save before any update, products, updates, resume, export, and layers in BF16."""
     settings = {"precision": name, "lr": 1e-4, "lr_min": 1e-4, "sequence_parallel": layout == "tp2"}
     policy, again = (lab.policy(layout, "embedded", **settings) for _ in range(2))
     if name != "fp32":
         precision.prepare(policy.config, policy.arch)
     scores = [row.tolist() for row in policy.score(sequences())]
+    checkpoint.load(again, checkpoint.save(policy, lab.home / f"te-{layout}-{name}-first", 0, {}, keep=1))
     PRODUCTS.clear()
     metrics = [policy.update(batch())]
     products = dict(PRODUCTS)
