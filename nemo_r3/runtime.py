@@ -45,14 +45,14 @@ class World:
         size: number of processes.
         device: where the actor's tensors live.
         objects: gloo group of all ranks, for Python objects.
-        patience: how long a collective may wait.
+        timeout: how long a collective may wait.
     """
 
     rank: int
     size: int
     device: torch.device
     objects: ProcessGroup
-    patience: timedelta
+    timeout: timedelta
 
     @property
     def is_main(self) -> bool:
@@ -60,7 +60,7 @@ class World:
         return self.rank == 0
 
     @property
-    def chip(self) -> str:
+    def gpu_name(self) -> str:
         """The GPU's name, as CUDA has it; empty on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
 
@@ -112,15 +112,15 @@ def start(config: Config) -> World:
     device = torch.device("cuda", local) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
-    patience = timedelta(minutes=config.run.timeout_minutes)
+    timeout = timedelta(minutes=config.run.timeout_minutes)
     signals.listen()
-    signals.watch(patience.total_seconds())
+    signals.watch(timeout.total_seconds())
     _name_interface(size)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
-    objects = dist.new_group(backend="gloo", timeout=patience)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    objects = dist.new_group(backend="gloo", timeout=timeout)
     assert objects is not None
-    world = World(rank, size, device, objects, patience)
+    world = World(rank, size, device, objects, timeout)
     _refuse_mixed_devices(world)
     return world
 

@@ -43,7 +43,7 @@ def speed(setup: Setup, groups: Sequence[Group], metrics: Mapping[str, float | N
         done["update"] = (update, config.actor.precision)
     found: dict[str, float] = {}
     for phase, (count, precision) in done.items():
-        found |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.chip, precision)
+        found |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)
     return found
 
 

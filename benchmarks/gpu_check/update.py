@@ -92,7 +92,7 @@ def timed(policy: Policy, batch: UpdateBatch) -> tuple[float, dict[str, float]]:
     """Seconds of an update, to the device's end of it, and what it says."""
     begun = time.perf_counter()
     metrics = policy.update(batch)
-    if policy.world.chip:
+    if policy.world.gpu_name:
         torch.cuda.synchronize()
     return time.perf_counter() - begun, metrics
 
@@ -131,7 +131,7 @@ def measure(shape: str, name: str) -> dict[str, Any]:
         found = distance(scores(policy, batch), theirs["logprobs"])
         found["grad_norm_error"] = abs(metrics["grad_norm"] / theirs["grad_norm"] - 1)
     tokens = sum(map(len, batch.rows))
-    fast = speed("update", metrics["update_flops"], median, policy.world.size, policy.world.chip, name)
+    fast = speed("update", metrics["update_flops"], median, policy.world.size, policy.world.gpu_name, name)
     return found | {"seconds": median, "tokens_per_second": tokens / median, "loss": metrics["loss"]} | fast
 
 

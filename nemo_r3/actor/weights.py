@@ -1,4 +1,4 @@
-"""Weights in and out of this rank's shard, through the family's two-way name table.
+"""Weights in and out of this rank's shard, through the family's two-way name names.
 
 `load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep:
 for each row of the table the owning pipeline stage gathers its tensor-parallel parts and hands the full tensor
@@ -16,8 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from nemo_r3 import signals
-from nemo_r3.models import Architecture
-from nemo_r3.models import names as table
+from nemo_r3.models import Architecture, names
 from nemo_r3.models.tensors import HFTensors
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -26,8 +25,8 @@ HEAD = "output_layer.weight"
 
 def parameters_by_name(model: nn.Module, arch: Architecture) -> dict[str, nn.Parameter]:
     """This rank's parameters under their global names (layers counted over all pipeline stages)."""
-    rows = table.table(arch)
-    canonical = {table.fused_norm_name(row.megatron): row.megatron for row in rows}
+    rows = names.rows(arch)
+    canonical = {names.fused_norm_name(row.megatron): row.megatron for row in rows}
     found = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -44,7 +43,7 @@ def mark_tensor_parallel(model: nn.Module, arch: Architecture) -> None:
     megatron-core sets these attributes only where it initialises weights itself.
     """
     mine = parameters_by_name(model, arch)
-    cuts = {row.megatron: row.cut for row in table.table(arch)} | {HEAD: 0}
+    cuts = {row.megatron: row.cut for row in names.rows(arch)} | {HEAD: 0}
     for name, parameter in mine.items():
         cut = cuts[name]
         for attribute, value in (
@@ -66,15 +65,15 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     mine = parameters_by_name(model, arch)
-    for row in table.table(arch):
+    for row in names.rows(arch):
         signals.alive()
         targets = [mine[row.megatron]] if row.megatron in mine else []
         if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
             targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
         if not targets:
             continue
-        full = table.merge(row, [checkpoint.read(name) for name in row.hf], arch, tp_size)
-        part = table.shard(row, full, tp_rank, tp_size)
+        full = names.merge(row, [checkpoint.read(name) for name in row.hf], arch, tp_size)
+        part = names.shard(row, full, tp_rank, tp_size)
         for target in targets:
             with torch.no_grad():
                 target.copy_(part)
@@ -87,19 +86,19 @@ def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tenso
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     tp_size, pp_size = dist.get_world_size(tp_group), dist.get_world_size(pp_group)
     sample = next(iter(mine.values()))
-    for row in table.table(arch):
+    for row in names.rows(arch):
         owner = _owner_stage(row, arch, pp_size)
         if owner == dist.get_rank(pp_group):
             part = mine[row.megatron].detach().contiguous()
-            full = table.join(row, _gather(part, tp_group, tp_size) if row.cut is not None else [part]).contiguous()
+            full = names.join(row, _gather(part, tp_group, tp_size) if row.cut is not None else [part]).contiguous()
         else:
-            full = torch.empty(table.full_shape(row, arch, tp_size), dtype=sample.dtype, device=sample.device)
+            full = torch.empty(names.full_shape(row, arch, tp_size), dtype=sample.dtype, device=sample.device)
         if pp_size > 1:
             dist.broadcast(full, src=dist.get_global_rank(pp_group, owner), group=pp_group)
-        yield from zip(row.hf, table.split(row, full, arch), strict=True)
+        yield from zip(row.hf, names.split(row, full, arch), strict=True)
 
 
-def _owner_stage(row: table.Row, arch: Architecture, stages: int) -> int:
+def _owner_stage(row: names.NameRow, arch: Architecture, stages: int) -> int:
     if row.layer is not None:
         return row.layer // (arch.num_layers // stages)
     return 0 if row.megatron == EMBEDDING else stages - 1

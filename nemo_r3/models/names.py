@@ -20,7 +20,7 @@ from nemo_r3.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
-class Row:
+class NameRow:
     """One megatron parameter and the Hugging Face tensors it is made of.
 
     Attributes:
@@ -39,22 +39,22 @@ class Row:
     layer: int | None = None
 
 
-def table(arch: Architecture) -> list[Row]:
+def rows(arch: Architecture) -> list[NameRow]:
     """The rows of a decoder, in a fixed order that every rank iterates alike."""
-    rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0)]
+    found = [NameRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0)]
     for layer in range(arch.num_layers):
-        rows += _layer_rows(arch, layer)
-    rows.append(Row("decoder.final_layernorm.weight", ("model.norm.weight",)))
+        found += _layer_rows(arch, layer)
+    found.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
     if not arch.tied:
-        rows.append(Row("output_layer.weight", ("lm_head.weight",), "vocab", 0))
-    return rows
+        found.append(NameRow("output_layer.weight", ("lm_head.weight",), "vocab", 0))
+    return found
 
 
-def _layer_rows(arch: Architecture, layer: int) -> list[Row]:
+def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
     mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
 
-    def row(name: str, *sources: str, kind: str = "copy", cut: int | None = None) -> Row:
-        return Row(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), kind, cut, layer)
+    def row(name: str, *sources: str, kind: str = "copy", cut: int | None = None) -> NameRow:
+        return NameRow(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), kind, cut, layer)
 
     qkv = ["self_attn.qkv_proj"] if arch.fused else [f"self_attn.{part}_proj" for part in "qkv"]
     gate_up = ["mlp.gate_up_proj"] if arch.fused else ["mlp.gate_proj", "mlp.up_proj"]
@@ -80,8 +80,15 @@ def fused_norm_name(name: str) -> str:
     )
 
 
-def merge(row: Row, tensors: Sequence[Tensor], arch: Architecture, tensor_parallel: int) -> Tensor:
-    """Hugging Face tensors -> the full megatron tensor of a row (vocabulary rows padded with zeros)."""
+def merge(row: NameRow, tensors: Sequence[Tensor], arch: Architecture, tensor_parallel: int) -> Tensor:
+    """Hugging Face tensors -> the full megatron tensor of a row, of any dtype.
+
+    - qkv: [heads * head_dim, hidden] and twice [kv_heads * head_dim, hidden], or all three in one tensor ->
+      [kv_heads * (heads / kv_heads + 2) * head_dim, hidden]: for each key/value head its queries, its key, its value.
+      Biases are the same without hidden.
+    - gate_up: twice [ffn_hidden, hidden], or both in one -> [2 * ffn_hidden, hidden].
+    - vocab: [vocab_size, hidden] -> [padded_vocab, hidden], padded with zeros.
+    """
     if row.kind == "qkv":
         if len(tensors) == 1:
             query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -97,7 +104,7 @@ def merge(row: Row, tensors: Sequence[Tensor], arch: Architecture, tensor_parall
     return tensor
 
 
-def split(row: Row, full: Tensor, arch: Architecture) -> list[Tensor]:
+def split(row: NameRow, full: Tensor, arch: Architecture) -> list[Tensor]:
     """The inverse of `merge`: the full megatron tensor -> its Hugging Face tensors."""
     if row.kind == "qkv":
         query = arch.num_heads // arch.num_kv_heads * arch.head_dim
@@ -111,8 +118,11 @@ def split(row: Row, full: Tensor, arch: Architecture) -> list[Tensor]:
     return [full]
 
 
-def shard(row: Row, full: Tensor, rank: int, size: int) -> Tensor:
-    """The part of a full megatron tensor that tensor-parallel rank `rank` of `size` holds."""
+def shard(row: NameRow, full: Tensor, rank: int, size: int) -> Tensor:
+    """The part of a full megatron tensor that tensor-parallel rank `rank` of `size` holds: 1/size of axis `cut`.
+
+    Of gate_up it is 1/size of the gate, then 1/size of the up projection.
+    """
     if row.cut is None or size == 1:
         return full
     if row.kind == "gate_up":
@@ -120,7 +130,7 @@ def shard(row: Row, full: Tensor, rank: int, size: int) -> Tensor:
     return full.chunk(size, dim=row.cut)[rank]
 
 
-def join(row: Row, parts: Sequence[Tensor]) -> Tensor:
+def join(row: NameRow, parts: Sequence[Tensor]) -> Tensor:
     """The inverse of `shard`: every rank's part -> the full megatron tensor."""
     if row.cut is None or len(parts) == 1:
         return parts[0]
@@ -130,7 +140,7 @@ def join(row: Row, parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), dim=row.cut)
 
 
-def full_shape(row: Row, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:
+def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:
     """The shape of a row's full megatron tensor, for ranks that do not hold it."""
     hidden, head = arch.hidden_size, arch.head_dim
     if row.kind == "vocab":
@@ -151,4 +161,4 @@ def full_shape(row: Row, arch: Architecture, tensor_parallel: int) -> tuple[int,
 
 def count_parameters(arch: Architecture) -> int:
     """Parameters of the checkpoint; a tied head counts once."""
-    return sum(math.prod(full_shape(row, arch, tensor_parallel=1)) for row in table(arch))
+    return sum(math.prod(full_shape(row, arch, tensor_parallel=1)) for row in rows(arch))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_r3.errors import ConfigError
 from nemo_r3.files import read_json_object
-from nemo_r3.models import names as table
+from nemo_r3.models import names
 from nemo_r3.models.architecture import Architecture
 
 
@@ -44,9 +44,9 @@ class HFTensors:
             ConfigError: a file is missing, empty or cut, or a tensor is missing or of another shape.
         """
         expected: dict[str, dict[str, torch.Size]] = defaultdict(dict)
-        for row in table.table(arch):
-            whole = torch.empty(table.full_shape(row, arch, tensor_parallel=1), device="meta")
-            for name, part in zip(row.hf, table.split(row, whole, arch), strict=True):
+        for row in names.rows(arch):
+            whole = torch.empty(names.full_shape(row, arch, tensor_parallel=1), device="meta")
+            for name, part in zip(row.hf, names.split(row, whole, arch), strict=True):
                 expected[self._file_of(name)][name] = part.shape
         for file, shapes in expected.items():
             with self._open(file) as handle:

@@ -27,8 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError, in_one_line
-from nemo_r3.models import Architecture, architecture_of
-from nemo_r3.models.names import table
+from nemo_r3.models import Architecture, architecture_of, names
 from nemo_r3.models.tensors import HFTensors
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, steps_in_order
@@ -53,7 +52,7 @@ class Engine:
         self.version = version
         self.max_model_len = max_model_len
         self._llm = llm
-        self._expected = {name for row in table(arch) for name in row.hf}
+        self._expected = {name for row in names.rows(arch) for name in row.hf}
         self._can_sleep = bool(llm.model_config.enable_sleep_mode)
         self._weightless = False
 

@@ -33,7 +33,7 @@ class Fleet:
         self._steps = 0
         if tensor_parallel > 1:
             starts = range(0, world.size, tensor_parallel)
-            groups = [dist.new_group(range(at, at + tensor_parallel), world.patience, "gloo") for at in starts]
+            groups = [dist.new_group(range(at, at + tensor_parallel), world.timeout, "gloo") for at in starts]
             self._group = groups[self.index]
 
     @property

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nemo_r3.models import Architecture, names, shape
-from nemo_r3.models.names import full_shape, table
+from nemo_r3.models.names import full_shape, rows
 
 pytest.importorskip("transformer_engine", reason="Transformer Engine cannot be imported", exc_type=ImportError)
 pytestmark = pytest.mark.te
@@ -39,7 +39,7 @@ def stages(model: str, tensor_parallel: int, pipeline_parallel: int, precision: 
 def expected(arch: Architecture, number: int, tensor_parallel: int, pipeline_parallel: int) -> dict[str, list[int]]:
     """Parameters of the first rank of a stage: the name table's, cut."""
     here = {}
-    for row in table(arch):
+    for row in rows(arch):
         ends = {"embedding.word_embeddings.weight": 0}
         owner = row.layer // (arch.num_layers // pipeline_parallel) if row.layer is not None else None
         owner = ends.get(row.megatron, pipeline_parallel - 1) if owner is None else owner
@@ -53,7 +53,7 @@ def expected(arch: Architecture, number: int, tensor_parallel: int, pipeline_par
 
 def whole_tensors(arch: Architecture, tensor_parallel: int) -> dict[str, list[int]]:
     found = {}
-    for row in table(arch):
+    for row in rows(arch):
         whole = torch.empty(full_shape(row, arch, tensor_parallel), device="meta")
         found |= {name: list(part.shape) for name, part in zip(row.hf, names.split(row, whole, arch), strict=True)}
     return found

@@ -74,7 +74,7 @@ def test_merge_shard_join_split_is_the_identity_on_a_whole_checkpoint(case: tupl
     shapes = hf_shapes(arch)
     checkpoint = {name: torch.randn(shape) for name, shape in shapes.items()}
     back: dict[str, torch.Tensor] = {}
-    for row in names.table(arch):
+    for row in names.rows(arch):
         full = names.merge(row, [checkpoint[name] for name in row.hf], arch, size)
         assert tuple(full.shape) == names.full_shape(row, arch, size)
         parts = [names.shard(row, full, rank, size) for rank in range(size)]
@@ -94,7 +94,7 @@ def test_merge_shard_join_split_is_the_identity_on_a_whole_checkpoint(case: tupl
 def test_a_rank_holds_whole_attention_groups_and_matching_columns(case: tuple[int, Architecture]) -> None:
     """What tensor parallelism needs: each query head on a rank with its own key/value head."""
     size, arch = case
-    rows = {row.megatron.split(".", 3)[-1]: row for row in names.table(arch) if row.layer == 0}
+    rows = {row.megatron.split(".", 3)[-1]: row for row in names.rows(arch) if row.layer == 0}
     per_kv, dim = arch.num_heads // arch.num_kv_heads, arch.head_dim
 
     def heads(count: int, offset: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_a_rank_holds_whole_attention_groups_and_matching_columns(case: tuple[in
 def test_padding_is_zero_and_does_not_come_back() -> None:
     arch = Architecture("any", 1, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False)
     assert [arch.padded_vocab(size) for size in (1, 2, 4)] == [5, 6, 8]
-    row = names.table(arch)[0]
+    row = names.rows(arch)[0]
     full = names.merge(row, [torch.ones(5, 4)], arch, 4)
     assert full.sum() == 20 and not full[5:].any()
     assert names.split(row, full, arch)[0].shape == (5, 4)
