@@ -23,6 +23,8 @@ from nemo_r3.models.names import count_parameters
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 
+OWN_BYTES = 2 * GIB
+"""Of each GPU, for CUDA, NCCL and kernels."""
 OPTIMIZER_BYTES = 12
 """Per parameter in a checkpoint: fp32 main weights and AdamW's two moments."""
 CGROUPS = Path("/sys/fs/cgroup")
@@ -85,15 +87,16 @@ def gpu_problem(config: Config, size: Size, total: int) -> str | None:
     share = config.rollout.gpu_memory_utilization
     rests = config.actor.offload_optimizer and config.rollout.sleep
     held, vllm = size.weights if rests else size.at_work, share * total
+    total -= OWN_BYTES
     if size.at_work > total:
         return (
-            f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has {total / GIB:.0f}: use more GPUs, "
-            "with a larger actor.tensor_parallel or actor.pipeline_parallel"
+            f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has room for {total / GIB:.0f}: use more "
+            "GPUs, with a larger actor.tensor_parallel or actor.pipeline_parallel"
         )
     if held + vllm > total:
         return (
             f"the actor's {held / GIB:.0f} GiB and vLLM's {vllm / GIB:.0f} (rollout.gpu_memory_utilization={share:g}) "
-            f"do not fit on a GPU of {total / GIB:.0f}: set actor.offload_optimizer=true, lower "
+            f"do not fit on a GPU with room for {total / GIB:.0f}: set actor.offload_optimizer=true, lower "
             "rollout.gpu_memory_utilization, or raise actor.tensor_parallel or actor.pipeline_parallel"
         )
     return None
@@ -118,15 +121,19 @@ def host_problem(config: Config, arch: Architecture, size: Size, ranks: int, fre
 
 def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
     """Why the checkpoints do not fit on the disk, or None."""
+    steps = [int(found.name.removeprefix("step_")) for found in checkpoints.glob("step_*")]
+    if max(steps, default=0) >= config.train.steps:
+        return None  # there is nothing left to save
     each = (OPTIMIZER_BYTES + precision_of(config).dtype.itemsize) * count_parameters(arch)
-    more = config.train.keep_checkpoints + 1 - len(list(checkpoints.glob("step_*")))
+    more = config.train.keep_checkpoints + 1 - len(steps)
     place = next(path for path in (checkpoints.absolute(), *checkpoints.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    swept_up = sum(file.stat().st_size for file in (checkpoints / ".writing").glob("*"))  # by the next save
+    free = shutil.disk_usage(place).free + swept_up
     if more * each <= free:
         return None
     return (
-        f"run.dir: {place} has {_show(free)} free, and {more} more checkpoints of {_show(each)} need "
-        f"{_show(more * each)} (train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
+        f"run.dir: {place} has {_show(free)} free for checkpoints, and {more} x {_show(each)} are still to come "
+        f"(train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nemo_r3 import signals
 from nemo_r3.config import Config, to_yaml
+from nemo_r3.dialogue import read_tokenizer
 from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.models.architecture import read_hf_config
@@ -197,13 +198,7 @@ def _write_config(directory: Path, source: Path, dtype: torch.dtype) -> None:
 
 def _check_tokenizer(directory: Path, source: Path) -> None:
     """Refuses an export whose tokenizer is not the starting checkpoint's."""
-    try:
-        ours, theirs = (
-            transformers.AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (directory, source)
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the tokenizer of {source} cannot be read ({reason})") from error
+    ours, theirs = (read_tokenizer(path) for path in (directory, source))
     if (ours.get_vocab(), ours.chat_template) != (theirs.get_vocab(), theirs.chat_template):
         raise UserError(f"the export's tokenizer is not that of {source}: a file that it needs is none of {COPIED}")
 

@@ -11,7 +11,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -113,7 +113,7 @@ class Bank:
             UserError: it was mined from another model, task, verifier, dialogue or sampling, or by an older nemo_r3;
                 or it is accepted as foreign and holds token ids of another tokenizer.
         """
-        return bool(self._world.broadcast(self._is_complete() if self._world.is_main else None))
+        return self._world.on_main(self._is_complete)
 
     def _is_complete(self) -> bool:
         if not self._index.exists():
@@ -136,7 +136,7 @@ class Bank:
         return complete
 
     def _refuse_other_tokens(self) -> None:
-        for row in self._find_rows()[:COMPARED_ROWS]:
+        for row in islice(self._find_rows(), COMPARED_ROWS):
             answer = row.load().attempt
             if (read := self._decode(answer.segment.ids)) != answer.text:
                 raise UserError(
@@ -186,7 +186,7 @@ class Bank:
         Raises:
             UserError: there are none, or a shard is damaged.
         """
-        rows: list[BankRow] = self._world.broadcast(self._find_rows() if self._world.is_main else [])
+        rows = self._world.on_main(lambda: list(self._find_rows()))
         if not rows:
             raise UserError(
                 f"failures.path: the bank {self.path} holds no failures: every first answer passed, no problem fits "
@@ -195,8 +195,7 @@ class Bank:
             )
         return rows
 
-    def _find_rows(self) -> list[BankRow]:
-        rows = []
+    def _find_rows(self) -> Iterator[BankRow]:
         for name, mined in sorted(self._read_index()["shards"].items()):
             shard, offset = self.path / name, 0
             if not shard.exists() or _sha256(shard) != mined:
@@ -207,9 +206,8 @@ class Bank:
             with shard.open("rb") as file:
                 for line in file:
                     if self._lets_through(line):
-                        rows.append(BankRow(shard, offset))
+                        yield BankRow(shard, offset)
                     offset += len(line)
-        return rows
 
     def _lets_through(self, line: bytes) -> bool:
         most = self._config.max_solve_rate
@@ -322,10 +320,7 @@ class BankSource:
         order = epoch_order(len(self._rows), self._seed, epoch)
         self.cursor += 1
         drawn = order[place * self._count : (place + 1) * self._count]
-        failures: list[Failure] = self._world.broadcast(
-            [self._rows[i].load() for i in drawn] if self._world.is_main else []
-        )
-        return failures
+        return self._world.on_main(lambda: [self._rows[i].load() for i in drawn])
 
 
 class OnlineSource:

@@ -60,21 +60,24 @@ class RunDirectory:
         return self.path / "layers.jsonl"
 
     def check_writable(self) -> None:
-        """Makes the directory and writes to it; every rank calls this.
+        """Tries to write to the directory; every rank calls this.
 
         Raises:
             UserError: rank 0 cannot write there.
         """
-        problem = None
-        if self._world.is_main:
+
+        def write() -> None:
+            existed = self.path.exists()
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_whole(self.path / ".writable", "")
                 (self.path / ".writable").unlink()
+                if not existed:
+                    self.path.rmdir()  # a mistyped run.dir leaves nothing
             except OSError as error:
-                problem = f"run.dir: cannot write to {self.path} ({error.strerror})"
-        if problem := self._world.broadcast(problem):
-            raise UserError(problem)
+                raise UserError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
+
+        self._world.on_main(write)
 
     def open(self, resuming: bool) -> None:
         """Makes the directory and records the resolved config.

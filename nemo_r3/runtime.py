@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import random
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+Result = TypeVar("Result")
 ROUTES = Path("/proc/net/route")
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
@@ -78,6 +80,24 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
+    def on_main(self, act: Callable[[], Result]) -> Result:
+        """What `act` returns on rank 0, on every rank.
+
+        Raises:
+            UserError: `act` raised it on rank 0; on every rank alike.
+        """
+        found: Any = None
+        if self.is_main:
+            try:
+                found = act()
+            except UserError as error:
+                found = error
+        found = self.broadcast(found)
+        if isinstance(found, UserError):
+            raise found
+        returned: Result = found
+        return returned
+
     def barrier(self) -> None:
         """Waits for every rank."""
         signals.alive()
@@ -120,9 +140,19 @@ def start(config: Config) -> World:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     objects = dist.new_group(backend="gloo", timeout=timeout)
     assert objects is not None
+    atexit.register(_end_groups)
     world = World(rank, size, device, objects, timeout)
     _refuse_mixed_devices(world)
     return world
+
+
+def _end_groups() -> None:
+    """Ends gloo's threads: one that lets go of a tensor while Python shuts down aborts the process.
+
+    Where there is an engine, vLLM's own exit hook destroys the groups, and fails if they are gone.
+    """
+    if dist.is_initialized() and "vllm" not in sys.modules:
+        dist.destroy_process_group()
 
 
 def _read_srun() -> None:
@@ -214,9 +244,8 @@ def step_seed(seed: int, step: int) -> int:
 def main(recipe: Callable[[Sequence[str]], None]) -> None:
     """Runs a recipe on the command line's arguments; a `UserError` becomes one line and exit code 2, a stop code 75.
 
-    Every end goes through os._exit. After a failure, interpreter shutdown would run vLLM's exit hooks, which wait for
-    ranks that are themselves waiting in a collective; after a success, a thread of gloo that lets go of a tensor during
-    the shutdown may abort the process, and Slurm would call a finished run failed. All files are closed by then.
+    Every failure leaves through os._exit: interpreter shutdown would run vLLM's exit hooks, which wait for ranks that
+    are themselves waiting in a collective.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `recipes` until here
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -239,8 +268,6 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
             _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)
     sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def is_collective(error: BaseException) -> bool:

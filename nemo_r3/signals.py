@@ -43,9 +43,10 @@ class Stopped(Exception):  # noqa: N818  nothing is wrong
 
 
 def listen() -> None:
-    """Notes requests to stop from now on, instead of dying of them."""
+    """Notes requests to stop from now on, instead of dying of them. What nohup or a shell's & has ignored stays so."""
     for number in REQUESTS:
-        signal.signal(number, _note)
+        if number in (signal.SIGUSR1, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
 
 
 def restore_defaults() -> None:
@@ -123,7 +124,7 @@ def _announce() -> None:
         if last != said and time.monotonic() > last + 0.9 * seconds - 2 * LOOK:
             said = last
             line = (
-                f"error: no sign of life for {0.9 * seconds:.0f} s, so this process ends (run.timeout_minutes="
-                f"{seconds / 60:g}); where its threads are, the innermost call first:\n"
+                f"error: no sign of life for {0.9 * seconds:.0f} s: without one this process ends soon "
+                f"(run.timeout_minutes={seconds / 60:g}); where its threads are, the innermost call first:\n"
             )
             os.write(2, line.encode())

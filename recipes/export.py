@@ -19,7 +19,7 @@ from recipes.start import start_policy
 
 PROBES = 8
 PROBE_TOKENS = 64
-"""Of each probe: rank 0's CPU runs them, twice, while the other ranks wait."""
+"""At the end of each: rank 0's CPU runs them, twice, while the other ranks wait."""
 
 
 def export(argv: Sequence[str]) -> None:
@@ -53,11 +53,12 @@ def export(argv: Sequence[str]) -> None:
 
 
 def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
-    """Token ids to compare log-probabilities on: the run's first rollouts, or random ones where it has none."""
+    """Token ids to compare log-probabilities on: a reflection per problem of the first step, or random ones."""
     for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
         try:
-            rows = [json.loads(line) for line in file.read_text().splitlines()[:PROBES] if line]
-            return [(row["context_ids"] + row["reflection_ids"])[:PROBE_TOKENS] for row in rows]
+            rows = {row["problem_id"]: row for line in file.read_text().splitlines() if (row := json.loads(line))}
+            if ids := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
+                return [found[-PROBE_TOKENS:] for found in ids]
         except (ValueError, KeyError, TypeError):
             print(f"warning: {file} is damaged; the export is compared on random tokens", file=sys.stderr, flush=True)
     draw = random.Random(0)

@@ -68,7 +68,10 @@ def report_memory(setup: Setup, policy: Policy, rollout: Rollout, step: int) -> 
 
 
 def warn_of_long_problems(setup: Setup, rollout: Rollout) -> None:
-    """Says how many problems were not asked, if any: mining leaves them out, evaluation counts them as not solved."""
+    """Says how many problems this process could not ask, if any.
+
+    Mining leaves them out; evaluation counts them as not solved.
+    """
     if setup.world.is_main and rollout.too_long:
         print(
             f"warning: {len(rollout.too_long)} problems do not fit rollout.max_model_len="

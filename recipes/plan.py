@@ -62,7 +62,7 @@ def plan(argv: Sequence[str]) -> Plan:
         ConfigError: naming the key, its value and what is allowed.
     """
     config = configuration.load(argv)
-    with signals.watched(60 * config.run.timeout_minutes):  # a task of the user's may hang
+    with signals.watched(60 * config.run.timeout_minutes):  # a user's task may hang
         task = tasks.load(config.task, config.dialogue)
     path = model_path(config)
     arch = architecture_of(path)

@@ -20,7 +20,6 @@ from nemo_r3.actor.manifest import (
     DamagedError,
     complete,
     latest,
-    read_manifest,
     set_aside,
 )
 from nemo_r3.actor.policy import Policy
@@ -46,10 +45,9 @@ def trained_checkpoint(setup: Setup) -> Path | None:
     """
     asked = setup.plan.config.evaluate.checkpoint
     trained = Path(asked) if asked else newest_checkpoint(setup)
-    if asked and not (Path(asked) / MANIFEST).is_file():
+    if asked and not setup.world.broadcast((Path(asked) / MANIFEST).is_file()):
         raise UserError(f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}")
     if trained is not None:
-        read_manifest(trained)
         setup.run.refuse_other_settings()
     return trained
 

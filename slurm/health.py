@@ -1,6 +1,6 @@
 """Whether a node can run its ranks: `python3 -m slurm.health LOGS GPUS DISK_GB SHM_GB`, once per node, before them.
 
-Prints "host: fine" or "host: what is wrong"; imports nothing but Python's own library, in the ranks' environment.
+Prints "host: fine" or "host: what is wrong"; needs omegaconf and PyYAML, and neither torch nor a GPU's libraries.
 """
 
 from __future__ import annotations

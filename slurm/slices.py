@@ -31,8 +31,8 @@ HOST_FAILURES = 2
 """A host with so many failures is excluded."""
 IDLE_SLICES = 2
 """So many slices in a row without a checkpoint or mined shard end the job."""
-FROM_OUTSIDE = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals of Slurm and train.sh: a rank that dies of one says nothing about its host."""
+NOT_THE_HOSTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
+"""Signals of Slurm, train.sh, a person and nemo_r3's own watchdog: dying of one says nothing about the host."""
 DEVICE_ERROR = re.compile(
     "(?:CUDA error|Cuda failure).*(ECC error|NVLink error|busy or unavailable|no CUDA-capable device|unknown error|"
     "system not yet initialized|hardware error)"
@@ -248,7 +248,7 @@ def _log(logs: Path, rank: int) -> Path:
 def _host_trouble(logs: Path, rank: int, code: int) -> str:
     """What a rank died of, if a broken host may be the reason: a signal or a GPU's own error; empty otherwise."""
     if number := _signal(code):
-        return "" if number in FROM_OUTSIDE else number.name
+        return "" if number in NOT_THE_HOSTS else number.name
     return next((found[1] for line in _lines(_log(logs, rank)) if (found := DEVICE_ERROR.search(line))), "")
 
 

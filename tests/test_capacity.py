@@ -50,8 +50,9 @@ def test_without_a_reference_and_in_fp32() -> None:
         (2, True, 0.5, 79, None),
         (4, False, 0.5, 79, None),
         (2, False, 0.4, 79, None),
+        (2, False, 0.46, 79, "room for 77"),  # CUDA and NCCL take some
         (2, False, 0.5, 79, "the actor's 41 GiB and vLLM's 40 .* actor.offload_optimizer=true"),
-        (1, True, 0.3, 64, "the actor needs 71 GiB of each GPU, which has 64"),
+        (1, True, 0.3, 66, "the actor needs 71 GiB of each GPU, which has room for 64"),
     ],
 )
 def test_an_8b_beside_vllm(tensor: int, offload: bool, share: float, gpu: int, expected: str | None) -> None:
@@ -93,10 +94,25 @@ def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, m
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=250 * GIB))
     assert_is(
         capacity.disk_problem(config, arch, checkpoints),
-        f"run.dir: {tmp_path} has 250.0 GiB free, and 3 more checkpoints of 104.7 GiB need 314.1 GiB .*=2, and",
+        f"run.dir: {tmp_path} has 250.0 GiB free for checkpoints, and 3 x 104.7 GiB are still to come .*=2, and",
     )
     (checkpoints / "step_000001").mkdir(parents=True)
     assert capacity.disk_problem(config, arch, checkpoints) is None
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert_is(capacity.disk_problem(config, arch, checkpoints), "2 x 104.7 GiB")
+    (checkpoints / "step_001750").mkdir()
+    assert capacity.disk_problem(config, arch, checkpoints) is None, "a finished run saves nothing"
+
+
+def test_what_a_killed_save_left_makes_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, arch = config_of(), shape("qwen2.5-1.5b")
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=70 * GIB - 1000))
+    config.train.keep_checkpoints = 1
+    monkeypatch.setattr(capacity, "count_parameters", lambda arch: 70 * GIB // 28)
+    assert_is(capacity.disk_problem(config, arch, tmp_path), "2 x 35.0 GiB")
+    (tmp_path / ".writing").mkdir()
+    (tmp_path / ".writing" / "shard").write_bytes(b"x" * 1000)
+    assert capacity.disk_problem(config, arch, tmp_path) is None
 
 
 def test_the_lowest_limit_of_a_cgroup_and_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,10 @@ from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
-ALONE = cast(World, SimpleNamespace(is_main=True, size=1, broadcast=lambda item: item, barrier=lambda: None))
+ALONE = cast(
+    World,
+    SimpleNamespace(is_main=True, size=1, broadcast=lambda item: item, on_main=lambda act: act(), barrier=lambda: None),
+)
 
 
 class Scripted:
@@ -251,8 +254,8 @@ def test_a_bank_of_an_older_nemo_r3_is_refused(tmp_path: Path) -> None:
 def test_all_ranks_draw_what_rank_0_reads(tmp_path: Path) -> None:
     bank(tmp_path / "here").mine(Scripted(), problems(9))
     said: list[Any] = []
-    first = SimpleNamespace(is_main=True, broadcast=lambda item: said.append(item) or item)
-    other = SimpleNamespace(is_main=False, broadcast=lambda _: said.pop(0))
+    first = SimpleNamespace(is_main=True, on_main=lambda act: said.append(found := act()) or found)
+    other = SimpleNamespace(is_main=False, on_main=lambda _: said.pop(0))
 
     def seen(path: Path, world: SimpleNamespace) -> list[Any]:
         found = bank(path, world=cast(World, world))

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch
 from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.runtime import World
 
 SCRIPT = """
 import atexit
@@ -94,7 +97,7 @@ def test_an_interrupt_is_one_word(ends: dict[str, tuple[int, str, str]]) -> None
 
 def test_help_shows_a_command_and_where_the_settings_are(ends: dict[str, tuple[int, str, str]]) -> None:
     code, said, errors = ends["--help 0"]
-    assert (code, errors) == (0, "") and "python -m recipes.train" in said and "docs/config.md" in said
+    assert (code, errors) == (0, "exit hook\n") and "python -m recipes.train" in said and "docs/config.md" in said
 
 
 INTERRUPTED = """
@@ -117,10 +120,8 @@ def test_ctrl_c_while_a_verb_is_imported_ends_it_without_a_traceback(prepare: st
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
-def test_a_recipe_that_ends_well_says_all_it_had_to_say_and_runs_no_exit_hook_either(
-    ends: dict[str, tuple[int, str, str]],
-) -> None:
-    assert ends["well 0"] == (0, "said before", "")
+def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, str, str]]) -> None:
+    assert ends["well 0"] == (0, "said before", "exit hook\n")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,20 @@ def test_ranks_that_do_not_fit_the_layout_are_refused_before_any_group_is_made(
         runtime.start(config)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert not torch.distributed.is_initialized()
+
+
+def test_what_rank_0_finds_or_refuses_is_every_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+    monkeypatch.setattr(World, "broadcast", lambda self, item: said.append(item) or item if self.is_main else said[-1])
+    main, other = (World(rank, 2, torch.device("cpu"), cast(Any, None), timedelta(1)) for rank in (0, 1))
+    assert main.on_main(lambda: 3) == other.on_main(lambda: 4) == 3
+
+    def refuse() -> None:
+        raise ConfigError("model.path: mend me")
+
+    for world in (main, other):
+        with pytest.raises(ConfigError, match="mend me"):
+            world.on_main(refuse)
 
 
 def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:

@@ -25,12 +25,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
+from nemo_r3 import signals
 from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.cpu import on_any_device
 from nemo_r3.actor.manifest import (
     UNREADABLE,
     WRITING,
-    DamagedError,
     check_sizes,
     check_sums,
     keep_newest,
@@ -38,7 +38,7 @@ from nemo_r3.actor.manifest import (
     publish,
     read_manifest,
     step_path,
-    sums_of,
+    sum_of,
 )
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
@@ -123,6 +123,7 @@ def finish(saving: Saving, keep: int) -> Path:
     """
     world = saving.world
     with _explained(saving):
+        _wait_for_shards(saving)
         saving.strategy.finish()
         sums = {name: total for part in world.gather(saving.strategy.sums) for name, total in part.items()}
         rest = sorted(set(_names(saving.writing, world)) - set(sums))
@@ -134,6 +135,23 @@ def finish(saving: Saving, keep: int) -> Path:
             keep_newest(saving.directory, keep)
     world.barrier()
     return saving.final
+
+
+def _wait_for_shards(saving: Saving) -> None:
+    """Waits until every rank has written, however long that takes, as long as the files grow.
+
+    Raises:
+        OSError: nothing was written for run.timeout_minutes.
+    """
+    size, grown, pause = -1, time.monotonic(), 0.01
+    while not all(saving.world.gather(saving.strategy.is_written())):
+        now = sum(saving.world.gather(saving.strategy.bytes_written()))
+        if now != size:
+            size, grown = now, time.monotonic()
+        elif time.monotonic() - grown > saving.world.timeout.total_seconds():
+            raise OSError(errno.ETIMEDOUT, "nothing was written for run.timeout_minutes")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 @contextmanager
@@ -226,8 +244,11 @@ def _names(directory: Path, world: World) -> list[str]:
 
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
     """SHA-256 of files, or UNREADABLE, the same on every rank; they share the reading."""
-    found = world.gather(sums_of(directory, names[world.rank :: world.size]))
-    return {name: total for part in found for name, total in part.items()}
+    own = {}
+    for name in names[world.rank :: world.size]:
+        signals.alive()
+        own[name] = sum_of(directory / name)
+    return {name: total for part in world.gather(own) for name, total in part.items()}
 
 
 def _cause(error: BaseException) -> str:
@@ -273,6 +294,7 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
     )
     with policy.at_work():
+        signals.alive()
         try:
             found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
         except CheckpointException as error:
@@ -293,17 +315,13 @@ def _manifest_on_rank_0(checkpoint: Path, world: World) -> dict[str, Any]:
     Raises:
         DamagedError: on every rank alike.
     """
-    found: dict[str, Any] | DamagedError = {}
-    if world.is_main:
-        try:
-            found = read_manifest(checkpoint)
-            check_sizes(checkpoint, found["files"])
-        except DamagedError as error:
-            found = error
-    found = world.broadcast(found)
-    if isinstance(found, DamagedError):
-        raise found
-    return found
+
+    def read() -> dict[str, Any]:
+        found = read_manifest(checkpoint)
+        check_sizes(checkpoint, found["files"])
+        return found
+
+    return world.on_main(read)
 
 
 def _described(policy: Policy) -> dict[str, Any]:

@@ -18,11 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from nemo_r3 import signals
 from nemo_r3.actor.manifest import sum_of
-
-ALIVE_SECONDS = 10.0
-"""Between two signs of life while a thread writes, which may take longer than run.timeout_minutes."""
 
 
 class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -37,6 +33,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         super().__init__("torch_dist", 1)
         self.sums: dict[str, str] = {}
         self._copies = copies
+        self._files: list[Path] = []
         self._thread = Thread(target=self._write, daemon=True)
         self._work: tuple[list[Any], list[Any], queue.Queue[Any]] | None = None
         self._finish: list[Callable[[], None]] = []
@@ -50,6 +47,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         if request.async_fn is not None:
             _, buckets, results = request.async_fn_args
             on_cpu = request.preload_fn() if request.preload_fn is not None else buckets
+            self._files = [Path(bucket[0]) for bucket in buckets]
             self._work = request.async_fn.args[0], _copied(on_cpu, buckets) if self._copies else on_cpu, results
         self._finish = request.finalize_fns
         self._thread.start()
@@ -58,15 +56,17 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """Whether `finish` would not have to wait for this rank's thread."""
         return not self._thread.is_alive()
 
+    def bytes_written(self) -> int:
+        """Size of this rank's files so far."""
+        return sum(file.stat().st_size for file in self._files if file.exists())
+
     def finish(self) -> None:
         """Waits until every rank has written; every rank learns of any rank's failure.
 
         Raises:
             CheckpointException: a rank could not write.
         """
-        while self._thread.is_alive():
-            self._thread.join(ALIVE_SECONDS)
-            signals.alive()
+        self._thread.join()
         dist.barrier()
         for finish in self._finish:
             finish()

@@ -41,9 +41,14 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The inverse of `step_path`."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def complete(directory: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints` that have a manifest, newest first."""
-    return sorted((file.parent for file in directory.glob(f"step_*/{MANIFEST}")), reverse=True)
+    return sorted((file.parent for file in directory.glob(f"step_*/{MANIFEST}")), key=step_of, reverse=True)
 
 
 def latest(directory: Path) -> Path | None:
@@ -54,7 +59,7 @@ def latest(directory: Path) -> Path | None:
 def latest_step(directory: Path) -> int:
     """The step of the newest complete checkpoint in a run's `checkpoints`; 0 where there is none."""
     newest = latest(directory)
-    return int(newest.name.removeprefix("step_")) if newest else 0
+    return step_of(newest) if newest else 0
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) 
 
 def keep_newest(directory: Path, number: int) -> None:
     """Removes all but the newest `number` checkpoints in a run's `checkpoints`."""
-    for old in sorted(directory.glob("step_*"))[:-number]:
+    for old in sorted(directory.glob("step_*"), key=step_of)[:-number]:
         _remove(old)
 
 

@@ -38,9 +38,13 @@ class Tokenizer(Protocol):
         """Ids -> text."""
         ...
 
+    def get_vocab(self) -> dict[str, int]:
+        """All tokens with their ids."""
+        ...
+
 
 class ChatTemplate:
-    """Renders dialogues that a user's turn ends, with the generation prompt behind it.
+    """Renders dialogues that end in a user's turn, with the generation prompt after it.
 
     Attributes:
         setting: the key that says which template this is; error messages begin with it.

@@ -32,6 +32,7 @@ from nemo_r3.models.tensors import HFTensors
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, steps_in_order
 
+SHARED_MEMORY = Path("/dev/shm")
 KV_BLOCK = 32
 """Tokens per block of vLLM's KV cache on a CPU. Only whole blocks of a shared context are reused: with vLLM's 128, G
 reflections on a short task would share nothing."""
@@ -57,15 +58,14 @@ class Engine:
         self._weightless = False
 
     @classmethod
-    def start(cls, config: Config, model_dir: Path, version: int = 0) -> Engine:
+    def start(cls, config: Config, model_dir: Path) -> Engine:
         """Loads a checkpoint into a new engine. Every rank of the default group must call this.
 
         `environment.prepare` must have run before this module was imported, and torch.distributed must be initialised.
 
         Args:
             config: the run's settings.
-            model_dir: Hugging Face checkpoint; its tokenizer is not read.
-            version: version of the checkpoint's weights.
+            model_dir: Hugging Face checkpoint; its tokenizer is not read. Its weights are version 0.
 
         Raises:
             ConfigError: the checkpoint's weights are missing, cut, or of another model.
@@ -75,6 +75,8 @@ class Engine:
         rollout, arch = config.rollout, architecture_of(model_dir)
         HFTensors(model_dir).check(arch)  # vLLM would say the same in a traceback
         on_cuda = not current_platform.is_cpu()
+        if not on_cuda and rollout.tensor_parallel > 1:
+            _remove_stale_memory(rollout.tensor_parallel)
         # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
         in_order = steps_in_order(rollout, on_cuda)
         args = EngineArgs(
@@ -110,7 +112,7 @@ class Engine:
         except ValueError as error:  # settings that vLLM refuses, or too little free GPU memory for its share
             raise UserError(f"vLLM refused to start: {in_one_line(error)}") from error
         signals.alive()
-        return cls(llm, arch, rollout.max_model_len, version)
+        return cls(llm, arch, rollout.max_model_len, version=0)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queues a request.
@@ -256,3 +258,13 @@ def _cpu_cache_bytes(config: Config, arch: Architecture) -> int:
     token = 2 * arch.num_layers * heads * arch.head_dim * precision_of(config).dtype.itemsize
     blocks = rollout.max_num_seqs * -(-rollout.max_model_len // KV_BLOCK) + 1
     return min(rollout.cpu_kv_cache_gb * 2**30 // ways, blocks * KV_BLOCK * token)
+
+
+def _remove_stale_memory(ranks: int) -> None:
+    """Removes the shared memory in which a killed CPU engine's ranks met: vLLM names it by their numbers alone."""
+    first = dist.get_rank() // ranks * ranks
+    name = f"[{'-'.join(str(rank) for rank in range(first, first + ranks))}]-cpushm_"
+    for file in SHARED_MEMORY.iterdir():
+        if name in file.name:
+            file.unlink(missing_ok=True)
+    dist.barrier()

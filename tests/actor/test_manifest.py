@@ -40,9 +40,9 @@ def test_a_checkpoint_counts_once_it_is_published(tmp_path: Path) -> None:
     step_path(tmp_path, 9).mkdir()  # one that died while it was removed
     assert latest_step(tmp_path) == 0
     (tmp_path / WRITING).rmdir()
-    two, ten = saved(tmp_path, 2), saved(tmp_path, 10)
+    two, ten = saved(tmp_path, 2), saved(tmp_path, 1_000_000)
     assert complete(tmp_path) == [ten, two]
-    assert (latest(tmp_path), latest_step(tmp_path)) == (ten, 10)
+    assert (latest(tmp_path), latest_step(tmp_path)) == (ten, 1_000_000)
     assert sorted(file.name for file in ten.iterdir()) == [MANIFEST, "shard"]
 
 

@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_with_room_again_the_run_goes_on(bank: Path, tr
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_starts(bank: Path, disk: Path) -> None:
     done = run("train", *settings(bank, disk), "train.keep_checkpoints=2", succeed=False)
     assert done.returncode == 2
-    assert f"error: run.dir: {disk} has 20.0 MiB free, and 3 more checkpoints of 9.9 MiB need 29.6 MiB" in done.stderr
+    assert f"error: run.dir: {disk} has 20.0 MiB free for checkpoints, and 3 x 9.9 MiB are still to come" in done.stderr
 
 
 @pytest.mark.slow

@@ -219,7 +219,8 @@ def test_a_damaged_checkpoint_and_a_request_to_stop_cost_nothing_but_time(
 def test_another_layout_resumes_trains_and_exports_the_same(
     trained: Path, bank: Path, tmp_path: Path, ranks: int, layout: tuple[str, ...]
 ) -> None:
-    """From one process's checkpoint at step 2, four ranks redo steps 3 and 4."""
+    """From one process's checkpoint at step 2, four ranks repeat steps 3 and 4, after a killed engine's leavings."""
+    Path("/dev/shm/-tp:0-[0-1]-cpushm_0").touch()
     path = tmp_path / "other"
     shutil.copytree(trained, path)
     shutil.rmtree(path / "checkpoints" / "step_000004")
