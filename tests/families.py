@@ -46,7 +46,7 @@ class Family:
     """A family's rotary positions and what else is its own.
 
     Attributes:
-        name: of its checkpoints, with "_tied" behind it for the tied one.
+        name: of its checkpoints, with "_tied" appended for the tied one.
         hf: how transformers calls it.
         models: the published models that it stands for.
         rope: its rotary positions, in words.

@@ -3,7 +3,7 @@
     sample -> sleep -> refit -> sample again
 
 There is no optimizer: the actor's weights and the engine are all that is in memory. `prob_error` is
-`token_mult_prob_error` of the first sample, `prob_error_after` of the one behind the refit; a refit is timed from a
+`token_mult_prob_error` of the first sample, `prob_error_after` of the one after the refit; a refit is timed from a
 sleeping engine to one that could sample.
 """
 

@@ -3,7 +3,7 @@
     build/gpu_check/SHAPE           random weights, made by the first check that needs them
     build/gpu_check/SHAPE-fp32.json float32's log-probabilities and gradient norm, by the check with --precision fp32
 
-Rows are packed behind shared contexts, half of each group's retries pass. MFU counts the model's own FLOPs: no
+Rows are packed after shared contexts, half of each group's retries pass. MFU counts the model's own FLOPs: no
 recompute, no padding. A precision that this machine cannot run is skipped with the reason.
 """
 

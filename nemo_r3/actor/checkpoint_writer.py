@@ -94,7 +94,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 
 def _origin(error: Exception) -> Exception:
-    """The file system's error behind one of torch's zip writer, which then says only where it stands in the file."""
+    """The file system's error that caused one of torch's zip writer, which says only where it stands in the file."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__context__

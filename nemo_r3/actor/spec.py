@@ -41,7 +41,7 @@ def resolve_layer_spec(asked: str, precision: Precision, on_cuda: bool) -> str:
 def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
     """The spec of this pipeline stage's layers; `kind` is "te" or "local".
 
-    Transformer Engine's layers fold each norm into the matrix behind it; see `models.names.fused_norm_name`.
+    Transformer Engine's layers fold each norm into the matrix after it; see `models.names.fused_norm_name`.
     """
     num_layers = config.num_layers // config.pipeline_model_parallel_size
     if kind == "te":

@@ -17,7 +17,7 @@ from nemo_r3.algo.packing import trained
 from nemo_r3.types import Row
 
 Piece = tuple[int, ...]
-"""Numbers of rows that are laid behind one context."""
+"""Numbers of rows that share one context."""
 
 
 @dataclass(frozen=True)

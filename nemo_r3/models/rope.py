@@ -51,7 +51,7 @@ class Rope:
 
     Attributes:
         theta: base of the wavelengths.
-        dim: how many channels of a head turn; those behind them do not.
+        dim: how many channels of a head turn; those after them do not.
         scaling: how they were stretched to a longer context; None where they were not.
     """
 
@@ -152,7 +152,7 @@ def positive_number(hf: Mapping[str, Any], key: str) -> float:
 
 
 def positive_integer(hf: Mapping[str, Any], key: str) -> int:
-    """A field that must be a whole number above 0, and one of this world; raises as `positive_number`."""
+    """A field that must be a whole number from 1 to 2^31 - 1; raises as `positive_number`."""
     value = hf[key]
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise ConfigError(f"{key}={in_one_line(repr(value))} is not an integer from 1 to {2**31 - 1}")

@@ -173,7 +173,7 @@ class Engine:
     def load(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replaces all weights and forgets everything computed with the old ones.
 
-        The ranks of an engine, and those behind collectives inside the iterator, consume it in lockstep.
+        All ranks of an engine, and those that take part in the iterator's collectives, consume it in lockstep.
 
         Args:
             weights: (Hugging Face name, full tensor) of every tensor of the checkpoint, in any order; grouped by layer

@@ -21,8 +21,7 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the likeliest token.
         max_tokens: most tokens to sample, the end-of-turn token included.
         stop_ids: tokens that end the turn; the one that does is the last of its tokens.
-        seed: of the request's own random numbers. Engines share no generator, and a rank that resumes has none to
-            restore; None where nothing is drawn.
+        seed: of the request's own random numbers: the same in any engine, and after a resume. None for temperature 0.
     """
 
     temperature: float

@@ -218,7 +218,7 @@ class Lab:
 
 
 def content_of(path: Path) -> tuple[Any, ...]:
-    """A checkpoint's manifest and index, without the id that torch draws anew for each index."""
+    """A checkpoint's manifest and index, without the id that torch draws for each index."""
     manifest, index = read_manifest(path), FileSystemReader(path).read_metadata()
     del manifest["files"][".metadata"]
     return manifest, index.state_dict_metadata, index.storage_data

@@ -6,7 +6,7 @@
     torchrun ... probe.py devices HOME  TP2 and PP2 on a GPU that is pretended
     python probe.py ceiling HOME        an update with a vocabulary of 150,000 under a memory limit
 
-A launch costs seconds of imports, so it holds many policies; between layouts the parallel groups are made anew.
+A launch costs seconds of imports, so it holds many policies; between layouts the parallel groups are rebuilt.
 """
 
 from __future__ import annotations

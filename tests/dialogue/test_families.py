@@ -3,7 +3,7 @@
     --- reflection (sampled, loss)      a segment: its phase, and what happens to its tokens
     I misread the city.⏎                its text, special tokens and all; ⏎ is a newline of the text itself
 
-`REWRITE_GOLDEN=1 pytest tests/dialogue/test_families.py` writes them anew; read the difference before you commit it.
+`REWRITE_GOLDEN=1 pytest tests/dialogue/test_families.py` rewrites them; read the difference before you commit it.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_a_shared_context_costs_once(model: LlamaForCausalLM, arch: Architecture
 
 
 def group(context: int, reflection: int, retry: int, count: int) -> Group:
-    """`count` reflections behind one context, with a request of 2 tokens before the retry."""
+    """`count` reflections after one context, with a request of 2 tokens before the retry."""
     before, request = Segment(Phase.TASK, tuple(range(context))), Segment(Phase.REQUEST, (1, 2))
     answers = [
         Answer(Segment(phase, tuple(range(length)), (0.0,) * length, 0), "", "stop")

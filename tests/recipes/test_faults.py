@@ -90,8 +90,8 @@ def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same
     settings = [QUICKSTART, *SMALL, f"failures.path={bank}", "train.save_every=1", *more]
     damaged = tmp_path / "damaged"
     shutil.copytree(path, damaged)
-    anew = run("train", *settings, f"run.dir={damaged}")
-    assert "warning: step 2 is sampled again: " in anew.stderr and f"{kept.FILE} is damaged" in anew.stderr
+    again = run("train", *settings, f"run.dir={damaged}")
+    assert "warning: step 2 is sampled again: " in again.stderr and f"{kept.FILE} is damaged" in again.stderr
 
     file.write_bytes(whole)
     resumed = run("train", *settings, f"run.dir={path}")

@@ -109,7 +109,7 @@ def test_a_stopped_step_continues_after_its_tokens(engine: dict[str, Any]) -> No
     stopped = engine["rollout"]["stopped"]
     (first_begun, first), (again_begun, again) = stopped["counts"]
     assert first_begun > 5 and again_begun > 5 and first <= again < stopped["turns"]
-    assert stopped["prefixes"], "a kept turn was sampled anew"
+    assert stopped["prefixes"], "a kept turn was sampled again"
     assert again_begun <= stopped["asked_at_last"] <= stopped["turns"] - (again - again_begun), (
         "an ended turn was asked"
     )

@@ -195,7 +195,7 @@ def test_the_chain_runs_to_its_end_each_stage_at_its_own_size_and_one_requeued(
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline, cluster.ask("squeue")
         time.sleep(0.2)
-    cluster.ask("scontrol", "requeue", train)  # as after a preemption; the stages behind it wait on
+    cluster.ask("scontrol", "requeue", train)  # as after a preemption; the stages after it keep waiting
     assert wait(cluster, tmp_path / "run", 400) == dict.fromkeys(["mine", "train", "evaluate", "export"], "done")
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     jobs = chain_of(tmp_path / "run")
