@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_r3.actor.manifest import WRITING, step_of
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.memory import GIB
@@ -121,13 +122,13 @@ def host_problem(config: Config, arch: Architecture, size: Size, ranks: int, fre
 
 def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
     """Why the checkpoints do not fit on the disk, or None."""
-    steps = [int(found.name.removeprefix("step_")) for found in checkpoints.glob("step_*")]
+    steps = [step_of(found) for found in checkpoints.glob("step_*")]
     if max(steps, default=0) >= config.train.steps:
         return None  # there is nothing left to save
     each = (OPTIMIZER_BYTES + precision_of(config).dtype.itemsize) * count_parameters(arch)
     more = config.train.keep_checkpoints + 1 - len(steps)
     place = next(path for path in (checkpoints.absolute(), *checkpoints.absolute().parents) if path.exists())
-    swept_up = sum(file.stat().st_size for file in (checkpoints / ".writing").glob("*"))  # by the next save
+    swept_up = sum(file.stat().st_size for file in (checkpoints / WRITING).glob("*"))  # by the next save
     free = shutil.disk_usage(place).free + swept_up
     if more * each <= free:
         return None

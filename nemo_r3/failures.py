@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from nemo_r3.actor.manifest import sum_of
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.files import take_lock, write_whole
@@ -169,7 +170,7 @@ class Bank:
                 for name in names:
                     rows = _rows(list(islice(attempts, len(parts[name]) * samples)), samples)
                     write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
-                    mined[name] = _sha256(self.path / name)
+                    mined[name] = sum_of(self.path / name)
                     self._write_index(complete=False, problems=len(problems), shards=mined)
         if self._world.is_main:
             self._write_index(complete=True, problems=len(problems), shards=mined)
@@ -198,7 +199,7 @@ class Bank:
     def _find_rows(self) -> Iterator[BankRow]:
         for name, mined in sorted(self._read_index()["shards"].items()):
             shard, offset = self.path / name, 0
-            if not shard.exists() or _sha256(shard) != mined:
+            if sum_of(shard) != mined:
                 raise UserError(
                     f"failures.path: {shard} was lost, cut or changed since it was mined; remove this file, and "
                     "recipes.mine asks its problems again"
@@ -236,11 +237,6 @@ class Bank:
 
     def _write_index(self, **entries: Any) -> None:
         write_whole(self._index, json.dumps({"stamp": vars(self._stamp), **entries}, indent=1) + "\n")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:

@@ -195,8 +195,9 @@ class Saver:
         config = self._config
         if step % config.save_every == 0 or step == config.steps:
             return True
-        overdue = config.save_minutes and time.monotonic() - self._begun >= 60 * config.save_minutes
-        return bool(config.save_minutes and self._policy.world.broadcast(overdue))
+        if not config.save_minutes:
+            return False
+        return bool(self._policy.world.broadcast(time.monotonic() - self._begun >= 60 * config.save_minutes))
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Begins a save, after the end of the one before; in the foreground it ends it too.

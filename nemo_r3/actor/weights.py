@@ -1,4 +1,4 @@
-"""Weights in and out of this rank's shard, through the family's two-way name names.
+"""Weights in and out of this rank's shard, through the family's two-way name table.
 
 `load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep:
 for each row of the table the owning pipeline stage gathers its tensor-parallel parts and hands the full tensor
