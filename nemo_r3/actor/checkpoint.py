@@ -18,11 +18,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from nemo_r3 import signals
@@ -40,6 +36,7 @@ from nemo_r3.actor.manifest import (
     step_path,
     sum_of,
 )
+from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
@@ -110,7 +107,7 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
             saving.writing.mkdir(parents=True)
         saving.world.barrier()
         strategy = FullyParallelSaveStrategyWrapper(saving.strategy, _data_parallel_group())
-        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(saving.writing), strategy)
+        dist_checkpointing.save(_sharded_state(policy), str(saving.writing), strategy)
     return saving
 
 
@@ -291,18 +288,15 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{policy.config.rollout.max_model_len} takes the {_regime(policy)} ones; set it back to the run's own"
         )
     check_sums(checkpoint, manifest["files"], _file_sums(checkpoint, sorted(manifest["files"]), policy.world))
-    strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(checkpoint)), _data_parallel_group()
-    )
     with policy.at_work():
         signals.alive()
         try:
-            found = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint), strategy)
+            found = dist_checkpointing.load(_sharded_state(policy), str(checkpoint))
         except CheckpointException as error:
             raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
         policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
         if policy.optimizer is not None:
-            policy.optimizer.load_state_dict(found["optimizer"])
+            set_step(policy.optimizer, manifest["version"])
     if policy.optimizer is not None:
         policy.schedule.load_state_dict(found["schedule"])
         policy.schedule.init_lr = found["schedule"]["init_lr"]
@@ -359,19 +353,10 @@ def _norm_state(module: Any) -> dict[str, Any]:
     return {name: part for name, part in module.state_dict().items() if name == NORM_STATE}
 
 
-def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # gathered over gloo on one rank of each data-parallel group; else every rank holds all of its stage's state,
-        # and what was gathered on the GPU comes on top of the engine's memory
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": _data_parallel_group(),
-    }
-    model = weights_of(policy.module, metadata)
+def _sharded_state(policy: Policy) -> dict[str, Any]:
+    """What this rank writes to a checkpoint, and a load fills."""
+    model = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": _data_parallel_group()})
     if policy.optimizer is None:
         return {"model": model}
     schedule = policy.schedule.state_dict() | {"init_lr": policy.schedule.init_lr}
-    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer, "schedule": schedule}
+    return {"model": model, "optimizer": sharded_state(policy.optimizer, model), "schedule": schedule}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim import AdamW
 
@@ -26,25 +22,12 @@ def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     """
     settings = DistributedDataParallelConfig(
         **precision_of(config).gradient_fields(),
-        use_distributed_optimizer=config.actor.distributed_optimizer,
+        use_distributed_optimizer=True,
         overlap_grad_reduce=parallel_state.get_data_parallel_world_size() > 1,
     )
     wrapped = DistributedDataParallel(model.config, settings, model)
     model.config.no_sync_func = wrapped.no_sync
-    for buffer in wrapped.buffers:
-        _count_padding(buffer)
     return wrapped
-
-
-def _count_padding(buffer: Any) -> None:
-    """Makes what a checkpoint gathers from a gradient buffer as long as the offsets it is cut at.
-
-    Upstream bug: the offsets count the padding between buckets, the gathered state leaves it out. A tied embedding
-    has a bucket of its own, so with pipeline parallelism the last stage was saved as its neighbours' values.
-    """
-    buffer.numel_unpadded = buffer.numel
-    for bucket in buffer.buckets:
-        bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def build_optimizer(model: DistributedDataParallel, config: Config, precision: Precision) -> MegatronOptimizer:
@@ -60,7 +43,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
         adam_eps=actor.adam_eps,
         clip_grad=actor.clip_grad,
         **precision.optimizer_fields(),
-        use_distributed_optimizer=actor.distributed_optimizer,
+        use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, [model])
     for part in optimizer.chained_optimizers:
@@ -68,8 +51,6 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
             _start_adam_state(part.optimizer)
             for group in part.optimizer.param_groups:
                 group["fused"] = True
-            if isinstance(part, DistributedOptimizer):
-                part._set_main_param_and_optimizer_states = partial(_set_with_own_step, part)
         elif part.optimizer is not None:  # Transformer Engine's; None where this rank has no parameters
             part.init_state_fn(part.optimizer, part.config)
     return optimizer
@@ -83,19 +64,6 @@ def _start_adam_state(adam: AdamW) -> None:
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-
-
-def _set_with_own_step(optimizer: DistributedOptimizer, model_param: Any, tensors: dict[str, Any]) -> None:
-    """Gives every parameter its own Adam step when a checkpoint is loaded.
-
-    Upstream bug with torch's AdamW: loading raises KeyError 'step', and otherwise leaves one step tensor shared by all
-    parameters, so that it counts once per parameter.
-    """
-    group, order = optimizer.model_param_group_index_map[model_param]
-    state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-    state["step"] = state["step"].clone()
-    tensors.setdefault("step", state["step"])
-    type(optimizer)._set_main_param_and_optimizer_states(optimizer, model_param, tensors)
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

@@ -26,7 +26,6 @@ class ActorConfig:
         help="auto: Transformer Engine on CUDA, except for fp32, which it would round to TF32; local elsewhere",
         resume=True,
     )
-    distributed_optimizer: bool = option(True, help="shard optimizer state over the data-parallel ranks")
     offload_optimizer: bool = option(
         False,
         help="keep optimizer state in host memory between updates, the reference there always; free gradient buffers",

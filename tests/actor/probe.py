@@ -45,7 +45,6 @@ def one(lab: Lab) -> None:
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}):
         lab.trial("one", "qwen2", **actor)
-    lab.trial("one", "qwen2", save=True, distributed_optimizer=False)
     for kind in families.KINDS:
         lab.family("one", kind)
         lab.note(f"plain-family-{kind}", plain_updates(lab.home, kind, count=1))

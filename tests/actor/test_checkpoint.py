@@ -22,8 +22,6 @@ OTHER = [
     "dp2-to-tp2pp2-qwen2",
     "tp2pp2-to-tp2dp2-llama_tied",
 ]
-UNSHARDED = "one-qwen2-distributed_optimizer=False"
-"""Its optimizer's tensors are the only ones that megatron-core does not copy before it writes."""
 DAMAGED = {
     "truncated": ".distcp has",
     "emptied": ".distcp has 0 bytes of",
@@ -58,7 +56,7 @@ def test_a_checkpoint_gives_back_what_it_was_saved_with(every: dict[str, Any], n
     assert found["version"] == found["steps"] == 5
 
 
-@pytest.mark.parametrize("name", [*sorted({saved_at(name) for name in SAME + OTHER}), UNSHARDED])
+@pytest.mark.parametrize("name", sorted({saved_at(name) for name in SAME + OTHER}))
 def test_a_save_in_the_background_is_the_same_to_the_byte_while_the_policy_moves_on(
     every: dict[str, Any], name: str
 ) -> None:

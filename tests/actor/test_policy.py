@@ -13,7 +13,6 @@ VARIANTS = [
     "one-llama_tied-shared_context=False",
     "one-qwen2-recompute=selective",
     "one-qwen2-recompute=full",
-    "one-qwen2-distributed_optimizer=False",
 ]
 SPLIT = [
     *(f"tp2-{kind}" for kind in ("llama_tied", "llama", "qwen2_tied", "qwen2")),

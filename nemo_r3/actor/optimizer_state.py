@@ -1,0 +1,108 @@
+"""The optimizer's state in a checkpoint: every rank writes, and reads back in place, what it holds of it.
+
+The distributed optimizer cuts its buffers into equal parts wherever that falls within a parameter. Here a rank's part
+of a parameter becomes at most three rectangles of the whole tensor: the end of a row, rows, the beginning of a row.
+torch's checkpoint format takes any rectangles and reads any others from them, so another layout can load it.
+megatron-core's own way first gathers the parameters: up to 36 bytes of host memory for each, on one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+"""fp32 main weights and AdamW's moments."""
+
+
+def sharded_state(optimizer: MegatronOptimizer, weights: Mapping[str, Any]) -> list[ShardedTensor]:
+    """This rank's main weights and moments as parts of a checkpoint: what a load writes into them, they are.
+
+    Args:
+        optimizer: on every rank.
+        weights: the model's sharded state.
+    """
+    found, _ = extract_sharded_tensors_and_factories(weights)
+    by_parameter = {weight.data: weight for weight in nested_values(found)}
+    return [
+        part
+        for one in optimizer.chained_optimizers
+        for parameter in getattr(one, "model_param_gbuf_map", ())  # a stage may have no parameters
+        for part in _parts(one, parameter, by_parameter[parameter])
+    ]
+
+
+def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Tells Adam how many steps its moments have seen: torch keeps that by parameter, Transformer Engine by group."""
+    for one in optimizer.chained_optimizers:
+        if one.optimizer is None:
+            continue
+        for state in one.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
+        for group in one.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = step
+
+
+def _parts(optimizer: DistributedOptimizer, parameter: Tensor, weight: Any) -> Iterator[ShardedTensor]:
+    """The parts of one parameter's state that this rank holds."""
+    own = optimizer._get_model_param_range_map(parameter)["param"]
+    states = optimizer._get_main_param_and_optimizer_states(parameter)
+    for piece in weight.build() if isinstance(weight, ShardedTensorFactory) else [weight]:
+        begin = piece.data.storage_offset() - parameter.storage_offset()
+        first, end = max(own.start, begin), min(own.end, begin + piece.data.numel())
+        for offset, size in rectangles(first - begin, end - begin, piece.local_shape):
+            count = math.prod(size)
+            for name in STATES:
+                yield _part(piece, name, states[name].detach()[first - own.start :][:count], offset, size)
+            first += count
+
+
+def _part(piece: ShardedTensor, name: str, flat: Tensor, offset: Sequence[int], size: Sequence[int]) -> ShardedTensor:
+    """A state's rectangle of a piece: `flat` is its [count] numbers, `offset` where it begins in the piece."""
+    outer = piece.prepend_axis_num  # megatron-core stores equal layers as one tensor with a leading axis
+    within = (*(0,) * outer, *offset)
+    shape = (*(1,) * outer, *size)
+    return replace(
+        piece,
+        key=f"optimizer.state.{name}.{piece.key}",
+        data=flat.view(shape),
+        dtype=flat.dtype,
+        local_shape=shape,
+        global_offset=tuple(start + more for start, more in zip(piece.global_offset, within, strict=True)),
+        axis_fragmentations=None,
+        prepend_axis_num=0,
+        replica_id=(*piece.replica_id[:2], 0),  # no other data-parallel rank holds it
+    )
+
+
+def rectangles(first: int, end: int, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offsets and sizes of the rectangles that hold elements `first` to `end` of a row-major tensor, in their order.
+
+    Args:
+        first: index of the first element.
+        end: index after the last one; nothing if it is not above `first`.
+        shape: [length] or [rows, width].
+    """
+    if first >= end:
+        return
+    if len(shape) == 1:
+        yield (first,), (end - first,)
+        return
+    _, width = shape
+    while first < end:
+        row, column = divmod(first, width)
+        rows = (end - first) // width if column == 0 else 0
+        size = (rows, width) if rows else (1, min(width - column, end - first))
+        yield (row, column), size
+        first += math.prod(size)
