@@ -1,7 +1,7 @@
 """Whether a run fits its machines, by arithmetic, before a weight is read.
 
 GPU    weights, gradients, optimizer state and reference, beside vLLM's share; activations come on top
-host   optimizer state on its way to and from a checkpoint, and what is offloaded
+host   what is on its way to a checkpoint, and what is offloaded
 disk   the checkpoints that are kept, and the one being written
 """
 
@@ -41,6 +41,7 @@ class Size:
     gradients: float
     optimizer: float
     reference: float
+    saved: float  # what it writes to a checkpoint
 
     @property
     def at_work(self) -> float:
@@ -53,10 +54,12 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     actor = config.actor
     ways = actor.tensor_parallel * actor.pipeline_parallel
     share = count_parameters(arch) / ways
-    owners = world_size // ways if actor.distributed_optimizer else 1
+    owners = world_size // ways
     bf16 = precision_of(config).bf16
     width, state = (2, OPTIMIZER_BYTES) if bf16 else (4, OPTIMIZER_BYTES - 4)  # fp32's main weights are the model's
-    return Size(width * share, 4 * share, state * share / owners, width * share if config.algo.kl_beta else 0)
+    reference = width * share if config.algo.kl_beta else 0
+    saved = (OPTIMIZER_BYTES + width) * share / owners
+    return Size(width * share, 4 * share, state * share / owners, reference, saved)
 
 
 def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -> None:
@@ -76,7 +79,7 @@ def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -
     problem = None
     if world.device.type == "cuda":
         problem = gpu_problem(config, size, torch.cuda.mem_get_info(world.device)[1])
-    problem = problem or host_problem(config, arch, size, ranks, host_bytes())
+    problem = problem or host_problem(config, size, ranks, host_bytes())
     if world.is_main:
         problem = problem or disk_problem(config, arch, checkpoints)
     if found := next((it for it in world.gather(problem) if it), None):
@@ -103,20 +106,19 @@ def gpu_problem(config: Config, size: Size, total: int) -> str | None:
     return None
 
 
-def host_problem(config: Config, arch: Architecture, size: Size, ranks: int, free: float) -> str | None:
+def host_problem(config: Config, size: Size, ranks: int, free: float) -> str | None:
     """Why `ranks` ranks cannot share a node with `free` bytes of host memory, or None.
 
-    A rank that loads a checkpoint holds the optimizer state of its whole model shard, whatever its own part is.
+    A rank that saves holds a copy of what it writes; one that loads, of one tensor at a time.
     """
-    ways = config.actor.tensor_parallel * config.actor.pipeline_parallel
-    loaded = ranks * OPTIMIZER_BYTES * count_parameters(arch) / ways
+    saved = ranks * size.saved
     offloaded = ranks * (size.optimizer + size.reference) if config.actor.offload_optimizer else 0.0
-    if loaded + offloaded <= free:
+    if saved + offloaded <= free:
         return None
     return (
         f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory for this run, and its {ranks} ranks need "
-        f"{loaded / GIB:.0f} to load a checkpoint and {offloaded / GIB:.0f} for what is offloaded: ask for more "
-        "(cluster.memory_gb), or raise actor.tensor_parallel or actor.pipeline_parallel"
+        f"{saved / GIB:.0f} to save a checkpoint and {offloaded / GIB:.0f} for what is offloaded: ask for more "
+        "(cluster.memory_gb), or use more nodes"
     )
 
 

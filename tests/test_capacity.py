@@ -72,21 +72,16 @@ def test_an_engine_that_does_not_sleep_needs_its_room_during_the_update_too() ->
 @pytest.mark.parametrize(
     ("tensor", "offload", "free", "expected"),
     [
-        (2, False, 360, None),
-        (
-            2,
-            False,
-            350,
-            "350 GiB of host memory .* 8 ranks need 359 to load a checkpoint and 0 for .*cluster.memory_gb",
-        ),
-        (2, True, 360, "need 359 to load a checkpoint and 150 for what is offloaded"),
+        (2, False, 105, None),
+        (2, False, 104, "104 GiB of host memory .* 8 ranks need 105 to save a checkpoint and 0 for .*cluster.memory_gb"),
+        (2, True, 250, "need 105 to save a checkpoint and 150 for what is offloaded"),
         (8, True, 250, None),
     ],
 )
 def test_host_memory_of_a_node_with_8_ranks(tensor: int, offload: bool, free: int, expected: str | None) -> None:
-    config, arch = config_of(tensor, offload=offload), shape("llama-3.1-8b")
-    size = capacity.size_of(config, arch, 8)
-    assert_is(capacity.host_problem(config, arch, size, 8, free * GIB), expected)
+    config = config_of(tensor, offload=offload)
+    size = capacity.size_of(config, shape("llama-3.1-8b"), 8)
+    assert_is(capacity.host_problem(config, size, 8, free * GIB), expected)
 
 
 def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,12 +242,19 @@ def _names(directory: Path, world: World) -> list[str]:
 
 
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
-    """SHA-256 of files, or UNREADABLE, the same on every rank; they share the reading."""
+    """SHA-256 of files, or UNREADABLE, the same on every rank; each reads what it wrote, and is the next to load."""
     own = {}
-    for name in names[world.rank :: world.size]:
-        signals.alive()
-        own[name] = sum_of(directory / name)
+    for name in names:
+        if _writer(name) % world.size == world.rank:
+            signals.alive()
+            own[name] = sum_of(directory / name)
     return {name: total for part in world.gather(own) for name, total in part.items()}
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote a file: 3 for __3_0.distcp, and 0 for what is not a shard."""
+    shard = re.match(r"__(\d+)_", name)
+    return int(shard[1]) if shard else 0
 
 
 def _cause(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import queue
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,7 +24,7 @@ from nemo_r3.actor.manifest import sum_of
 
 
 class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's torch_dist format: `save` plans, a thread writes file after file, `finish` completes.
+    """megatron-core's torch_dist format: `save` plans, threads write a file each, `finish` completes.
 
     Attributes:
         sums: SHA-256 of the files that this rank has written, by name; UNREADABLE where one could not be read back.
@@ -46,7 +48,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         request = self.async_save(sharded_state_dict, Path(checkpoint_dir), **strategy)
         if request.async_fn is not None:
             _, buckets, results = request.async_fn_args
-            on_cpu = request.preload_fn() if request.preload_fn is not None else buckets
+            on_cpu = FileSystemWriterAsync.preload_tensors(buckets, False)  # not to pinned memory, which stays
             self._files = [Path(bucket[0]) for bucket in buckets]
             self._work = request.async_fn.args[0], _copied(on_cpu, buckets) if self._copies else on_cpu, results
         self._finish = request.finalize_fns
@@ -75,13 +77,16 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         if self._work is None:
             return
         transforms, buckets, results = self._work
+        write = partial(self._write_file, transforms)
         try:
-            results.put({number: self._write_file(transforms, number, it) for number, it in enumerate(buckets)})
+            with ThreadPoolExecutor(len(buckets)) as pool:
+                results.put(dict(enumerate(pool.map(write, range(len(buckets)), buckets))))
         except Exception as error:  # noqa: BLE001  of a thread: `finish` raises it on every rank
             results.put(error)
         self._work = None  # frees the copies
 
     def _write_file(self, transforms: list[Any], number: int, bucket: Any) -> Any:
+        """Returns what megatron-core's writer says of a file."""
         results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         pending: queue.Queue[int] = queue.Queue()
         pending.put(number)

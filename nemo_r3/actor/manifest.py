@@ -1,6 +1,6 @@
 """What can be said and done about a checkpoint without loading it.
 
-    checkpoints/step_000040/   megatron dist_checkpointing ("fully_reshardable"): model, optimizer, schedule
+    checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer, schedule
                 manifest.json  written last: step, weights version, model shape, which of longrope's factors, the
                                other files' sizes and SHA-256, and the loop's own counters
     checkpoints/.writing       what a save under way has written so far; swept away by the next one

@@ -21,15 +21,16 @@ from nemo_r3.precision import Precision, precision_of
 from nemo_r3.runtime import World
 
 
-def start_parallel_groups(actor: ActorConfig, seed: int) -> None:
+def start_parallel_groups(config: Config) -> None:
     """Makes megatron-core's tensor, pipeline and data-parallel groups; once per process."""
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=actor.tensor_parallel,
-        pipeline_model_parallel_size=actor.pipeline_parallel,
-        context_parallel_size=actor.context_parallel,
-        create_gloo_process_groups=True,
+        tensor_model_parallel_size=config.actor.tensor_parallel,
+        pipeline_model_parallel_size=config.actor.pipeline_parallel,
+        context_parallel_size=config.actor.context_parallel,
+        distributed_timeout_minutes=config.run.timeout_minutes,
+        create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(config.seed)
 
 
 def transformer_config(

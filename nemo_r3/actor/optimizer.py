@@ -45,7 +45,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
         **precision.optimizer_fields(),
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(settings, [model])
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, AdamW):  # no Apex, no Transformer Engine
             _start_adam_state(part.optimizer)

@@ -70,7 +70,7 @@ class Policy:
         self._lacks_scales = recipe is not None and recipe.delayed
         self.optimizer: MegatronOptimizer | None = None
         with cpu.cuda_stand_in():
-            start_parallel_groups(config.actor, config.seed)
+            start_parallel_groups(config)
             self.module = build_model(config, self.arch, world)
             load_hf(self.module, self.arch, model_path(config))
             self.model: Any = self.module

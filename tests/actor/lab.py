@@ -62,13 +62,13 @@ class Lab:
         """What `make_models` kept of transformers."""
         return load_file(self.home / "transformers.safetensors")
 
-    def _start_groups(self, actor: Any, seed: int) -> None:
-        groups = (actor.tensor_parallel, actor.pipeline_parallel)
+    def _start_groups(self, config: Config) -> None:
+        groups = (config.actor.tensor_parallel, config.actor.pipeline_parallel)
         if groups == self.groups:
             return
         if self.groups is not None:
             parallel_state.destroy_model_parallel()
-        start_parallel_groups(actor, seed)
+        start_parallel_groups(config)
         self.groups = groups
 
     def policy(self, layout: str, kind: str, **actor: Any) -> Policy:
