@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_r3.config import load
+from nemo_r3.errors import UserError
 from nemo_r3.tasks import load as load_task
 from nemo_r3.tasks.protocol import Task
 
@@ -57,6 +58,14 @@ def test_final_answers_are_compared_as_mathematics(home: Path) -> None:
     assert [len(task.problems(split)) for split in ("train", "test")] == [18, 2]
     assert all(task.verify(half, rf"So \boxed{{{answer}}}.") for answer in ("0.5", r"\frac12", "1/2", r"\sqrt{0.25}"))
     assert not any(task.verify(half, answer) for answer in (r"\boxed{2}", "", "half", r"\boxed{__import__('os')}"))
+
+
+@pytest.mark.parametrize("answer", ["", " $$ ", r"\frac{1}{2", "1" * 1_001, 7])
+def test_a_final_answer_that_none_could_match_is_refused_with_its_problem(home: Path, answer: str | int) -> None:
+    with (home / "questions.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "What?", "answer": answer}))
+    with pytest.raises(UserError, match=r"final_answers\.verify raised .* on an answer to problem 'question-20'"):
+        task_of("final_answers.yaml")
 
 
 def test_a_generator_of_reasoning_gym_is_a_task(home: Path) -> None:

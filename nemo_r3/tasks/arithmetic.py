@@ -1,10 +1,14 @@
 """Integer arithmetic as models write it, read by a dedicated parser: Python never evaluates what a model wrote.
 
+    equation   = expression ("=" expression)*
     expression = term (("+" | "-") term)*
     term       = factor (("*" | "/") factor)*
-    factor     = integer | "(" expression ")" | "\\frac" "{" expression "}" "{" expression "}"
+    factor     = ["+" | "-"] (integer | "(" expression ")" | "\\frac" "{" expression "}" "{" expression "}")
 
-No unary minus, powers, decimals, names, implicit products or comments. Values are exact fractions.
+A number or a parenthesis may have one sign, which counts as the operator that it is: the paper asks for every number
+exactly once with + - * /, and -3+5 is made of 3 and 5. TinyZero's verifier takes signs, too; but it runs any text of
+digits and + - * / . ( ) as Python, and so takes ** and // and 3.5 as well. Here there are no powers, decimals, names,
+implicit products or comments. Values are exact fractions.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from fractions import Fraction
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 40
 
-_SYMBOLS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "·": "*", "⋅": "*"})
-_COMMANDS = {"times": "*", "div": "/", "cdot": "*", "frac": "frac", "dfrac": "frac", "tfrac": "frac"}
-_IGNORED_COMMANDS = {"left", "right"}
-_TOKEN = re.compile(r"[ \t\r\n]*(?:(?P<integer>[0-9]+)|\\(?P<command>[A-Za-z]+)|(?P<symbol>[-+*/(){}]))")
+_SYMBOLS = str.maketrans("×·⋅∗•＊÷／−–—－＋（）＝", "******//----+()=")
+_COMMANDS = {"times": "*", "cdot": "*", "ast": "*", "div": "/", "frac": "frac", "dfrac": "frac", "tfrac": "frac"}
+_IGNORED_COMMANDS = {"left", "right", "quad", "qquad"}
+_SPACE = re.compile(r"(?:[ \t\r\n]|\\[,:;! ])*")
+_TOKEN = re.compile(r"(?P<integer>[0-9]+)|\\(?P<command>[A-Za-z]+)|(?P<symbol>[-+*/(){}])")
 _INTEGER = re.compile(r"0|[1-9][0-9]*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_AROUND = (("**", "**"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
 class NotArithmeticError(ValueError):
@@ -51,36 +58,36 @@ def answer_of(text: str) -> str:
     if start >= 0:
         start += len("<answer>")
         return text[start : text.index("</answer>", start)]
-    start = text.rfind("\\boxed{")
+    start = max(text.rfind("\\boxed{"), text.rfind("\\boxed {"))
     if start >= 0:
-        return _braced(text, start + len("\\boxed{"))
+        return braced(text, text.index("{", start) + 1)
     return text.rstrip().rpartition("\n")[2].strip().removesuffix(".")
 
 
-def _braced(text: str, start: int) -> str:
-    """The text from `start` up to the brace that closes it; empty when none does within the cap."""
+def braced(text: str, start: int) -> str:
+    r"""The text from `start` up to the brace that closes it, past `\{` and `\}`; empty if none does within the cap."""
     depth = 1
-    for end in range(start, min(len(text), start + MAX_CHARACTERS + 1)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    for match in _BRACE.finditer(text, start, start + MAX_CHARACTERS + 1):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[start:end]
+            return text[start : match.start()]
     return ""
 
 
-def without_result(answer: str, result: int) -> str:
-    """An answer without mathematics delimiters and without `= result` at its end or `result =` at its start."""
-    if len(answer) > MAX_CHARACTERS:
-        return answer
-    answer = answer.strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        if len(answer) >= len(opening + closing) and answer.startswith(opening) and answer.endswith(closing):
-            answer = answer[len(opening) : -len(closing)].strip()
-    left, equals, right = answer.partition("=")
-    if not equals:
-        return answer
-    if right.strip() == str(result):
-        return left
-    return right if left.strip() == str(result) else answer
+def parse_equation(text: str) -> list[Expression]:
+    """The sides of an answer such as `44 + 19 + 35 = 98.`, or of one without `=`; marks around the whole are left out.
+
+    Whether the sides are equal is left to the caller.
+
+    Raises:
+        NotArithmeticError: a side that `parse` refuses, or a text too long.
+    """
+    _refuse_long(text)
+    text = text.translate(_SYMBOLS).strip().removesuffix(".")
+    for opening, closing in _AROUND:
+        if len(text) >= len(opening + closing) and text.startswith(opening) and text.endswith(closing):
+            text = text[len(opening) : -len(closing)].strip().removesuffix(".")
+    return [parse(side) for side in text.replace("==", "=").split("=")]
 
 
 def parse(text: str) -> Expression:
@@ -89,8 +96,7 @@ def parse(text: str) -> Expression:
     Raises:
         NotArithmeticError: anything outside the grammar, a division by zero, a text too long or nested too deeply.
     """
-    if len(text) > MAX_CHARACTERS:
-        raise NotArithmeticError("too long")
+    _refuse_long(text)
     parser = _Parser(_tokens(text.translate(_SYMBOLS)))
     value = parser.expression(0)
     if parser.peek():
@@ -98,14 +104,18 @@ def parse(text: str) -> Expression:
     return Expression(value, tuple(parser.numbers), frozenset(parser.operators), parser.integral)
 
 
+def _refuse_long(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise NotArithmeticError("too long")
+
+
 def _tokens(text: str) -> list[str]:
-    text = text.rstrip(" \t\r\n")
-    tokens, position = [], 0
+    tokens, position = [], _after_space(text, 0)
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
             raise NotArithmeticError(f"unexpected {text[position]!r}")
-        position = match.end()
+        position = _after_space(text, match.end())
         command = match["command"]
         if command in _IGNORED_COMMANDS:
             continue
@@ -113,6 +123,12 @@ def _tokens(text: str) -> list[str]:
             raise NotArithmeticError(f"unknown command {command!r}")
         tokens.append(_COMMANDS[command] if command is not None else match["integer"] or match["symbol"])
     return tokens
+
+
+def _after_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    assert match is not None, "matches nothing, too"
+    return match.end()
 
 
 class _Parser:
@@ -162,6 +178,14 @@ class _Parser:
         return value
 
     def factor(self, depth: int) -> Fraction:
+        if self.peek() not in ("+", "-"):
+            return self.unsigned(depth)
+        sign = self.take()
+        self.operators.add(sign)
+        value = self.unsigned(depth)
+        return -value if sign == "-" else value
+
+    def unsigned(self, depth: int) -> Fraction:
         token = self.take()
         if token == "(":
             value = self.expression(depth + 1)

@@ -1,13 +1,16 @@
 """Tool calls as models write them, read strictly: one malformed call, and the whole answer counts for nothing.
 
     hermes  <tool_call>{"name": "f", "arguments": {..}}</tool_call>, a block per call   Qwen2, Qwen2.5, Qwen3
-    llama   {"name": "f", "parameters": {..}}; {..}, perhaps after <|python_tag|>       Llama 3.1, 3.2
+    llama   {"name": "f", "parameters": {..}}; {..}, with ; or , or white space         Llama 3.1, 3.2
+            between calls and perhaps a ; at the end, or a list of calls, alone in the
+            answer or after its <|python_tag|>; or one call or list in its one fence
     json    {"name": "f", "arguments": {..}}, or a list of such objects, alone in the   Phi-3.5 and others
             answer or in its one ```json fence
 
-A call has exactly those two keys. Its arguments are an object, or the text of one. JSON is what RFC 8259 says: no NaN
-or Infinity, no key twice in an object, no number beyond a double, nothing after the value. A <think>..</think> block at
-the start of an answer is passed over, and so is prose around Hermes blocks and around a fence.
+Llama's ways to write several calls are those that the Berkeley leaderboard or vLLM reads as well. A call has exactly
+those two keys. Its arguments are an object, or the text of one. JSON is what RFC 8259 says: no NaN or Infinity, no key
+twice in an object, no number beyond a double, nothing after the value. A <think>..</think> block at the start of an
+answer is passed over, and so is prose around Hermes blocks and around a fence.
 """
 
 from __future__ import annotations
@@ -29,8 +32,11 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _THINK, _THOUGHT = "<think>", "</think>"
 _PYTHON_TAG = "<|python_tag|>"
 _BACKTICKS = "```"
-_FENCE = re.compile(r"```(?:json)?(?=[ \t\r\n]*[\[{])")
+_BRACKETS = ("{", "[")
+_FENCE = re.compile(r"```(?:json|JSON)?(?=[ \t\r\n]*[\[{])")
 _SPACE = re.compile(r"[ \t\r\n]*")
+_BETWEEN = re.compile(r"(?:[;,][ \t\r\n]*|(?<=[ \t\r\n]))(?=\{)")
+_BYTE_ORDER_MARK = "\ufeff"
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 
@@ -56,7 +62,7 @@ def read_calls(text: str, form: str = "auto") -> list[Call]:
     Raises:
         NotCallsError: anything that the format does not allow, or an answer too long or nested too deeply.
     """
-    answer = _after_thought(text)
+    answer = _after_thought(text.removeprefix(_BYTE_ORDER_MARK))
     if len(answer) > MAX_CHARACTERS:
         raise NotCallsError("too long")
     answer = answer.strip()
@@ -64,9 +70,11 @@ def read_calls(text: str, form: str = "auto") -> list[Call]:
     if form == "hermes":
         return [_call(value, "arguments") for value in _blocks(answer)]
     if form == "llama":
-        return [_call(value, "parameters") for value in _separated(answer.removeprefix(_PYTHON_TAG))]
-    value = parse_json(answer) if answer[:1] in ("{", "[") else _fenced(answer)
-    return [_call(one, "arguments") for one in (value if isinstance(value, list) else [value])]
+        bare = answer.startswith((*_BRACKETS, _PYTHON_TAG))
+        values = _separated(answer.removeprefix(_PYTHON_TAG)) if bare else _listed(_fenced(answer))
+        return [_call(value, "parameters") for value in values]
+    value = parse_json(answer) if answer.startswith(_BRACKETS) else _fenced(answer)
+    return [_call(one, "arguments") for one in _listed(value)]
 
 
 def parse_json(text: str) -> Any:
@@ -92,13 +100,17 @@ def _after_thought(text: str) -> str:
 
 
 def _form_of(answer: str) -> str:
-    """The format that an answer's own markers speak of."""
-    if answer.startswith("{"):
-        first, _ = _value_at(answer, 0)
-        return "llama" if "parameters" in first else "json"
+    """The format that an answer's own markers, or else the keys of its first call, speak of."""
     if answer.startswith(_PYTHON_TAG):
         return "llama"
-    return "hermes" if _OPEN in answer and not answer.startswith("[") else "json"
+    start = 0
+    if not answer.startswith(_BRACKETS):
+        if _OPEN in answer:
+            return "hermes"
+        start = _fence(answer)
+    value, _ = _value_at(answer, start)
+    first = value[0] if isinstance(value, list) and value else value
+    return "llama" if isinstance(first, dict) and "parameters" in first else "json"
 
 
 def _blocks(answer: str) -> Iterator[Any]:
@@ -117,24 +129,38 @@ def _blocks(answer: str) -> Iterator[Any]:
     _refuse_marker(_CLOSE, answer[end:])
 
 
-def _separated(answer: str) -> Iterator[Any]:
-    """Values with semicolons between them; a semicolon in a string is part of it."""
+def _separated(answer: str) -> list[Any]:
+    """The values in a list, or one or more with a semicolon, a comma or white space between them."""
+    answer = answer.strip().removesuffix(";")
+    if answer.startswith("["):
+        return _listed(parse_json(answer))
     value, end = _value_at(answer, 0)
-    yield value
+    values = [value]
     while end < len(answer):
-        if answer[end] != ";":
+        between = _BETWEEN.match(answer, end)
+        if between is None:
             raise NotCallsError(f"text after a call: {answer[end : end + 20]!r}")
-        value, end = _value_at(answer, end + 1)
-        yield value
+        value, end = _value_at(answer, between.end())
+        values.append(value)
+    return values
 
 
-def _fenced(answer: str) -> Any:
-    """The value in the only fence of an answer."""
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _fence(answer: str) -> int:
+    """Where the value in the only fence of an answer begins."""
     fence = _FENCE.search(answer)
     if fence is None:
         raise NotCallsError("no call")
     _refuse_marker(_BACKTICKS, answer[: fence.start()])
-    value, end = _value_at(answer, fence.end())
+    return fence.end()
+
+
+def _fenced(answer: str) -> Any:
+    """The value in the only fence of an answer."""
+    value, end = _value_at(answer, _fence(answer))
     if not answer.startswith(_BACKTICKS, end):
         raise NotCallsError(f"text after the call: {answer[end : end + 20]!r}")
     _refuse_marker(_BACKTICKS, answer[end + len(_BACKTICKS) :])

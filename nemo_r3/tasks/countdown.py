@@ -20,12 +20,12 @@ from typing import overload
 
 from nemo_r3.config.option import option
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.tasks.arithmetic import NotArithmeticError, answer_of, parse, without_result
+from nemo_r3.tasks.arithmetic import Expression, NotArithmeticError, answer_of, parse_equation
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import fill
 from nemo_r3.types import Problem
 
-VERIFIER_VERSION = 1
+VERIFIER_VERSION = 2
 PLACEHOLDERS = ("numbers", "target")
 WORDING = Wording(
     task="Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
@@ -144,17 +144,21 @@ class Countdown:
         return self.splits[split]
 
     def verify(self, problem: Problem, text: str) -> bool:
-        """Whether the answer in `text` equals the target exactly and uses every given number exactly once."""
-        target = problem.data["target"]
+        """Whether the answer in `text` makes the target: each side of its equation, or the one expression that it is,
+        equals the target exactly, and one of them uses every given number exactly once."""
         try:
-            answer = parse(without_result(answer_of(text), target))
+            sides = parse_equation(answer_of(text))
         except NotArithmeticError:
             return False
+        target = problem.data["target"]
+        return all(side.value == target for side in sides) and any(self._is_made_of(problem, side) for side in sides)
+
+    def _is_made_of(self, problem: Problem, side: Expression) -> bool:
+        """Whether an expression uses the given numbers, each exactly once, in ways that the options allow."""
         return (
-            answer.value == target
-            and sorted(answer.numbers) == sorted(problem.data["numbers"])
-            and answer.operators <= set(self.options.operators)
-            and (answer.integral or self.options.allow_fractions)
+            sorted(side.numbers) == sorted(problem.data["numbers"])
+            and side.operators <= set(self.options.operators)
+            and (side.integral or self.options.allow_fractions)
         )
 
 

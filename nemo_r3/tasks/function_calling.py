@@ -24,7 +24,7 @@ from nemo_r3.tasks.records import Record, RecordedProblems, read_xlam
 from nemo_r3.tasks.schemas import defaults_of
 from nemo_r3.types import Problem
 
-VERIFIER_VERSION = 1
+VERIFIER_VERSION = 2
 PLACEHOLDERS = ("query",)
 WORDING = Wording(
     task="{query}",

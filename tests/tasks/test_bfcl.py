@@ -85,7 +85,8 @@ def test_gold_is_accepted_in_every_format_and_order(task, problems) -> None:
         blocks = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in reversed(calls)]
         assert task.verify(problem, "\n".join(blocks)), problem.id
         llama = [json.dumps({"name": call["name"], "parameters": call["arguments"]}) for call in calls]
-        assert task.verify(problem, "; ".join(llama)), problem.id
+        for text in ("; ".join(llama), ", ".join(llama), "\n".join(llama), f"[{', '.join(llama)}]"):
+            assert task.verify(problem, text), problem.id
 
 
 def test_every_allowed_value_is_accepted(task, problems) -> None:

@@ -1,7 +1,12 @@
 """Countdown: problems are solvable, unique and split cleanly; the verifier takes answers and nothing else."""
 
+import ast
 import json
+import operator
+import random
+import re
 import time
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -53,6 +58,26 @@ ACCEPTED = [
     "$$(8+4)*6 = 72$$",
     r"\((8+4)*6\)",
     "((((8+4))))*(6)",
+    "(8+4)*6 = 72 = 72",
+    "(8+4)*6 == 72",
+    "(8+4)*6 = 12*6 = 72",
+    "72 = 12*6 = (8+4)*6",
+    r"\boxed{(8+4)*6 = 144/2 = 72.}",
+    "<answer>(8+4)*6.</answer>",
+    r"\boxed {(8+4)*6}",
+    r"\boxed {1} no, \boxed{(8+4)*6}",
+    r"\boxed{1} no, \boxed {(8+4)*6}",
+    r"\boxed{(8 + 4)\,\ast\;6 \quad = \! 72\:}",
+    "**(8+4)*6 = 72**",
+    "`(8+4)*6`",
+    "(8+4)∗6",
+    "(8+4)•6",
+    "（8＋4）＊6＝72",
+    "+(8+4)*6",
+    "(8--4)*6",
+    "(8-(-4))*+6",
+    "-(8+4)*(-6)",
+    "(-8-4)*-6 = 72",
 ]
 
 REJECTED = [
@@ -63,8 +88,20 @@ REJECTED = [
     "8*6+24",
     "(8+4)*6 = 71",
     "71 = (8+4)*6",
-    "(8+4)*6 = 72 = 72",
-    "(8+4)*6 == 72",
+    "72 = 72",
+    "12*6 = 72",
+    "8+4 = 12*6 = 72",
+    "(8+4)*6 = 71 = 72",
+    "(8+4)*6 = 72 = 71",
+    "(8+4)*6 = 8+4 = 72",
+    "(8+4)*6 = 72 =",
+    "= (8+4)*6",
+    "(8+4)*6 === 72",
+    "(8+4)*6 = 72 = x",
+    "(8+4)*6 = 72/(1-1)",
+    "(8+4)*6 != 72",
+    "(8+4)*6 <= 72",
+    "(8+4)*6 ≈ 72",
     "x = (8+4)*6",
     "(8+4)*6*1",
     "(8+4)*6+8-8",
@@ -87,6 +124,21 @@ REJECTED = [
     "8+4*+6",
     "-8+4*6",
     "+8+4*6",
+    "-(8+4)*6",
+    "(8+4)*-6",
+    "(8---4)*6",
+    "--(8+4)*6",
+    "(8+4)**6",
+    "(8+4)*6-",
+    "(8+4)-*6",
+    "(8+4)*(-)6",
+    "-",
+    "(8++4)*6++",
+    r"(8+4)*\,",
+    r"(\,8+4\*6)",
+    "*(8+4)*6*",
+    "**(8+4)*6",
+    "(8+4)*6**",
     "(8+4)*06",
     "(8+4)*6.0",
     "(8+4)*6e0",
@@ -96,6 +148,7 @@ REJECTED = [
     "(٨+٤)*٦",
     "(８+４)*６",
     "(8+4)*6²",
+    r"(8+4)*6\,0",
     "(8+4)\x00*6",
     "\x00",
     "\ud800(8+4)*6",
@@ -152,6 +205,14 @@ TRAPS = [
     "(3+4)/(3-3)",
     "3/(4-4)",
     "4/0+3",
+    "-3+4+6",
+    "3\\,4",
+    "4 = 3+4",
+    "7 = 7",
+    "7 = 3+4 = 8",
+    "3 = 3, 4 = 4",
+    "7.0 = 3+4",
+    "3+4 = 7 if 3 else 4",
 ]
 
 DEEP = 10_000
@@ -175,6 +236,17 @@ HUGE = [
     "\n" * MILLION,
     " \n" * (MILLION // 2) + ".",
     "=" * MILLION,
+    "7=" * (MILLION // 2) + "3+4",
+    "7=" * 490 + "3+5",
+    "-" * 990 + "7",
+    "(-" * 490 + "7",
+    "\\," * MILLION,
+    "\\boxed{" + "\\," * 400 + "}",
+    "\\boxed {" * (MILLION // 8),
+    "\\boxed" + " " * MILLION + "{3+4}",
+    "\\boxed{" + "\\" * MILLION + "}",
+    "**" * (MILLION // 2),
+    "." * MILLION,
     "$" * MILLION,
     "(" * 100_000,
     "(" * 300 + "3+4" + ")" * 300,
@@ -241,6 +313,23 @@ def test_fractions_are_exact_and_may_be_refused() -> None:
     assert not countdown(allow_fractions=False).verify(problem_of(Deal((3, 2, 2), 3), ""), "3/2*2")
 
 
+def test_a_sign_is_an_operator_and_not_part_of_the_number() -> None:
+    two = problem_of(Deal((3, 5), 2), "{numbers} {target}")
+    for text in ("-3+5", "(-3)+5", "(−3)+5", "5+-3", "5 — 3", "5-(+3)", "-(3-5) = 2"):
+        assert TASK.verify(two, text)
+        assert not countdown(operators="+*").verify(two, text)
+    assert not TASK.verify(problem_of(Deal((3, 5), -2), ""), "-3+5")
+    assert TASK.verify(problem_of(Deal((3, 5), -2), ""), "3-5 = -2")
+    assert STRICT.verify(two, "5+-3")
+    assert TASK.verify(problem_of(Deal((44, 19, 35), 98), ""), "44-(-19)+35")
+
+
+def test_what_an_option_forbids_may_stand_in_another_side_only() -> None:
+    plain = countdown(operators="+*", allow_fractions=False)
+    assert plain.verify(LONG, "(8+4)*6 = 144/2 = 73-1")
+    assert not plain.verify(LONG, "(8--4)*6 = 12*6")
+
+
 def test_numbers_are_used_as_often_as_given() -> None:
     problem = problem_of(Deal((5, 5, 2), 27), "{numbers} {target}")
     assert TASK.verify(problem, "5*5+2")
@@ -260,6 +349,54 @@ def test_the_verifiers_version_names_what_bears_on_a_verdict() -> None:
 def test_no_text_raises(text: str) -> None:
     TASK.verify(SEVEN, text)
     TASK.verify(SEVEN, f"<answer>{text}</answer>")
+
+
+def by_python(text: str) -> tuple[Fraction, list[int]] | None:
+    """What Python's own grammar, of + - * / and integers alone, makes of an expression: its value and its numbers."""
+    numbers: list[int] = []
+
+    def value(node: ast.AST) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)):
+                numbers.append(number)
+                return Fraction(number)
+            case ast.UnaryOp(op=ast.UAdd() | ast.USub()):
+                return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+            case ast.BinOp():
+                return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise KeyError(node)
+
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body), numbers
+    except (SyntaxError, KeyError, ZeroDivisionError):
+        return None
+
+
+TWO_SIGNS = re.compile(r"(?:^|[-+*/(=]) *[-+] *[-+]")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def damaged(text: str, rng: random.Random) -> str:
+    for _ in range(rng.choice((0, 1, 1, 2, 3))):
+        start = rng.randrange(len(text) + 1)
+        text = text[:start] + rng.choice("0123456789+-*/()= .") + text[start + rng.choice((0, 1)) :]
+    return text
+
+
+def test_accepted_is_what_pythons_exact_arithmetic_finds_right() -> None:
+    rng = random.Random(0)
+    accepted = refused = 0
+    for _ in range(4_000):
+        hand = tuple(rng.randint(1, 12) for _ in range(rng.randint(2, 3)))
+        target, text = rng.choice(list(solutions(hand, "+-*/")))
+        text = damaged(rng.choice((text, f"{text}={target}", f"{target}={text}", f"{text}={target + 1}-1")), rng)
+        sides = [by_python(side) for side in text.strip().removesuffix(".").replace("==", "=").split("=")]
+        right = all(side and side[0] == target for side in sides)
+        right = right and any(side and sorted(side[1]) == sorted(hand) for side in sides)
+        verdict = TASK.verify(problem_of(Deal(hand, target), ""), f"\\boxed{{{text}}}")
+        assert verdict == (right and not TWO_SIGNS.search(text)), (hand, target, text)
+        accepted, refused = accepted + verdict, refused + (not verdict)
+    assert accepted > 800 and refused > 800
 
 
 @settings(max_examples=30, deadline=None)

@@ -213,7 +213,10 @@ def test_gold_is_accepted_in_every_format() -> None:
         assert TASK.verify(problem, "<think>\nhm\n</think>\n\n" + "\n".join(blocks))
         llama = [json.dumps({"name": call["name"], "parameters": call["arguments"]}) for call in calls]
         assert TASK.verify(problem, "<|python_tag|>" + "; ".join(llama))
-        assert xlam(format="llama").verify(problem, "; ".join(llama))
+        for text in ("; ".join(llama), ", ".join(llama), "\n".join(llama) + ";", f"[{','.join(llama)}]"):
+            assert TASK.verify(problem, text) and xlam(format="llama").verify(problem, text)
+            assert not TASK.verify(problem, f"{text} Done.")
+            assert not xlam(format="json").verify(problem, text)
         assert not xlam(format="hermes").verify(problem, row["answers"])
 
 
@@ -289,6 +292,7 @@ SCALARS |= st.sampled_from([0.5, 1.5, -2.5, "</tool_call>", "```", ";", '"', "\\
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3))
 CALLS = st.fixed_dictionaries({"name": NAMES, "arguments": st.dictionaries(NAMES, VALUES, max_size=3)})
 GOLDS = st.lists(CALLS, min_size=1, max_size=4)
+FORMS = ["hermes", "json", *(f"llama {between}" for between in (";", ", ", "\n", ";\n", "list"))]
 
 
 def canonical(calls) -> list[str]:
@@ -300,16 +304,18 @@ def gold_problem(calls) -> Problem:
 
 
 def rendered(calls, form: str, ascii_only: bool) -> str:
+    form, _, between = form.partition(" ")
     if form == "hermes":
         return "\n".join(f"<tool_call>{json.dumps(call, ensure_ascii=ascii_only)}</tool_call>" for call in calls)
     if form == "llama":
         named = [{"name": call["name"], "parameters": call["arguments"]} for call in calls]
-        return ";".join(json.dumps(call, ensure_ascii=ascii_only) for call in named)
+        listed = [json.dumps(call, ensure_ascii=ascii_only) for call in named]
+        return f"[{','.join(listed)}]" if between == "list" else between.join(listed)
     return json.dumps(calls, ensure_ascii=ascii_only)
 
 
-@settings(max_examples=60)
-@given(GOLDS, st.randoms(use_true_random=False), st.sampled_from(["hermes", "llama", "json"]), st.booleans())
+@settings(max_examples=120)
+@given(GOLDS, st.randoms(use_true_random=False), st.sampled_from(FORMS), st.booleans())
 def test_any_gold_is_accepted_however_it_is_written(calls, random, form: str, ascii_only: bool) -> None:
     shuffled = random.sample(calls, len(calls))
     assert TASK.verify(gold_problem(calls), rendered(shuffled, form, ascii_only))
@@ -337,7 +343,7 @@ def test_no_change_to_a_call_is_accepted(calls, data) -> None:
     else:
         changed[at] = data.draw(CALLS)
     assume(canonical(changed) != canonical(calls))
-    form = data.draw(st.sampled_from(["hermes", "llama", "json"]))
+    form = data.draw(st.sampled_from(FORMS))
     assert not TASK.verify(gold_problem(calls), rendered(changed, form, True))
 
 
@@ -351,8 +357,8 @@ def changed_value(value, data):
     return data.draw(VALUES)
 
 
-@settings(max_examples=120)
-@given(GOLDS, st.sampled_from(["hermes", "llama", "json"]), st.data())
+@settings(max_examples=300)
+@given(GOLDS, st.sampled_from(FORMS), st.data())
 def test_a_text_that_was_tampered_with_is_accepted_only_if_it_says_the_same(calls, form: str, data) -> None:
     text = rendered(calls, form, True)
     for _ in range(data.draw(st.integers(1, 3))):

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.tasks import load
+from nemo_r3.tasks import functions, load
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Problem
 
@@ -97,6 +97,12 @@ def test_the_verifiers_stamp_follows_the_file_and_its_options(write: Write) -> N
         write(OPTIONS, VERIFY.replace(" in ", " not in ")).verifier,
     ]
     assert len(set(stamps)) == 3 and write(OPTIONS, VERIFY).verifier == stamps[0]
+
+
+def test_the_verifiers_stamp_follows_what_verifiers_are_made_of(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    stamp = write(PROBLEMS, VERIFY).verifier
+    monkeypatch.setattr(functions, "HELPERS_VERSION", functions.HELPERS_VERSION + 1)
+    assert write(PROBLEMS, VERIFY).verifier != stamp
 
 
 GIVES = "from nemo_r3.types import Problem\ndef problems(split):\n    "
@@ -185,6 +191,11 @@ def test_a_users_module_leaves_the_working_directory_where_it_was(write: Write) 
 def test_a_verifier_that_gives_no_verdict_is_refused_at_load(write: Write, body: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"task\.name: .*{message}"):
         write(PROBLEMS, f"\ndef verify(problem, text):\n    {body}\n")
+
+
+def test_a_verifier_is_tried_on_every_problem_at_load(write: Write) -> None:
+    with pytest.raises(UserError, match=r"said\.verify raised KeyError .* in .*said\.py:8 on .* problem 'test-1'"):
+        write(PROBLEMS, "\ndef verify(problem, text):\n    return bool({'train-1': text}[problem.id])\n")
 
 
 def test_a_verifier_that_fails_later_stops_with_its_problem(write: Write) -> None:
