@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from nemo_r3 import signals
 from nemo_r3.actor.checkpoint_writer import ThreadedSave
-from nemo_r3.actor.cpu import on_any_device
+from nemo_r3.actor.cpu import cuda_stand_in
 from nemo_r3.actor.manifest import (
     UNREADABLE,
     WRITING,
@@ -79,7 +79,7 @@ def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], k
         return finish(begin(policy, directory, step, state), keep)
 
 
-@on_any_device
+@cuda_stand_in()
 def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], background: bool = False) -> Saving:
     """Begins to write `directory/step_<step>`, which counts once `finish` has returned.
 
@@ -112,7 +112,7 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
     return saving
 
 
-@on_any_device
+@cuda_stand_in()
 def finish(saving: Saving, keep: int) -> Path:
     """Waits for the shards of all ranks, then makes the checkpoint count and removes all but the newest `keep`.
 
@@ -266,7 +266,7 @@ def _cause(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-@on_any_device
+@cuda_stand_in()
 def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     """Restores a checkpoint of any layout into the policy; one that is seen to be damaged leaves it as it was.
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-P = ParamSpec("P")
 R = TypeVar("R")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -88,20 +87,11 @@ def _keep_freed_memory() -> None:
     malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def cuda_stand_in() -> AbstractContextManager[Any]:
-    """A context in which megatron-core may say "cuda"; does nothing where CUDA is available."""
-    return nullcontext() if torch.cuda.is_available() else _CudaNamesToCpu()
-
-
-def on_any_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a function that calls megatron-core inside `cuda_stand_in()`."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with cuda_stand_in():
-            return function(*args, **kwargs)
-
-    return wrapped
+@contextmanager
+def cuda_stand_in() -> Iterator[None]:
+    """A block, or with `@` a function, in which megatron-core may say "cuda"; does nothing where CUDA is available."""
+    with nullcontext() if torch.cuda.is_available() else _CudaNamesToCpu():
+        yield
 
 
 def on_any_device_stream(iterator: Iterator[R]) -> Iterator[R]:
