@@ -130,18 +130,20 @@ def shard(row: NameRow, full: Tensor, rank: int, size: int) -> Tensor:
     return full.chunk(size, dim=row.cut)[rank]
 
 
-def join(row: NameRow, parts: Sequence[Tensor]) -> Tensor:
-    """The inverse of `shard`: every rank's part -> the full megatron tensor."""
-    if row.cut is None or len(parts) == 1:
-        return parts[0]
+def join(row: NameRow, parts: Tensor, size: int) -> Tensor:
+    """The parts of all `size` ranks, one after the other along axis 0 -> the full megatron tensor, contiguous.
+
+    Without a `cut`, any rank's part is the full tensor.
+    """
     if row.kind == "gate_up":
-        halves = zip(*(part.chunk(2, dim=0) for part in parts), strict=True)
-        return torch.cat([piece for half in halves for piece in half])
-    return torch.cat(list(parts), dim=row.cut)
+        return parts.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
+    if row.cut == 1:
+        return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1).contiguous()
+    return parts
 
 
 def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:
-    """The shape of a row's full megatron tensor, for ranks that do not hold it."""
+    """The shape of a row's full megatron tensor."""
     hidden, head = arch.hidden_size, arch.head_dim
     if row.kind == "vocab":
         return (arch.padded_vocab(tensor_parallel), hidden)
@@ -157,6 +159,14 @@ def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[
     if row.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")):
         return (head,)
     return (hidden,)
+
+
+def part_shape(row: NameRow, arch: Architecture, size: int) -> tuple[int, ...]:
+    """The shape of each of the `size` parts of a row's megatron tensor."""
+    shape = list(full_shape(row, arch, size))
+    if row.cut is not None:
+        shape[row.cut] //= size
+    return tuple(shape)
 
 
 def count_parameters(arch: Architecture) -> int:
