@@ -61,22 +61,21 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
     Raises:
         ConfigError: no safetensors, an unreadable one, or a tensor that is missing or of another shape.
     """
-    checkpoint = HFTensors(path)
-    checkpoint.check(arch)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     mine = parameters_by_name(model, arch)
-    for row in names.rows(arch):
-        signals.alive()
-        targets = [mine[row.megatron]] if row.megatron in mine else []
-        if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
-            targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
-        if not targets:
-            continue
-        full = names.merge(row, [checkpoint.read(name) for name in row.hf], arch, tp_size)
-        part = names.shard(row, full, tp_rank, tp_size)
-        for target in targets:
-            with torch.no_grad():
+    with HFTensors(path) as checkpoint, torch.no_grad():
+        checkpoint.check(arch)
+        for row in names.rows(arch):
+            signals.alive()
+            targets = [mine[row.megatron]] if row.megatron in mine else []
+            if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
+                targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
+            if not targets:
+                continue
+            pieces = [checkpoint.read(*piece) for piece in names.pieces(row, arch, tp_rank, tp_size)]
+            part = names.merge(row, pieces, arch, tp_size)
+            for target in targets:
                 target.copy_(part)
 
 
