@@ -1,6 +1,6 @@
 """Refit: the actor's weights into this rank's vLLM engine, after every update.
 
-    actor shard --gather tensor parts, pass on to other stages--> full tensor --> vLLM, which takes its own part
+    actor shard --pass on to other stages, gather tensor parts--> full tensor --> vLLM, which takes its own part
 
 One tensor at a time: the whole model never stands beside itself. Every rank takes part in lockstep.
 """

@@ -1,8 +1,9 @@
 """Weights in and out of this rank's shard, through the family's two-way name table.
 
 `load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep:
-for each row of the table the owning pipeline stage gathers its tensor-parallel parts and hands the full tensor
-to the other stages, so no rank ever holds more than one full parameter beside its shard.
+for each row of the table the ranks of the owning pipeline stage hand their parts to their peers in the other stages,
+then every stage gathers the full tensor from its tensor-parallel ranks. So only parts travel between stages, which are
+on other nodes, and no rank ever holds more than one full parameter beside its shard.
 """
 
 from __future__ import annotations
@@ -60,22 +61,21 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
     Raises:
         ConfigError: no safetensors, an unreadable one, or a tensor that is missing or of another shape.
     """
-    checkpoint = HFTensors(path)
-    checkpoint.check(arch)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     mine = parameters_by_name(model, arch)
-    for row in names.rows(arch):
-        signals.alive()
-        targets = [mine[row.megatron]] if row.megatron in mine else []
-        if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
-            targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
-        if not targets:
-            continue
-        full = names.merge(row, [checkpoint.read(name) for name in row.hf], arch, tp_size)
-        part = names.shard(row, full, tp_rank, tp_size)
-        for target in targets:
-            with torch.no_grad():
+    with HFTensors(path) as checkpoint, torch.no_grad():
+        checkpoint.check(arch)
+        for row in names.rows(arch):
+            signals.alive()
+            targets = [mine[row.megatron]] if row.megatron in mine else []
+            if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
+                targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
+            if not targets:
+                continue
+            pieces = [checkpoint.read(*piece) for piece in names.pieces(row, arch, tp_rank, tp_size)]
+            part = names.merge(row, pieces, arch, tp_size)
+            for target in targets:
                 target.copy_(part)
 
 
@@ -90,11 +90,11 @@ def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tenso
         owner = _owner_stage(row, arch, pp_size)
         if owner == dist.get_rank(pp_group):
             part = mine[row.megatron].detach().contiguous()
-            full = names.join(row, _gather(part, tp_group, tp_size) if row.cut is not None else [part]).contiguous()
         else:
-            full = torch.empty(names.full_shape(row, arch, tp_size), dtype=sample.dtype, device=sample.device)
+            part = torch.empty(names.part_shape(row, arch, tp_size), dtype=sample.dtype, device=sample.device)
         if pp_size > 1:
-            dist.broadcast(full, src=dist.get_global_rank(pp_group, owner), group=pp_group)
+            dist.broadcast(part, src=dist.get_global_rank(pp_group, owner), group=pp_group)
+        full = part if row.cut is None else names.join(row, _gather(part, tp_group, tp_size), tp_size)
         yield from zip(row.hf, names.split(row, full, arch), strict=True)
 
 
@@ -104,9 +104,10 @@ def _owner_stage(row: names.NameRow, arch: Architecture, stages: int) -> int:
     return 0 if row.megatron == EMBEDDING else stages - 1
 
 
-def _gather(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
+def _gather(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+    """The parts of all ranks, one after the other along axis 0."""
     if size == 1:
-        return [part]
-    parts = [torch.empty_like(part) for _ in range(size)]
-    dist.all_gather(parts, part, group=group)
+        return part
+    parts = part.new_empty(size * part.shape[0], *part.shape[1:])
+    dist.all_gather_into_tensor(parts, part, group=group)
     return parts

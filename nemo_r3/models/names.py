@@ -1,10 +1,10 @@
 """The two-way name table: one row per megatron-core parameter serves loading, refit and export.
 
-    Hugging Face tensors  --merge-->  one full megatron tensor  --shard-->  this rank's part
-                          <--split--                            <--join---
+    Hugging Face tensors  --pieces, merge-->  every rank's part of a megatron tensor
+                          <------split------  one full megatron tensor  <--join--
 
-`merge`/`split` and `shard`/`join` are exact inverses (they only copy and reorder), so a checkpoint survives
-the round trip bit for bit.
+All of them only copy and reorder, and what they give together is what they were given: a checkpoint survives the
+round trip bit for bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from nemo_r3.models.architecture import Architecture
+
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -80,32 +82,59 @@ def fused_norm_name(name: str) -> str:
     )
 
 
-def merge(row: NameRow, tensors: Sequence[Tensor], arch: Architecture, tensor_parallel: int) -> Tensor:
-    """Hugging Face tensors -> the full megatron tensor of a row, of any dtype.
+def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple[str, Index]]:
+    """Where in a row's Hugging Face tensors that lies which tensor-parallel rank `rank` of `size` holds.
 
-    - qkv: [heads * head_dim, hidden] and twice [kv_heads * head_dim, hidden], or all three in one tensor ->
-      [kv_heads * (heads / kv_heads + 2) * head_dim, hidden]: for each key/value head its queries, its key, its value.
-      Biases are the same without hidden.
-    - gate_up: twice [ffn_hidden, hidden], or both in one -> [2 * ffn_hidden, hidden].
-    - vocab: [vocab_size, hidden] -> [padded_vocab, hidden], padded with zeros.
+    Names and indices into the tensors, in the order of `merge`. A fused tensor has one for each of the tensors that it
+    is made of. The vocabulary's may end beyond the tensor, as slices may.
+    """
+    if row.cut is None:
+        return [(name, (slice(None),)) for name in row.hf]
+    query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    lengths = {"qkv": [query, key, key], "gate_up": [arch.ffn_hidden_size] * 2}.get(row.kind)
+    lengths = lengths or [full_shape(row, arch, size)[row.cut]]
+    fused = len(row.hf) < len(lengths)
+    found = []
+    for number, length in enumerate(lengths):
+        start = rank * (length // size) + (sum(lengths[:number]) if fused else 0)
+        index = *[slice(None)] * row.cut, slice(start, start + length // size)
+        found.append((row.hf[0 if fused else number], index))
+    return found
+
+
+def merge(row: NameRow, pieces: Sequence[Tensor], arch: Architecture, size: int) -> Tensor:
+    """A rank's `pieces` -> its part of the megatron tensor, one of `size` equal ones; of any dtype.
+
+    - qkv: [heads / size * head_dim, hidden] and twice [kv_heads / size * head_dim, hidden] ->
+      [kv_heads / size * (heads / kv_heads + 2) * head_dim, hidden]: for each key/value head its queries, its key, its
+      value. Biases are the same without hidden.
+    - gate_up: twice [ffn_hidden / size, hidden] -> [2 * ffn_hidden / size, hidden].
+    - vocab: at most [padded_vocab / size, hidden] -> [padded_vocab / size, hidden], padded with zeros.
     """
     if row.kind == "qkv":
-        if len(tensors) == 1:
-            query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-            tensors = tensors[0].split([query, key, key])
-        groups = [tensor.unflatten(0, (arch.num_kv_heads, -1)) for tensor in tensors]
+        groups = [piece.unflatten(0, (arch.num_kv_heads // size, -1)) for piece in pieces]
         return torch.cat(groups, dim=1).flatten(0, 1)
     if row.kind == "gate_up":
-        return torch.cat(list(tensors), dim=0)
-    (tensor,) = tensors
-    if row.kind == "vocab":
-        padding = arch.padded_vocab(tensor_parallel) - arch.vocab_size
-        return torch.cat([tensor, tensor.new_zeros(padding, tensor.shape[1])]) if padding else tensor
-    return tensor
+        return torch.cat(list(pieces))
+    (piece,) = pieces
+    padding = arch.padded_vocab(size) // size - len(piece) if row.kind == "vocab" else 0
+    return torch.cat([piece, piece.new_zeros(padding, piece.shape[1])]) if padding else piece
+
+
+def join(row: NameRow, parts: Tensor, size: int) -> Tensor:
+    """The parts of all `size` ranks, one after the other along axis 0 -> the full megatron tensor, contiguous.
+
+    Without a `cut`, any rank's part is the full tensor.
+    """
+    if row.kind == "gate_up":
+        return parts.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
+    if row.cut == 1:
+        return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1).contiguous()
+    return parts
 
 
 def split(row: NameRow, full: Tensor, arch: Architecture) -> list[Tensor]:
-    """The inverse of `merge`: the full megatron tensor -> its Hugging Face tensors."""
+    """The full megatron tensor, padded or not -> its Hugging Face tensors."""
     if row.kind == "qkv":
         query = arch.num_heads // arch.num_kv_heads * arch.head_dim
         parts = full.unflatten(0, (arch.num_kv_heads, -1)).split([query, arch.head_dim, arch.head_dim], dim=1)
@@ -118,30 +147,8 @@ def split(row: NameRow, full: Tensor, arch: Architecture) -> list[Tensor]:
     return [full]
 
 
-def shard(row: NameRow, full: Tensor, rank: int, size: int) -> Tensor:
-    """The part of a full megatron tensor that tensor-parallel rank `rank` of `size` holds: 1/size of axis `cut`.
-
-    Of gate_up it is 1/size of the gate, then 1/size of the up projection.
-    """
-    if row.cut is None or size == 1:
-        return full
-    if row.kind == "gate_up":
-        return torch.cat([half.chunk(size, dim=0)[rank] for half in full.chunk(2, dim=0)])
-    return full.chunk(size, dim=row.cut)[rank]
-
-
-def join(row: NameRow, parts: Sequence[Tensor]) -> Tensor:
-    """The inverse of `shard`: every rank's part -> the full megatron tensor."""
-    if row.cut is None or len(parts) == 1:
-        return parts[0]
-    if row.kind == "gate_up":
-        halves = zip(*(part.chunk(2, dim=0) for part in parts), strict=True)
-        return torch.cat([piece for half in halves for piece in half])
-    return torch.cat(list(parts), dim=row.cut)
-
-
 def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:
-    """The shape of a row's full megatron tensor, for ranks that do not hold it."""
+    """The shape of a row's full megatron tensor."""
     hidden, head = arch.hidden_size, arch.head_dim
     if row.kind == "vocab":
         return (arch.padded_vocab(tensor_parallel), hidden)
@@ -157,6 +164,14 @@ def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[
     if row.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")):
         return (head,)
     return (hidden,)
+
+
+def part_shape(row: NameRow, arch: Architecture, size: int) -> tuple[int, ...]:
+    """The shape of each of the `size` parts of a row's megatron tensor."""
+    shape = list(full_shape(row, arch, size))
+    if row.cut is not None:
+        shape[row.cut] //= size
+    return tuple(shape)
 
 
 def count_parameters(arch: Architecture) -> int:

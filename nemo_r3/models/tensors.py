@@ -16,10 +16,15 @@ from nemo_r3.errors import ConfigError
 from nemo_r3.files import read_json_object
 from nemo_r3.models import names
 from nemo_r3.models.architecture import Architecture
+from nemo_r3.models.names import Index
 
 
 class HFTensors:
-    """Reads single tensors of a Hugging Face checkpoint directory (safetensors, one file or many)."""
+    """Reads parts of single tensors of a Hugging Face checkpoint directory (safetensors, one file or many).
+
+    For a `with` statement. A file stays open, and mapped into memory, until another one is read: a checkpoint's tensors
+    lie in the order of its layers, and what was read of all files would count as this process's memory.
+    """
 
     def __init__(self, path: Path) -> None:
         """Finds out which file holds which tensor.
@@ -28,6 +33,8 @@ class HFTensors:
             ConfigError: there are no safetensors, or no such list can be read.
         """
         self.path = path
+        self._file = ""
+        self._handle: Any = None
         index = path / "model.safetensors.index.json"
         if index.is_file():
             self.files = _weight_map(index)
@@ -36,6 +43,12 @@ class HFTensors:
                 self.files = dict.fromkeys(handle.keys(), "model.safetensors")
         else:
             raise ConfigError(f"model.path: {path} has no model.safetensors (pickled weights are not read)")
+
+    def __enter__(self) -> HFTensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file, self._handle = "", None
 
     def check(self, arch: Architecture) -> None:
         """Reads the headers of all files.
@@ -56,14 +69,14 @@ class HFTensors:
                             f"model.path: {self.path}: {name} has shape {found}, config.json says {tuple(shape)}"
                         )
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU.
+    def read(self, name: str, index: Index) -> Tensor:
+        """What `index` selects of a tensor, on the CPU: a view of the mapped file, which is read where it is used.
 
         Raises:
             ConfigError: it is missing, or its file cannot be read.
         """
         with self._open(self._file_of(name)) as handle:
-            tensor: Tensor = handle.get_tensor(name)
+            tensor: Tensor = handle.get_slice(name)[index]
         return tensor
 
     def _file_of(self, name: str) -> str:
@@ -74,8 +87,10 @@ class HFTensors:
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         try:
-            with safe_open(self.path / file, framework="pt") as handle:
-                yield handle
+            if file != self._file:
+                self._handle = safe_open(self.path / file, framework="pt")
+                self._file = file
+            yield self._handle
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"model.path: {self.path / file} cannot be read ({error})") from error
 

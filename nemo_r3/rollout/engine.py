@@ -73,7 +73,8 @@ class Engine:
         """
         assert dist.is_initialized(), "runtime.start comes before Engine.start"
         rollout, arch = config.rollout, architecture_of(model_dir)
-        HFTensors(model_dir).check(arch)  # vLLM would say the same in a traceback
+        with HFTensors(model_dir) as checkpoint:
+            checkpoint.check(arch)  # vLLM would say the same in a traceback
         on_cuda = not current_platform.is_cpu()
         if not on_cuda and rollout.tensor_parallel > 1:
             _remove_stale_memory(rollout.tensor_parallel)

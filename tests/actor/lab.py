@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from data import LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, sequences
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
@@ -29,6 +32,7 @@ from nemo_r3.actor.model import start_parallel_groups
 from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import Config
+from nemo_r3.models import names
 from nemo_r3.runtime import World
 from nemo_r3.types import Phase
 
@@ -178,8 +182,13 @@ class Lab:
         return errors
 
     def export_facts(self, policy: Policy, kind: str) -> dict[str, Any]:
-        ours, theirs = self.weights(policy), load_file(self.home / kind / "model.safetensors")
+        with patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast:
+            ours, theirs = self.weights(policy), load_file(self.home / kind / "model.safetensors")
+        tensor_parallel = policy.config.actor.tensor_parallel
+        parts = [names.part_shape(row, policy.arch, tensor_parallel) for row in names.rows(policy.arch)]
         return {
+            "broadcast": sum(call.args[0].numel() for call in broadcast.call_args_list),
+            "part": sum(map(math.prod, parts)),
             "same_names": ours.keys() == theirs.keys(),
             "bit_exact": all(torch.equal(ours[name], theirs[name]) for name in ours.keys() & theirs.keys()),
             "tensors": len(ours),

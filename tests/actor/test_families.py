@@ -23,6 +23,12 @@ def test_a_checkpoint_survives_loading_and_export_bit_for_bit(every: dict[str, A
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_an_export_hands_only_parts_to_other_stages(every: dict[str, Any], name: str) -> None:
+    facts = every[name]["export"]
+    assert facts["broadcast"] == (facts["part"] if "pp2" in name else 0)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_an_update_equals_a_plain_loop_on_transformers(one: Any, every: dict[str, Any], name: str) -> None:
     kind = name.split("-")[2]
     (expected,) = one.found[f"plain-family-{kind}"]

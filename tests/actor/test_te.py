@@ -44,8 +44,7 @@ def expected(arch: Architecture, number: int, tensor_parallel: int, pipeline_par
         owner = row.layer // (arch.num_layers // pipeline_parallel) if row.layer is not None else None
         owner = ends.get(row.megatron, pipeline_parallel - 1) if owner is None else owner
         if owner == number:
-            whole = torch.empty(full_shape(row, arch, tensor_parallel), device="meta")
-            here[row.megatron] = list(names.shard(row, whole, 0, tensor_parallel).shape)
+            here[row.megatron] = list(names.part_shape(row, arch, tensor_parallel))
     if arch.tied and 0 < number == pipeline_parallel - 1:  # the last stage's copy
         here["output_layer.weight"] = [arch.padded_vocab(tensor_parallel) // tensor_parallel, arch.hidden_size]
     return here

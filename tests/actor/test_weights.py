@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from nemo_r3.actor import weights
 from nemo_r3.actor.weights import HFTensors, load_hf
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import Architecture, names
+from nemo_r3.models import Architecture, names, tensors
 from nemo_r3.models.rope import Rope
 
 ARCH = Architecture("llama", 0, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False)
@@ -115,6 +117,81 @@ def test_a_cut_file_is_named(tmp_path: Path, size: int) -> None:
 def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
     (save(tmp_path, {}) / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in refusal(tmp_path)
+
+
+class Watched:
+    """A safetensors file that notes how many numbers of each tensor are read."""
+
+    opened: list[Path]
+    read: dict[str, int]
+
+    def __init__(self, path: Path, **how: Any) -> None:
+        self._handle = OPEN(path, **how)
+        self.opened.append(path)
+
+    def get_slice(self, name: str) -> Any:
+        self._slice, self._name = self._handle.get_slice(name), name
+        return self
+
+    def get_shape(self) -> list[int]:
+        return self._slice.get_shape()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._slice[index]
+        self.read[self._name] = self.read.get(self._name, 0) + tensor.numel()
+        return tensor
+
+
+OPEN = tensors.safe_open
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
+    Watched.opened, Watched.read = [], {}
+    monkeypatch.setattr(tensors, "safe_open", Watched)
+    return Watched
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_rank_reads_its_own_part_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: type[Watched], fused: bool
+) -> None:
+    arch = replace(ARCH, num_layers=4, qkv_bias=True, qk_norm=True, fused=fused)
+    whole = saved_in_parts(tmp_path, arch)
+    ranks: list[dict[str, nn.Parameter]] = []
+    for rank in range(2):
+        ranks.append(
+            {row.megatron: nn.Parameter(torch.empty(names.part_shape(row, arch, 2))) for row in names.rows(arch)}
+        )
+        monkeypatch.setattr(weights, "parameters_by_name", lambda *_, rank=rank: ranks[rank])
+        monkeypatch.setattr(weights.parallel_state, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(weights.parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+        load_hf(nn.Module(), arch, tmp_path)
+    for row in names.rows(arch):
+        parts = [rank[row.megatron].detach() for rank in ranks]
+        full = names.join(row, parts[0] if row.cut is None else torch.cat(parts), 2)
+        for name, tensor in zip(row.hf, names.split(row, full, arch), strict=True):
+            assert torch.equal(tensor, whole[name])
+            assert watched.read[name] == whole[name].numel() * (2 if row.cut is None else 1)  # by both ranks
+    assert len(watched.opened) == 2 * 2 * 3, "each rank opens each file to check it, and again to read it"
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(), "no file stays open"
+
+
+def saved_in_parts(path: Path, arch: Architecture) -> dict[str, torch.Tensor]:
+    """A random checkpoint in three files: what comes before the layers, the layers, what comes after them."""
+    whole: dict[str, torch.Tensor] = {}
+    files: dict[str, str] = {}
+    for row in names.rows(arch):
+        for name, tensor in zip(
+            row.hf, names.split(row, torch.randn(names.full_shape(row, arch, 1)), arch), strict=True
+        ):
+            whole[name] = tensor.clone()
+            files[name] = "layers" if row.layer is not None else row.megatron.split(".")[0]
+    files = {name: {"embedding": "1", "layers": "2"}.get(file, "3") + ".safetensors" for name, file in files.items()}
+    for file in set(files.values()):
+        save_file({name: whole[name] for name in whole if files[name] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return whole
 
 
 def test_no_safetensors_at_all_says_so(tmp_path: Path) -> None:
