@@ -28,6 +28,8 @@ from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
+MINED_BATCHES = 4
+"""Full batches per engine between two waits for the longest answers, while ever fewer places are taken."""
 COMPARED_ROWS = 8
 """How many answers of a foreign bank must read, token by token, as the text beside them."""
 ONLINE_ROUNDS = 50
@@ -177,9 +179,10 @@ class Bank:
         self._world.barrier()
 
     def _shards_at_once(self) -> int:
-        """As few as give every engine `rollout.max_num_seqs` prompts."""
+        """As few as give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""
         engines = self._world.size // self._rollout.tensor_parallel
-        return math.ceil(engines * self._rollout.max_num_seqs / (SHARD_PROBLEMS * self._config.samples_per_problem))
+        prompts = MINED_BATCHES * engines * self._rollout.max_num_seqs
+        return math.ceil(prompts / (SHARD_PROBLEMS * self._config.samples_per_problem))
 
     def read(self) -> list[BankRow]:
         """All failures that `failures.max_solve_rate` lets through, in the order of the problems, on every rank.

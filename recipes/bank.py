@@ -45,8 +45,13 @@ def open_bank(setup: Setup) -> Bank | None:
     return bank
 
 
+def is_mined(bank: Bank | None) -> bool:
+    """Whether nothing is left to mine: the bank is complete, or there is none; every rank calls it."""
+    return bank is None or bank.check()
+
+
 def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
-    """The bank's failures. Mines what is missing first: the engine holds the starting weights."""
+    """The bank's failures. Mines what is missing first: the engine must hold the starting weights."""
     if bank.check():
         return bank.read()
     problems, progress = problems_to_mine(setup.plan), setup.progress

@@ -22,7 +22,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     run, progress, config = setup.run, setup.progress, setup.plan.config
     trained = trained_checkpoint(setup)
-    policy = start_policy(setup, trains=False) if trained is not None else None
+    policy = start_policy(setup, trains=False, with_weights=False) if trained is not None else None
     rollout = start_rollout(setup)
     problems = setup.plan.task.problems("test")[: config.evaluate.problems or None]
 

@@ -6,8 +6,7 @@ Imports megatron-core: after `join`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from nemo_r3.actor.manifest import (
 )
 from nemo_r3.actor.policy import Policy
 from nemo_r3.errors import UserError
-from nemo_r3.refit import refit
 from nemo_r3.rollout import kept
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.counters import Counters
@@ -53,7 +51,9 @@ def trained_checkpoint(setup: Setup) -> Path | None:
 
 
 def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Path | None]:
-    """Continues from the run's newest sound checkpoint: policy, engine, and logs that end where it does.
+    """Continues from the run's newest sound checkpoint: the policy, and logs that end where it does.
+
+    The engine sleeps meanwhile, where it can, and is behind the policy afterwards.
 
     Returns:
         The loop's counters, and the checkpoint that kept them; new ones and None where the run has no checkpoint.
@@ -63,9 +63,8 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
     """
     counters, home, steps = Counters(), None, setup.plan.config.train.steps
     if found := setup.world.broadcast(complete(setup.run.checkpoints)):
-        rollout.engine.sleep()  # the refit below brings its weights
+        rollout.engine.sleep()
         home, manifest = _load_newest(setup, policy, found)
-        refit(policy, rollout.engine)
         counters = Counters(**manifest["state"])
         setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
         if counters.step >= steps:
@@ -97,20 +96,17 @@ def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[P
 def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Saver:
     """What saves the run's steps.
 
-    An offloaded optimizer state comes back to the device to be saved: the engine makes room for it meanwhile.
+    An offloaded optimizer state comes back to the device to be saved. The engine makes room for it, and sleeps on until
+    the refit of the next step.
     """
     config = setup.plan.config
 
-    @contextmanager
-    def room() -> Iterator[None]:
+    def make_room() -> None:
         setup.progress.during("save")
         if config.actor.offload_optimizer:
             rollout.engine.sleep()
-        yield
-        if config.actor.offload_optimizer:
-            refit(policy, rollout.engine)
 
-    return checkpoint.Saver(policy, setup.run.checkpoints, config.train, room)
+    return checkpoint.Saver(policy, setup.run.checkpoints, config.train, make_room)
 
 
 def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Starts a run's two halves, both with the starting checkpoint: the policy on megatron-core and the rollout on vLLM.
+"""Starts a run's two halves, each with the starting weights or without: the policy and the rollout.
 
 Each imports its own: that takes seconds, and not before `join` has prepared the environment.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nemo_r3.refit import refit
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.plan import Setup
 
@@ -15,17 +16,25 @@ if TYPE_CHECKING:
     from nemo_r3.rollout.engine import Engine
 
 
-def start_policy(setup: Setup, trains: bool = True) -> Policy:
-    """Builds this rank's shard of the policy."""
+def start_policy(setup: Setup, trains: bool = True, with_weights: bool = True) -> Policy:
+    """Builds this rank's shard of the policy; without weights, a checkpoint must be loaded next."""
     from nemo_r3.actor.policy import Policy
 
-    return Policy(setup.plan.config, setup.world, trains)
+    return Policy(setup.plan.config, setup.world, trains, with_weights)
 
 
-def start_rollout(setup: Setup) -> Rollout[Engine]:
-    """Starts this rank's part of a vLLM engine."""
+def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
+    """Starts this rank's part of a vLLM engine; without weights, a refit must come before anything is sampled."""
     from nemo_r3.rollout.engine import Engine
 
     plan = setup.plan
-    engine = Engine.start(plan.config, plan.model)
+    engine = Engine.start(plan.config, plan.model, with_weights)
     return Rollout(engine, setup.dialogue, plan.task, plan.config, setup.world, setup.progress)
+
+
+def refit_if_behind(setup: Setup, policy: Policy, rollout: Rollout[Engine]) -> None:
+    """A refit, if the engine has no weights or older ones than the policy; every rank calls it."""
+    if rollout.engine.version != policy.version:
+        setup.progress.during("refit")
+        with setup.run.timed("refit"):
+            refit(policy, rollout.engine)

@@ -1,8 +1,8 @@
 """The loop: reflect, retry, reward (arXiv 2505.24726).
 
+             refit                                   the policy's weights into vLLM, which has none or older ones
 failures -> reflections -> retries -> rewards        vLLM and the verifier, every rank's share
              group advantages -> one policy update   megatron-core, on the reflections' tokens only
-             refit                                   the new weights into vLLM
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from dataclasses import asdict
 from nemo_r3 import runtime, signals
 from nemo_r3.algo.batch import build_update
 from nemo_r3.errors import UserError
-from nemo_r3.refit import refit
 from nemo_r3.report import curve
-from recipes.bank import failure_source, open_bank
+from recipes.bank import failure_source, is_mined, open_bank
 from recipes.counters import reason_to_stop
 from recipes.layers import Layers
 from recipes.metrics import measures, report_memory, speed, summary, versions
 from recipes.plan import join, plan
-from recipes.start import start_policy, start_rollout
+from recipes.start import refit_if_behind, start_policy, start_rollout
 
 
 def train(argv: Sequence[str]) -> None:
@@ -31,7 +30,9 @@ def train(argv: Sequence[str]) -> None:
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.plan.config
     run.open(resuming=newest_checkpoint(setup) is not None)
     bank = open_bank(setup)
-    policy, rollout = start_policy(setup), start_rollout(setup)
+    policy, rollout = start_policy(setup), start_rollout(setup, with_weights=False)
+    if not is_mined(bank):
+        refit_if_behind(setup, policy, rollout)
     source = failure_source(setup, bank, rollout)
     counters, last_checkpoint = resume(setup, policy, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
@@ -41,6 +42,7 @@ def train(argv: Sequence[str]) -> None:
     try:
         for step in range(counters.step + 1, config.train.steps + 1):
             world.leave_if_asked()
+            refit_if_behind(setup, policy, rollout)
             runtime.seed_step(config.seed, step)
             progress.begin(f"step {step}/{config.train.steps}")
 
@@ -55,9 +57,6 @@ def train(argv: Sequence[str]) -> None:
                 with layers.watched(counters), run.timed("update"):
                     rollout.engine.sleep()
                     metrics = dict(policy.update(batch))
-                progress.during("refit")
-                with run.timed("refit"):
-                    refit(policy, rollout.engine)
 
             counters = layers.move_worst_to_bf16(counters.after(step, source.cursor, metrics, config.train))
             metrics |= speed(setup, groups, metrics) | measures(groups)

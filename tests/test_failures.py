@@ -122,7 +122,7 @@ def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("ranks", "tensor_parallel", "rounds"),
-    [(1, 1, [512, 512, 512, 4]), (8, 1, [1024, 516]), (8, 2, [512, 512, 512, 4])],
+    [(1, 1, [512, 512, 512, 4]), (2, 1, [1024, 516]), (4, 2, [1024, 516]), (8, 1, [1540])],
 )
 def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     tmp_path: Path, ranks: int, tensor_parallel: int, rounds: list[int]

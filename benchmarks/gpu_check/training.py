@@ -55,7 +55,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         "skipped_updates": sum(line["skipped"] for line in updated),
         "rollout_seconds": statistics.median(line["time/rollout"] for line in lines),
         "update_seconds": statistics.median(line["time/update"] for line in updated),
-        "refit_seconds": statistics.median(line["time/refit"] for line in updated),
+        "refit_seconds": statistics.median(line["time/refit"] for line in lines if "time/refit" in line),
     }
 
 

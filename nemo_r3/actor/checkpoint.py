@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,18 +173,16 @@ def _explained(saving: Saving) -> Iterator[None]:
 class Saver:
     """Saves a run's policy again and again, as `config.train` says."""
 
-    def __init__(
-        self, policy: Policy, directory: Path, config: TrainConfig, room: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, policy: Policy, directory: Path, config: TrainConfig, make_room: Callable[[], None]) -> None:
         """Writes nothing yet.
 
         Args:
             policy: on every rank.
             directory: the run's `checkpoints`.
             config: when to save, how many checkpoints to keep, and whether to write them in the background.
-            room: makes room on the device for the policy at work.
+            make_room: makes room on the device for the policy at work.
         """
-        self._policy, self._directory, self._config, self._room = policy, directory, config, room
+        self._policy, self._directory, self._config, self._make_room = policy, directory, config, make_room
         self._saving: Saving | None = None
         self._begun = time.monotonic()
 
@@ -209,7 +207,8 @@ class Saver:
         self.finish()
         self._begun = time.monotonic()
         background = self._config.save_in_background
-        with self._room(), self._policy.at_work():
+        self._make_room()
+        with self._policy.at_work():
             self._saving = saving = begin(self._policy, self._directory, step, state, background)
             if not background:
                 self.finish()

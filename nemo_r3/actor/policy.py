@@ -48,17 +48,20 @@ class Policy:
         version: how many optimizer steps the weights have seen; stamped on every sampled token.
     """
 
-    def __init__(self, config: Config, world: World, trains: bool = True) -> None:
+    def __init__(self, config: Config, world: World, trains: bool = True, with_weights: bool = True) -> None:
         """Builds the model and reads the starting checkpoint.
 
         Args:
             config: the run's settings.
             world: all ranks.
             trains: False leaves out gradients, optimizer, reference and FP8, for scoring and exporting.
+            with_weights: False leaves the weights to `checkpoint.load`, which must come first; not where it trains,
+                as the reference is made of them.
 
         Raises:
             ConfigError: the checkpoint does not exist or does not fit its config.json.
         """
+        assert with_weights or not trains, "a policy that trains reads the starting weights"
         cpu.prepare()
         config = config if trains else without_fp8(config)
         self.config, self.world = config, world
@@ -72,7 +75,8 @@ class Policy:
         with cpu.cuda_stand_in():
             start_parallel_groups(config)
             self.module = build_model(config, self.arch, world)
-            load_hf(self.module, self.arch, model_path(config))
+            if with_weights:
+                load_hf(self.module, self.arch, model_path(config))
             self.model: Any = self.module
             if trains:
                 self.model = wrap(self.module, config)

@@ -40,7 +40,7 @@ class ClusterConfig:
     signal_seconds: int = option(
         600,
         low=1,
-        help="seconds before the time limit to stop and save; an update with its refit and a save must fit in",
+        help="seconds before the time limit to stop and save; an update and a save must fit in",
         resume=True,
     )
     max_requeues: int = option(

@@ -1,7 +1,8 @@
 """`Engine`: vLLM inside this process, token ids in and token ids out, with weights that can be replaced.
 
     start -> (add, step)* -> sleep -> wake(weights) -> load -> wake(kv_cache) -> (add, step)* -> ...
-                             `------------ once per update; sleep and wake do nothing on a CPU ----------'
+      |                      ^------------ once per update; sleep and wake do nothing on a CPU ----------'
+      `-- without weights ---'
 
 An engine is never stopped: vLLM's shutdown destroys the default process group, which the actor still needs. It lives
 as long as its process.
@@ -38,13 +39,18 @@ KV_BLOCK = 32
 reflections on a short task would share nothing."""
 CPU_BATCHED_TOKENS = 4096
 """Most tokens of one forward pass on a CPU; prompts are never cut there, so at least a whole dialogue."""
+GPU_BATCHED_TOKENS = 8192
+"""Most tokens of one forward pass on a GPU, where prompts may be cut. vLLM's own choice is 2048 for a bare engine; its
+`LLM` takes 16384 on an H100."""
+NO_WEIGHTS = -1
+"""The version of an engine that has none: it started without, or slept."""
 
 
 class Engine:
     """One rank's part of a vLLM engine. All ranks of an engine make the same calls in the same order.
 
     Attributes:
-        version: version of the weights in use.
+        version: version of the weights in use; NO_WEIGHTS while there are none.
         max_model_len: most tokens of a prompt and its completion together.
     """
 
@@ -55,17 +61,18 @@ class Engine:
         self._llm = llm
         self._expected = {name for row in names.rows(arch) for name in row.hf}
         self._can_sleep = bool(llm.model_config.enable_sleep_mode)
-        self._weightless = False
 
     @classmethod
-    def start(cls, config: Config, model_dir: Path) -> Engine:
-        """Loads a checkpoint into a new engine. Every rank of the default group must call this.
+    def start(cls, config: Config, model_dir: Path, with_weights: bool = True) -> Engine:
+        """Starts an engine on a checkpoint. Every rank of the default group must call this.
 
         `environment.prepare` must have run before this module was imported, and torch.distributed must be initialised.
 
         Args:
             config: the run's settings.
             model_dir: Hugging Face checkpoint; its tokenizer is not read. Its weights are version 0.
+            with_weights: False does not read them: the engine sleeps, where it can, until a refit brings some. One
+                that quantises reads them all the same.
 
         Raises:
             ConfigError: the checkpoint's weights are missing, cut, or of another model.
@@ -78,33 +85,9 @@ class Engine:
         on_cuda = not current_platform.is_cpu()
         if not on_cuda and rollout.tensor_parallel > 1:
             _remove_stale_memory(rollout.tensor_parallel)
-        # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
-        in_order = steps_in_order(rollout, on_cuda)
-        args = EngineArgs(
-            model=str(model_dir),
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype=precision_of(config).vllm_dtype,
-            quantization=None if rollout.quantization == "none" else rollout.quantization,
-            seed=config.seed,
-            max_model_len=rollout.max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            tensor_parallel_size=rollout.tensor_parallel,
-            distributed_executor_backend="external_launcher",
-            enable_prefix_caching=rollout.prefix_caching,
-            block_size=None if on_cuda else KV_BLOCK,
-            enforce_eager=rollout.enforce_eager or not on_cuda,
-            logprobs_mode="processed_logprobs",
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if on_cuda else _cpu_cache_bytes(config, arch),
-            enable_sleep_mode=rollout.sleep and current_platform.is_sleep_mode_available(),
-            async_scheduling=False if in_order else None,
-            # a CPU's generators cannot be rewound, which vLLM does for a seeded request whose prompt it cuts
-            enable_chunked_prefill=on_cuda,
-            max_num_batched_tokens=None if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS),
-            use_tqdm_on_load=False,
-            disable_log_stats=True,
-        )
+        # vLLM makes quantised weights while it reads them: only tried with weights that are read
+        reads = with_weights or rollout.quantization != "none"
+        args = arguments(config, model_dir, arch, on_cuda, reads)
         # a tied head has no weight of its own; `load` itself checks that nothing is missing
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
         signals.alive()
@@ -113,7 +96,10 @@ class Engine:
         except ValueError as error:  # settings that vLLM refuses, or too little free GPU memory for its share
             raise UserError(f"vLLM refused to start: {in_one_line(error)}") from error
         signals.alive()
-        return cls(llm, arch, rollout.max_model_len, version=0)
+        engine = cls(llm, arch, rollout.max_model_len, version=0 if reads else NO_WEIGHTS)
+        if not reads:
+            engine.sleep()  # so that the weights that come need no room beside the KV cache
+        return engine
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queues a request.
@@ -140,10 +126,9 @@ class Engine:
         """Samples one token for as many requests as fit; returns those that finished with it.
 
         Raises:
-            RuntimeError: the engine woke up without weights; `load` comes first.
+            RuntimeError: the engine has no weights; `load` comes first.
         """
-        if self._weightless:
-            raise RuntimeError("the engine has slept and has no weights yet: call load before step")
+        self._refuse_without_weights()
         return [self._completion(output) for output in self._llm.step() if output.finished]
 
     def leave(self) -> list[Completion]:
@@ -160,7 +145,11 @@ class Engine:
         """[length - 1] log-probabilities (nats, temperature 1) of ids[1:], each given those before it.
 
         Bypasses the prefix cache. For checks, between rollouts only.
+
+        Raises:
+            RuntimeError: the engine has no weights; `load` comes first.
         """
+        self._refuse_without_weights()
         assert not self._llm.has_unfinished_requests(), "score runs between rollouts"
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         self._llm.add_request("score", tokens_input(list(ids)), params)
@@ -195,7 +184,6 @@ class Engine:
             self._repack_head()
         self.forget()
         self.version = version
-        self._weightless = False
 
     def forget(self) -> None:
         """Drops the prefix cache.
@@ -210,7 +198,7 @@ class Engine:
         """Gives weights and KV cache back to the GPU; `load` must follow `wake`. Nothing on a CPU."""
         if self._can_sleep and not self._llm.is_sleeping():
             self._llm.sleep(level=2)
-            self._weightless = True
+            self.version = NO_WEIGHTS
 
     def wake(self, *tags: str) -> None:
         """Takes memory back: "weights" before `load`, "kv_cache" after it. Nothing where it did not sleep."""
@@ -225,6 +213,10 @@ class Engine:
             return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
         return max(self._llm.collective_rpc(size))
+
+    def _refuse_without_weights(self) -> None:
+        if self.version == NO_WEIGHTS:
+            raise RuntimeError("the engine started without weights or has slept: load must bring it some first")
 
     def _completion(self, output: RequestOutput) -> Completion:
         turn = output.outputs[0]
@@ -244,6 +236,39 @@ class Engine:
                     module.quant_method.process_weights_after_loading(module)
 
         self._llm.apply_model(repack)
+
+
+def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool, reads: bool) -> EngineArgs:
+    """What vLLM is told; one that does not read the checkpoint's weights makes some up."""
+    rollout = config.rollout
+    # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
+    in_order = steps_in_order(rollout, on_cuda)
+    return EngineArgs(
+        model=str(model_dir),
+        load_format="auto" if reads else "dummy",
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=precision_of(config).vllm_dtype,
+        quantization=None if rollout.quantization == "none" else rollout.quantization,
+        seed=config.seed,
+        max_model_len=rollout.max_model_len,
+        max_num_seqs=rollout.max_num_seqs,
+        tensor_parallel_size=rollout.tensor_parallel,
+        distributed_executor_backend="external_launcher",
+        enable_prefix_caching=rollout.prefix_caching,
+        block_size=None if on_cuda else KV_BLOCK,
+        enforce_eager=rollout.enforce_eager or not on_cuda,
+        logprobs_mode="processed_logprobs",
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        kv_cache_memory_bytes=None if on_cuda else _cpu_cache_bytes(config, arch),
+        enable_sleep_mode=rollout.sleep and current_platform.is_sleep_mode_available(),
+        async_scheduling=False if in_order else None,
+        # a CPU's generators cannot be rewound, which vLLM does for a seeded request whose prompt it cuts
+        enable_chunked_prefill=on_cuda,
+        max_num_batched_tokens=GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS),
+        use_tqdm_on_load=False,
+        disable_log_stats=True,
+    )
 
 
 def _noting(weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def written_late_by_rank_1(lab: Lab, policy: Policy) -> dict[str, Any]:
     """When a save in the background counts: the directory before any rank, one and both of them have written."""
     directory = lab.home / "late"
     config = TrainConfig(keep_checkpoints=1, save_in_background=True)
-    saver = checkpoint.Saver(policy, directory, config, nullcontext)
+    saver = checkpoint.Saver(policy, directory, config, lambda: None)
     found: dict[str, Any] = {}
 
     def look(name: str) -> None:

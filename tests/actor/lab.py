@@ -165,10 +165,21 @@ class Lab:
 
     def resume(self, saved: str, layout: str, kind: str, **actor: Any) -> None:
         policy = self.policy(layout, kind, **actor)
-        manifest = checkpoint.load(policy, self.home / f"{saved}-{kind}-checkpoints" / "step_000002")
+        path = self.home / f"{saved}-{kind}-checkpoints" / "step_000002"
+        manifest = checkpoint.load(policy, path)
         name = "-".join([saved, "to", layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         found = {"step": manifest["step"], "state": manifest["state"], "loaded_version": policy.version}
+        found["same_without_weights"] = self.same_without_weights(policy, path)
         self.note(name, found | self.second_half(policy, name, []))
+
+    def same_without_weights(self, policy: Policy, path: Path) -> bool:
+        """Whether a policy without weights gets all of this one's from the checkpoint, on every rank."""
+        bare = Policy(policy.config, self.world, trains=False, with_weights=False)
+        for parameter in bare.module.parameters():
+            parameter.data.fill_(float("nan"))
+        checkpoint.load(bare, path)
+        pairs = zip(bare.module.parameters(), policy.module.parameters(), strict=True)
+        return all(self.world.gather(all(torch.equal(ours, theirs) for ours, theirs in pairs)))
 
     def score_errors(self, policy: Policy, kind: str) -> dict[str, float]:
         """Largest differences from transformers; the last entry: a lone sequence, for which other ranks have no row."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -53,6 +52,7 @@ def saved_at(name: str) -> str:
 def test_a_checkpoint_gives_back_what_it_was_saved_with(every: dict[str, Any], name: str) -> None:
     found = every[name]
     assert (found["step"], found["state"], found["loaded_version"]) == (2, {"cursor": 5}, 2)
+    assert found["same_without_weights"]
     assert found["version"] == found["steps"] == 5
 
 
@@ -152,7 +152,7 @@ def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
     policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item))
     config = TrainConfig(steps=7, save_every=3, save_minutes=1.0)
-    saver = checkpoint.Saver(cast(Policy, policy), Path(), config, nullcontext)
+    saver = checkpoint.Saver(cast(Policy, policy), Path(), config, lambda: None)
     assert [saver.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: 1e9)
     config.save_minutes = 0.0

@@ -155,8 +155,10 @@ def test_the_export_generates_with_transformers(trained: Path) -> None:
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Path, tmp_path: Path) -> None:
-    path = tmp_path / "killed"
-    process = start("train", *settings(bank, path))
+    """Its bank is lost too, and mined again: by the starting weights, though a checkpoint has others."""
+    path, own = tmp_path / "killed", tmp_path / "bank"
+    shutil.copytree(bank, own)
+    process = start("train", *settings(own, path))
     deadline = time.monotonic() + 300
     while not (path / "rollouts" / "step_000003.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -164,7 +166,9 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (path / "checkpoints" / "step_000004").exists()
-    run("train", *settings(bank, path))
+    (own / "shard_00000.jsonl").unlink()
+    run("train", *settings(own, path))
+    assert (own / "shard_00000.jsonl").read_bytes() == (bank / "shard_00000.jsonl").read_bytes()
     assert untimed(path / "metrics.jsonl") == untimed(trained / "metrics.jsonl")
     for step in (3, 4):
         name = f"rollouts/step_{step:06d}.jsonl"

@@ -2,12 +2,14 @@
 
     probe.py CONFIG_YAML OUT_JSON MODEL_DIR,MODEL_DIR,... key=value ...
 
-The models come one after the other, and their engines stay alive: one that goes takes vLLM's groups with it.
+The models come one after the other, each with an engine that reads its weights and one that is given them. The engines
+stay alive: one that goes takes vLLM's groups with it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +44,26 @@ def main(argv: list[str]) -> None:
         config.model.path = str(path)
         policy = actor.Policy(config, world)
         actor.start_parallel_groups = lambda *_: None  # all models share the first one's
-        engines.append(Engine.start(config, path))
-        results[path.name] = compare(policy, engines[-1])
+        engines += [Engine.start(config, path), Engine.start(config, path, with_weights=False)]
+        results[path.name] = {"start": starts(policy, *engines[-2:]), "rounds": compare(policy, engines[-1])}
     if world.is_main:
         Path(out).write_text(json.dumps(results))
+
+
+def starts(policy: Policy, reads: Engine, waits: Engine) -> dict[str, Any]:
+    """What an engine without weights refuses, and whether the actor's make it the engine that read them."""
+    refused = [refusal(waits.step), refusal(lambda: waits.score(PROMPTS[0]))]
+    refit(policy, waits)
+    same = [sample(waits, temperature) == sample(reads, temperature) for temperature in (0.0, 0.7)]
+    return {"refused": refused, "same": same}
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
 
 
 def compare(policy: Policy, engine: Engine) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""vLLM's sampled log-probabilities are the actor's, before and after updates and refits, at every layout."""
+"""vLLM's sampled log-probabilities are the actor's, before and after updates and refits, at every layout.
+
+An engine that starts without weights refuses to sample, and after a refit is the one that read them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ train: {steps: 10}
 PYTHONPATH = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 
-def launch(home: Path, kinds: Iterable[str], ranks: int, *overrides: str) -> dict[str, list[dict[str, Any]]]:
+def launch(home: Path, kinds: Iterable[str], ranks: int, *overrides: str) -> dict[str, dict[str, Any]]:
     yaml, out = home / "refit.yaml", home / "out.json"
     yaml.write_text(SETTINGS)
     for kind in kinds:
@@ -74,8 +77,10 @@ def launch(home: Path, kinds: Iterable[str], ranks: int, *overrides: str) -> dic
 def test_engine_and_actor_agree(tmp_path: Path, kinds: Iterable[str], ranks: int, overrides: list[str]) -> None:
     results = launch(tmp_path, kinds, ranks, *overrides)
     assert list(results) == list(kinds)
-    for kind, rounds in results.items():
-        for version, result in enumerate(rounds):
+    for kind, found in results.items():
+        assert found["start"]["same"] == [True, True], kind  # greedy and sampled: ids, log-probabilities, version
+        assert all("the engine started without weights" in message for message in found["start"]["refused"])
+        for version, result in enumerate(found["rounds"]):
             assert result["error"] < 1e-4, kind  # seen: 8e-6
             assert result["reported"] - 1 < 1e-4, kind
             assert result["versions"] == [version], kind

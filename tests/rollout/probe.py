@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.models import architecture_of
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.tasks.protocol import Wording
@@ -164,9 +165,24 @@ def probe_engine(home: Path) -> dict[str, Any]:
         for i in range(len(greedy.ids))
     ]
     result["greedy"] = follows == list(greedy.ids)
+    result["batched_tokens"] = batched_tokens(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
     return result
+
+
+def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
+    """By device, the most tokens of a forward pass for dialogues of up to 300 and 20000 tokens."""
+    from nemo_r3.rollout.engine import arguments
+
+    found: dict[str, list[int | None]] = {"cpu": [], "cuda": []}
+    for longest in (300, 20_000):
+        config = replace(probe.config, rollout=replace(probe.config.rollout, max_model_len=longest))
+        model = Path(config.model.path)
+        for device, numbers in found.items():
+            args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
+            numbers.append(args.max_num_batched_tokens)
+    return found
 
 
 def probe_refit(probe: Probe, text: list[int], long: list[int]) -> dict[str, Any]:

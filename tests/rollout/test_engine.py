@@ -78,6 +78,11 @@ def test_finish_reasons(engine: dict[str, Any]) -> None:
     assert engine["endless"] == ["length", 24]
 
 
+def test_prompts_are_cut_on_a_gpu_only(engine: dict[str, Any]) -> None:
+    """vLLM's own choice for a GPU, None, would be 2048."""
+    assert engine["batched_tokens"] == {"cpu": [4096, 20_000], "cuda": [8192, 8192]}
+
+
 def test_greedy_takes_the_likeliest_token(engine: dict[str, Any]) -> None:
     assert engine["greedy"]
 
