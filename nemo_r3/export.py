@@ -18,19 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_r3 import signals
-from nemo_r3.config import Config, to_yaml
+from nemo_r3.config import Config
 from nemo_r3.dialogue import read_tokenizer
 from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.models.architecture import read_hf_config
 from nemo_r3.precision import precision_of
-from nemo_r3.report import rates
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
@@ -88,7 +86,7 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
             if shards:
                 shards.add(name, tensor)
         if shards:
-            result = _finish(shards, policy.config, source, out, card, (probe, expected))
+            result = _finish(shards, policy.config, source, out, card, probe, expected)
     finally:
         if shards:
             shutil.rmtree(writing, ignore_errors=True)
@@ -99,7 +97,13 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
 
 
 def _finish(
-    shards: _Shards, config: Config, source: Path, out: Path, card: str, probe: tuple[Sequence[Any], Sequence[Tensor]]
+    shards: _Shards,
+    config: Config,
+    source: Path,
+    out: Path,
+    card: str,
+    probe: Sequence[Sequence[int]],
+    expected: Sequence[Tensor],
 ) -> tuple[float, str]:
     """Completes, checks and moves the directory: (difference, what went wrong or "")."""
     writing, dtype = shards.directory, precision_of(config).dtype
@@ -111,7 +115,7 @@ def _finish(
         if config.dialogue.chat_template is not None:  # the model was trained with this one
             shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
         regime = architecture_of(writing).rope.regime(config.rollout.max_model_len)
-        difference = _compare(writing, *probe, config.rollout.temperature, dtype, regime)
+        difference = _compare(writing, probe, expected, config.rollout.temperature, dtype, regime)
         _replace(out, writing)
     except (OSError, SafetensorError) as error:
         return 0.0, f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
@@ -270,51 +274,3 @@ def _replace(out: Path, new: Path) -> None:
         out.rename(old)
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def model_card(config: Config, summary: Mapping[str, Any] | None, step: int, base: str) -> str:
-    """README.md of an export.
-
-    Args:
-        config: the run's.
-        summary: summary.json, or None; its results are shown if they were measured at `step`.
-        step: training steps that the weights have seen.
-        base: name of the starting model.
-    """
-    summary = summary or {}
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["nemo_r3", "reflect-retry-reward", "reinforcement-learning", "grpo", config.task.name],
-    }
-    algo, phases = config.algo, " and ".join(config.algo.trained_phases)
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {base}, trained to reflect on {config.task.name}",
-        "Trained with nemo_r3 by [Reflect, Retry, Reward](https://arxiv.org/abs/2505.24726): after a failed answer the "
-        "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the retry. "
-        f"{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed answer, "
-        f"peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
-    ]
-    if has_results(summary, step):
-        parts += ["## Results", _markdown(summary)]
-    parts += ["## Settings", f"```yaml\n{to_yaml(config)}```"]
-    if summary.get("versions"):
-        lines = [f"- {name} {version}" for name, version in summary["versions"].items()]
-        parts += ["## Versions", "\n".join(lines)]
-    return "\n\n".join(parts) + "\n"
-
-
-def has_results(summary: Mapping[str, Any], step: int) -> bool:
-    """Whether a summary holds rates after training, measured at this step and not at another."""
-    return "after" in summary and summary.get("step", step) == step
-
-
-def _markdown(summary: Mapping[str, Any]) -> str:
-    """The before/after table for a model card."""
-    rows = [("", "sampled", "greedy", "n"), ("---", "---", "---", "---:"), *rates(summary)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return (
-        f"Held-out problems, before → after training, with 95 % intervals.\n\n{table}\n\n"
-        "The second try is measured on the starting model's own failures, the same ones before and after."
-    )

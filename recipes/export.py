@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_r3 import config as configuration
 from nemo_r3 import runtime
 from nemo_r3.errors import UserError
+from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
 from nemo_r3.report import table
 from recipes.metrics import versions
@@ -27,7 +28,6 @@ def export(argv: Sequence[str]) -> None:
     setup = join(plan(argv), trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
     from nemo_r3.export import export as export_policy
-    from nemo_r3.export import has_results, model_card
     from recipes.resume import trained_checkpoint
 
     world, run, config, model = setup.world, setup.run, setup.plan.config, setup.plan.model

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -361,27 +360,6 @@ def test_the_probe_is_what_the_run_sampled(tmp_path: Path) -> None:
         lines = [json.dumps(row) for row in rows]
         (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
     assert probe_of(tmp_path, arch) == [[1] * 62 + [2 * problem + 1, 9] for problem in range(8)]
-
-
-def test_model_card() -> None:
-    rate = {"value": 0.5, "low": 0.45, "high": 0.55, "n": 400}
-    modes = {"sampled": rate, "greedy": rate}
-    scores = {"first_try": modes, "retry_success_fixed": modes, "within_two": modes}
-    summary = {"before": scores, "after": scores, "step": 40, "versions": {"torch": "2.13.0"}}
-    config = Config()
-    config.model.path = "models/tiny"
-    card = exporting.model_card(config, summary, 40, "tiny")
-    _, front, text = card.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "transformers"
-    assert "license" not in front
-    assert "# tiny, trained to reflect on countdown" in text
-    assert "40 steps of GRPO on reflection tokens" in text
-    assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | 0.50 → 0.50 | 400 |" in text
-    assert "- torch 2.13.0" in text
-    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert settings["model"]["path"] == "models/tiny"
-    assert "Results" not in exporting.model_card(config, summary, 80, "tiny"), "measured at another step"
-    assert "Results" not in exporting.model_card(config, None, 80, "tiny")
 
 
 if __name__ == "__main__":

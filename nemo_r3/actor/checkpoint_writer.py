@@ -108,16 +108,9 @@ def _origin(error: Exception) -> Exception:
 
 def _copied(buckets: list[Any], sources: list[Any]) -> list[Any]:
     """Buckets whose tensors share no memory with those of the run; what came from a GPU is a copy already."""
-    return [
-        (
-            *names,
-            (
-                texts,
-                [
-                    (item, tensor.clone() if source.is_cpu else tensor)
-                    for (item, tensor), (_, source) in zip(tensors, originals, strict=True)
-                ],
-            ),
-        )
-        for (*names, (texts, tensors)), (*_, (_, originals)) in zip(buckets, sources, strict=True)
-    ]
+    copies = []
+    for (*names, (texts, tensors)), (*_, (_, originals)) in zip(buckets, sources, strict=True):
+        pairs = zip(tensors, originals, strict=True)
+        own = [(item, tensor.clone() if source.is_cpu else tensor) for (item, tensor), (_, source) in pairs]
+        copies.append((*names, (texts, own)))
+    return copies

@@ -9,12 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from nemo_r3.algo.layout import Batch, Bounds
+from nemo_r3.algo.layout import Bounds
+
+LENGTH_STEP = 8
+"""Parts are batched together if their lengths round up to the same multiple of this."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parts of similar length, side by side.
+
+    Attributes:
+        places: [parts, longest] int64; after a part's end it repeats its last token.
+        inside: [parts, longest] bool, False after a part's end.
+    """
+
+    places: Tensor
+    inside: Tensor
 
 
 class Parts(NamedTuple):
@@ -104,8 +122,23 @@ class CpuFlash:
 def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:
     """Queries and keys of one call each; padding a part is valid only under a causal mask."""
     if parts.causal:
-        return zip(parts.queries.batches, parts.keys.batches, strict=True)
+        return zip(_alike(parts.queries), _alike(parts.keys), strict=True)
     return ((slice(*query), slice(*key)) for query, key in zip(parts.queries.spans, parts.keys.spans, strict=True))
+
+
+@lru_cache(8)  # every layer of a microbatch asks for the same
+def _alike(bounds: Bounds) -> list[slice | Batch]:
+    """All parts, batched by length: a slice is a part with no other of its length."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for start, end in bounds.spans:
+        spans.setdefault(-(-(end - start) // LENGTH_STEP), []).append((start, end))
+    return [slice(*some[0]) if len(some) == 1 else _side_by_side(some) for some in spans.values()]
+
+
+def _side_by_side(spans: list[tuple[int, int]]) -> Batch:
+    starts, ends = torch.tensor(spans)[..., None].unbind(1)
+    places = starts + torch.arange(int((ends - starts).max()))
+    return Batch(places.minimum(ends - 1), places < ends)
 
 
 def _take(tensor: Tensor, batch: slice | Batch) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.reference import Reference
 from nemo_r3.actor.rotary import Rotary
-from nemo_r3.actor.scales import knows_scales
+from nemo_r3.actor.scales import find_scales
 from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance
 from nemo_r3.algo.batch import refuse_untrained_weight
@@ -89,24 +90,23 @@ class Policy:
         has_reference = trains and config.algo.kl_beta
         self._reference = Reference(self.module, config.actor.offload_optimizer) if has_reference else None
         self._offload = Offload(self.model, self.optimizer) if trains and config.actor.offload_optimizer else None
-        with self.at_work():
-            pass  # the engine, which starts next, finds the room free
+        self._make_room()  # for the engine, which starts next
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Optimizer state and gradients on the device, as long as it lasts; then the memory goes to the engine.
-
-        FP8 copies of the weights go in any case.
-        """
+        """Optimizer state and gradients on the device, as long as it lasts; then the memory goes to the engine."""
         if self._offload is not None:
             self._offload.restore()
         try:
             yield
         finally:
-            if self._offload is not None:
-                self._offload.park()
-            forget_fp8_weights(self.module)
-            torch.cuda.empty_cache()
+            self._make_room()
+
+    def _make_room(self) -> None:
+        if self._offload is not None:
+            self._offload.park()
+        forget_fp8_weights(self.module)
+        torch.cuda.empty_cache()
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:
         """One optimizer step on the batch.
@@ -127,7 +127,8 @@ class Policy:
             memory.reserve(self._working_bytes)
             resting = memory.restart_peak()
             if self._lacks_scales:
-                self._find_scales(microbatches[:1])
+                find_scales(self.module, self.world, partial(self._accumulate, microbatches[:1]))
+                self._lacks_scales = False
             sums = self._accumulate(microbatches)
             self._working_bytes = memory.peak() - resting  # the optimizer's step needs less
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
@@ -150,17 +151,6 @@ class Policy:
             "skipped": float(not math.isfinite(grad_norm)),
             "update_flops": flops * (1 if self._reference is None else 1 + 1 / FORWARD_AND_BACKWARD),
         }
-
-    def _find_scales(self, microbatches: Sequence[Microbatch]) -> None:
-        """Delayed scaling begins with passes whose gradient is thrown away, unless a checkpoint brought its scales.
-
-        With scales of 1 gradients round to zero. The first pass sees those that come from the residual stream, the
-        second, which no longer loses them, what is behind.
-        """
-        if not any(self.world.gather(knows_scales(self.module))):
-            self._accumulate(microbatches)
-            self._accumulate(microbatches)
-        self._lacks_scales = False
 
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         """Leaves the step's gradient in the buffers; returns the step's `METRICS`."""

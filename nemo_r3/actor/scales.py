@@ -5,7 +5,7 @@ Transformer Engine pickles them, and refuses to read what it has pickled; here t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from megatron.core.fp8_utils import get_fp8_recipe
 from safetensors.torch import load, save
 from torch import Tensor
+
+from nemo_r3.runtime import World
 
 FORWARD, BACKWARD = "scaling_fwd", "scaling_bwd"
 KEPT = ("scale", "amax_history")
@@ -32,8 +34,24 @@ def keep_scales(module: Any, delayed: bool) -> None:
             part.set_extra_state = partial(_take, part, recipe)
 
 
-def knows_scales(module: Any) -> bool:
-    """Whether a layer has seen a gradient; before that all scales are 1, and small gradients are rounded to zero."""
+def find_scales(module: Any, world: World, accumulate: Callable[[], object]) -> None:
+    """Delayed scaling begins with passes whose gradient is thrown away, unless a checkpoint brought its scales.
+
+    With scales of 1 gradients round to zero. The first pass sees those that come from the residual stream, the
+    second, which no longer loses them, what is behind.
+
+    Args:
+        module: the policy's modules.
+        world: all ranks.
+        accumulate: runs a microbatch forward and backward.
+    """
+    if not any(world.gather(_knows_scales(module))):
+        accumulate()
+        accumulate()
+
+
+def _knows_scales(module: Any) -> bool:
+    """Whether a layer has seen a gradient."""
     held = (part.fp8_meta.get(BACKWARD) for part in module.modules() if hasattr(part, "fp8_meta"))
     return any(bool(way.amax_history.any()) for way in held if way is not None)
 

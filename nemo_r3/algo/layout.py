@@ -16,22 +16,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-LENGTH_STEP = 8
-"""Parts are batched together if their lengths round up to the same multiple of this."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Parts of similar length, side by side.
-
-    Attributes:
-        places: [parts, longest] int64; after a part's end it repeats its last token.
-        inside: [parts, longest] bool, False after a part's end.
-    """
-
-    places: Tensor
-    inside: Tensor
-
 
 @dataclass(frozen=True)
 class Bounds:
@@ -55,19 +39,6 @@ class Bounds:
         """[parts + 1] int32, as variable-length kernels want it; the host does not wait until it is on a GPU."""
         cuts = torch.tensor(self.cuts, dtype=torch.int32)
         return (cuts.pin_memory() if self.device.type == "cuda" else cuts).to(self.device, non_blocking=True)
-
-    @cached_property
-    def batches(self) -> list[slice | Batch]:
-        """All parts, for kernels that take a batch: a slice is a part with no other of its length."""
-        alike: dict[int, list[tuple[int, int]]] = {}
-        for start, end in self.spans:
-            alike.setdefault(-(-(end - start) // LENGTH_STEP), []).append((start, end))
-        return [slice(*spans[0]) if len(spans) == 1 else self._side_by_side(spans) for spans in alike.values()]
-
-    def _side_by_side(self, spans: list[tuple[int, int]]) -> Batch:
-        starts, ends = torch.tensor(spans, device=self.device)[..., None].unbind(1)
-        places = starts + torch.arange(int((ends - starts).max()), device=self.device)
-        return Batch(places.minimum(ends - 1), places < ends)
 
 
 @dataclass(frozen=True)

@@ -71,19 +71,18 @@ class Dialogue:
 
     def reflect(self, trajectory: Trajectory) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of a reflection on what was sampled last."""
-        return self.ask(trajectory, Phase.REQUEST, self._reflect)
+        return self._ask(trajectory, self._reflect)
 
     def retry(self, trajectory: Trajectory) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of another try after the reflection."""
-        return self.ask(trajectory, Phase.REQUEST, self._retry)
+        return self._ask(trajectory, self._retry)
 
-    def ask(self, trajectory: Trajectory, phase: Phase, text: str) -> Trajectory:
+    def _ask(self, trajectory: Trajectory, text: str) -> Trajectory:
         """Closes the turn that was sampled last and adds a user turn and the generation prompt.
 
         Args:
             trajectory: ends with a sampled segment. If that one ends with the template's end-of-turn token, the
                 template's own is left out; if not (it was cut at the token limit), the template closes the turn.
-            phase: of the added segment.
             text: what the user says.
         """
         last = trajectory.segments[-1]
@@ -91,7 +90,7 @@ class Dialogue:
         piece = self._piece(text)
         if last.ids[-1] == self._close:
             piece = piece[piece.index(self._close) + 1 :]
-        return trajectory.then(Segment(phase, piece))
+        return trajectory.then(Segment(Phase.REQUEST, piece))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens."""

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_r3.actor import kernels
 from nemo_r3.actor.attention import SharedContextAttention, merge, packed, rotate
 from nemo_r3.actor.kernels import CpuFlash, CudaFlash, Kernel, Parts, Plain, kernel_for
 from nemo_r3.actor.rotary import Rotary
-from nemo_r3.algo.layout import Batch, Bounds, Layout
+from nemo_r3.algo.layout import Bounds, Layout
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.models.rope import Rope
 from nemo_r3.types import Row
@@ -69,10 +70,10 @@ def test_kernels_equal_autograd_through_the_formulas(
 
 
 def test_parts_of_about_one_length_share_a_call() -> None:
-    batches = Bounds(SHORT_AND_LONG, CPU).batches
-    lengths = [batch.inside.sum(1).tolist() if isinstance(batch, Batch) else batch for batch in batches]
+    batches = kernels._alike(Bounds(SHORT_AND_LONG, CPU))
+    lengths = [batch.inside.sum(1).tolist() if isinstance(batch, kernels.Batch) else batch for batch in batches]
     assert lengths == [[5, 1, 7, 1, 1], [34, 34]]
-    assert Bounds((0, 8, 17, 20), CPU).batches[1] == slice(8, 17)
+    assert kernels._alike(Bounds((0, 8, 17, 20), CPU))[1] == slice(8, 17)
 
 
 def test_two_halves_of_the_keys_merge_into_the_whole_softmax() -> None:

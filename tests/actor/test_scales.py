@@ -41,15 +41,15 @@ def model_of(monkeypatch: Any, delayed: bool = True) -> nn.Sequential:
 
 def test_scales_come_back_as_they_were_and_are_no_pickle(monkeypatch: Any) -> None:
     model, fresh = model_of(monkeypatch), model_of(monkeypatch)
-    assert model[0].get_extra_state().numel() == 0 and not scales.knows_scales(model)
+    assert model[0].get_extra_state().numel() == 0 and not scales._knows_scales(model)
     model[0].init_fp8_meta_tensors("a recipe")
-    assert not scales.knows_scales(model), "a history of zeros knows nothing"
+    assert not scales._knows_scales(model), "a history of zeros knows nothing"
     model[0].fp8_meta["scaling_bwd"].amax_history[1, 0] = 3.0
     model[0].fp8_meta["scaling_fwd"].scale[2] = 7.0
     state = model[0].get_extra_state()
     assert len(load(state.numpy().tobytes())) == 4
     fresh.load_state_dict(model.state_dict())
-    assert scales.knows_scales(fresh) and fresh[0].fp8_meta["recipe"] == "a recipe"
+    assert scales._knows_scales(fresh) and fresh[0].fp8_meta["recipe"] == "a recipe"
     for way in ("scaling_fwd", "scaling_bwd"):
         ours, theirs = vars(fresh[0].fp8_meta[way]), vars(model[0].fp8_meta[way])
         assert all(torch.equal(ours[name], theirs[name]) for name in ("scale", "amax_history"))
