@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_r3.algo.packing import trained
+from nemo_r3.algo.packing import trained_tokens
 from nemo_r3.types import Row
 
 Piece = tuple[int, ...]
@@ -61,7 +61,7 @@ class Balance:
         Raises:
             ValueError: a row alone is longer than the budget.
         """
-        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, len(trained(row))) for row in rows]
+        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, trained_tokens(row)) for row in rows]
         self._cost, self._budget = cost, budget
         longest = max((row.shared + row.own for row in self._rows), default=0)
         if longest > budget:

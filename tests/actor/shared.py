@@ -38,7 +38,7 @@ def rows_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
                 phases=[Phase.TASK] * context + [Phase.REFLECTION] * length,
                 sampled=[False] * context + [True] * length,
                 advantages=[0.0] * context + [advantage] * length,
-                weights=[0.0] * context + [1 / count / length] * length,
+                loss_weights=[0.0] * context + [1 / count / length] * length,
                 rollout_logprobs=[0.0] * context + [draw.uniform(-6, -3) for _ in range(length)],
                 group=group,
                 shared=context,
