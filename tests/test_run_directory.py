@@ -236,7 +236,9 @@ def test_a_rollout_is_a_line_and_what_its_group_shares_is_written_once(tmp_path:
     groups = [group_of("a", [1.0, 0.0, 0.0]), group_of("b", [0.0, 1.0, 1.0])]
     run.log_rollouts(7, groups, UpdateBatch((), ((1.0, -0.5, -0.5), (-1.0, 0.5, 0.5)), 2, 0))
     rows = [json.loads(line) for line in (run.path / "rollouts" / "step_000007.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["group"], row["sample"]) for row in rows] == [(7, g, s) for g in (0, 1) for s in (0, 1, 2)]
+    assert [(row["step"], row["group"], row["sample"]) for row in rows] == [
+        (7, g, s) for g in (0, 1) for s in (0, 1, 2)
+    ]
     assert [row["problem_id"] for row in rows] == ["a"] * 3 + ["b"] * 3
     assert [(row["reflection"], row["retry"]) for row in rows] == [(f"why {n}", f"again {n}") for n in (0, 1, 2)] * 2
     assert [row["reward"] for row in rows] == [1, 0, 0, 0, 1, 1]

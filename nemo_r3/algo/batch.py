@@ -87,7 +87,9 @@ def up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajecto
 def shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]) -> int:
     """How many leading tokens all trajectories have in common, before the first segment that any of them trains."""
     columns = zip(*(trajectory.segments for trajectory in trajectories), strict=False)
-    alike = takewhile(lambda column: column.count(column[0]) == len(column) and not _trained(column[0], phases), columns)
+    alike = takewhile(
+        lambda column: column.count(column[0]) == len(column) and not _trained(column[0], phases), columns
+    )
     shared = sum(len(column[0].ids) for column in alike)
     assert shared, "a trajectory begins with its task, which is never trained and the same for a whole group"
     return shared
