@@ -123,7 +123,7 @@ class Bench:
         )
         advantages = [advantage for group in check.advantages for advantage in group]
         rows = [
-            replace(row, advantages=[advantage if weight else 0.0 for weight in row.weights])
+            replace(row, advantages=[advantage if weight else 0.0 for weight in row.loss_weights])
             for row, advantage in zip(batch.rows, advantages, strict=True)
         ]
         return dict(self.policy.update(replace(batch, rows=tuple(rows))))

@@ -91,7 +91,7 @@ def rows_of(point: Point, vocabulary: int) -> list[Row]:
                     phases=[Phase.TASK] * point.context + [Phase.REFLECTION] * length,
                     sampled=[False] * point.context + [True] * length,
                     advantages=flat + [(-1.0) ** number] * length,
-                    weights=flat + [1 / count / length] * length,
+                    loss_weights=flat + [1 / count / length] * length,
                     rollout_logprobs=flat + [-8.0] * length,
                     group=group,
                     shared=point.context,
@@ -117,7 +117,7 @@ def padded(row: Row, count: int) -> Row:
         phases=[*row.phases, *[Phase.RETRY] * count],
         sampled=[*row.sampled, *[False] * count],
         advantages=[*row.advantages, *flat],
-        weights=[*row.weights, *flat],
+        loss_weights=[*row.loss_weights, *flat],
         rollout_logprobs=[*row.rollout_logprobs, *flat],
     )
 

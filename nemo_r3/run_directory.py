@@ -181,29 +181,29 @@ class RunDirectory:
             _append(self.layers, [{"step": step, **_finite(row)} for row in rows])
 
     def log_rollouts(self, step: int, groups: Sequence[Group], batch: UpdateBatch) -> None:
-        """Writes every reflection of a step with its attempt, retry, reward and advantage."""
+        """Writes a line per reflection of a step; what its group shares stands on the group's first line alone."""
         if not self._world.is_main:
             return
         lines = [
             json.dumps(
                 {
                     "step": step,
-                    "problem_id": group.failure.problem.id,
+                    "group": number,
                     "sample": reflection.sample,
-                    "attempt": group.failure.attempt.text,
+                    "problem_id": group.failure.problem.id,
+                    "reward": reflection.reward,
+                    "advantage": round(advantage, 6),
+                    **(_shared(group) if reflection is group.reflections[0] else {}),
                     "reflection": reflection.answer.text,
                     "retry": reflection.retry.text,
-                    "context_ids": group.failure.context.ids,
+                    "finish_reason": reflection.answer.finish_reason,
+                    "weights_version": reflection.answer.segment.version,
                     "reflection_ids": reflection.answer.segment.ids,
                     "reflection_logprobs": [round(value, 6) for value in reflection.answer.segment.logprobs],
                     "retry_ids": reflection.retry.segment.ids,
-                    "reward": reflection.reward,
-                    "advantage": round(advantage, 6),
-                    "weights_version": reflection.answer.segment.version,
-                    "finish_reason": reflection.answer.finish_reason,
                 }
             )
-            for group, advantages in zip(groups, batch.advantages, strict=True)
+            for number, (group, advantages) in enumerate(zip(groups, batch.advantages, strict=True))
             for reflection, advantage in zip(group.reflections, advantages, strict=True)
         ]
         write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
@@ -248,6 +248,11 @@ class RunDirectory:
                     phase = phase.removeprefix("cpu_")
                     spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value
         return {phase: {kind: round(value, 2) for kind, value in kinds.items()} for phase, kinds in spent.items()}
+
+
+def _shared(group: Group) -> dict[str, Any]:
+    """What all rollouts of a group have in common: the failed answer, and the token ids of [task][attempt]."""
+    return {"attempt": group.failure.attempt.text, "context_ids": group.failure.context.ids}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Row:
         phases: the phase of each token.
         sampled: whether vLLM sampled the token.
         advantages: group advantage of the token's reflection; 0 where nothing is trained.
-        weights: share of the token in the global loss; 0 where nothing is trained. Over a whole
+        loss_weights: share of the token in the global loss; 0 where nothing is trained. Over a whole
             step's rows they carry the loss's denominators, so any split into microbatches and
             ranks adds up to the same loss.
         rollout_logprobs: vLLM's log-probability of the token; 0 where it was not sampled.
@@ -181,7 +181,7 @@ class Row:
     phases: Sequence[Phase]
     sampled: Sequence[bool]
     advantages: Sequence[float]
-    weights: Sequence[float]
+    loss_weights: Sequence[float]
     rollout_logprobs: Sequence[float]
     group: int = 0
     shared: int = 0

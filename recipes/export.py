@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_r3 import config as configuration
 from nemo_r3 import runtime
@@ -56,7 +57,9 @@ def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
     """Token ids to compare log-probabilities on: a reflection per problem of the first step, or random ones."""
     for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
         try:
-            rows = {row["problem_id"]: row for line in file.read_text().splitlines() if (row := json.loads(line))}
+            rows: dict[str, dict[str, Any]] = {}
+            for row in map(json.loads, file.read_text().splitlines()):  # the context is on a group's first line alone
+                rows.setdefault(row["problem_id"], {}).update(row)
             if ids := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
                 return [found[-PROBE_TOKENS:] for found in ids]
         except (ValueError, KeyError, TypeError):

@@ -356,7 +356,8 @@ def test_the_probe_is_what_the_run_sampled(tmp_path: Path) -> None:
     assert all(0 <= token < 50 for ids in drawn for token in ids)
     (tmp_path / "rollouts").mkdir()
     for step in (2, 1):
-        rows = [{"problem_id": row // 2, "context_ids": [step] * 99, "reflection_ids": [row, 9]} for row in range(40)]
+        first = {"context_ids": [step] * 99}
+        rows = [{"problem_id": n // 2, "reflection_ids": [n, 9]} | ({} if n % 2 else first) for n in range(40)]
         lines = [json.dumps(row) for row in rows]
         (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
     assert probe_of(tmp_path, arch) == [[1] * 62 + [2 * problem + 1, 9] for problem in range(8)]

@@ -15,6 +15,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.files import _locks, take_lock
 from nemo_r3.run_directory import RunDirectory
 from nemo_r3.runtime import World
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
 
 def directory(path: Path, *overrides: str) -> RunDirectory:
@@ -216,3 +217,31 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run.dir: cannot write"):
         directory(tmp_path / "file" / "run").open(resuming=False)
+
+
+def group_of(problem: str, rewards: list[float]) -> Group:
+    def answer(phase: Phase, text: str) -> Answer:
+        return Answer(Segment(phase, tuple(map(ord, text)), (-0.5,) * len(text), 3), text, "stop")
+
+    attempt = answer(Phase.ATTEMPT, f"attempt at {problem}")
+    context = Trajectory((Segment(Phase.TASK, (1, 2)), attempt.segment))
+    failure = Failure(Problem(problem, "?", {}), context, attempt)
+    turns = [(answer(Phase.REFLECTION, f"why {n}"), answer(Phase.RETRY, f"again {n}")) for n in range(len(rewards))]
+    return Group(failure, tuple(Reflection(n, context, *turns[n], reward) for n, reward in enumerate(rewards)))
+
+
+def test_a_rollout_is_a_line_and_what_its_group_shares_is_written_once(tmp_path: Path) -> None:
+    run = directory(tmp_path / "run")
+    run.open(resuming=False)
+    groups = [group_of("a", [1.0, 0.0, 0.0]), group_of("b", [0.0, 1.0, 1.0])]
+    run.log_rollouts(7, groups, UpdateBatch((), ((1.0, -0.5, -0.5), (-1.0, 0.5, 0.5)), 2, 0))
+    rows = [json.loads(line) for line in (run.path / "rollouts" / "step_000007.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["group"], row["sample"]) for row in rows] == [
+        (7, g, s) for g in (0, 1) for s in (0, 1, 2)
+    ]
+    assert [row["problem_id"] for row in rows] == ["a"] * 3 + ["b"] * 3
+    assert [(row["reflection"], row["retry"]) for row in rows] == [(f"why {n}", f"again {n}") for n in (0, 1, 2)] * 2
+    assert [row["reward"] for row in rows] == [1, 0, 0, 0, 1, 1]
+    assert [row["advantage"] for row in rows] == [1, -0.5, -0.5, -1, 0.5, 0.5]
+    assert [row.get("attempt") for row in rows] == ["attempt at a", None, None, "attempt at b", None, None]
+    assert [row.get("context_ids") for row in rows[:2]] == [[1, 2, *map(ord, "attempt at a")], None]

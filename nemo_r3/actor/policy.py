@@ -242,7 +242,7 @@ class Policy:
         if not actor.shared_context:
             rows = [replace(row, shared=0) for row in rows]
         balance = Balance(rows, training_cost(self.arch), actor.microbatch_tokens)
-        dealt = balance.deal(parallel_state.get_data_parallel_world_size())
+        dealt = balance.deal(parallel_state.get_data_parallel_world_size(), stages=actor.pipeline_parallel)
         multiple = precision_of(self.config).row_multiple(actor)
         mine = dealt[parallel_state.get_data_parallel_rank()]
         flops = sum(balance.flops(piece) for rank in dealt for pieces in rank for piece in pieces)

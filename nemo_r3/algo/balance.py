@@ -5,6 +5,9 @@
 
 A piece is some rows of a group that share its context. It may be cut in two, which repeats the context: worth it when
 the slowest rank gets faster by it.
+
+Without a pipeline the fewest microbatches are the best. In a pipeline every stage but one waits while it fills and
+drains, so several dealings are tried, from few large microbatches to many small ones, and the fastest is taken.
 """
 
 from __future__ import annotations
@@ -13,11 +16,23 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_r3.algo.packing import trained
+from nemo_r3.algo.packing import trained_tokens
 from nemo_r3.types import Row
 
 Piece = tuple[int, ...]
 """Numbers of rows that share one context."""
+
+Dealt = list[list[list[Piece]]]
+"""Pieces by [rank][microbatch]; all ranks have equally many microbatches, some maybe empty."""
+
+MICROBATCHES_PER_STAGE = 4
+"""With as many microbatches per stage, a pipeline is idle for less than a fifth of its time."""
+
+LEAST_TOKENS = 2048
+"""Mean tokens that more microbatches must leave to each; fewer would be too little work for a GPU."""
+
+CUTS = (1, 2, 4, 8)
+"""In a pipeline, groups are cut to the budget divided by each of these; smaller pieces repeat contexts more often."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Balance:
         Raises:
             ValueError: a row alone is longer than the budget.
         """
-        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, len(trained(row))) for row in rows]
+        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, trained_tokens(row)) for row in rows]
         self._cost, self._budget = cost, budget
         longest = max((row.shared + row.own for row in self._rows), default=0)
         if longest > budget:
@@ -69,12 +84,35 @@ class Balance:
         groups: dict[object, list[int]] = {}
         for number, row in enumerate(rows):
             groups.setdefault(row.group if row.shared else (number,), []).append(number)
-        self._pieces = [piece for members in groups.values() for piece in self._within_budget(members)]
+        self._groups = list(groups.values())
 
-    def deal(self, ranks: int) -> list[list[list[Piece]]]:
-        """Pieces by [rank][microbatch]; all ranks have equally many microbatches, some maybe empty."""
-        dealt = [self._costliest_first(held) for held in self._deal_to_ranks(ranks)]
-        count = max(1, *(-(-sum(map(self.tokens, pieces)) // self._budget) for pieces in dealt))
+    def deal(self, ranks: int, stages: int = 1) -> Dealt:
+        """Deals the rows.
+
+        Args:
+            ranks: data-parallel ranks.
+            stages: of the pipeline that each of them is.
+        """
+        fewest = self._deal(self._budget, ranks, wanted=1)
+        wanted = MICROBATCHES_PER_STAGE * stages
+        if stages == 1 or len(fewest[0]) >= wanted:
+            return fewest
+        smaller = (self._deal(self._budget // parts, ranks, wanted) for parts in CUTS)
+        return min((fewest, *smaller), key=lambda dealt: self.time(dealt, stages))
+
+    def time(self, dealt: Dealt, stages: int) -> float:
+        """How long the slowest rank takes, in FLOPs: all of its microbatches pass one stage, the longest the others."""
+        costs = [[sum(map(self.flops, pieces)) for pieces in microbatches] for microbatches in dealt]
+        return max(sum(rank) + (stages - 1) * max(rank) for rank in costs)
+
+    def _deal(self, longest: int, ranks: int, wanted: int) -> Dealt:
+        """Cuts groups to pieces of `longest` tokens; fewer microbatches than `wanted` if those would be small or empty,
+        more if they would exceed the budget."""
+        cut = [piece for members in self._groups for piece in self._cut(members, longest)]
+        dealt = [self._costliest_first(held) for held in self._deal_to_ranks(cut, ranks)]
+        tokens = max(sum(map(self.tokens, pieces)) for pieces in dealt)
+        fillable = min(max(map(len, dealt)), tokens // LEAST_TOKENS)
+        count = max(1, -(-tokens // self._budget), min(wanted, fillable))
         while (
             len(filled := [fill for pieces in dealt if (fill := self._deal_to_microbatches(pieces, count)) is not None])
             < ranks
@@ -96,25 +134,25 @@ class Balance:
         cost = self._cost
         return cost.per_token * self.tokens(piece) + cost.per_pair * pairs + cost.per_target * targets
 
-    def _within_budget(self, members: Sequence[int]) -> list[Piece]:
-        """Cuts a group into the fewest pieces that its rows fill in order."""
+    def _cut(self, members: Sequence[int], longest: int) -> list[Piece]:
+        """Cuts a group into the fewest pieces of `longest` tokens, or of a longer row, that its rows fill in order."""
         pieces: list[Piece] = []
         for number in members:
             longer = (*pieces[-1], number) if pieces else (number,)
-            if pieces and self.tokens(longer) <= self._budget:
+            if pieces and self.tokens(longer) <= longest:
                 pieces[-1] = longer
             else:
                 pieces.append((number,))
         return pieces
 
-    def _deal_to_ranks(self, ranks: int) -> list[dict[int, Piece]]:
+    def _deal_to_ranks(self, pieces: Sequence[Piece], ranks: int) -> list[dict[int, Piece]]:
         """What each rank holds of every piece, by the piece's number."""
         held: list[dict[int, Piece]] = [{} for _ in range(ranks)]
         loads = [(0.0, rank) for rank in range(ranks)]
-        for number in sorted(range(len(self._pieces)), key=lambda n: (-self.flops(self._pieces[n]), n)):
+        for number in sorted(range(len(pieces)), key=lambda n: (-self.flops(pieces[n]), n)):
             load, rank = heapq.heappop(loads)
-            held[rank][number] = self._pieces[number]
-            heapq.heappush(loads, (load + self.flops(self._pieces[number]), rank))
+            held[rank][number] = pieces[number]
+            heapq.heappush(loads, (load + self.flops(pieces[number]), rank))
         while self._improve(held):
             pass
         return held

@@ -87,7 +87,9 @@ def up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajecto
 def shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]) -> int:
     """How many leading tokens all trajectories have in common, before the first segment that any of them trains."""
     columns = zip(*(trajectory.segments for trajectory in trajectories), strict=False)
-    alike = takewhile(lambda column: len(set(column)) == 1 and not _trained(column[0], phases), columns)
+    alike = takewhile(
+        lambda column: column.count(column[0]) == len(column) and not _trained(column[0], phases), columns
+    )
     shared = sum(len(column[0].ids) for column in alike)
     assert shared, "a trajectory begins with its task, which is never trained and the same for a whole group"
     return shared
@@ -97,19 +99,21 @@ def build_row(
     trajectory: Trajectory, phases: Collection[Phase], advantage: float, weight: float, group: int, shared: int
 ) -> Row:
     """One training sequence, each of whose trained tokens has this advantage and weight."""
-    tokens = [
-        (
-            token,
-            segment.phase,
-            segment.sampled,
-            advantage if _trained(segment, phases) else 0.0,
-            weight if _trained(segment, phases) else 0.0,
-            segment.logprobs[i] if segment.sampled else 0.0,
-        )
-        for segment in trajectory.segments
-        for i, token in enumerate(segment.ids)
-    ]
-    ids, kinds, sampled, advantages, weights, logprobs = zip(*tokens, strict=True)
+    ids: list[int] = []
+    kinds: list[Phase] = []
+    sampled: list[bool] = []
+    advantages: list[float] = []
+    weights: list[float] = []
+    logprobs: list[float] = []
+    for segment in trajectory.segments:
+        length, trains = len(segment.ids), _trained(segment, phases)
+        ids += segment.ids
+        kinds += [segment.phase] * length
+        sampled += [segment.sampled] * length
+        advantages += [advantage if trains else 0.0] * length
+        weights += [weight if trains else 0.0] * length
+        logprobs += segment.logprobs if segment.sampled else [0.0] * length
+    assert len(logprobs) == len(ids), "every sampled token has a log-probability"
     return Row(ids, kinds, sampled, advantages, weights, logprobs, group, shared)
 
 
@@ -125,11 +129,11 @@ def refuse_untrained_weight(batch: UpdateBatch, config: AlgoConfig) -> None:
     """
     phases = frozenset(Phase(phase) for phase in config.trained_phases)
     for number, row in enumerate(batch.rows):
-        for position in compress(range(len(row)), row.weights):
+        for position in compress(range(len(row)), row.loss_weights):
             phase, sampled = row.phases[position], row.sampled[position]
             if not (sampled and phase in phases):
                 origin = "sampled" if sampled else "not sampled by vLLM"
-                weight = row.weights[position]
+                weight = row.loss_weights[position]
                 raise RuntimeError(
                     f"row {number}, token {position}: phase {phase} ({origin}) has weight {weight:.3g} in the loss; "
                     f"algo.trained_phases={list(config.trained_phases)}"

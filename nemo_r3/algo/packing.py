@@ -100,7 +100,7 @@ def _targets(rows: Sequence[Row], sources: Sequence[int]) -> Targets:
         ids=of_rows((row.ids for row in rows), np.int64),
         sequences=_tensor(numbers, len(sources), np.int64),
         advantages=of_rows((row.advantages for row in rows), np.float32),
-        weights=of_rows((row.weights for row in rows), np.float32),
+        weights=of_rows((row.loss_weights for row in rows), np.float32),
         rollout_logprobs=of_rows((row.rollout_logprobs for row in rows), np.float32),
     )
 
@@ -108,6 +108,12 @@ def _targets(rows: Sequence[Row], sources: Sequence[int]) -> Targets:
 def trained(row: Row) -> list[int]:
     """Places of the row's tokens that carry loss; the first token has no predecessor and is never one."""
     return list(_of_trained(row, range(len(row))))
+
+
+def trained_tokens(row: Row) -> int:
+    """How many places `trained` finds."""
+    weights = row.loss_weights[1:]
+    return len(weights) - weights.count(0.0)
 
 
 def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Tensor:
@@ -120,4 +126,4 @@ def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Ten
 
 def _of_trained(row: Row, values: Sequence[Value]) -> Iterator[Value]:
     """Those of the row's values that belong to tokens which carry loss."""
-    return islice(compress(values, chain((1,), islice(row.weights, 1, None))), 1, None)
+    return islice(compress(values, chain((1,), islice(row.loss_weights, 1, None))), 1, None)

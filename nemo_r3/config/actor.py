@@ -32,7 +32,9 @@ class ActorConfig:
         resume=True,
     )
     recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
-    microbatch_tokens: int = option(8192, low=1, help="token budget of one packed microbatch", resume=True)
+    microbatch_tokens: int = option(
+        8192, low=1, help="most tokens in a packed microbatch; a pipeline takes fewer where that is faster", resume=True
+    )
     shared_context: bool = option(
         True, help="lay a group's context once, before its reflections; false: once per reflection", resume=True
     )

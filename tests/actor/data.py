@@ -54,7 +54,7 @@ def plain_updates(home: Path, kind: str, count: int = 3) -> list[dict[str, float
     rows = batch_of().rows
     weights, advantages = torch.zeros(filled.shape), torch.zeros(filled.shape)
     for number, row in enumerate(rows):
-        weights[number, : len(row)] = torch.tensor(row.weights)
+        weights[number, : len(row)] = torch.tensor(row.loss_weights)
         advantages[number, : len(row)] = torch.tensor(row.advantages)
     weights, advantages = weights[:, 1:], advantages[:, 1:]
 
@@ -113,7 +113,7 @@ def batch_of(rows: Sequence[int] = range(len(LENGTHS))) -> UpdateBatch:
             )
         )
         total += sum(weights)
-    scaled = [replace(row, weights=[weight / total for weight in row.weights]) for row in made]
+    scaled = [replace(row, loss_weights=[weight / total for weight in row.loss_weights]) for row in made]
     return UpdateBatch(tuple(scaled), (), 1, 0)
 
 

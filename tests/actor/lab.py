@@ -219,7 +219,7 @@ class Lab:
 
     def nan(self, policy: Policy) -> dict[str, Any]:
         batch = batch_of()
-        bad = broken(batch, 1, advantages=[float("nan") if weight else 0.0 for weight in batch.rows[1].weights])
+        bad = broken(batch, 1, advantages=[float("nan") if weight else 0.0 for weight in batch.rows[1].loss_weights])
         metrics, same = self.unchanged(policy, lambda: policy.update(bad))
         return {"skipped": metrics["skipped"], "unchanged": same}
 

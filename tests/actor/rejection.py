@@ -39,10 +39,10 @@ def without(row: Row, logprobs: list[float], rows: int) -> Row:
     """The row's rejected tokens have no weight; the others share its weight, and that of the row that is gone."""
     stays = [
         bool(weight) and abs(ours - theirs) < 1
-        for weight, ours, theirs in zip(row.weights, logprobs, row.rollout_logprobs, strict=True)
+        for weight, ours, theirs in zip(row.loss_weights, logprobs, row.rollout_logprobs, strict=True)
     ]
     if not any(stays):
-        return replace(row, weights=[0.0] * len(row))
-    scale = sum(map(bool, row.weights)) / sum(stays) * rows / (rows - 1)
-    weights = [weight * scale if stay else 0.0 for weight, stay in zip(row.weights, stays, strict=True)]
-    return replace(row, weights=weights)
+        return replace(row, loss_weights=[0.0] * len(row))
+    scale = sum(map(bool, row.loss_weights)) / sum(stays) * rows / (rows - 1)
+    weights = [weight * scale if stay else 0.0 for weight, stay in zip(row.loss_weights, stays, strict=True)]
+    return replace(row, loss_weights=weights)

@@ -43,7 +43,7 @@ LAYOUTS = {
 
 def batch() -> UpdateBatch:
     given = batch_of()
-    rows = (replace(row, weights=[weight / ROWS for weight in row.weights]) for row in given.rows)
+    rows = (replace(row, loss_weights=[weight / ROWS for weight in row.loss_weights]) for row in given.rows)
     return replace(given, rows=tuple(rows))
 
 

@@ -14,7 +14,7 @@ SHARED = [
     "shared-pp2-llama_tied",
     "shared-tp2pp2-llama_tied",
 ]
-CASES = ["one reflection", "two", "sixteen", "several groups in a row", "longer than the budget"]
+CASES = ["one reflection", "two", "sixteen", "several groups in a row", "longer than the budget", "a short context"]
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -31,6 +31,15 @@ def test_fewer_tokens_do_it(one: Any) -> None:
     assert found["sixteen"]["tokens"] == [50 + sum(3 * number % 11 for number in range(16))]
     assert sum(found["sixteen"]["separate_tokens"]) == found["sixteen"]["tokens"][0] + 15 * 50
     assert len(found["several groups in a row"]["tokens"]) == 1
+
+
+def test_a_pipeline_gets_more_microbatches(every: dict[str, Any]) -> None:
+    """Their gradients are in `test_loss_and_gradients_are_those_of_a_row_per_reflection`."""
+    for layout in ("pp2", "tp2pp2"):
+        found = every[f"shared-{layout}-llama_tied"]
+        assert len(found["several groups in a row"]["tokens"]) == 4, "a microbatch per group"
+        assert len(found["a short context"]["tokens"]) > 1, "the group is cut"
+        assert len(found["sixteen"]["tokens"]) == 1, "its context is too long for that"
 
 
 def test_a_group_beyond_the_budget_is_cut_into_rows_that_repeat_the_context(one: Any) -> None:

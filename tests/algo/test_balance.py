@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_r3.algo.balance import Balance, Cost, Piece
+from nemo_r3.algo import balance as module
+from nemo_r3.algo.balance import Balance, Cost, Dealt, Piece
 from nemo_r3.types import Row
 
 BUDGET = 100
@@ -18,6 +20,7 @@ GROUPS = st.lists(
     st.tuples(st.integers(0, 60), st.lists(st.integers(1, 41), min_size=1, max_size=8)), min_size=0, max_size=10
 )
 RANKS = st.integers(1, 6)
+STAGES = st.integers(1, 8)
 
 
 def rows_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
@@ -30,17 +33,27 @@ def rows_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
     return rows
 
 
+def piped(balance: Balance, ranks: int, stages: int) -> Dealt:
+    """Dealt to a pipeline whose microbatches may be as small as these tests' rows."""
+    with patch.object(module, "LEAST_TOKENS", 10):
+        return balance.deal(ranks, stages)
+
+
+def total(balance: Balance, dealt: Dealt) -> int:
+    return sum(balance.tokens(piece) for microbatches in dealt for pieces in microbatches for piece in pieces)
+
+
 def laid(rows: list[Row], piece: Piece) -> int:
     return rows[piece[0]].shared + sum(len(rows[number]) - 1 - rows[number].shared for number in piece)
 
 
 @settings(max_examples=80)
-@given(GROUPS, RANKS)
+@given(GROUPS, RANKS, STAGES)
 def test_every_row_is_dealt_once_within_the_budget_beside_its_own_group(
-    groups: list[tuple[int, list[int]]], ranks: int
+    groups: list[tuple[int, list[int]]], ranks: int, stages: int
 ) -> None:
     rows = rows_of(groups)
-    dealt = Balance(rows, ALL, BUDGET).deal(ranks)
+    dealt = piped(Balance(rows, ALL, BUDGET), ranks, stages)
     assert len(dealt) == ranks
     assert len({len(microbatches) for microbatches in dealt}) == 1, "ranks must run as many microbatches"
     pieces = [piece for microbatches in dealt for pieces in microbatches for piece in pieces]
@@ -50,7 +63,7 @@ def test_every_row_is_dealt_once_within_the_budget_beside_its_own_group(
     assert all(
         sum(laid(rows, piece) for piece in pieces) <= BUDGET for microbatches in dealt for pieces in microbatches
     )
-    assert dealt == Balance(rows, ALL, BUDGET).deal(ranks)
+    assert dealt == piped(Balance(rows, ALL, BUDGET), ranks, stages)
 
 
 @given(GROUPS.filter(bool))
@@ -78,8 +91,9 @@ def test_the_slowest_rank_is_within_a_few_percent_of_the_mean(ranks: int) -> Non
     dealt = balance.deal(ranks)
     loads = [sum(balance.flops(piece) for pieces in microbatches for piece in pieces) for microbatches in dealt]
     assert max(loads) < 1.03 * sum(loads) / ranks
-    whole = sum(balance.tokens(piece) for microbatches in dealt for pieces in microbatches for piece in pieces)
-    assert whole < 1.02 * sum(context + sum(lengths) - 8 for context, lengths in groups), "contexts are hardly repeated"
+    assert total(balance, dealt) < 1.02 * sum(context + sum(lengths) - 8 for context, lengths in groups), (
+        "contexts are hardly repeated"
+    )
 
 
 def test_a_group_is_cut_where_that_makes_the_slowest_rank_faster() -> None:
@@ -95,6 +109,38 @@ def test_a_group_beyond_the_budget_repeats_its_context() -> None:
     (microbatches,) = Balance(rows, TOKENS, BUDGET).deal(1)
     assert sorted(len(piece) for pieces in microbatches for piece in pieces) == [1, 2, 2]
     assert len(microbatches) == 3
+
+
+@settings(max_examples=80)
+@given(GROUPS, RANKS, STAGES)
+def test_a_pipeline_never_takes_longer_than_with_the_fewest_microbatches(
+    groups: list[tuple[int, list[int]]], ranks: int, stages: int
+) -> None:
+    balance = Balance(rows_of(groups), ALL, BUDGET)
+    fewest, dealt = balance.deal(ranks), piped(balance, ranks, stages)
+    assert balance.time(dealt, stages) <= balance.time(fewest, stages)
+    assert balance.time(fewest, 1) == pytest.approx(
+        max(sum(balance.flops(piece) for pieces in microbatches for piece in pieces) for microbatches in fewest)
+    ), "a pipeline of one stage never waits"
+
+
+def test_a_pipeline_gets_more_microbatches_of_whole_groups() -> None:
+    """16 groups of 1,492 tokens: 5 fit into a microbatch."""
+    balance = Balance(rows_of([(500, [125] * 8)] * 16), ALL, 8192)
+    assert [len(balance.deal(1, stages)[0]) for stages in (1, 2, 3, 4)] == [4, 8, 11, 11]
+    for stages in (1, 2, 4):
+        dealt = balance.deal(1, stages)
+        assert total(balance, dealt) == 16 * 1492, "no context is repeated"
+        (microbatches,) = dealt
+        assert 16 * 1492 / len(microbatches) >= module.LEAST_TOKENS
+
+
+def test_a_pipeline_cuts_a_group_if_that_makes_it_faster() -> None:
+    short_context = Balance(rows_of([(100, [1000] * 8)]), TOKENS, 8192)
+    assert len(short_context.deal(1)[0]) == 1
+    assert len(short_context.deal(1, 4)[0]) == 4
+    long_context = Balance(rows_of([(6000, [100] * 8)]), TOKENS, 8192)
+    assert long_context.deal(1, 4) == long_context.deal(1) == [[[tuple(range(8))]]]
 
 
 def test_short_groups_share_a_microbatch() -> None:

@@ -51,7 +51,7 @@ def cut(group: Group, *samples: int) -> Group:
 
 
 def trained_ids(batch: UpdateBatch, row: int) -> list[int]:
-    return [token for token, weight in zip(batch.rows[row].ids, batch.rows[row].weights, strict=True) if weight]
+    return [token for token, weight in zip(batch.rows[row].ids, batch.rows[row].loss_weights, strict=True) if weight]
 
 
 def test_a_row_ends_with_its_reflection_and_only_that_has_weight() -> None:
@@ -60,8 +60,8 @@ def test_a_row_ends_with_its_reflection_and_only_that_has_weight() -> None:
     assert list(first.ids) == [1, 2, 3, 20, 21, 30, 31, 40, 41, 42, 43]
     assert list(second.ids) == [1, 2, 3, 20, 21, 30, 31, 40, 41]
     assert trained_ids(batch, 0) == [40, 41, 42, 43] and trained_ids(batch, 1) == [40, 41]
-    assert list(first.weights) == [0.0] * 7 + [0.5 / 4] * 4
-    assert list(second.weights) == [0.0] * 7 + [0.5 / 2] * 2
+    assert list(first.loss_weights) == [0.0] * 7 + [0.5 / 4] * 4
+    assert list(second.loss_weights) == [0.0] * 7 + [0.5 / 2] * 2
     assert list(first.advantages) == [0.0] * 7 + [batch.advantages[0][0]] * 4
     expected = [0.0] * 3 + [-0.1, -0.2] + [0.0] * 2 + [-0.1, -0.2, -0.3, -0.4]
     assert list(first.rollout_logprobs) == pytest.approx(expected)
@@ -81,12 +81,12 @@ def test_weights_sum_to_one_and_every_row_has_the_same_share(found: list[tuple[l
     mixed = sum(len(set(rewards)) == 2 for rewards, _ in found)
     assert (batch.groups_used, batch.groups_dropped) == (mixed, len(found) - mixed)
     assert len(batch.rows) == 4 * mixed
-    shares = [sum(row.weights) for row in batch.rows]
+    shares = [sum(row.loss_weights) for row in batch.rows]
     assert shares == pytest.approx([1 / len(shares)] * len(shares)) if shares else mixed == 0
     assert all(
         bool(weight) == bool(value)
         for row in batch.rows
-        for weight, value in zip(row.weights, row.advantages, strict=True)
+        for weight, value in zip(row.loss_weights, row.advantages, strict=True)
     )
 
 
@@ -107,7 +107,7 @@ SPREAD = 0.5 + 1e-4  # sample standard deviation of one pass in four, and TRL's 
 def test_advantages_and_weights_are_those_of_the_loss(loss: str, advantages: list[float], weights: list[float]) -> None:
     rows = build_update([group_of([1, 0, 0, 0], [1, 2, 3, 4]), group_of([1, 1])], with_algo(loss=loss), 0).rows
     assert [row.advantages[-1] for row in rows[:2]] == pytest.approx(advantages, rel=1e-12)
-    assert [row.weights[-1] for row in rows[:2]] == pytest.approx(weights, rel=1e-12)
+    assert [row.loss_weights[-1] for row in rows[:2]] == pytest.approx(weights, rel=1e-12)
 
 
 def test_the_standard_deviation_can_be_chosen() -> None:
@@ -121,7 +121,7 @@ def test_the_standard_deviation_can_be_chosen() -> None:
 )
 def test_the_limit_of_a_row_is_that_of_its_trained_phases(phases: list[str], limit: int) -> None:
     rows = build_update([group_of([1, 0])], with_algo(loss="dr_grpo", trained_phases=phases), 0).rows
-    assert rows[0].weights[-1] == pytest.approx(1 / (2 * limit))
+    assert rows[0].loss_weights[-1] == pytest.approx(1 / (2 * limit))
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])
@@ -129,7 +129,7 @@ def test_a_reflection_cut_at_its_limit_leaves_loss_and_denominators_but_not_its_
     group = cut(group_of([1, 0, 0, 1], [4, 2, 3, 5]), 0, 2)
     masked = build_update([group], with_algo(loss=loss, mask_truncated=True), 0)
     assert [len(row) for row in masked.rows] == [9, 12]
-    assert sum(sum(row.weights) for row in masked.rows) == pytest.approx(1)
+    assert sum(sum(row.loss_weights) for row in masked.rows) == pytest.approx(1)
     whole = build_update([group], with_algo(loss=loss), 0)
     assert len(whole.rows) == 4 and masked.advantages == whole.advantages
     assert masked.rows[0].advantages == whole.rows[1].advantages
@@ -196,7 +196,7 @@ def test_reflection_and_retry_can_be_trained_together() -> None:
     batch = build_update([group_of([1, 0])], config, 0)
     row = batch.rows[0]
     assert list(row.ids)[-3:] == [50, 60, 61] and trained_ids(batch, 0) == [40, 41, 42, 43, 60, 61]
-    assert [weight for weight in row.weights if weight] == pytest.approx([0.5 / 6] * 6)
+    assert [weight for weight in row.loss_weights if weight] == pytest.approx([0.5 / 6] * 6)
     refuse_untrained_weight(batch, config.algo)
     with pytest.raises(RuntimeError, match="phase retry"):
         refuse_untrained_weight(batch, AlgoConfig())
@@ -212,7 +212,7 @@ def test_a_reflection_that_was_never_sampled_makes_no_row() -> None:
     silent = replace(group.reflections[2], trajectory=Trajectory(group.failure.context.segments))
     batch = build_update([replace(group, reflections=(*group.reflections[:2], silent))], with_algo(), 0)
     assert len(batch.rows) == 2
-    assert sum(sum(row.weights) for row in batch.rows) == pytest.approx(1)
+    assert sum(sum(row.loss_weights) for row in batch.rows) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +221,9 @@ def test_a_reflection_that_was_never_sampled_makes_no_row() -> None:
 )
 def test_the_gate_names_the_token_that_must_not_be_trained(position: int, expected: str) -> None:
     batch = build_update([group_of([1, 0])], with_algo(), 0)
-    weights = list(batch.rows[1].weights)
+    weights = list(batch.rows[1].loss_weights)
     weights[position] = 0.25
-    rows = (batch.rows[0], replace(batch.rows[1], weights=weights))
+    rows = (batch.rows[0], replace(batch.rows[1], loss_weights=weights))
     with pytest.raises(RuntimeError, match=expected):
         refuse_untrained_weight(replace(batch, rows=rows), AlgoConfig())
 
@@ -238,6 +238,6 @@ def test_the_gate_refuses_a_reflection_that_vllm_did_not_sample() -> None:
 def test_the_gate_lets_negative_and_nan_weights_no_more_through() -> None:
     batch = build_update([group_of([1, 0])], with_algo(), 0)
     for weight in (-0.1, float("nan")):
-        weights = [weight, *list(batch.rows[0].weights)[1:]]
+        weights = [weight, *list(batch.rows[0].loss_weights)[1:]]
         with pytest.raises(RuntimeError):
-            refuse_untrained_weight(replace(batch, rows=(replace(batch.rows[0], weights=weights),)), AlgoConfig())
+            refuse_untrained_weight(replace(batch, rows=(replace(batch.rows[0], loss_weights=weights),)), AlgoConfig())

@@ -57,7 +57,7 @@ def test_targets_are_predicted_from_their_predecessor_in_the_same_sequence(
         assert int(packed.ids[targets.sources[i]]) == row.ids[place - 1]
         assert int(layout.positions[targets.sources[i]]) == place - 1
         assert packed.rows[int(targets.sequences[i])] == number
-        assert targets.advantages[i] == row.advantages[place] and targets.weights[i] == row.weights[place]
+        assert targets.advantages[i] == row.advantages[place] and targets.weights[i] == row.loss_weights[place]
         assert targets.rollout_logprobs[i] == row.rollout_logprobs[place]
 
 

@@ -71,7 +71,7 @@ def transcript(family: Family, kind: str) -> str:
     offered = f"tools ({dialogue.tools})" if kind == "tools" else kind
     lines = [f"=== {offered}\n"]
     for segment in group.reflections[0].trajectory.segments:
-        weights = row.weights[place : place + len(segment.ids)]
+        weights = row.loss_weights[place : place + len(segment.ids)]
         place += len(segment.ids)
         marks = ["sampled"] * segment.sampled + ["loss"] * any(weights) + ["not in the row"] * (not weights)
         assert all(weights) or not any(weights)

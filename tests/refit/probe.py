@@ -110,7 +110,7 @@ def batch(sampled: list[tuple[list[int], list[float], int]]) -> UpdateBatch:
                 phases=[Phase.TASK] * before + [Phase.REFLECTION] * count,
                 sampled=[False] * before + [True] * count,
                 advantages=[0.0] * before + [1.0 - 2 * (number % 2)] * count,
-                weights=[0.0] * before + [1 / count / len(PROMPTS)] * count,
+                loss_weights=[0.0] * before + [1 / count / len(PROMPTS)] * count,
                 rollout_logprobs=[0.0] * before + logprobs,
             )
         )
