@@ -36,8 +36,8 @@ class AlgoConfig:
     kl_estimator: str = option(
         "k3",
         choices=("k2", "k3"),
-        help="estimator of that KL (http://joschu.net/blog/kl-approx.html); k3's gradient is that of KL(start || policy), "
-        "as in GRPO and TRL, k2's that of KL(policy || start)",
+        help="estimator of that KL (http://joschu.net/blog/kl-approx.html); k3's gradient is that of "
+        "KL(start || policy), as in GRPO and TRL, k2's that of KL(policy || start)",
     )
     mismatch_correction: str = option(
         "none",
@@ -57,8 +57,8 @@ class AlgoConfig:
     )
     keep_equal_groups: bool = option(
         False,
-        help="keep groups whose rewards are all equal, with advantage 0: they count in the loss's denominators and in its "
-        "KL, as in TRL",
+        help="keep groups whose rewards are all equal, with advantage 0: they count in the loss's denominators and in "
+        "its KL, as in TRL",
     )
     shuffle_rewards: bool = option(
         False, help="control: deal each group's rewards to its reflections at random, so that they teach nothing"
