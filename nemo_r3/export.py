@@ -30,7 +30,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.models.architecture import read_hf_config
 from nemo_r3.precision import precision_of
-from nemo_r3.report import rates
+from nemo_r3.report import HEADINGS, NOTE, rates
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
@@ -312,9 +312,6 @@ def has_results(summary: Mapping[str, Any], step: int) -> bool:
 
 def _markdown(summary: Mapping[str, Any]) -> str:
     """The before/after table for a model card."""
-    rows = [("", "sampled", "greedy", "n"), ("---", "---", "---", "---:"), *rates(summary)]
+    rows = [HEADINGS, ("---", "---", "---", "---", "---:"), *rates(summary)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return (
-        f"Held-out problems, before → after training, with 95 % intervals.\n\n{table}\n\n"
-        "The second try is measured on the starting model's own failures, the same ones before and after."
-    )
+    return f"Held-out problems, before → after training.\n\n{table}\n\n{NOTE}"
