@@ -148,6 +148,16 @@ def test_the_summary_has_before_and_after(trained: Path) -> None:
     assert Path(summary["export"]).is_dir()
 
 
+def test_an_answer_limit_that_is_too_low_is_seen(tmp_path: Path) -> None:
+    done = run("evaluate", QUICKSTART, "evaluate.problems=8", "rollout.max_answer_tokens=6", f"run.dir={tmp_path}/run")
+    assert "warning: 100% of the first answers were cut at rollout.max_answer_tokens=6" in done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for turns in ("attempts", "retries"):
+        assert summary["before"][f"{turns}_truncated"]["sampled"]["value"] == 1.0
+    assert "after" not in summary and "difference" not in summary, "there is no checkpoint"
+    assert "after" not in json.loads((tmp_path / "run" / "verdicts.json").read_text())
+
+
 def test_the_export_generates_with_transformers(trained: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
