@@ -1,7 +1,8 @@
 """What training changed, on held-out problems: first try, second try given a failure, and either of them.
 
 Retry success is measured on the starting model's own failures, the same ones before and after: on the model's own
-current failures it would sink as the model improves, since only hard problems stay failures.
+current failures it would sink as the model improves, since only hard problems stay failures. Every verdict before has
+one after, on the same problem, so what changed is measured in pairs.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_r3.rollout.scheduler import Attempted, Rollout
-from nemo_r3.types import Failure, Problem
+from nemo_r3.types import Failure, Problem, Reflection
 
 EVALUATION_STEP = -1
 """The step in the seeds of evaluation requests: no training step has it, so evaluating changes no run."""
+RESAMPLING_STEP = -2
+"""The step in the seeds of second, independent first answers."""
 Z95 = 1.959964
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate with its 95 % Wilson interval.
+    """A share with its 95 % interval, or the difference of two.
 
     Attributes:
         value: share of successes.
@@ -37,7 +40,16 @@ class Rate:
 
 
 Scores = dict[str, dict[str, Rate]]
-"""first_try | retry_success_fixed | within_two -> sampled | greedy -> Rate."""
+"""A name of `Verdicts` -> sampled | greedy -> Rate."""
+Verdicts = dict[str, dict[str, list[bool]]]
+"""What was measured -> sampled | greedy -> a verdict for each problem (of the starting model's failures), in order.
+
+- first_try, within_two: the first answer passes; it does, or the retry after its own reflection.
+- within_two_resampled (sampled only): it does, or a second, independent first answer: what reflecting has to beat.
+- retry_success_fixed: the retry passes, on the starting model's sampled failures.
+- reflection_solves: the text of that retry's reflection passes: a leak of the answer, of which some stay unseen.
+- attempts_truncated, reflections_truncated, retries_truncated: the turn was cut at its token limit.
+"""
 
 
 def rate(passed: int, n: int) -> Rate:
@@ -50,6 +62,22 @@ def rate(passed: int, n: int) -> Rate:
     return Rate(round(share, 4), round(max(0.0, centre - half), 4), round(min(1.0, centre + half), 4), n)
 
 
+def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
+    """The share after minus the share before, on the same problems, with the Wald interval of matched pairs.
+
+    Only problems whose verdict changed bear on it (McNemar 1947; the interval is method 1 of Newcombe 1998, Statistics
+    in Medicine 17, 2635). With few of those, say under ten, it is too narrow.
+    """
+    n = len(before)
+    if n == 0:
+        return Rate(math.nan, -1.0, 1.0, 0)
+    gained = sum(new and not old for old, new in zip(before, after, strict=True))
+    lost = sum(old and not new for old, new in zip(before, after, strict=True))
+    value = (gained - lost) / n
+    half = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    return Rate(round(value, 4), round(max(-1.0, value - half), 4), round(min(1.0, value + half), 4), n)
+
+
 def failures_of(attempts: Sequence[Attempted]) -> list[Failure]:
     """The rejected attempts that have tokens to reflect on."""
     return [attempt.failure for attempt in attempts if attempt.is_failure]
@@ -57,8 +85,8 @@ def failures_of(attempts: Sequence[Attempted]) -> list[Failure]:
 
 def measure(
     rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Failure] | None = None
-) -> tuple[Scores, list[Failure]]:
-    """All rates of the weights that the engine holds.
+) -> tuple[Verdicts, list[Failure]]:
+    """All verdicts on the weights that the engine holds.
 
     Args:
         rollout: with the weights to measure.
@@ -66,28 +94,64 @@ def measure(
         fixed: the starting model's sampled failures on them; None: these weights are the starting model's.
 
     Returns:
-        The rates, and these weights' own sampled failures.
+        The verdicts, and these weights' own sampled failures.
     """
+    verdicts: Verdicts = {}
     own: dict[str, list[Failure]] = {}
-    scores: Scores = {"first_try": {}, "retry_success_fixed": {}, "within_two": {}}
     for mode, greedy in (("sampled", False), ("greedy", True)):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
-        passed = sum(attempt.passed for attempt in attempts)
         own[mode] = failures_of(attempts)
-        rescued = _retried(rollout, own[mode], greedy)
+        rescued = _reflected(rollout, own[mode], greedy)
         given = own["sampled"] if fixed is None else fixed
-        if given is own[mode]:
-            scores["retry_success_fixed"][mode] = rate(rescued, len(given))
-        else:
-            scores["retry_success_fixed"][mode] = rate(_retried(rollout, given, greedy), len(given))
-        scores["first_try"][mode] = rate(passed, len(problems))
-        scores["within_two"][mode] = rate(passed + rescued, len(problems))
-    return scores, own["sampled"]
+        retried = rescued if given is own[mode] else _reflected(rollout, given, greedy)
+        found = {
+            "first_try": [attempt.passed for attempt in attempts],
+            "retry_success_fixed": _passed(retried),
+            "within_two": _within_two(attempts, _passed(rescued)),
+            "reflection_solves": [reflection.solves for reflection in retried],
+            "attempts_truncated": [attempt.answer.truncated for attempt in attempts],
+            "reflections_truncated": [reflection.answer.truncated for reflection in retried],
+            "retries_truncated": [reflection.retry.truncated for reflection in retried],
+        }
+        if not greedy:
+            again = rollout.first_attempts([failure.problem for failure in own[mode]], RESAMPLING_STEP)
+            found["within_two_resampled"] = _within_two(attempts, [attempt.passed for attempt in again])
+        for name, values in found.items():
+            verdicts.setdefault(name, {})[mode] = values
+    return verdicts, own["sampled"]
 
 
-def _retried(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> int:
+def _reflected(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> list[Reflection]:
     groups = rollout.reflect_and_retry(failures, EVALUATION_STEP, group_size=1, greedy=greedy)
-    return sum(int(group.reflections[0].reward) for group in groups)
+    return [group.reflections[0] for group in groups]
+
+
+def _passed(reflections: Sequence[Reflection]) -> list[bool]:
+    return [reflection.reward > 0 for reflection in reflections]
+
+
+def _within_two(attempts: Sequence[Attempted], seconds: Sequence[bool]) -> list[bool]:
+    """Whether an attempt passed or, where it is a failure, its second try did."""
+    second = iter(seconds)
+    return [attempt.passed or (attempt.is_failure and next(second)) for attempt in attempts]
+
+
+def scores(verdicts: Verdicts) -> Scores:
+    """The rate of each list of verdicts, and what reflecting adds to resampling."""
+    found = {
+        name: {mode: rate(sum(values), len(values)) for mode, values in modes.items()}
+        for name, modes in verdicts.items()
+    }
+    pair = (verdicts[name]["sampled"] for name in ("within_two_resampled", "within_two"))
+    return found | {"reflection_adds": {"sampled": difference(*pair)}}
+
+
+def differences(before: Verdicts, after: Verdicts) -> Scores:
+    """What training changed in each list of verdicts."""
+    return {
+        name: {mode: difference(values, after[name][mode]) for mode, values in modes.items()}
+        for name, modes in before.items()
+    }
 
 
 def as_json(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:

@@ -148,10 +148,13 @@ class Bank:
                     "cannot change that, so mine a new bank at another failures.path"
                 )
 
-    def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> None:
+    def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> float:
         """Samples first answers to the problems and keeps every one that the verifier rejects.
 
         As many shards are asked at once as keep all engines busy; a process that ends loses what it was asking.
+
+        Returns:
+            The share of this process's answers that were cut at their token limit.
         """
         samples = self._config.samples_per_problem
         starts = range(0, len(problems), SHARD_PROBLEMS)
@@ -163,20 +166,25 @@ class Bank:
             mined = self._mined_before()
             self._write_index(complete=False, problems=len(problems), shards=mined)
         missing = self._world.broadcast([name for name in parts if name not in mined])
+        answers, truncated = 0, 0
         at_once = self._shards_at_once()
         for first in range(0, len(missing), at_once):
             names = missing[first : first + at_once]
             asked = [problem for name in names for problem in parts[name]]
-            attempts = iter(rollout.first_attempts(asked, MINING_STEP, samples))
+            attempts = rollout.first_attempts(asked, MINING_STEP, samples)
+            answers += len(attempts)
+            truncated += sum(attempt.answer.truncated for attempt in attempts)
             if self._world.is_main:
+                left = iter(attempts)
                 for name in names:
-                    rows = _rows(list(islice(attempts, len(parts[name]) * samples)), samples)
+                    rows = _rows(list(islice(left, len(parts[name]) * samples)), samples)
                     write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
                     mined[name] = sum_of(self.path / name)
                     self._write_index(complete=False, problems=len(problems), shards=mined)
         if self._world.is_main:
             self._write_index(complete=True, problems=len(problems), shards=mined)
         self._world.barrier()
+        return truncated / answers if answers else 0.0
 
     def _shards_at_once(self) -> int:
         """As few as give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from nemo_r3.config import Config, to_yaml
-from nemo_r3.report import rates
+from nemo_r3.report import HEADINGS, NOTE, rates
 
 
 def model_card(config: Config, summary: Mapping[str, Any] | None, step: int, base: str) -> str:
@@ -51,9 +51,6 @@ def has_results(summary: Mapping[str, Any], step: int) -> bool:
 
 def _markdown(summary: Mapping[str, Any]) -> str:
     """The before/after table for a model card."""
-    rows = [("", "sampled", "greedy", "n"), ("---", "---", "---", "---:"), *rates(summary)]
+    rows = [HEADINGS, ("---", "---", "---", "---", "---:"), *rates(summary)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return (
-        f"Held-out problems, before → after training, with 95 % intervals.\n\n{table}\n\n"
-        "The second try is measured on the starting model's own failures, the same ones before and after."
-    )
+    return f"Held-out problems, before → after training.\n\n{table}\n\n{NOTE}"

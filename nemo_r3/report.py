@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 ROWS = {
     "first_try": "first try",
-    "retry_success_fixed": "second try, given a failure",
+    "retry_success_fixed": "second try on a failure",
+    "reflection_solves": "reflection as the answer",
     "within_two": "within two tries",
+    "within_two_resampled": "within two, resampled",
 }
+HEADINGS = ("", "sampled", "change", "greedy", "n")
 WHEN = ("before", "after")
 NOTE = (
-    "Share of n held-out problems, [95 % interval]. The second try is measured on the starting model's\n"
-    "own failures, the same ones before and after."
+    "Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the\n"
+    "paired difference. Second try and reflection are measured on the starting model's own failures, the\n"
+    "same ones before and after. Resampled: another first answer instead of a reflection and a retry."
 )
 WIDTH = 100
 NONE = "-"
@@ -42,7 +46,8 @@ def table(summary: Mapping[str, Any]) -> str:
         summary: summary.json; a rate that it lacks is shown as "-".
     """
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, justify in (("", "left"), ("sampled", "left"), ("greedy", "left"), ("n", "right")):
+    for heading in HEADINGS:
+        justify = "right" if heading == "n" else "left"
         grid.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in rates(summary):
         grid.add_row(*row)
@@ -52,15 +57,16 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join([*(line.removeprefix(" ") for line in lines if line), NOTE])
 
 
-def rates(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The table's cells: (what, sampled before -> after, greedy before -> after, n), one tuple per row."""
-    rows = []
+def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table's cells under HEADINGS, one tuple per row: sampled and greedy are before -> after."""
+    rows: list[tuple[str, ...]] = []
     for key, name in ROWS.items():
         sampled, greedy = ([_rate(summary, when, key, mode) for when in WHEN] for mode in ("sampled", "greedy"))
-        n, n_greedy = (str(next((rate["n"] for rate in pair if rate), NONE)) for pair in (sampled, greedy))
+        counts = {str(rate["n"]): None for rate in (*sampled, *greedy) if rate}
         with_intervals = " → ".join(_with_interval(rate) for rate in sampled)
         alone = " → ".join(f"{rate['value']:.2f}" if rate else NONE for rate in greedy)
-        rows.append((name, with_intervals, alone, n if n == n_greedy else f"{n} / {n_greedy}"))
+        change = _with_margin(_rate(summary, "difference", key, "sampled"))
+        rows.append((name, with_intervals, change, alone, " / ".join(counts) or NONE))
     return rows
 
 
@@ -72,6 +78,10 @@ def _rate(summary: Mapping[str, Any], when: str, key: str, mode: str) -> Mapping
 
 def _with_interval(rate: Mapping[str, Any] | None) -> str:
     return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" if rate else NONE
+
+
+def _with_margin(change: Mapping[str, Any] | None) -> str:
+    return f"{change['value']:+.2f} ±{(change['high'] - change['low']) / 2:.2f}" if change else NONE
 
 
 def curve(metrics_file: Path, out: Path) -> None:

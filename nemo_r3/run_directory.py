@@ -1,7 +1,7 @@
 """`RunDirectory`: everything a run leaves behind, and what a resume needs of it.
 
 config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/  tensorboard/
-summary.json
+summary.json  verdicts.json
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, take_lock, write_whole
 from nemo_r3.runtime import World
-from nemo_r3.types import Group, UpdateBatch
+from nemo_r3.types import Failure, Group, Problem, UpdateBatch
 
 MEASURED = ("time/", "memory/", "speed/")
 """Prefixes of the metrics that differ between two runs of one config."""
@@ -197,6 +197,8 @@ class RunDirectory:
                     "reflection": reflection.answer.text,
                     "retry": reflection.retry.text,
                     "finish_reason": reflection.answer.finish_reason,
+                    "retry_finish_reason": reflection.retry.finish_reason,
+                    "reflection_solves": reflection.solves,
                     "weights_version": reflection.answer.segment.version,
                     "reflection_ids": reflection.answer.segment.ids,
                     "reflection_logprobs": [round(value, 6) for value in reflection.answer.segment.logprobs],
@@ -207,6 +209,14 @@ class RunDirectory:
             for reflection, advantage in zip(group.reflections, advantages, strict=True)
         ]
         write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def write_verdicts(
+        self, problems: Sequence[Problem], failures: Sequence[Failure], verdicts: Mapping[str, Any]
+    ) -> None:
+        """Writes an evaluation's verdicts and whose they are to verdicts.json; runs can be compared in pairs by it."""
+        if self._world.is_main:
+            asked = {"problems": [it.id for it in problems], "failures": [it.problem.id for it in failures]}
+            write_whole(self.path / "verdicts.json", json.dumps(asked | dict(verdicts)) + "\n")
 
     def add_to_summary(self, **entries: Any) -> dict[str, Any]:
         """Merges entries and the seconds of this verb's phases into summary.json; None removes an entry.

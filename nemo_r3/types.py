@@ -103,6 +103,11 @@ class Answer:
     text: str
     finish_reason: str
 
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut at its token limit."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -136,6 +141,7 @@ class Reflection:
         answer: the reflection.
         retry: the answer sampled with the reflection in context.
         reward: 1.0 when the verifier accepts the retry, else 0.0.
+        solves: whether the verifier accepts the reflection's own text: it gives the answer away.
     """
 
     sample: int
@@ -143,6 +149,7 @@ class Reflection:
     answer: Answer
     retry: Answer
     reward: float
+    solves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +204,8 @@ class UpdateBatch:
     Attributes:
         rows: the training sequences of the groups in use.
         advantages: per group, per reflection; 0 in a dropped group.
-        groups_used: groups whose retries differed.
-        groups_dropped: groups whose retries all passed or all failed (dynamic sampling).
+        groups_used: groups whose retries differed, and that have a row.
+        groups_dropped: the others; they have no rows, unless `algo.keep_equal_groups`.
     """
 
     rows: tuple[Row, ...] = ()

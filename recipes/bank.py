@@ -8,7 +8,7 @@ from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source, St
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Problem
-from recipes.metrics import warn_of_long_problems
+from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
 from recipes.plan import Plan, Setup
 
 TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
@@ -60,10 +60,12 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
         progress.say(f"tools are {tools} (dialogue.tools={setup.plan.config.dialogue.tools})")
     progress.begin(f"mine {len(problems)} problems:")
     with setup.run.timed("mine"):
-        bank.mine(rollout, problems)
+        truncated = bank.mine(rollout, problems)
     warn_of_long_problems(setup, rollout)
+    warn_of_truncated_answers(setup, truncated)
     rows = bank.read()
-    progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems")
+    cut = f"{truncated:.0%} of the answers cut at rollout.max_answer_tokens"
+    progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems, {cut}")
     return rows
 
 

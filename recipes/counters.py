@@ -30,8 +30,8 @@ class Counters:
     bf16_layers: list[int] = field(default_factory=list)
 
     def after(self, step: int, cursor: int, metrics: Mapping[str, float | None], config: TrainConfig) -> Counters:
-        """The counters after one more step; a step without a loss had nothing to train on."""
-        empty, drift = metrics["loss"] is None, metrics["token_mult_prob_error"]
+        """The counters after one more step."""
+        empty, drift = not metrics["groups_used"], metrics["token_mult_prob_error"]
         return Counters(
             step=step,
             cursor=cursor,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_r3 import runtime
-from nemo_r3.evaluate import as_json, measure
+from nemo_r3.evaluate import as_json, differences, measure, scores
 from nemo_r3.refit import refit
 from nemo_r3.report import table
-from recipes.metrics import versions, warn_of_long_problems
+from recipes.metrics import versions, warn_of_long_problems, warn_of_truncated_answers
 from recipes.plan import join, plan
 from recipes.start import start_policy, start_rollout
 
@@ -29,16 +29,21 @@ def evaluate(argv: Sequence[str]) -> None:
     progress.begin("evaluate the starting model:")
     with run.timed("evaluate"):
         before, failures = measure(rollout, problems)
-    entries: dict[str, Any] = {"before": as_json(before), "after": None, "step": None}
+    verdicts = {"before": before}
+    entries: dict[str, Any] = {"before": as_json(scores(before)), "after": None, "difference": None, "step": None}
     if policy is not None and trained is not None:
         entries["step"] = checkpoint.load(policy, trained)["step"]
         refit(policy, rollout.engine)
         progress.begin(f"evaluate step {entries['step']}:")
         with run.timed("evaluate"):
             after, _ = measure(rollout, problems, failures)
-        entries["after"] = as_json(after)
+        verdicts["after"] = after
+        entries |= {"after": as_json(scores(after)), "difference": as_json(differences(before, after))}
     warn_of_long_problems(setup, rollout)
-    progress.say(table(run.add_to_summary(**entries, versions=versions())))
+    warn_of_truncated_answers(setup, scores(before)["attempts_truncated"]["sampled"].value)
+    summary = run.add_to_summary(**entries, versions=versions())
+    run.write_verdicts(problems, failures, verdicts)
+    progress.say(table(summary))
 
 
 if __name__ == "__main__":

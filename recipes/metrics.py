@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy  # megatron-core
 
 
+MANY_TRUNCATED = 0.2
+"""A larger share of answers cut at their token limit is warned of."""
+
+
 def measures(groups: Sequence[Group]) -> dict[str, float | None]:
     """What a step's rollouts say, whether or not they are trained on."""
     reflections = [reflection for group in groups for reflection in group.reflections]
@@ -29,7 +33,10 @@ def measures(groups: Sequence[Group]) -> dict[str, float | None]:
         "retry_success": statistics.fmean(reflection.reward for reflection in reflections),
         "reflection_tokens": statistics.fmean(len(reflection.answer.segment.ids) for reflection in reflections),
         "retry_tokens": statistics.fmean(len(reflection.retry.segment.ids) for reflection in reflections),
-        "truncated": statistics.fmean(reflection.answer.finish_reason == "length" for reflection in reflections),
+        "reflection_solves": statistics.fmean(reflection.solves for reflection in reflections),
+        "truncated": statistics.fmean(reflection.answer.truncated for reflection in reflections),
+        "retries_truncated": statistics.fmean(reflection.retry.truncated for reflection in reflections),
+        "attempts_truncated": statistics.fmean(group.failure.attempt.truncated for group in groups),
     }
 
 
@@ -76,6 +83,17 @@ def warn_of_long_problems(setup: Setup, rollout: Rollout) -> None:
         print(
             f"warning: {len(rollout.too_long)} problems do not fit rollout.max_model_len="
             f"{setup.plan.config.rollout.max_model_len} and were not asked, such as {min(rollout.too_long)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def warn_of_truncated_answers(setup: Setup, share: float) -> None:
+    """Warns where a large share of first answers was cut: their model may have been about to solve the problem."""
+    if setup.world.is_main and share > MANY_TRUNCATED:
+        print(
+            f"warning: {share:.0%} of the first answers were cut at rollout.max_answer_tokens="
+            f"{setup.plan.config.rollout.max_answer_tokens}; if the model needs more, raise it and mine anew",
             file=sys.stderr,
             flush=True,
         )

@@ -58,9 +58,9 @@ def train(argv: Sequence[str]) -> None:
                     rollout.engine.sleep()
                     metrics = dict(policy.update(batch))
 
+            metrics |= {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
             counters = layers.move_worst_to_bf16(counters.after(step, source.cursor, metrics, config.train))
             metrics |= speed(setup, groups, metrics) | measures(groups)
-            metrics |= {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
             report_memory(setup, policy, rollout, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)

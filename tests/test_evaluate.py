@@ -6,55 +6,115 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from nemo_r3.evaluate import as_json, failures_of, measure, rate
+from nemo_r3.evaluate import RESAMPLING_STEP, as_json, difference, differences, failures_of, measure, rate, scores
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 
-def answer(phase: Phase) -> Answer:
-    return Answer(Segment(phase, (1,), (-1.0,), 0), "x", "stop")
+def answer(phase: Phase, cut: bool = False) -> Answer:
+    return Answer(Segment(phase, (1,), (-1.0,), 0), "x", "length" if cut else "stop")
 
 
 @dataclass(frozen=True)
 class Model:
-    """Fails at problems whose number is a multiple of (one when sampled, one when greedy), at either try."""
+    """Fails at problems whose number is a multiple of (one when sampled, one when greedy), at either try.
+
+    A second first answer passes where the number is a multiple of `resampled`. First answers are cut at multiples of 3,
+    reflections at those of 4, retries at those of 5; reflections at multiples of 6 hold the answer.
+    """
 
     first: tuple[int, int]
     second: tuple[int, int]
+    resampled: int = 4
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
     ) -> list[Attempted]:
-        first = answer(Phase.ATTEMPT)
-        context = Trajectory((Segment(Phase.TASK, (1,)), first.segment))
-        return [Attempted(problem, 0, context, first, int(problem.id) % self.first[greedy] > 0) for problem in problems]
+        return [self._attempt(problem, step, greedy) for problem in problems]
+
+    def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempted:
+        number = int(problem.id)
+        first = answer(Phase.ATTEMPT, cut=number % 3 == 0)
+        passed = number % self.resampled == 0 if step == RESAMPLING_STEP else number % self.first[greedy] > 0
+        return Attempted(problem, 0, Trajectory((Segment(Phase.TASK, (1,)), first.segment)), first, passed)
 
     def reflect_and_retry(
         self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False
     ) -> list[Group]:
-        turns, fails = (answer(Phase.REFLECTION), answer(Phase.RETRY)), self.second[greedy]
-        return [
-            Group(failure, (Reflection(0, failure.context, *turns, float(int(failure.problem.id) % fails > 0)),))
-            for failure in failures
-        ]
+        return [Group(failure, (self._reflection(failure, greedy),)) for failure in failures]
+
+    def _reflection(self, failure: Failure, greedy: bool) -> Reflection:
+        number = int(failure.problem.id)
+        turns = answer(Phase.REFLECTION, cut=number % 4 == 0), answer(Phase.RETRY, cut=number % 5 == 0)
+        return Reflection(0, failure.context, *turns, float(number % self.second[greedy] > 0), number % 6 == 0)
+
+
+CHOSEN = ("first_try", "retry_success_fixed", "within_two")
 
 
 def test_the_second_try_is_measured_on_the_same_failures_before_and_after() -> None:
     problems = [Problem(str(i), "", {}) for i in range(60)]
-    before, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
     assert [int(failure.problem.id) for failure in fixed] == list(range(0, 60, 2)), "the sampled ones"
-    assert before == {
+    before = scores(verdicts)
+    assert {name: before[name] for name in CHOSEN} == {
         "first_try": {"sampled": rate(30, 60), "greedy": rate(40, 60)},
         "retry_success_fixed": {"sampled": rate(20, 30), "greedy": rate(15, 30)},
         "within_two": {"sampled": rate(50, 60), "greedy": rate(55, 60)},
     }
-    after, own = measure(Model(first=(5, 10), second=(20, 30)), problems, fixed)
+    verdicts, own = measure(Model(first=(5, 10), second=(20, 30)), problems, fixed)
     assert [int(failure.problem.id) for failure in own] == list(range(0, 60, 5))
-    assert after == {
+    after = scores(verdicts)
+    assert {name: after[name] for name in CHOSEN} == {
         "first_try": {"sampled": rate(48, 60), "greedy": rate(54, 60)},
         "retry_success_fixed": {"sampled": rate(27, 30), "greedy": rate(28, 30)},
         "within_two": {"sampled": rate(57, 60), "greedy": rate(58, 60)},
     }
+
+
+def test_the_second_try_is_compared_with_a_second_first_answer() -> None:
+    problems = [Problem(str(i), "", {}) for i in range(60)]
+    verdicts, _ = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    found = scores(verdicts)
+    assert found["within_two_resampled"] == {"sampled": rate(45, 60)}  # odd ones, and multiples of 4
+    # even numbers: reflecting fails at multiples of 6, resampling passes at those of 4, so 10 gained and 5 lost
+    assert found["reflection_adds"] == {"sampled": difference([False] * 10 + [True] * 50, [True] * 55 + [False] * 5)}
+    assert found["reflection_adds"]["sampled"].value == round(5 / 60, 4)
+
+
+def test_reflections_that_hold_the_answer_and_cut_turns_are_counted() -> None:
+    problems = [Problem(str(i), "", {}) for i in range(60)]
+    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    found = scores(verdicts)
+    assert found["reflection_solves"] == {"sampled": rate(10, 30), "greedy": rate(10, 30)}
+    assert found["attempts_truncated"]["sampled"] == rate(20, 60)
+    assert found["reflections_truncated"]["sampled"] == rate(15, 30)
+    assert found["retries_truncated"]["greedy"] == rate(6, 30)
+    assert len(fixed) == 30
+
+
+def test_a_difference_counts_what_changed_in_pairs() -> None:
+    before = [True] * 40 + [False] * 60
+    after = [True] * 35 + [False] * 5 + [True] * 15 + [False] * 45  # 5 lost, 15 gained
+    found = difference(before, after)
+    assert (found.value, found.low, found.high, found.n) == (0.1, 0.0146, 0.1854, 100)
+    # by hand: 1.96 * sqrt(20 - 100 / 100) / 100 = 0.0854; the separate intervals overlap
+    assert rate(40, 100).high > rate(50, 100).low
+    assert difference(before, before) == replace(found, value=0.0, low=0.0, high=0.0)
+    assert difference([False] * 9, [True] * 9).value == 1.0
+    assert math.isnan(difference([], []).value)
+
+
+def test_what_training_changed_is_paired_for_every_measure() -> None:
+    problems = [Problem(str(i), "", {}) for i in range(60)]
+    before, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    after, _ = measure(Model(first=(5, 10), second=(20, 30)), problems, fixed)
+    found = differences(before, after)
+    assert found.keys() == before.keys() == after.keys()
+    assert found["first_try"]["sampled"] == difference([i % 2 > 0 for i in range(60)], [i % 5 > 0 for i in range(60)])
+    evens = range(0, 60, 2)
+    expected = difference([i % 4 > 0 for i in evens], [i % 30 > 0 for i in evens])
+    assert found["retry_success_fixed"]["greedy"] == expected
 
 
 def test_an_attempt_without_tokens_is_no_failure_to_reflect_on() -> None:

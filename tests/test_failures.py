@@ -88,6 +88,21 @@ def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
     assert failures[2] == expected
 
 
+def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
+    class Cut(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *more: Any, **settings: Any) -> list[Attempted]:
+            attempts = super().first_attempts(asked, *more, **settings)
+            return [replace(it, answer=replace(it.answer, finish_reason=self.reason(it))) for it in attempts]
+
+        @staticmethod
+        def reason(attempt: Attempted) -> str:
+            return "length" if attempt.problem.id == "p0" or attempt.passed else "stop"
+
+    assert bank(tmp_path).mine(Cut(passes=1), problems(4)) == 5 / 8, "those that passed count, too"
+    _locks.pop().close()
+    assert bank(tmp_path).mine(Cut(), problems(4)) == 0.0, "this process has asked nothing"
+
+
 def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = problems(2 * SHARD_PROBLEMS + 3)
     first, again = Scripted(), Scripted()

@@ -12,7 +12,13 @@ def test_model_card() -> None:
     rate = {"value": 0.5, "low": 0.45, "high": 0.55, "n": 400}
     modes = {"sampled": rate, "greedy": rate}
     scores = {"first_try": modes, "retry_success_fixed": modes, "within_two": modes}
-    summary = {"before": scores, "after": scores, "step": 40, "versions": {"torch": "2.13.0"}}
+    summary = {
+        "before": scores,
+        "after": scores,
+        "difference": {"first_try": modes},
+        "step": 40,
+        "versions": {"torch": "2.13.0"},
+    }
     config = Config()
     config.model.path = "models/tiny"
     card = model_card(config, summary, 40, "tiny")
@@ -21,7 +27,7 @@ def test_model_card() -> None:
     assert "license" not in front
     assert "# tiny, trained to reflect on countdown" in text
     assert "40 steps of GRPO on reflection tokens" in text
-    assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | 0.50 → 0.50 | 400 |" in text
+    assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | +0.50 ±0.05 | 0.50 → 0.50 | 400 |" in text
     assert "- torch 2.13.0" in text
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert settings["model"]["path"] == "models/tiny"

@@ -25,31 +25,51 @@ def scores(first: float, second: float | None, both: float, failures: int = 312)
     return {
         "first_try": {"sampled": rate(first), "greedy": rate(first + 0.01)},
         "retry_success_fixed": {"sampled": rate(second, failures), "greedy": rate(second, failures)},
+        "reflection_solves": {"sampled": rate(second, failures), "greedy": rate(second, failures)},
         "within_two": {"sampled": rate(both), "greedy": rate(both + 0.02)},
+        "within_two_resampled": {"sampled": rate(both - 0.1)},
     }
 
 
+def changes(first: float, second: float, both: float) -> dict:
+    found = scores(first, second, both)
+    return {name: {"sampled": found[name]["sampled"]} for name in ("first_try", "retry_success_fixed", "within_two")}
+
+
 GOLDEN = """\
-                              sampled                                 greedy          n
-───────────────────────────────────────────────────────────────────────────────────────
-first try                     0.22 [0.18, 0.26] → 0.31 [0.27, 0.35]   0.23 → 0.32   400
-second try, given a failure   0.22 [0.18, 0.26] → 0.70 [0.66, 0.74]   0.22 → 0.70   312
-within two tries              0.40 [0.36, 0.44] → 0.79 [0.75, 0.83]   0.42 → 0.81   400
-Share of n held-out problems, [95 % interval]. The second try is measured on the starting model's
-own failures, the same ones before and after."""
+                           sampled                                 change        greedy          n
+──────────────────────────────────────────────────────────────────────────────────────────────────
+first try                  0.22 [0.18, 0.26] → 0.31 [0.27, 0.35]   -0.09 ±0.04   0.23 → 0.32   400
+second try on a failure    0.22 [0.18, 0.26] → 0.70 [0.66, 0.74]   +0.48 ±0.04   0.22 → 0.70   312
+reflection as the answer   0.22 [0.18, 0.26] → 0.70 [0.66, 0.74]   -             0.22 → 0.70   312
+within two tries           0.40 [0.36, 0.44] → 0.79 [0.75, 0.83]   +0.39 ±0.04   0.42 → 0.81   400
+within two, resampled      0.30 [0.26, 0.34] → 0.69 [0.65, 0.73]   -             - → -         400
+Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the
+paired difference. Second try and reflection are measured on the starting model's own failures, the
+same ones before and after. Resampled: another first answer instead of a reflection and a retry."""
 
 UNFINISHED = """\
-                              sampled                 greedy       n
-────────────────────────────────────────────────────────────────────
-first try                     0.22 [0.18, 0.26] → -   0.23 → -   400
-second try, given a failure   - → -                   - → -        -
-within two tries              0.40 [0.36, 0.44] → -   0.42 → -   400
-Share of n held-out problems, [95 % interval]. The second try is measured on the starting model's
-own failures, the same ones before and after."""
+                           sampled                 change   greedy       n
+──────────────────────────────────────────────────────────────────────────
+first try                  0.22 [0.18, 0.26] → -   -        0.23 → -   400
+second try on a failure    - → -                   -        - → -        -
+reflection as the answer   - → -                   -        - → -        -
+within two tries           0.40 [0.36, 0.44] → -   -        0.42 → -   400
+within two, resampled      0.30 [0.26, 0.34] → -   -        - → -      400
+Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the
+paired difference. Second try and reflection are measured on the starting model's own failures, the
+same ones before and after. Resampled: another first answer instead of a reflection and a retry."""
+
+
+SUMMARY = {
+    "before": scores(0.22, 0.22, 0.4),
+    "after": scores(0.31, 0.7, 0.79),
+    "difference": changes(-0.09, 0.48, 0.39),
+}
 
 
 def test_table() -> None:
-    text = report.table({"before": scores(0.22, 0.22, 0.4), "after": scores(0.31, 0.7, 0.79), "seconds": {}})
+    text = report.table(SUMMARY | {"seconds": {}})
     assert text == GOLDEN
     assert max(map(len, text.splitlines())) <= report.WIDTH
 
@@ -61,7 +81,7 @@ def test_table_of_what_was_not_measured(unknown: float | None) -> None:
 
 def test_table_in_a_narrow_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    assert report.table({"before": scores(0.22, 0.22, 0.4), "after": scores(0.31, 0.7, 0.79)}) == GOLDEN
+    assert report.table(SUMMARY) == GOLDEN
 
 
 def test_moving_mean() -> None:

@@ -39,8 +39,6 @@ def is_mixed(rewards: Sequence[float]) -> bool:
 
 
 def shuffled(rewards: Sequence[Sequence[float]], seed: int) -> list[list[float]]:
-    """The same rewards dealt at random over all groups' reflections: a control that must not learn."""
-    flat = [reward for group in rewards for reward in group]
-    random.Random(seed).shuffle(flat)
-    supply = iter(flat)
-    return [[next(supply) for _ in group] for group in rewards]
+    """Each group's own rewards dealt at random: a control that must not learn, with as many mixed groups as without."""
+    draw = random.Random(seed)
+    return [draw.sample(group, len(group)) for group in rewards]

@@ -1,4 +1,4 @@
-"""Groups -> `UpdateBatch`: advantages, dynamic sampling, and which tokens carry the loss."""
+"""Groups -> `UpdateBatch`: advantages, which groups are left out, and which tokens carry the loss."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from nemo_r3.algo.advantages import Advantage, group_advantages, is_mixed, shuff
 from nemo_r3.algo.aggregation import token_weights
 from nemo_r3.algo.losses import loss_named
 from nemo_r3.config import AlgoConfig, Config
-from nemo_r3.types import Group, Phase, Reflection, Row, Segment, Trajectory, UpdateBatch
+from nemo_r3.types import Group, Phase, Row, Segment, Trajectory, UpdateBatch
 
 
 def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBatch:
     """The rows of one optimizer step.
 
-    A group whose rewards are all equal has no advantage to give: it leaves the update and is counted. The rows that
-    stay share the loss as `algo.loss` aggregates (GRPO: 1 / rows each, evenly over the row's trained tokens), so the
-    loss is the same however the step is cut into microbatches and ranks.
+    A group whose rewards are all equal has no advantage to give: it leaves the update, unless `algo.keep_equal_groups`,
+    and is counted. The rows that stay share the loss as `algo.loss` aggregates (GRPO: 1 / rows each, evenly over the
+    row's trained tokens), so the loss is the same however the step is cut into microbatches and ranks.
 
     Args:
         groups: this step's rollouts, the same on every rank.
@@ -29,15 +29,19 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
     if algo.shuffle_rewards:
         rewards = shuffled(rewards, seed)
     kind = advantage_kind(algo, loss.ADVANTAGE)
-    advantages = [group_advantages(scores, kind) if is_mixed(scores) else [0.0] * len(scores) for scores in rewards]
+    mixed = [is_mixed(scores) for scores in rewards]
+    advantages = [
+        group_advantages(scores, kind) if teaches else [0.0] * len(scores)
+        for scores, teaches in zip(rewards, mixed, strict=True)
+    ]
     phases = frozenset(Phase(phase) for phase in algo.trained_phases)
     chosen = [
         (number, trajectory, advantage)
-        for number, (group, scores) in enumerate(zip(groups, rewards, strict=True))
-        if is_mixed(scores)
+        for number, group in enumerate(groups)
+        if mixed[number] or algo.keep_equal_groups
         for reflection, advantage in zip(group.reflections, advantages[number], strict=True)
         if (trajectory := up_to_trained(reflection.trajectory, phases)).segments
-        and not (algo.mask_truncated and is_truncated(reflection))
+        and not (algo.mask_truncated and reflection.answer.truncated)  # overlong masking, arXiv 2503.14476, section 3.4
     ]
     lengths = [sum(len(segment.ids) for segment in row.segments if _trained(segment, phases)) for _, row, _ in chosen]
     weights = token_weights(lengths, loss.AGGREGATION, token_limit(config))
@@ -45,7 +49,7 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
         number: shared_tokens([trajectory for _, trajectory, _ in members], phases)
         for number, members in groupby(chosen, key=lambda row: row[0])
     }
-    used = sum(is_mixed(scores) for scores in rewards)
+    used = len({number for number, _, _ in chosen if mixed[number]})
     return UpdateBatch(
         rows=tuple(
             build_row(trajectory, phases, advantage, weight, number, shared[number])
@@ -62,11 +66,6 @@ def advantage_kind(algo: AlgoConfig, own: Advantage) -> Advantage:
     if algo.advantage_std is None:
         return own
     return Advantage.STD if algo.advantage_std else Advantage.CENTRED
-
-
-def is_truncated(reflection: Reflection) -> bool:
-    """Whether the reflection was cut at its token limit (overlong masking, arXiv 2503.14476, section 3.4)."""
-    return reflection.answer.finish_reason == "length"
 
 
 def token_limit(config: Config) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nemo_r3.config.option import option
 
-PHASES = ("attempt", "reflection", "retry")
+PHASES = ("reflection", "retry")
 
 
 @dataclass
@@ -34,7 +34,10 @@ class AlgoConfig:
     )
     kl_beta: float = option(0.001, low=0.0, help="weight of the KL to the starting model; 0: no reference is kept")
     kl_estimator: str = option(
-        "k3", choices=("k1", "k2", "k3"), help="estimator of that KL (http://joschu.net/blog/kl-approx.html)"
+        "k3",
+        choices=("k2", "k3"),
+        help="estimator of that KL (http://joschu.net/blog/kl-approx.html); k3's gradient is that of "
+        "KL(start || policy), as in GRPO and TRL, k2's that of KL(policy || start)",
     )
     mismatch_correction: str = option(
         "none",
@@ -48,6 +51,15 @@ class AlgoConfig:
         None, above=1.0, help="truncate (tis) or reject ratios above this; default: the correction's own"
     )
     trained_phases: list[str] = option(
-        factory=lambda: ["reflection"], choices=PHASES, help="phases whose sampled tokens carry loss"
+        factory=lambda: ["reflection"],
+        choices=PHASES,
+        help="phases whose sampled tokens carry loss; not the attempt: a group shares it, so its advantages sum to 0",
     )
-    shuffle_rewards: bool = option(False, help="control: deal the step's rewards at random, so that they teach nothing")
+    keep_equal_groups: bool = option(
+        False,
+        help="keep groups whose rewards are all equal, with advantage 0: they count in the loss's denominators and in "
+        "its KL, as in TRL",
+    )
+    shuffle_rewards: bool = option(
+        False, help="control: deal each group's rewards to its reflections at random, so that they teach nothing"
+    )

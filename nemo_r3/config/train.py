@@ -9,8 +9,10 @@ from nemo_r3.config.option import option
 class TrainConfig:
     """One step = one rollout of `failures_per_step` groups, one optimizer step, one refit."""
 
-    steps: int = option(1750, low=0, help="training steps (the paper's upper bound)", resume=True)
-    failures_per_step: int = option(32, low=1, help="groups per step; times algo.group_size = the paper's batch of 256")
+    steps: int = option(1750, low=0, help="training steps (in the paper the most that a run took)", resume=True)
+    failures_per_step: int = option(
+        32, low=1, help="groups per step; times algo.group_size = 256, our reading of the paper's batch"
+    )
     save_every: int = option(50, low=1, help="steps between checkpoints; the last step is always saved", resume=True)
     save_minutes: float = option(
         0.0,

@@ -213,13 +213,13 @@ class Rollout(Generic[EngineT]):
 
             def end(reflection: Answer) -> _Turn:
                 trajectory = prompt.then(reflection.segment)
-
+                solves = self._verify(failure.problem, reflection)
                 retried = self._dialogue.retry(trajectory) if reflection.segment.ids else None
 
                 def finish(retry: Answer) -> None:
                     reward = float(self._verify(failure.problem, retry))
                     whole = trajectory if retried is None else retried.then(retry.segment)
-                    found[item][sample] = Reflection(sample, whole, reflection, retry, reward)
+                    found[item][sample] = Reflection(sample, whole, reflection, retry, reward, solves)
 
                 return _Turn(Phase.RETRY, retried, failure.id, sample, finish)
 

@@ -1,4 +1,4 @@
-"""Groups -> rows: which tokens carry loss and how much, dynamic sampling, and the last gate."""
+"""Groups -> rows: which groups and tokens carry loss and how much, and the last gate."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ def test_the_standard_deviation_can_be_chosen() -> None:
     assert build_update([group], with_algo(loss="dr_grpo", advantage_std=True), 0).advantages[0][0] == 0.75 / SPREAD
 
 
-@pytest.mark.parametrize(
-    ("phases", "limit"), [(["attempt"], 5), (["reflection", "retry"], 21), (["attempt", "reflection", "retry"], 26)]
-)
+@pytest.mark.parametrize(("phases", "limit"), [(["reflection"], 16), (["retry"], 5), (["reflection", "retry"], 21)])
 def test_the_limit_of_a_row_is_that_of_its_trained_phases(phases: list[str], limit: int) -> None:
     rows = build_update([group_of([1, 0])], with_algo(loss="dr_grpo", trained_phases=phases), 0).rows
     assert rows[0].loss_weights[-1] == pytest.approx(1 / (2 * limit))
@@ -137,7 +135,9 @@ def test_a_reflection_cut_at_its_limit_leaves_loss_and_denominators_but_not_its_
 
 def test_masking_every_reflection_leaves_no_rows() -> None:
     batch = build_update([cut(group_of([1, 0]), 0, 1)], with_algo(mask_truncated=True), 0)
-    assert (batch.rows, batch.groups_used) == ((), 1)
+    assert (batch.rows, batch.groups_used, batch.groups_dropped) == ((), 0, 1)
+    batch = build_update([cut(group_of([1, 0]), 0, 1), cut(group_of([1, 0]), 0)], with_algo(mask_truncated=True), 0)
+    assert (len(batch.rows), batch.groups_used, batch.groups_dropped) == (1, 1, 1)
 
 
 def test_rows_know_their_group_and_what_it_shares() -> None:
@@ -148,8 +148,8 @@ def test_rows_know_their_group_and_what_it_shares() -> None:
 
 def test_what_is_trained_or_differs_is_not_shared() -> None:
     group = group_of([0, 1])
-    trained = build_update([group], with_algo(trained_phases=["attempt", "reflection"]), 0)
-    assert [row.shared for row in trained.rows] == [3, 3], "the attempt is the same in both, and trained"
+    alike = build_update([group], with_algo(), 0)
+    assert [row.shared for row in alike.rows] == [7, 7], "the reflections are the same, and trained"
 
     first, second = group.reflections
     segments = list(second.trajectory.segments)
@@ -181,14 +181,26 @@ def test_nothing_mixed_means_no_rows() -> None:
     assert (batch.rows, batch.groups_used, batch.groups_dropped) == ((), 0, 1)
 
 
+def test_equal_groups_can_be_kept_without_an_advantage() -> None:
+    groups = [group_of([1, 1], [3, 4]), group_of([0, 1], [5, 2])]
+    batch = build_update(groups, with_algo(keep_equal_groups=True), 0)
+    assert (batch.groups_used, batch.groups_dropped, len(batch.rows)) == (1, 1, 4)
+    assert [row.weights[-1] for row in batch.rows] == pytest.approx([1 / (4 * length) for length in (3, 4, 5, 2)])
+    assert [row.advantages[-1] for row in batch.rows[:2]] == [0.0, 0.0]
+    alone = build_update(groups, with_algo(), 0)
+    assert batch.advantages == alone.advantages
+    assert [row.weights[-1] for row in batch.rows[2:]] == pytest.approx([row.weights[-1] / 2 for row in alone.rows])
+
+
 def test_the_shuffled_control_deals_the_same_rewards_by_the_seed_alone() -> None:
-    groups = [group_of([1, 1, 1, 1]), group_of([0, 0, 0, 0]), group_of([1, 0, 0, 0])]
+    groups = [group_of([1, 1, 1, 1]), group_of([0, 0, 0, 0]), group_of([1, 0, 0, 0]), group_of([0, 1, 1, 0])]
     config = with_algo(shuffle_rewards=True, advantage_std=False)
     batch = build_update(groups, config, 5)
     assert batch == build_update(groups, config, 5)
     assert len({build_update(groups, config, seed).advantages for seed in range(8)}) > 4
     true = build_update(groups, with_algo(advantage_std=False), 5)
-    assert batch.groups_used != true.groups_used or batch.advantages != true.advantages
+    assert batch.advantages != true.advantages
+    assert (batch.groups_used, batch.groups_dropped) == (true.groups_used, true.groups_dropped) == (2, 2)
 
 
 def test_reflection_and_retry_can_be_trained_together() -> None:
@@ -200,11 +212,6 @@ def test_reflection_and_retry_can_be_trained_together() -> None:
     refuse_untrained_weight(batch, config.algo)
     with pytest.raises(RuntimeError, match="phase retry"):
         refuse_untrained_weight(batch, AlgoConfig())
-
-
-def test_training_the_attempt_alone_cuts_the_row_behind_it() -> None:
-    batch = build_update([group_of([1, 0])], with_algo(trained_phases=["attempt"]), 0)
-    assert list(batch.rows[0].ids) == [1, 2, 3, 20, 21] and trained_ids(batch, 0) == [20, 21]
 
 
 def test_a_reflection_that_was_never_sampled_makes_no_row() -> None:

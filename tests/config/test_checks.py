@@ -62,7 +62,7 @@ def test_refused_together(tmp_path: Path, overrides: list[str], keys: list[str])
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["algo.trained_phases=[attempt, retry]"],
+        ["algo.trained_phases=[reflection, retry]"],
         ["failures.max_solve_rate=0.5", "failures.samples_per_problem=4"],
         ["actor.sequence_parallel=true", "actor.tensor_parallel=2"],
         ["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.tensor_parallel=4", "actor.pipeline_parallel=2"],

@@ -12,8 +12,8 @@ from recipes.counters import Counters, reason_to_stop
 from recipes.metrics import summary
 
 CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_drift_steps=2)
-FINE = {"loss": 0.1, "token_mult_prob_error": 1.01, "skipped": 0.0}
-EMPTY = {"loss": None, "token_mult_prob_error": None}
+FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "skipped": 0.0}
+EMPTY = {"loss": None, "groups_used": 0.0, "token_mult_prob_error": None}
 SKIPPED = FINE | {"skipped": 1.0}
 DRIFTED = FINE | {"token_mult_prob_error": 1.2}
 
@@ -28,6 +28,7 @@ def walk(*steps: dict[str, float | None]) -> Counters:
 def test_counts_are_of_steps_in_a_row() -> None:
     assert walk(EMPTY, SKIPPED, DRIFTED) == Counters(step=3, cursor=24, drift_steps=1)
     assert walk(DRIFTED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2)
+    assert walk(FINE | {"groups_used": 0.0}).empty_steps == 1, "algo.keep_equal_groups leaves a loss, but only the KL's"
     assert walk(FINE | {"token_mult_prob_error": math.nan}).drift_steps == 1, "NaN is no small drift"
 
 
@@ -48,7 +49,7 @@ def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float |
 
 
 def test_drift_is_warned_of_in_the_steps_line() -> None:
-    metrics = {"retry_success": 0.5, "groups_used": 2.0, "grad_norm": 1.0} | FINE
+    metrics = {"retry_success": 0.5, "grad_norm": 1.0} | FINE
     assert "DRIFT" not in summary(metrics, CONFIG)
     line = summary(metrics | {"token_mult_prob_error": 1.07}, CONFIG)
     assert "DRIFT: token_mult_prob_error 1.070 > train.drift_warn=1.05" in line

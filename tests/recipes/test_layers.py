@@ -88,7 +88,7 @@ class Run:
     def step(self, layers: Layers, counters: Counters, drift: float) -> Counters:
         with layers.watched(counters):
             self.layers(torch.randn(5, 8)).sum().backward()
-        metrics = {"loss": 0.1, "token_mult_prob_error": drift}
+        metrics = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": drift}
         return layers.move_worst_to_bf16(counters.after(counters.step + 1, 0, metrics, self.config.train))
 
 

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from nemo_r3.config import TrainConfig
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_r3.config import Config, RolloutConfig, TrainConfig
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
-from recipes.metrics import measures, summary
+from recipes.metrics import measures, summary, warn_of_truncated_answers
 
 
 def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:
     return Answer(Segment(phase, (1,) * tokens, (-1.0,) * tokens, 0), "", finish_reason)
 
 
-def reflection(tokens: int, reason: str, retry_tokens: int, retry_reason: str, reward: float) -> Reflection:
+def reflection(
+    tokens: int, reason: str, retry_tokens: int, retry_reason: str, reward: float, solves: bool = False
+) -> Reflection:
     answers = answer(Phase.REFLECTION, tokens, reason), answer(Phase.RETRY, retry_tokens, retry_reason)
-    return Reflection(0, Trajectory(), *answers, reward)
+    return Reflection(0, Trajectory(), *answers, reward, solves)
 
 
 def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
-    failure = Failure(Problem("0", "", {}), Trajectory(), answer(Phase.ATTEMPT, 9))
-    first = reflection(10, "length", 3, "stop", 0.0), reflection(4, "stop", 5, "length", 1.0)
+    failure, cut = (
+        Failure(Problem("0", "", {}), Trajectory(), answer(Phase.ATTEMPT, 9, reason)) for reason in ("stop", "length")
+    )
+    first = reflection(10, "length", 3, "stop", 0.0), reflection(4, "stop", 5, "length", 1.0, solves=True)
     second = reflection(6, "stop", 7, "length", 0.0), reflection(8, "stop", 0, "no_room", 0.0)
-    assert measures([Group(failure, first), Group(failure, second)]) == {
+    assert measures([Group(failure, first), Group(cut, second)]) == {
         "reward": 0.25,
         "retry_success": 0.25,
         "reflection_tokens": 7.0,
         "retry_tokens": 3.75,
+        "reflection_solves": 0.25,
         "truncated": 0.25,
+        "retries_truncated": 0.5,
+        "attempts_truncated": 0.5,
     }
+
+
+def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config(rollout=RolloutConfig(max_answer_tokens=6))
+    setup: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), plan=SimpleNamespace(config=config))
+    warn_of_truncated_answers(setup, 0.2)
+    assert capsys.readouterr().err == ""
+    warn_of_truncated_answers(setup, 0.97)
+    assert "warning: 97% of the first answers were cut at rollout.max_answer_tokens=6" in capsys.readouterr().err
 
 
 def test_a_skipped_update_names_its_cause() -> None:

@@ -78,6 +78,9 @@ def test_every_step_is_logged_once_with_the_promised_fields(trained: Path) -> No
         "token_mult_prob_error",
         "groups_used",
         "groups_dropped",
+        "reflection_solves",
+        "retries_truncated",
+        "attempts_truncated",
     }
     for line in logged:
         assert promised | {"time/rollout", "time/update", "time/refit"} <= line.keys()
@@ -108,6 +111,8 @@ def test_rollouts_hold_whole_turns_and_their_verdicts(trained: Path) -> None:
             assert row["finish_reason"] != "stop" or row["reflection_ids"][-1] == end
             assert len(row["reflection_logprobs"]) == len(row["reflection_ids"])
             assert row["weights_version"] == step - 1
+            assert row["reflection_solves"] == task.verify(by_id[row["problem_id"]], row["reflection"])
+            assert row["retry_ids"].count(end) == int(row["retry_finish_reason"] == "stop")
 
 
 def test_advantages_are_those_of_each_group(trained: Path) -> None:
@@ -128,10 +133,29 @@ def test_the_summary_has_before_and_after(trained: Path) -> None:
                 found = summary[when][name][mode]
                 assert found["low"] <= found["value"] <= found["high"]
                 assert 0 < found["n"] <= 24
+        assert summary[when]["within_two_resampled"]["sampled"]["n"] == 24
+        assert {"reflection_solves", "attempts_truncated", "retries_truncated"} <= summary[when].keys()
     assert summary["before"] != summary["after"]
+    verdicts = json.loads((trained / "verdicts.json").read_text())
+    for name, asked in (("within_two", verdicts["problems"]), ("retry_success_fixed", verdicts["failures"])):
+        before, after = (verdicts[when][name]["sampled"] for when in ("before", "after"))
+        assert len(before) == len(after) == len(asked)
+        found = summary["difference"][name]["sampled"]
+        assert found["value"] == pytest.approx((sum(after) - sum(before)) / len(asked), abs=1e-4)
+        assert found["low"] <= found["value"] <= found["high"]
     assert {"rollout", "update", "refit"} <= summary["seconds"].keys()
     assert summary["versions"]["torch"] == importlib.metadata.version("torch")
     assert Path(summary["export"]).is_dir()
+
+
+def test_an_answer_limit_that_is_too_low_is_seen(tmp_path: Path) -> None:
+    done = run("evaluate", QUICKSTART, "evaluate.problems=8", "rollout.max_answer_tokens=6", f"run.dir={tmp_path}/run")
+    assert "warning: 100% of the first answers were cut at rollout.max_answer_tokens=6" in done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for turns in ("attempts", "retries"):
+        assert summary["before"][f"{turns}_truncated"]["sampled"]["value"] == 1.0
+    assert "after" not in summary and "difference" not in summary, "there is no checkpoint"
+    assert "after" not in json.loads((tmp_path / "run" / "verdicts.json").read_text())
 
 
 def test_the_export_generates_with_transformers(trained: Path) -> None:

@@ -1,0 +1,34 @@
+"""What mining tells the person who waits for it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_r3.config import Config, RolloutConfig
+from recipes.bank import bank_rows
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.97, True), (0.04, False)])
+def test_mining_says_how_many_answers_were_cut(share: float, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    task = SimpleNamespace(problems=lambda split: [SimpleNamespace(tools=())] * 5)
+    plan = SimpleNamespace(config=Config(rollout=RolloutConfig(max_answer_tokens=6)), task=task)
+    setup: Any = SimpleNamespace(
+        plan=plan,
+        progress=SimpleNamespace(say=said.append, begin=lambda title: None),
+        run=SimpleNamespace(timed=lambda phase: nullcontext()),
+        world=SimpleNamespace(is_main=True),
+    )
+    bank: Any = SimpleNamespace(
+        path=Path("failures"), check=lambda: False, mine=lambda rollout, problems: share, read=lambda: [1, 2, 3]
+    )
+    rollout: Any = SimpleNamespace(too_long=set())
+    assert bank_rows(setup, bank, rollout) == [1, 2, 3]
+    cut = f"{share:.0%} of the answers cut at rollout.max_answer_tokens"
+    assert said[-1] == f"mined failures: 3 failures of 5 problems, {cut}"
+    assert ("were cut at rollout.max_answer_tokens=6" in capsys.readouterr().err) == warns

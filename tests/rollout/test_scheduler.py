@@ -1,0 +1,72 @@
+"""What a rollout makes of its turns; the engine is scripted, the real one is in test_engine.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from transformers import AutoTokenizer
+
+from nemo_r3.config import load
+from nemo_r3.dialogue import Dialogue
+from nemo_r3.models import EMBEDDED
+from nemo_r3.rollout.sampling import Completion, Sampling
+from nemo_r3.rollout.scheduler import Rollout
+from nemo_r3.runtime import World
+from nemo_r3.tasks.protocol import Wording
+from nemo_r3.types import Problem
+
+ROOT = Path(__file__).parents[2]
+ALONE = cast(
+    World, SimpleNamespace(rank=0, size=1, is_main=True, gather=lambda item: [item], leave_if_asked=lambda: None)
+)
+
+
+class Eight:
+    """A task whose only answer is 8."""
+
+    name, verifier, wording = "eight", "eight-1", Wording()
+
+    def problems(self, split: str) -> list[Problem]:
+        return [Problem("p", "Make 8.", {})]
+
+    def verify(self, problem: Problem, text: str) -> bool:
+        return text.strip() == "8"
+
+
+class Scripted:
+    """Answers its requests, in the order they come, with these texts."""
+
+    version, max_model_len = 0, 256
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, iter(texts)
+        self.waiting: list[str] = []
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        self.waiting.append(request_id)
+
+    def step(self) -> list[Completion]:
+        ids = tuple(self.tokenizer.encode(next(self.texts), add_special_tokens=False))
+        return [Completion(self.waiting.pop(0), ids, (-1.0,) * len(ids), "stop", 0)]
+
+    def leave(self) -> list[Completion]:
+        return []
+
+    def forget(self) -> None:
+        pass
+
+
+def test_a_reflection_that_holds_the_answer_is_marked_whatever_its_retry_says() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    config = load([str(ROOT / "configs" / "quickstart.yaml")])
+    task = Eight()
+    dialogue = Dialogue(tokenizer, config.dialogue, task.wording)
+    rollout = Rollout(Scripted(tokenizer, ["9", "8", "7", "9", "8"]), dialogue, task, config, ALONE)
+    (attempt,) = rollout.first_attempts(task.problems("train"), 1)
+    (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+    assert [reflection.answer.text for reflection in group.reflections] == ["8", "7"]
+    assert [reflection.solves for reflection in group.reflections] == [True, False]
+    assert group.rewards == [0.0, 1.0]
