@@ -185,7 +185,7 @@ def test_equal_groups_can_be_kept_without_an_advantage() -> None:
     groups = [group_of([1, 1], [3, 4]), group_of([0, 1], [5, 2])]
     batch = build_update(groups, with_algo(keep_equal_groups=True), 0)
     assert (batch.groups_used, batch.groups_dropped, len(batch.rows)) == (1, 1, 4)
-    assert [row.weights[-1] for row in batch.rows] == pytest.approx([1 / (4 * length) for length in (3, 4, 5, 2)])
+    assert [row.loss_weights[-1] for row in batch.rows] == pytest.approx([1 / (4 * length) for length in (3, 4, 5, 2)])
     assert [row.advantages[-1] for row in batch.rows[:2]] == [0.0, 0.0]
     alone = build_update(groups, with_algo(), 0)
     assert batch.advantages == alone.advantages
