@@ -88,13 +88,12 @@ class Precision:
     def row_multiple(self, actor: ActorConfig) -> int:
         """Tokens that the length of every packed row is a multiple of.
 
-        Under FP8 that is Transformer Engine's own multiple, 8 on each tensor-parallel rank (it looks at the tokens
-        before sequence parallelism gathers them), and two equal parts on each context-parallel rank.
+        Under FP8 that is Transformer Engine's own multiple, and 8 on each tensor-parallel rank: it looks at the tokens
+        before sequence parallelism gathers them.
         """
         if self.fp8 is None:
             return actor.tensor_parallel if actor.sequence_parallel else 1
-        ways = actor.tensor_parallel
-        return math.lcm(self.fp8.row_multiple, 8 * ways, 2 * actor.context_parallel * ways)
+        return math.lcm(self.fp8.row_multiple, 8 * actor.tensor_parallel)
 
     def transformer_fields(self) -> dict[str, Any]:
         """Its part of megatron-core's TransformerConfig."""

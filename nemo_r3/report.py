@@ -100,17 +100,17 @@ def curve(metrics_file: Path, out: Path) -> None:
 
     metrics = _read(metrics_file)
     steps = [line["step"] for line in metrics]
-    drift = _column(metrics, "kl")
-    has_drift = any(value and not math.isnan(value) for value in drift)
+    kls = _column(metrics, "kl")
+    has_kl = any(value and not math.isnan(value) for value in kls)
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(metrics_file.resolve().parent.name, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
     _draw_success(figure.add_subplot(grid[:, 0]), steps, _column(metrics, "retry_success"))
-    groups = figure.add_subplot(grid[0, 1] if has_drift else grid[:, 1])
+    groups = figure.add_subplot(grid[0, 1] if has_kl else grid[:, 1])
     _draw_groups(groups, steps, _column(metrics, "groups_used"), _column(metrics, "groups_dropped"))
-    if has_drift:
-        _draw_drift(figure.add_subplot(grid[1, 1]), steps, drift)
+    if has_kl:
+        _draw_kl(figure.add_subplot(grid[1, 1]), steps, kls)
     try:
         figure.savefig(out, format="png")
     except OSError as error:
@@ -159,9 +159,9 @@ def _draw_groups(axes: Axes, steps: Sequence[int], used: Sequence[float], droppe
     axes.set_ylim(0, 1)
 
 
-def _draw_drift(axes: Axes, steps: Sequence[int], drift: Sequence[float]) -> None:
+def _draw_kl(axes: Axes, steps: Sequence[int], kls: Sequence[float]) -> None:
     _dress(axes, "KL to the starting model", steps)
-    known = [(step, value) for step, value in zip(steps, drift, strict=True) if not math.isnan(value)]
+    known = [(step, value) for step, value in zip(steps, kls, strict=True) if not math.isnan(value)]
     axes.plot(*zip(*known, strict=True), color=ORANGE, linewidth=1.5)
     axes.set_ylim(bottom=0)
 

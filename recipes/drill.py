@@ -100,7 +100,7 @@ def ranks_of(config: Config) -> int:
     asked, actor = config.rollout.deterministic, config.actor
     if asked is False or (asked is None and torch.cuda.is_available()):
         raise UserError(f"rollout.deterministic: {asked}: two runs would differ anyway; a drill needs true")
-    return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel
+    return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel
 
 
 def end(launch: Launch, kind: str, wait: float, patience: float) -> tuple[int, float]:

@@ -343,7 +343,7 @@ def _differences(found: Mapping[str, Any], policy: Policy) -> str:
 
 
 def _data_parallel_group() -> torch.distributed.ProcessGroup:
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_data_parallel_group()
 
 
 def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:

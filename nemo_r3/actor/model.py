@@ -26,7 +26,6 @@ def start_parallel_groups(config: Config) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.actor.tensor_parallel,
         pipeline_model_parallel_size=config.actor.pipeline_parallel,
-        context_parallel_size=config.actor.context_parallel,
         distributed_timeout_minutes=config.run.timeout_minutes,
         create_gloo_process_groups=False,
     )
@@ -56,7 +55,6 @@ def transformer_config(
         # layout
         tensor_model_parallel_size=actor.tensor_parallel,
         pipeline_model_parallel_size=actor.pipeline_parallel,
-        context_parallel_size=actor.context_parallel,
         sequence_parallel=actor.sequence_parallel,
         variable_seq_lengths=actor.pipeline_parallel > 1,
         moe_token_dispatcher_type="alltoall",  # not used; 0.16.1 wants it for variable_seq_lengths

@@ -33,13 +33,19 @@ METRICS = (
 
 
 class Objective:
-    """The loss that `algo` describes, made once per run. One update per rollout: the old policy is the current one."""
+    """The loss that `algo` describes, made once per run.
+
+    One update per rollout: the old policy is the current one, all ratios are 1, and no loss's clip acts.
+    """
 
     def __init__(self, algo: AlgoConfig) -> None:
         self.algo = algo
         self.loss = loss_named(algo.loss)
-        self.clip = None if self.loss.CLIP is None else _bounds(self.loss.CLIP, algo.clip_low, algo.clip_high)
-        self.ratio_bounds = _bounds(BOUNDS[algo.mismatch_correction], algo.mismatch_low, algo.mismatch_high)
+        low, high = BOUNDS[algo.mismatch_correction]
+        self.ratio_bounds = (
+            low if algo.mismatch_low is None else algo.mismatch_low,
+            high if algo.mismatch_high is None else algo.mismatch_high,
+        )
 
     def __call__(
         self, logprobs: Tensor, targets: Targets, reference: Tensor | None, entropy: Tensor
@@ -62,12 +68,12 @@ class Objective:
         factors, kept = correct(logprobs, rollout, sequences, algo.mismatch_correction, *self.ratio_bounds)
         weights = kept_weights(targets.weights, kept, sequences, aggregation)
         new = logprobs[kept]
-        policy = self.loss.policy_loss(new, new.detach(), targets.advantages[kept], sequences[kept], self.clip)
-        drift = torch.zeros_like(new) if reference is None else kl(new, reference[kept], algo.kl_estimator)
-        loss = (weights * (factors[kept] * policy + algo.kl_beta * drift)).sum()
+        policy = self.loss.policy_loss(new, new.detach(), targets.advantages[kept], sequences[kept], self.loss.CLIP)
+        divergence = torch.zeros_like(new) if reference is None else kl(new, reference[kept], algo.kl_estimator)
+        loss = (weights * (factors[kept] * policy + algo.kl_beta * divergence)).sum()
         sums = (
             loss,
-            (weights * drift).sum(),
+            (weights * divergence).sum(),
             prob_error(logprobs, rollout).sum(),
             rollout_kl(logprobs, rollout).sum(),
             ratios(logprobs, rollout).sum(),
@@ -79,8 +85,3 @@ class Objective:
             loss.new_full((), len(targets) - len(new)),
         )
         return loss, torch.stack([value.detach().double() for value in sums])
-
-
-def _bounds(own: tuple[float, float], low: float | None, high: float | None) -> tuple[float, float]:
-    """Two settings, each of which may be left to its own default."""
-    return own[0] if low is None else low, own[1] if high is None else high

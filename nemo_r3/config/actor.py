@@ -11,7 +11,6 @@ class ActorConfig:
 
     tensor_parallel: int = option(1, low=1, help="ranks that share each layer's matrices", resume=True)
     pipeline_parallel: int = option(1, low=1, help="ranks that share the layers", resume=True)
-    context_parallel: int = option(1, low=1, high=1, help="ranks that share a sequence; only 1 so far", resume=True)
     sequence_parallel: bool = option(
         False, help="split norms and residuals over the tensor-parallel ranks", resume=True
     )

@@ -17,15 +17,6 @@ class AlgoConfig:
         choices=("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
         help="policy loss: a file of nemo_r3.algo.losses, which says how tokens share it and how rewards are centred",
     )
-    clip_low: float | None = option(
-        None,
-        above=0.0,
-        high=1.0,
-        help="clip below 1; default: the loss's own; no effect while a rollout gets one update",
-    )
-    clip_high: float | None = option(
-        None, above=0.0, help="clip above 1; default: the loss's own; no effect while a rollout gets one update"
-    )
     advantage_std: bool | None = option(
         None, help="divide the group's centred rewards by their standard deviation; default: as the loss does"
     )

@@ -73,7 +73,7 @@ def _check_loss(config: Config) -> None:
     """A setting that the chosen loss or correction would ignore; their own defaults are in nemo_r3.algo."""
     algo = config.algo
     ignored = {
-        "loss=rloo": ("clip_low", "clip_high", "advantage_std"),
+        "loss=rloo": ("advantage_std",),
         "mismatch_correction=none": ("mismatch_low", "mismatch_high"),
         "mismatch_correction=tis": ("mismatch_low",),
     }
@@ -116,11 +116,11 @@ def _check_arithmetic(config: Config) -> None:
 
 def _check_divides(config: Config, world_size: int, ranks: str) -> None:
     actor, rollout = config.actor, config.rollout
-    layout = actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel
+    layout = actor.tensor_parallel * actor.pipeline_parallel
     if world_size % layout:
         raise ConfigError(
-            f"actor.tensor_parallel * actor.pipeline_parallel * actor.context_parallel = {actor.tensor_parallel} * "
-            f"{actor.pipeline_parallel} * {actor.context_parallel} = {layout} does not divide the world: {ranks}"
+            f"actor.tensor_parallel * actor.pipeline_parallel = {actor.tensor_parallel} * {actor.pipeline_parallel} = "
+            f"{layout} does not divide the world: {ranks}"
         )
     if world_size % rollout.tensor_parallel:
         raise ConfigError(

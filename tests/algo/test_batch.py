@@ -189,7 +189,9 @@ def test_equal_groups_can_be_kept_without_an_advantage() -> None:
     assert [row.advantages[-1] for row in batch.rows[:2]] == [0.0, 0.0]
     alone = build_update(groups, with_algo(), 0)
     assert batch.advantages == alone.advantages
-    assert [row.loss_weights[-1] for row in batch.rows[2:]] == pytest.approx([row.loss_weights[-1] / 2 for row in alone.rows])
+    assert [row.loss_weights[-1] for row in batch.rows[2:]] == pytest.approx(
+        [row.loss_weights[-1] / 2 for row in alone.rows]
+    )
 
 
 def test_the_shuffled_control_deals_the_same_rewards_by_the_seed_alone() -> None:

@@ -198,13 +198,6 @@ def test_bounds_are_the_settings_or_the_corrections_own() -> None:
     assert rejected(mismatch_high=1.9) == sum(Step(3, loss_named("grpo").AGGREGATION).lengths)
 
 
-def test_a_clip_is_the_setting_or_the_losss_own() -> None:
-    assert Objective(AlgoConfig(loss="dapo")).clip == (0.2, 0.28)
-    assert Objective(AlgoConfig(loss="dapo", clip_low=0.1)).clip == (0.1, 0.28)
-    assert Objective(AlgoConfig(loss="gspo", clip_high=0.01)).clip == (3e-4, 0.01)
-    assert Objective(AlgoConfig(loss="rloo")).clip is None
-
-
 def test_without_kl_no_reference_is_needed() -> None:
     step = Step(0, loss_named("grpo").AGGREGATION)
     ours, targets, _, entropy = step.microbatch([0, 1])

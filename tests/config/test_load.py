@@ -154,7 +154,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("run.timeout_minutes=100000000000000", ["run.timeout_minutes", "at most 43,200"]),
         ("rollout.max_num_seqs=100000000", ["rollout.max_num_seqs", "at most 4,096"]),
         ("rollout.temperature=0", ["rollout.temperature: 0 is not allowed; it must be at least 0.01 and at most 2"]),
-        ("algo.clip_low=2", ["algo.clip_low: 2 is not allowed; it must be above 0 and at most 1"]),
+        ("algo.mismatch_low=2", ["algo.mismatch_low: 2 is not allowed; it must be above 0 and at most 1"]),
         ("algo.mismatch_low=1.5", ["algo.mismatch_low: 1.5 is not allowed; it must be above 0 and at most 1"]),
         ("algo.mismatch_high=1", ["algo.mismatch_high: 1 is not allowed; it must be above 1"]),
         ("algo.loss=ppo", ["algo.loss: 'ppo' is not allowed; it must be one of grpo, dr_grpo, dapo, gspo, cispo"]),
