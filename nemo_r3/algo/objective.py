@@ -71,17 +71,19 @@ class Objective:
         policy = self.loss.policy_loss(new, new.detach(), targets.advantages[kept], sequences[kept], self.loss.CLIP)
         divergence = torch.zeros_like(new) if reference is None else kl(new, reference[kept], algo.kl_estimator)
         loss = (weights * (factors[kept] * policy + algo.kl_beta * divergence)).sum()
-        sums = (
-            loss,
-            (weights * divergence).sum(),
-            prob_error(logprobs, rollout).sum(),
-            rollout_kl(logprobs, rollout).sum(),
-            ratios(logprobs, rollout).sum(),
-            outside(logprobs, rollout).sum(),
-            (~logprobs.isfinite()).sum(),
-            entropy.sum(),
-            loss.new_full((), len(targets)),
-            *denominators(kept, sequences, aggregation),
-            loss.new_full((), len(targets) - len(new)),
-        )
-        return loss, torch.stack([value.detach().double() for value in sums])
+        counted, left = denominators(kept, sequences, aggregation)
+        sums = {
+            "loss": loss,
+            "kl": (weights * divergence).sum(),
+            "prob_error": prob_error(logprobs, rollout).sum(),
+            "rollout_kl": rollout_kl(logprobs, rollout).sum(),
+            "ratio": ratios(logprobs, rollout).sum(),
+            "outliers": outside(logprobs, rollout).sum(),
+            "nonfinite": (~logprobs.isfinite()).sum(),
+            "entropy": entropy.sum(),
+            "tokens": loss.new_full((), len(targets)),
+            "counted": counted,
+            "kept": left,
+            "rejected": loss.new_full((), len(targets) - len(new)),
+        }
+        return loss, torch.stack([sums[name].detach().double() for name in METRICS])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, compress, islice
+from itertools import chain, compress
 from typing import TypeVar
 
 import numpy as np
@@ -125,5 +125,5 @@ def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Ten
 
 
 def _of_trained(row: Row, values: Sequence[Value]) -> Iterator[Value]:
-    """Those of the row's values that belong to tokens which carry loss."""
-    return islice(compress(values, chain((1,), islice(row.loss_weights, 1, None))), 1, None)
+    """Those of the row's values that belong to tokens which carry loss, so never the first one's."""
+    return compress(values[1:], row.loss_weights[1:])

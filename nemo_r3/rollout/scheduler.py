@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -94,19 +93,27 @@ class _Turn:
     then: Callable[[Answer], _Turn | None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A turn under way.
+@dataclass
+class _UnderWay:
+    """The turns of one call that the engine is asked for, and counts of those that have ended.
 
     Attributes:
-        turn: what was asked.
-        id: its name in any process.
-        begun: what an earlier process has sampled of it.
+        asked: by request id, which is the turn's `turn_id`: the turn, and what an earlier process sampled of it.
+        ended: turns by phase.
+        tokens: that they sampled.
     """
 
-    turn: _Turn
-    id: str
-    begun: Completion | None
+    step: int
+    greedy: bool
+    asked: dict[str, tuple[_Turn, Completion | None]] = field(default_factory=dict)
+    ended: Counter[Phase] = field(default_factory=Counter)
+    tokens: Counter[Phase] = field(default_factory=Counter)
+
+    def end(self, turn: _Turn, answer: Answer) -> _Turn | None:
+        """Counts a turn that has ended; the one that follows from it."""
+        self.ended[turn.phase] += 1
+        self.tokens[turn.phase] += len(answer.segment.ids)
+        return turn.then(answer)
 
 
 class Rollout(Generic[EngineT]):
@@ -236,56 +243,50 @@ class Rollout(Generic[EngineT]):
 
     def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, totals: dict[Phase, int]) -> None:
         """Samples turns and those that follow from them until none is left, or a signal asks to stop."""
-        waiting: dict[str, _Asked] = {}
-        ended: Counter[Phase] = Counter()
-        tokens: Counter[Phase] = Counter()
-        numbers = count()
-
-        def finish(turn: _Turn, answer: Answer) -> None:
-            ended[turn.phase] += 1
-            tokens[turn.phase] += len(answer.segment.ids)
-            following = turn.then(answer)
-            if following is not None:
-                begin(following)
-
-        def begin(turn: _Turn) -> None:
-            room = 0 if turn.prompt is None else self.engine.max_model_len - len(turn.prompt)
-            if turn.prompt is None or room < 1:
-                finish(turn, self._unsampled(turn.phase))
-                return
-            name = turn_id(turn.phase, turn.prompt, turn.key, turn.sample)
-            begun = self.kept.find(name)
-            if begun is not None and begun.finish_reason != UNFINISHED:
-                finish(turn, self._answer(turn.phase, begun))
-                return
-            so_far = begun.ids if begun is not None else ()
-            request = f"{turn.phase}-{next(numbers)}"
-            waiting[request] = _Asked(turn, name, begun)
-            sampling = self._sampling(turn, step, greedy, room, len(so_far))
-            self.engine.add(request, [*turn.prompt.ids, *so_far], sampling)
-
-        def take(completion: Completion) -> tuple[_Turn, Completion]:
-            asked = waiting.pop(completion.request_id)
-            whole = completion.continuing(asked.begun)
-            self.kept.add(asked.id, whole)
-            return asked.turn, whole
-
+        under_way = _UnderWay(step, greedy)
         self.kept.begin(step)
         if self._forgets:
             self.engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
         for turn in turns:
-            begin(turn)
-        while waiting and not self._fleet.asked_to_stop():
+            self._ask(turn, under_way)
+        while under_way.asked and not self._fleet.asked_to_stop():
             signals.alive()
             completions = self.engine.step()
             for completion in completions:
-                turn, whole = take(completion)
-                finish(turn, self._answer(turn.phase, whole))
+                turn, whole = self._take(completion, under_way)
+                self._ask(under_way.end(turn, self._answer(turn.phase, whole)), under_way)
             if completions and self._progress is not None:
                 for phase, total in totals.items():
-                    self._progress(phase, ended[phase], total, tokens[phase])
+                    self._progress(phase, under_way.ended[phase], total, under_way.tokens[phase])
         for completion in self.engine.leave():
-            take(completion)
+            self._take(completion, under_way)
+
+    def _ask(self, turn: _Turn | None, under_way: _UnderWay) -> None:
+        """Adds a turn to the engine; where its answer is known without sampling, the turn that follows from it."""
+        while turn is not None:
+            prompt = turn.prompt
+            room = 0 if prompt is None else self.engine.max_model_len - len(prompt)
+            if prompt is None or room < 1:
+                turn = under_way.end(turn, self._unsampled(turn.phase))
+                continue
+            name = turn_id(turn.phase, prompt, turn.key, turn.sample)
+            begun = self.kept.find(name)
+            if begun is not None and begun.finish_reason != UNFINISHED:
+                turn = under_way.end(turn, self._answer(turn.phase, begun))
+                continue
+            ids = begun.ids if begun is not None else ()
+            assert name not in under_way.asked, "one sample of a prompt is asked for twice"
+            under_way.asked[name] = turn, begun
+            sampling = self._sampling(turn, under_way.step, under_way.greedy, room, len(ids))
+            self.engine.add(name, [*prompt.ids, *ids], sampling)
+            return
+
+    def _take(self, completion: Completion, under_way: _UnderWay) -> tuple[_Turn, Completion]:
+        """The turn of a completion and all that has been sampled of it, which is kept."""
+        turn, begun = under_way.asked.pop(completion.request_id)
+        whole = completion.continuing(begun)
+        self.kept.add(completion.request_id, whole)
+        return turn, whole
 
     def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int, begun: int) -> Sampling:
         rollout = self._config.rollout
