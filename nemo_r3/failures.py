@@ -22,6 +22,7 @@ from nemo_r3.actor.manifest import sum_of
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.files import take_lock, write_whole
+from nemo_r3.progress import Progress
 from nemo_r3.rollout.scheduler import Attempted, Rollout
 from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
@@ -148,7 +149,7 @@ class Bank:
                     "cannot change that, so mine a new bank at another failures.path"
                 )
 
-    def mine(self, rollout: Rollout, problems: Sequence[Problem]) -> float:
+    def mine(self, rollout: Rollout, problems: Sequence[Problem], progress: Progress | None = None) -> float:
         """Samples first answers to the problems and keeps every one that the verifier rejects.
 
         As many shards are asked at once as keep all engines busy; a process that ends loses what it was asking.
@@ -171,6 +172,9 @@ class Bank:
         for first in range(0, len(missing), at_once):
             names = missing[first : first + at_once]
             asked = [problem for name in names for problem in parts[name]]
+            if progress is not None:
+                done = len(problems) - sum(len(parts[name]) for name in missing[first:])
+                progress.part(done, len(asked), len(problems))
             attempts = rollout.first_attempts(asked, MINING_STEP, samples)
             answers += len(attempts)
             truncated += sum(attempt.answer.truncated for attempt in attempts)

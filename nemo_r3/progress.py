@@ -1,55 +1,121 @@
-"""What a person sees while a run works: one live line on a terminal, one line per phase elsewhere."""
+"""What a person sees while a run works: one live line on a terminal, now and then a line elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+
+REDRAW = 0.1
+"""Seconds between two pictures of the live line."""
+QUIET = 30.0
+"""Seconds without a line in a log file, after which one says how far the work is."""
+RECENT = 10
+"""Steps whose duration says how long the rest will take."""
 
 
 class Progress:
-    """Counts and rates of the phases under way, on rank 0.
+    """How far the work under way is, on rank 0."""
 
-    On a terminal the line is redrawn ten times a second at most; in a log file only `say` prints.
-    """
+    def __init__(self, enabled: bool, engines: int = 1) -> None:
+        """Nothing is known yet.
 
-    def __init__(self, enabled: bool) -> None:
-        """Prints nothing where `enabled` is False (ranks other than 0)."""
-        self._enabled = enabled
+        Args:
+            enabled: False prints nothing (ranks other than 0).
+            engines: how many sample at once. Only rank 0's is heard of: the others are taken to be as fast.
+        """
+        self._enabled, self._engines = enabled, engines
         self._live = enabled and sys.stdout.isatty()
         self._counts: dict[str, tuple[int, int, int]] = {}
-        self._begun = self._drawn = time.monotonic()
         self._title = ""
+        self._items = self._part = (0, 0)
+        self._begun = self._shown = time.monotonic()
+        self._tokens = 0
 
     def begin(self, title: str) -> None:
-        """Starts a new live line, e.g. "step 3/40"."""
-        self._title, self._counts = title, {}
+        """Starts a new line, e.g. "step 3/40"."""
+        self._title, self._counts, self._items, self._part, self._tokens = title, {}, (0, 0), (0, 0), 0
         self._begun = time.monotonic()
+        if self._live:
+            self._draw("...")
+
+    def part(self, done: int, count: int, total: int) -> None:
+        """Of `total` items `done` are done, and the next turns that it is told of are those of the next `count`."""
+        if not self._part[1]:
+            self._items = (done, total)
+        self._tokens += self._sampled()
+        self._part, self._counts = (done, count), {}
 
     def __call__(self, phase: str, done: int, total: int, tokens: int) -> None:
-        """Redraws: `done` of `total` turns of `phase` have ended, with `tokens` tokens sampled."""
+        """`done` of `total` turns of `phase` have ended on rank 0's engine, with `tokens` tokens sampled."""
         self._counts[phase] = (done, total, tokens)
-        now = time.monotonic()
-        if self._live and now - self._drawn > 0.1:
-            self._drawn = now
-            self._draw(self.rates())
+        self._show(self.rates())
 
     def during(self, phase: str) -> None:
-        """Names a phase without counts (update, refit, save) on the live line."""
+        """Names a phase without counts (update, refit, save)."""
+        text = f"{self.rates()} | {phase} ..." if self._counts else f"{phase} ..."
         if self._live:
-            self._draw(f"{self.rates()} | {phase} ..." if self._counts else f"{phase} ...")
+            self._draw(text)
+        else:
+            self._show(text)
 
     def rates(self) -> str:
-        """E.g. "reflection 120/256, retry 98/256 | 2,310 tok/s"."""
+        """E.g. "reflection 47%, retry 38% | 2,310 tok/s", or "1,200/5,000 | 2,310 tok/s | 12 min left"."""
         seconds = max(time.monotonic() - self._begun, 1e-3)
-        turns = ", ".join(f"{phase} {done}/{total}" for phase, (done, total, _) in self._counts.items())
-        tokens = sum(tokens for _, _, tokens in self._counts.values())
-        return f"{turns} | {tokens / seconds:,.0f} tok/s"
+        speed = f"{(self._tokens + self._sampled()) * self._engines / seconds:,.0f} tok/s"
+        first, total = self._items
+        if not total:
+            turns = ", ".join(f"{phase} {done / max(of, 1):.0%}" for phase, (done, of, _) in self._counts.items())
+            return f"{turns} | {speed}"
+        done = self._part[0] + int(self._part[1] * self._ended())
+        left = f" | {duration(seconds * (total - done) / (done - first))} left" if done > first else ""
+        return f"{done:,}/{total:,} | {speed}{left}"
 
     def say(self, line: str) -> None:
         """Prints a line that stays, in place of the live one."""
         if self._enabled:
+            self._shown = time.monotonic()
             print(f"\r\033[K{line}" if self._live else line, flush=True)
+
+    def _sampled(self) -> int:
+        return sum(tokens for _, _, tokens in self._counts.values())
+
+    def _ended(self) -> float:
+        """The share of the turns told of that have ended."""
+        return sum(done for done, _, _ in self._counts.values()) / max(sum(of for _, of, _ in self._counts.values()), 1)
+
+    def _show(self, text: str) -> None:
+        """Draws or prints, unless that was done a moment ago."""
+        now = time.monotonic()
+        if self._enabled and now - self._shown > (REDRAW if self._live else QUIET):
+            self._shown = now
+            if self._live:
+                self._draw(text)
+            else:
+                print(f"{self._title} {text}", flush=True)
 
     def _draw(self, text: str) -> None:
         sys.stdout.write(f"\r\033[K{self._title} {text}"[:160])
         sys.stdout.flush()
+
+
+class Pace:
+    """How long steps take, and how long those that are left will."""
+
+    def __init__(self, steps: int) -> None:
+        """The first step of `steps`, or the next one of a resumed run, begins now."""
+        self._steps, self._ends = steps, deque([time.monotonic()], maxlen=RECENT + 1)
+
+    def after(self, step: int) -> str:
+        """E.g. "1.1 s/step, 31 s left"; to be called as each step ends."""
+        self._ends.append(time.monotonic())
+        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        left = self._steps - step
+        return f"{each:.1f} s/step" + (f", {duration(each * left)} left" if left else "")
+
+
+def duration(seconds: float) -> str:
+    """E.g. "31 s", "12 min" or "3.4 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

@@ -58,9 +58,10 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     if any(problem.tools for problem in problems):
         tools = TOOLS_ARE[setup.dialogue.tools]
         progress.say(f"tools are {tools} (dialogue.tools={setup.plan.config.dialogue.tools})")
-    progress.begin(f"mine {len(problems)} problems:")
+    progress.say(f"mining {len(problems):,} problems")
+    progress.begin("mine")
     with setup.run.timed("mine"):
-        truncated = bank.mine(rollout, problems)
+        truncated = bank.mine(rollout, problems, progress)
     warn_of_long_problems(setup, rollout)
     warn_of_truncated_answers(setup, truncated)
     rows = bank.read()

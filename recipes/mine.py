@@ -17,10 +17,11 @@ def mine(argv: Sequence[str]) -> None:
     bank = open_bank(setup)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")
-    rows = bank_rows(setup, bank, start_rollout(setup))
+    if bank.check():
+        setup.progress.say(f"{bank.path} is complete: {len(bank.read())} failures")
+        return
+    bank_rows(setup, bank, start_rollout(setup))
     setup.run.add_to_summary()
-    if setup.world.is_main:
-        print(f"{bank.path} is complete: {len(rows)} failures")
 
 
 if __name__ == "__main__":

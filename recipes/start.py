@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nemo_r3.models.names import count_parameters
 from nemo_r3.refit import refit
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.plan import Setup
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 def start_policy(setup: Setup, trains: bool = True, with_weights: bool = True) -> Policy:
     """Builds this rank's shard of the policy; without weights, a checkpoint must be loaded next."""
+    actor, millions = setup.plan.config.actor, count_parameters(setup.plan.arch) / 1e6
+    layout = f"tensor_parallel={actor.tensor_parallel} pipeline_parallel={actor.pipeline_parallel}"
+    setup.progress.say(f"loading the model: {millions:,.1f}M parameters, {layout}, ranks: {setup.world.size}")
     from nemo_r3.actor.policy import Policy
 
     return Policy(setup.plan.config, setup.world, trains, with_weights)
@@ -25,9 +29,10 @@ def start_policy(setup: Setup, trains: bool = True, with_weights: bool = True) -
 
 def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
     """Starts this rank's part of a vLLM engine; without weights, a refit must come before anything is sampled."""
+    plan = setup.plan
+    setup.progress.say(f"starting vLLM: rollout.tensor_parallel={plan.config.rollout.tensor_parallel}")
     from nemo_r3.rollout.engine import Engine
 
-    plan = setup.plan
     engine = Engine.start(plan.config, plan.model, with_weights)
     return Rollout(engine, setup.dialogue, plan.task, plan.config, setup.world, setup.progress)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_r3 import progress as module
-from nemo_r3.progress import Progress
+from nemo_r3.progress import Pace, Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -23,32 +23,56 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def test_a_terminal_sees_counts_and_rates_on_one_line(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
+def test_a_terminal_sees_shares_and_rates_on_one_line(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     progress = Progress(enabled=True)
     progress.begin("step 3/40")
+    assert terminal.getvalue() == "\r\033[Kstep 3/40 ...", "something at once"
     clock.now += 2
-    progress("reflection", 5, 8, 1000)
+    progress("reflection", 4, 8, 1000)
     progress("retry", 3, 8, 200)  # too soon to be drawn
     progress.during("update")
-    redrawn = "\r\033[Kstep 3/40 reflection 5/8"
-    assert terminal.getvalue() == f"{redrawn} | 500 tok/s{redrawn}, retry 3/8 | 600 tok/s | update ..."
+    redrawn = "\r\033[Kstep 3/40 reflection 50%"
+    assert terminal.getvalue().endswith(f"{redrawn} | 500 tok/s{redrawn}, retry 38% | 600 tok/s | update ...")
     progress.say("done")
     assert terminal.getvalue().endswith("\r\033[Kdone\n")
 
 
-def test_a_log_file_gets_whole_lines_only(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
-    log = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", log)
-    progress = Progress(enabled=True)
+def test_a_log_file_gets_a_line_after_half_a_minute_of_silence(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = Progress(enabled=True, engines=4)
     progress.begin("step 1/2")
-    clock.now += 2
-    progress("reflection", 8, 8, 800)
+    clock.now += 20
+    progress("reflection", 6, 8, 800)
     progress.during("update")
-    assert log.getvalue() == ""
-    progress.say(f"step 1/2 {progress.rates()}")
-    assert log.getvalue() == "step 1/2 reflection 8/8 | 400 tok/s\n"
+    assert capsys.readouterr().out == ""
+    clock.now += 20
+    progress("reflection", 8, 8, 1000)
+    progress.during("update")
+    assert capsys.readouterr().out == "step 1/2 reflection 100% | 100 tok/s\n", "of all engines"
+    clock.now += 31
+    progress.say("something")
+    progress.during("refit")
+    assert capsys.readouterr().out == "something\n"
+
+
+def test_items_are_counted_over_all_parts_and_say_how_long_the_rest_will_take(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = Progress(enabled=True)
+    progress.begin("mine")
+    progress.part(1000, 500, 5000)  # an earlier process mined 1,000
+    clock.now += 60
+    progress("attempt", 256, 256, 30_000)
+    progress.part(1500, 500, 5000)
+    clock.now += 60
+    progress("attempt", 128, 256, 15_000)
+    assert capsys.readouterr().out.splitlines() == [
+        "mine 1,500/5,000 | 500 tok/s | 7 min left",
+        "mine 1,750/5,000 | 375 tok/s | 9 min left",
+    ]
 
 
 def test_other_ranks_print_nothing_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
@@ -56,8 +80,23 @@ def test_other_ranks_print_nothing_even_on_a_terminal(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stdout", terminal)
     progress = Progress(enabled=False)
     progress.begin("step 1/2")
-    clock.now += 2
+    clock.now += 40
     progress("reflection", 8, 8, 800)
     progress.during("update")
     progress.say("done")
     assert terminal.getvalue() == ""
+
+
+def test_the_pace_is_that_of_the_latest_steps(clock: SimpleNamespace) -> None:
+    pace = Pace(40)
+    clock.now += 50  # the first step takes longer
+    assert pace.after(11) == "50.0 s/step, 24 min left"
+    for step in range(12, 40):
+        clock.now += 2
+        said = pace.after(step)
+    assert said == "2.0 s/step, 2 s left"
+    assert pace.after(40) == "1.8 s/step"
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.4, 99, 100, 5940, 7200)] == ["0 s", "99 s", "2 min", "99 min", "2.0 h"]

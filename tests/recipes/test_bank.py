@@ -25,7 +25,10 @@ def test_mining_says_how_many_answers_were_cut(share: float, warns: bool, capsys
         world=SimpleNamespace(is_main=True),
     )
     bank: Any = SimpleNamespace(
-        path=Path("failures"), check=lambda: False, mine=lambda rollout, problems: share, read=lambda: [1, 2, 3]
+        path=Path("failures"),
+        check=lambda: False,
+        mine=lambda rollout, problems, progress: share,
+        read=lambda: [1, 2, 3],
     )
     rollout: Any = SimpleNamespace(too_long=set())
     assert bank_rows(setup, bank, rollout) == [1, 2, 3]
