@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ from nemo_r3.types import Failure, Group, Problem, UpdateBatch
 
 MEASURED = ("time/", "memory/", "speed/")
 """Prefixes of the metrics that differ between two runs of one config."""
+
+
+MARKS = ("metrics.jsonl", "rollouts", "summary.json", "failures/bank.json")
+"""A directory with one of these holds a run."""
+BEFORE_A_RUN = {"failures", "checkpoints", "logs", "chain", "slurm.json", "drill", "lost+found"}
+"""What Slurm's scripts, a drill or a mount point put into a directory before there is a run in it."""
+NOTES = {".log", ".txt", ".out", ".err"}
+"""Suffixes of files that a user may put there, such as the run's own output."""
+LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "tensorboard", "curve.png")
+"""What belongs to the steps of one training."""
 
 
 class RunDirectory:
@@ -59,16 +70,17 @@ class RunDirectory:
         """One flat JSON object per watched step, layer, matrix and operand."""
         return self.path / "layers.jsonl"
 
-    def check_writable(self) -> None:
+    def check_directory(self) -> None:
         """Tries to write to the directory; every rank calls this.
 
         Raises:
-            UserError: rank 0 cannot write there.
+            UserError: it is something else than the directory of a run, or rank 0 cannot write there.
         """
 
         def write() -> None:
             existed = self.path.exists()
             try:
+                self._refuse_other_contents()
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_whole(self.path / ".writable", "")
                 (self.path / ".writable").unlink()
@@ -79,32 +91,63 @@ class RunDirectory:
 
         self._world.on_main(write)
 
+    def _refuse_other_contents(self) -> None:
+        if self.path.is_file():
+            raise UserError(f"run.dir: {self.path} is a file; name a directory")
+        if not self.path.exists() or any((self.path / mark).exists() for mark in MARKS):
+            return
+        found = [file for file in sorted(self.path.iterdir()) if file.suffix not in NOTES and file.name[0] != "."]
+        if others := [file.name for file in found if file.name not in BEFORE_A_RUN]:
+            more = ", ..." if len(others) > 3 else ""
+            raise UserError(
+                f"run.dir: {self.path} holds no run, but {', '.join(others[:3])}{more}: name a new directory, or one "
+                "that is empty"
+            )
+
     def open(self, resuming: bool) -> None:
         """Makes the directory and records the resolved config.
+
+        Steps that another run logged there without a checkpoint are moved into `tried_1`, or the next number.
 
         Args:
             resuming: there is a checkpoint, whose settings this run has to share.
 
         Raises:
-            UserError: the directory cannot be written, it holds steps of a run with other settings, or a checkpoint of
-                one with unknown settings.
+            UserError: the directory cannot be written, or holds checkpoints of a run with other or unknown settings.
         """
         if resuming and not (self.path / "config.yaml").exists():
             raise UserError(
                 f"run.dir: {self.path} has checkpoints and no config.yaml, which says what settings they have: put it "
                 "back, or name another run.dir"
             )
-        if resuming or self.metrics.exists():
+        if resuming:
             self.refuse_other_settings()
+        logged = sum(_step_of(line) is not None for line in _lines(self.metrics))
+        changed = self._changed_settings() if logged and not resuming else []
         self._world.barrier()  # everyone has read the old config
         try:
             if self._world.is_main:
-                (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(parents=True, exist_ok=True)
                 take_lock(self.path)
+                if changed:
+                    print(
+                        f"{self._set_aside()} has the {logged} steps of other settings: {'; '.join(changed)}",
+                        flush=True,
+                    )
+                (self.path / "rollouts").mkdir(exist_ok=True)
                 write_whole(self.path / "config.yaml", to_yaml(self._config))
         except OSError as error:
             raise UserError(f"run.dir: cannot write {self.path} ({error.strerror})") from error
         self._world.barrier()
+
+    def _set_aside(self) -> Path:
+        """Moves what was logged into a directory of its own; returns it."""
+        aside = next(path for number in count(1) if not (path := self.path / f"tried_{number}").exists())
+        aside.mkdir()
+        for name in LOGGED:
+            if (self.path / name).exists():
+                (self.path / name).rename(aside / name)
+        return aside
 
     def refuse_other_settings(self) -> None:
         """Compares the settings with those that the run in this directory began with.
@@ -112,19 +155,21 @@ class RunDirectory:
         Raises:
             UserError: a setting differs that belongs to the run.
         """
+        if changed := self._changed_settings():
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
+                "Name another run.dir, or give these settings back their old values"
+            )
+
+    def _changed_settings(self) -> list[str]:
         file = self.path / "config.yaml"
         try:
-            changed = diff_for_resume(load([str(file)]), self._config) if file.exists() else []
+            return diff_for_resume(load([str(file)]), self._config) if file.exists() else []
         except ConfigError as error:
             raise UserError(
                 f"run.dir: {file} should have the settings of the run in this directory, and cannot be read: {error}; "
                 "put it back, or name another run.dir"
             ) from error
-        if changed:
-            raise UserError(
-                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Name another run.dir, or give these settings back their old values"
-            )
 
     def cut_back(self, step: int) -> None:
         """Forgets what was logged after `step`, so that a resumed run logs every step once."""
@@ -133,6 +178,9 @@ class RunDirectory:
         logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
         if lost := step - len(logged):
             print(f"warning: {self.metrics} lacks {lost} of the {step} steps before", file=sys.stderr, flush=True)
+        if not step and (lost := len(_lines(self.metrics))):
+            again = f"the run starts again at step 1 and replaces the {lost} steps in {self.metrics}"
+            print(f"warning: no checkpoint in {self.checkpoints}: {again}", file=sys.stderr, flush=True)
         for log in (self.metrics, self.layers):
             if log.exists():
                 lines = [line for line in _lines(log) if (number := _step_of(line)) and number <= step]

@@ -82,7 +82,8 @@ def join(plan: Plan, trains: bool = True) -> Setup:
 
     Raises:
         ConfigError: ranks, model and layout do not fit each other, or a training run does not fit its machines.
-        UserError: the run directory cannot be written; there is no tokenizer, or its template cannot be used.
+        UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its template
+            cannot be used.
     """
     import torch
 
@@ -96,9 +97,11 @@ def join(plan: Plan, trains: bool = True) -> Setup:
     if world.is_main and (advice := precision.advice(plan.config)):
         print(f"warning: {advice}", file=sys.stderr, flush=True)
     run = RunDirectory(plan.config, world)
-    run.check_writable()
+    run.check_directory()
+    progress = Progress(world.is_main, engines=world.size // plan.config.rollout.tensor_parallel)
+    progress.say(f"run.dir={run.path}  model.path={plan.config.model.path}  task.name={plan.config.task.name}")
     if trains:
         capacity.check(plan.config, plan.arch, world, run.checkpoints)
     tokenizer, stops = read_tokenizer(plan.model), stop_token_ids(plan.model)
     dialogue = Dialogue(tokenizer, plan.config.dialogue, plan.task.wording, stops)
-    return Setup(plan, world, run, dialogue, Progress(world.is_main))
+    return Setup(plan, world, run, dialogue, progress)

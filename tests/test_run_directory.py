@@ -68,12 +68,15 @@ def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_without_a_checkpoint_starts_its_log_anew(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_its_log_anew_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = directory(tmp_path / "run")
     run.open(resuming=False)
     run.log(1, {"loss": 0.5})
     run.cut_back(0)
     assert steps(run) == []
+    assert "starts again at step 1 and replaces the 1 steps in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("override", ["actor.lr=1e-3", "algo.group_size=4", "seed=2", "rollout.temperature=0.5"])
@@ -85,13 +88,56 @@ def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path, overrid
     assert "\n" not in str(error.value)
 
 
-def test_steps_before_the_first_checkpoint_are_not_overwritten_by_a_run_with_other_settings(tmp_path: Path) -> None:
+def test_steps_before_the_first_checkpoint_make_way_for_other_settings_and_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = directory(tmp_path / "run")
+    for seed in (2, 3):
+        run.open(resuming=False)
+        run.log(1, {"loss": 0.5})
+        (run.path / "rollouts" / "step_000001.jsonl").write_text("")
+        _locks.pop().close()
+        run = directory(tmp_path / "run", f"seed={seed}")
+    run.open(resuming=False)
+    assert not run.metrics.exists() and not any((run.path / "rollouts").iterdir())
+    for number, seed in ((1, 1), (2, 2)):
+        tried = RunDirectory(load([str(run.path / f"tried_{number}" / "config.yaml")]), cast(World, None))
+        assert tried._config.seed == seed
+        assert (run.path / f"tried_{number}" / "rollouts" / "step_000001.jsonl").exists()
+    assert f"{run.path}/tried_2 has the 1 steps of other settings: seed: 2 -> 3" in capsys.readouterr().out
+
+
+def test_settings_may_change_while_no_step_is_logged(tmp_path: Path) -> None:
     run = directory(tmp_path / "run")
     run.open(resuming=False)
-    run.log(1, {"loss": 0.5})
-    with pytest.raises(UserError, match="holds a run with other settings: .*seed"):
-        directory(tmp_path / "run", "seed=2").open(resuming=False)
-    assert steps(run) == [1]
+    run.metrics.touch()
+    _locks.pop().close()
+    directory(tmp_path / "run", "seed=2").open(resuming=False)
+    assert not (run.path / "tried_1").exists()
+
+
+def test_a_directory_of_something_else_is_not_filled(tmp_path: Path) -> None:
+    place = tmp_path / "configs"
+    place.mkdir()
+    for name in ("a.yaml", "b.yaml", "c.yaml", "d.yaml"):
+        (place / name).touch()
+    with pytest.raises(UserError, match=r"run\.dir: .*configs holds no run, but a.yaml, b.yaml, c.yaml, \.\.\.: name"):
+        directory(place).check_directory()
+    assert len(list(place.iterdir())) == 4
+    with pytest.raises(UserError, match=r"run\.dir: .*a\.yaml is a file; name a directory"):
+        directory(place / "a.yaml").check_directory()
+
+
+@pytest.mark.parametrize(
+    "names", [["logs/1_0/", "chain/", "slurm.json", "train.log"], ["failures/"], ["notes.md", "summary.json"]]
+)
+def test_a_run_and_what_comes_before_it_is_no_other_thing(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        file = tmp_path / "run" / name
+        (file if name.endswith("/") else file.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            file.touch()
+    directory(tmp_path / "run").check_directory()
 
 
 @pytest.mark.parametrize(
@@ -130,9 +176,9 @@ def test_damaged_logs_cost_their_own_lines_only(tmp_path: Path, capsys: pytest.C
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run\.dir: cannot write to .*file/run \(Not a directory\)"):
-        directory(tmp_path / "file" / "run").check_writable()
+        directory(tmp_path / "file" / "run").check_directory()
     run = directory(tmp_path / "run")
-    run.check_writable()
+    run.check_directory()
     assert not run.path.exists()
 
 
