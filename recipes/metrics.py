@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_r3 import memory
-from nemo_r3.config import TrainConfig
+from nemo_r3.config import Config
 from nemo_r3.models import flops
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.scheduler import Rollout
@@ -48,23 +48,27 @@ def speed(setup: Setup, groups: Sequence[Group], metrics: Mapping[str, float | N
     done = {"rollout": (sampled, plain if quantization == "none" else quantization)}
     if (update := metrics.get("update_flops")) is not None:
         done["update"] = (update, config.actor.precision)
-    found: dict[str, float] = {}
+    tokens = sum(len(it.answer.segment.ids) + len(it.retry.segment.ids) for group in groups for it in group.reflections)
+    found = {"speed/rollout_tokens": round(tokens / times["time/rollout"], 1)}
     for phase, (count, precision) in done.items():
         found |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)
     return found
 
 
-def summary(metrics: Mapping[str, float | None], config: TrainConfig) -> str:
-    """A step in one line."""
+def summary(metrics: Mapping[str, float | None], config: Config) -> str:
+    """A step in one line; docs/metrics.md explains it."""
     line = f"retry success {metrics['retry_success']:.3f}  groups {metrics['groups_used']:.0f}"
+    line += f"/{config.train.failures_per_step}"
     if metrics["loss"] is None:
         return f"{line}  nothing to train on: no update"
-    if not (drift := metrics["token_mult_prob_error"] or 0) <= config.drift_warn:
-        line += f"  DRIFT: token_mult_prob_error {drift:.3f} > train.drift_warn={config.drift_warn}"
+    if not (drift := metrics["token_mult_prob_error"] or 0) <= config.train.drift_warn:
+        line += f"  DRIFT: token_mult_prob_error {drift:.3f} > train.drift_warn={config.train.drift_warn}"
     if metrics["skipped"]:
         rejected = metrics["rejected_tokens"] == metrics["trained_tokens"]
         return f"{line}  {'all tokens rejected' if rejected else 'NaN or Inf gradient'}: update skipped"
-    return f"{line}  loss {metrics['loss']:+.4f}  grad {metrics['grad_norm']:.3f}"
+    kl = f"  kl {metrics['kl']:.4f}" if config.algo.kl_beta else ""
+    tokens = f"reflection {metrics['reflection_tokens']:.0f} tok ({metrics['truncated']:.0%} cut)"
+    return f"{line}{kl}  grad {metrics['grad_norm']:.2f}  {tokens}  {metrics['speed/rollout_tokens']:,.0f} tok/s"
 
 
 def report_memory(setup: Setup, policy: Policy, rollout: Rollout, step: int) -> None:

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from nemo_r3 import runtime, signals
 from nemo_r3.algo.batch import build_update
 from nemo_r3.errors import UserError
-from nemo_r3.report import curve
+from nemo_r3.progress import Pace
 from recipes.bank import failure_source, is_mined, open_bank
 from recipes.counters import reason_to_stop
 from recipes.layers import Layers
 from recipes.metrics import measures, report_memory, speed, summary, versions
+from recipes.outcome import conclude, draw_curve
 from recipes.plan import join, plan
 from recipes.start import refit_if_behind, start_policy, start_rollout
 
@@ -37,7 +38,7 @@ def train(argv: Sequence[str]) -> None:
     counters, last_checkpoint = resume(setup, policy, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
     layers = Layers(setup, policy.module, counters)
-    saver = make_saver(setup, policy, rollout)
+    saver, pace = make_saver(setup, policy, rollout), Pace(config.train.steps)
 
     try:
         for step in range(counters.step + 1, config.train.steps + 1):
@@ -49,7 +50,6 @@ def train(argv: Sequence[str]) -> None:
             with run.timed("rollout"):
                 groups = rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
             batch = build_update(groups, config, seed=runtime.step_seed(config.seed, step))
-            rates = progress.rates()
 
             metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
             if batch.rows:
@@ -64,11 +64,12 @@ def train(argv: Sequence[str]) -> None:
             report_memory(setup, policy, rollout, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
-            progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config.train)}  {rates}")
+            progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config)}  {pace.after(step)}")
             with run.timed("save"):
                 saver.finish_if_written()
                 if saver.is_due(step):
                     saved_step, last_checkpoint = step, saver.save(step, asdict(counters))
+                    draw_curve(setup)
             if reason := reason_to_stop(counters, config.train, last_checkpoint):
                 saver.finish()
                 raise UserError(reason)
@@ -80,8 +81,7 @@ def train(argv: Sequence[str]) -> None:
         raise
     saver.finish()
     run.add_to_summary(versions=versions())
-    if world.is_main and counters.step:
-        curve(run.metrics, run.path / "curve.png")
+    conclude(setup, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_r3.config import TrainConfig
+from nemo_r3.config import Config, TrainConfig
 from recipes.counters import Counters, reason_to_stop
 from recipes.metrics import summary
 
@@ -49,7 +49,8 @@ def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float |
 
 
 def test_drift_is_warned_of_in_the_steps_line() -> None:
-    metrics = {"retry_success": 0.5, "grad_norm": 1.0} | FINE
-    assert "DRIFT" not in summary(metrics, CONFIG)
-    line = summary(metrics | {"token_mult_prob_error": 1.07}, CONFIG)
+    metrics = {"retry_success": 0.5, "grad_norm": 1.0, "kl": 0.0, "reflection_tokens": 9.0, "truncated": 0.0} | FINE
+    metrics |= {"speed/rollout_tokens": 100.0}
+    assert "DRIFT" not in summary(metrics, Config(train=CONFIG))
+    line = summary(metrics | {"token_mult_prob_error": 1.07}, Config(train=CONFIG))
     assert "DRIFT: token_mult_prob_error 1.070 > train.drift_warn=1.05" in line

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemo_r3.config import Config, RolloutConfig, TrainConfig
+from nemo_r3.config import Config, RolloutConfig
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 from recipes.metrics import measures, summary, warn_of_truncated_answers
 
@@ -54,5 +54,16 @@ def test_a_skipped_update_names_its_cause() -> None:
     skipped = {"retry_success": 0.5, "groups_used": 2.0, "loss": 0.1, "grad_norm": 1.0, "skipped": 1.0}
     skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0}
     for rejected, cause in ((40.0, "all tokens rejected"), (39.0, "NaN or Inf gradient")):
-        line = summary(skipped | {"rejected_tokens": rejected}, TrainConfig())
-        assert line == f"retry success 0.500  groups 2  {cause}: update skipped"
+        line = summary(skipped | {"rejected_tokens": rejected}, Config())
+        assert line == f"retry success 0.500  groups 2/32  {cause}: update skipped"
+
+
+def test_a_step_in_one_line() -> None:
+    metrics = {"retry_success": 0.4732, "groups_used": 31.0, "loss": -0.01, "kl": 0.00041, "grad_norm": 1.154}
+    metrics |= {"token_mult_prob_error": 1.0, "skipped": 0.0, "reflection_tokens": 12.4, "truncated": 0.004}
+    metrics |= {"speed/rollout_tokens": 5011.7}
+    config = Config()
+    shown = "retry success 0.473  groups 31/32  kl 0.0004  grad 1.15  reflection 12 tok (0% cut)  5,012 tok/s"
+    assert summary(metrics, config) == shown
+    config.algo.kl_beta = 0.0
+    assert summary(metrics, config) == shown.replace("  kl 0.0004", ""), "without a reference there is none"

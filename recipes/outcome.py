@@ -1,0 +1,47 @@
+"""What a training run shows for itself: its learning curve, as it goes, and a line at its end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+
+from nemo_r3.errors import UserError
+from nemo_r3.report import curve
+from recipes.plan import Setup
+
+AT_EACH_END = 5
+"""Steps whose mean stands for the beginning of a run, and for its end."""
+
+
+def draw_curve(setup: Setup) -> None:
+    """Draws the steps so far to curve.png. A picture that cannot be drawn is only a warning."""
+    if setup.world.is_main:
+        try:
+            curve(setup.run.metrics, setup.run.path / "curve.png")
+        except UserError as error:
+            print(f"warning: no curve.png: {error}", file=sys.stderr, flush=True)
+
+
+def conclude(setup: Setup, argv: Sequence[str]) -> None:
+    """Says what a finished run has reached, and what comes next."""
+    run, config = setup.run, setup.plan.config
+    if not setup.world.is_main or not config.train.steps:
+        return
+    draw_curve(setup)
+    verb = "the same command with recipes.evaluate"
+    if setup.world.size == 1:
+        verb = f"python -m recipes.evaluate {shlex.join(argv)}"
+    success = [json.loads(line)["retry_success"] for line in run.metrics.read_text().splitlines()]
+    setup.progress.say(f"done: {change(success)}; curve: {run.path / 'curve.png'}; next: {verb}")
+
+
+def change(success: Sequence[float]) -> str:
+    """How retry success has changed over a run's steps, in words."""
+    count = min(AT_EACH_END, len(success) // 2)
+    if not count:
+        return "no change to show"
+    first, last = statistics.fmean(success[:count]), statistics.fmean(success[-count:])
+    return f"retry success {first:.2f} -> {last:.2f} (mean of the first and last {count} steps)"

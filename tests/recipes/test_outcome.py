@@ -1,0 +1,49 @@
+"""What a run shows of its training: the curve as it goes, and a line at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_r3.config import Config
+from recipes.outcome import change, conclude, draw_curve
+
+
+def a_setup(path: Path, said: list[str], ranks: int = 1) -> Any:
+    run = SimpleNamespace(path=path, metrics=path / "metrics.jsonl")
+    lines = [{"step": step, "retry_success": step / 10, "groups_used": 1, "groups_dropped": 0} for step in range(1, 11)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return SimpleNamespace(
+        run=run,
+        plan=SimpleNamespace(config=Config()),
+        world=SimpleNamespace(is_main=True, size=ranks),
+        progress=SimpleNamespace(say=said.append),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "following"),
+    [(1, "python -m recipes.evaluate my.yaml 'run.dir=a b'"), (4, "the same command with recipes.evaluate")],
+)
+def test_a_finished_run_says_what_it_reached_and_what_comes_next(tmp_path: Path, ranks: int, following: str) -> None:
+    said: list[str] = []
+    conclude(a_setup(tmp_path, said, ranks), ["my.yaml", "run.dir=a b"])
+    reached = "retry success 0.30 -> 0.80 (mean of the first and last 5 steps)"
+    assert said == [f"done: {reached}; curve: {tmp_path}/curve.png; next: {following}"]
+    assert (tmp_path / "curve.png").exists()
+
+
+def test_few_steps_are_compared_by_halves() -> None:
+    assert change([0.1, 0.2, 0.6]) == "retry success 0.10 -> 0.60 (mean of the first and last 1 steps)"
+    assert change([0.5]) == "no change to show"
+
+
+def test_a_picture_that_cannot_be_drawn_is_only_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = a_setup(tmp_path, [])
+    (tmp_path / "curve.png").mkdir()
+    draw_curve(setup)
+    assert "warning: no curve.png: cannot write" in capsys.readouterr().err
