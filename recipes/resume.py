@@ -59,17 +59,21 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
         The loop's counters, and the checkpoint that kept them; new ones and None where the run has no checkpoint.
 
     Raises:
-        UserError: all of them are damaged, or the newest is of another model.
+        UserError: all of them are damaged, the newest is of another model, or `train.steps` goes beyond the learning
+            rate's end.
     """
     counters, home, steps = Counters(), None, setup.plan.config.train.steps
     if found := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
         home, manifest = _load_newest(setup, policy, found)
         counters = Counters(**manifest["state"])
+        _refuse_useless_steps(setup, policy, counters.step)
         setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
         if counters.step >= steps:
             setup.progress.say(f"step {counters.step} of train.steps={steps} is done: nothing to train")
         _take_up_turns(setup, rollout, home, counters.step + 1)
+    else:
+        _refuse_useless_steps(setup, policy, 0)
     setup.run.cut_back(counters.step)
     return counters, home
 
@@ -91,6 +95,19 @@ def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[P
         raise UserError(
             f"{said}; there is no sound checkpoint before it: name another run.dir to start again"
         ) from error
+
+
+def _refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
+    """Refuses steps whose learning rate is 0; every step that is left is taken to have an update."""
+    steps, useful = setup.plan.config.train.steps, done + policy.updates_left()
+    if steps <= useful:
+        return
+    useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
+    instead = f"set train.steps={useful}, or " if useful > done else ""
+    instead += f"start a new run with model.path={setup.run.path / 'export'}" if done else "raise actor.lr_decay_steps"
+    raise UserError(
+        f"train.steps={steps}: the learning rate is 0 after step {useful}, so {useless} would change nothing; {instead}"
+    )
 
 
 def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Saver:

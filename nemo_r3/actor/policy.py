@@ -193,20 +193,19 @@ class Policy:
             "gradients": gradients,
             "optimizer state": state,
             "optimizer state on the host": 0 if self._offload is None else self._offload.host_bytes,
-            "activations and other work, peak (CUDA)": self._working_bytes,
+            "activations and other work, peak": self._working_bytes,
             "reference" + away: 0 if self._reference is None else self._reference.nbytes,
         }
 
     def describe_schedule(self) -> str:
         """Where the learning rate ends; a resumed run keeps the horizon it began with."""
-        end, horizon, steps = self.config.actor.lr_min, self.schedule.lr_decay_steps, self.config.train.steps
-        said = f"the learning rate reaches {end:g} after {horizon} updates"
-        if end == 0 and steps > horizon:
-            said += (
-                f", and later ones, up to train.steps={steps}, change nothing: to train longer, start a new run with "
-                "model.path=<this run's export>"
-            )
-        return said
+        return f"the learning rate reaches {self.config.actor.lr_min:g} after {self.schedule.lr_decay_steps} updates"
+
+    def updates_left(self) -> float:
+        """How many more updates have a learning rate above 0; an update that is skipped does not count."""
+        if self.config.actor.lr_min:
+            return math.inf
+        return max(int(self.schedule.lr_decay_steps - self.schedule.num_steps), 0)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities of every token but the first, at the rollout temperature.

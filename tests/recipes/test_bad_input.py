@@ -81,3 +81,17 @@ def test_a_changed_setting_is_refused_by_key_on_resume(trained: Path, bank: Path
     line = refused("train", QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={trained}", "actor.lr=1e-3")
     assert "actor.lr" in line
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_not_extended_at_a_learning_rate_of_zero(trained: Path, bank: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    line = refused("train", QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={trained}", "train.steps=6")
+    assert "train.steps=6: the learning rate is 0 after step 4, so steps 5 to 6 would change nothing" in line
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_place_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lucky.py").touch()
+    assert "lucky.py is a file" in refused("mine", QUICKSTART, f"run.dir={tmp_path}/lucky.py")
+    assert "holds no run, but lucky.py" in refused("train", QUICKSTART, f"run.dir={tmp_path}")
+    assert [file.name for file in tmp_path.iterdir()] == ["lucky.py"]

@@ -1,0 +1,53 @@
+"""A resumed run does not spend steps at a learning rate of 0."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_r3.errors import UserError
+from recipes.resume import _refuse_useless_steps
+
+
+def refusal(steps: int, done: int, left: float) -> str:
+    """What is said of `train.steps`, with `done` steps done and `left` updates before the learning rate is 0."""
+    plan = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(steps=steps)))
+    setup: Any = SimpleNamespace(plan=plan, run=SimpleNamespace(path=Path("runs/x")))
+    policy: Any = SimpleNamespace(updates_left=lambda: left)
+    try:
+        _refuse_useless_steps(setup, policy, done)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
+    assert refusal(20, done=12, left=0) == (
+        "train.steps=20: the learning rate is 0 after step 12, so steps 13 to 20 would change nothing; start a new run "
+        "with model.path=runs/x/export"
+    )
+    assert refusal(13, done=8, left=4) == (
+        "train.steps=13: the learning rate is 0 after step 12, so step 13 would change nothing; set train.steps=12, or "
+        "start a new run with model.path=runs/x/export"
+    )
+    assert "set train.steps=10, or raise actor.lr_decay_steps" in refusal(40, done=0, left=10)
+
+
+@pytest.mark.parametrize(
+    ("steps", "done", "left"),
+    [
+        (12, 8, 4),
+        (12, 12, 0),  # finished
+        (6, 8, 4),  # fewer steps than before
+        (12, 8, 6),  # two of the eight had nothing to train on
+        (14, 12, 2),  # so those updates are still to come
+        (20, 12, 1738),  # actor.lr_decay_steps=1750
+        (20, 12, math.inf),  # actor.lr_min above 0
+    ],
+)
+def test_what_still_learns_goes_on(steps: int, done: int, left: float) -> None:
+    assert refusal(steps, done, left) == ""
