@@ -18,7 +18,7 @@ import torch
 from nemo_r3.actor.manifest import WRITING, step_of
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.memory import GIB
+from nemo_r3.memory import GIB, show
 from nemo_r3.models import Architecture
 from nemo_r3.models.names import count_parameters
 from nemo_r3.precision import precision_of
@@ -135,13 +135,9 @@ def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str |
     if more * each <= free:
         return None
     return (
-        f"run.dir: {place} has {_show(free)} free for checkpoints, and {more} x {_show(each)} are still to come "
+        f"run.dir: {place} has {show(free)} free for checkpoints, and {more} x {show(each)} are still to come "
         f"(train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
     )
-
-
-def _show(count: float) -> str:
-    return f"{count / GIB:.1f} GiB" if count > GIB / 2 else f"{count / 2**20:.1f} MiB"
 
 
 def host_bytes() -> float:

@@ -64,20 +64,23 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def show(count: float) -> str:
+    """Bytes in a unit that suits them: "1.2 GiB" or "340.0 MiB"."""
+    return f"{count / GIB:.1f} GiB" if count > GIB / 2 else f"{count / 2**20:.1f} MiB"
+
+
 def table(holders: Mapping[str, int], phases: Mapping[str, float]) -> str:
-    """Who holds what, and what each phase left, as lines for a log.
+    """Who holds what, if anything, and what each phase left, as lines for a log.
 
     Args:
         holders: bytes by holder.
         phases: metrics as `measured` names them; others are passed over.
     """
-    width = max(map(len, holders))
-    lines = ["memory of rank 0, GiB:"]
-    lines += [f"  {name:<{width}}  {count / GIB:9.3f}" for name, count in holders.items()]
-    by_phase: dict[str, list[str]] = {}
+    lines = ["memory of rank 0: " + ", ".join(f"{name} {show(count)}" for name, count in holders.items() if count)]
+    by_kind: dict[str, list[str]] = {}
     for name, amount in phases.items():
         if name.startswith("memory/"):
             phase, what = name.removeprefix("memory/").rsplit("_", 1)
-            by_phase.setdefault(phase, []).append(f"{what} {amount:.3f}")
-    lines += [f"  after {phase}: {', '.join(parts)}" for phase, parts in by_phase.items()]
+            by_kind.setdefault(what, []).append(f"{phase} {show(amount * GIB)}")
+    lines += [f"  {what} after {', '.join(parts)}" for what, parts in by_kind.items()]
     return "\n".join(lines)

@@ -19,12 +19,14 @@ def test_resident_memory_grows_by_what_is_held() -> None:
 
 
 def test_the_table_names_holders_and_phases() -> None:
-    text = memory.table({"weights": 3 * 2**30, "KV cache": 2**29}, {"memory/refit_rss": 1.25, "memory/refit_peak": 2.0})
+    holders = {"weights": 3 * 2**30, "optimizer state on the host": 0, "KV cache": 2**27}
+    text = memory.table(
+        holders, {"memory/mine_rss": 1.25, "memory/refit_rss": 2.5, "memory/refit_peak": 0.25, "time/refit": 1.0}
+    )
     assert text.splitlines() == [
-        "memory of rank 0, GiB:",
-        "  weights       3.000",
-        "  KV cache      0.500",
-        "  after refit: rss 1.250, peak 2.000",
+        "memory of rank 0: weights 3.0 GiB, KV cache 128.0 MiB",
+        "  rss after mine 1.2 GiB, refit 2.5 GiB",
+        "  peak after refit 256.0 MiB",
     ]
 
 
