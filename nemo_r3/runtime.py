@@ -251,7 +251,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if sys.argv[1:2] in (["--help"], ["-h"]):
-            print(USAGE)
+            print(f"{sys.modules[recipe.__module__].__doc__}\n{USAGE}")
         else:
             recipe(sys.argv[1:])
     except UserError as error:

@@ -22,6 +22,8 @@ def evaluate(argv: Sequence[str]) -> None:
 
     run, progress, config = setup.run, setup.progress, setup.plan.config
     trained = trained_checkpoint(setup)
+    if trained is None:
+        progress.say(f"no checkpoint in {run.path}: measuring the starting model only")
     policy = start_policy(setup, trains=False, with_weights=False) if trained is not None else None
     rollout = start_rollout(setup)
     problems = setup.plan.task.problems("test")[: config.evaluate.problems or None]

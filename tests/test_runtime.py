@@ -21,6 +21,7 @@ from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.runtime import World
 
 SCRIPT = """
+__doc__ = "What this recipe is for."
 import atexit
 import os
 import signal
@@ -98,6 +99,7 @@ def test_an_interrupt_is_one_word(ends: dict[str, tuple[int, str, str]]) -> None
 def test_help_shows_a_command_and_where_the_settings_are(ends: dict[str, tuple[int, str, str]]) -> None:
     code, said, errors = ends["--help 0"]
     assert (code, errors) == (0, "exit hook\n") and "python -m recipes.train" in said and "docs/config.md" in said
+    assert said.startswith("What this recipe is for.\n"), "the docstring of the recipe's module"
 
 
 INTERRUPTED = """

@@ -67,6 +67,12 @@ def test_the_bank_holds_only_failures_with_ids_and_text(bank: Path) -> None:
         assert tuple(row["task_ids"]) == turns.task(problem).segments[0].ids
 
 
+def test_a_bank_that_is_complete_is_said_so_without_an_engine(bank: Path, tmp_path: Path) -> None:
+    done = run("mine", QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={tmp_path}/run")
+    assert [line for line in done.stdout.splitlines() if line.startswith(str(bank))]
+    assert "starting vLLM" not in done.stdout and not (tmp_path / "run").exists()
+
+
 def test_every_step_is_logged_once_with_the_promised_fields(trained: Path) -> None:
     logged = lines(trained / "metrics.jsonl")
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
@@ -151,6 +157,7 @@ def test_the_summary_has_before_and_after(trained: Path) -> None:
 def test_an_answer_limit_that_is_too_low_is_seen(tmp_path: Path) -> None:
     done = run("evaluate", QUICKSTART, "evaluate.problems=8", "rollout.max_answer_tokens=6", f"run.dir={tmp_path}/run")
     assert "warning: 100% of the first answers were cut at rollout.max_answer_tokens=6" in done.stderr
+    assert f"no checkpoint in {tmp_path}/run: measuring the starting model only" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for turns in ("attempts", "retries"):
         assert summary["before"][f"{turns}_truncated"]["sampled"]["value"] == 1.0
@@ -202,7 +209,11 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Pa
 def test_a_finished_run_says_so_and_logs_nothing(trained: Path, bank: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     done = run("train", *settings(bank, trained))
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith(f"run.dir={trained}  model.path=embedded")
+    assert "loading the model: 0.6M parameters" in done.stdout and "starting vLLM" in done.stdout
     assert "step 4 of train.steps=4 is done: nothing to train" in done.stdout
+    assert last.startswith("done: retry success ") and f"next: python -m recipes.evaluate {QUICKSTART} " in last
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
@@ -253,7 +264,10 @@ def test_another_layout_resumes_trains_and_exports_the_same(
     shutil.copytree(trained, path)
     shutil.rmtree(path / "checkpoints" / "step_000004")
     shutil.rmtree(path / "export")
-    run("train", *settings(bank, path, *layout), ranks=ranks)
+    done = run("train", *settings(bank, path, *layout), ranks=ranks)
+    said = " ".join(line for line in done.stdout.splitlines() if line.startswith("step    4/4  "))
+    used = lines(path / "metrics.jsonl")[-1]["groups_used"]
+    assert f"  groups {used}/8  kl 0." in said and said.endswith(" s/step"), "of all ranks"
     for ours, theirs in zip(untimed(path / "metrics.jsonl"), untimed(trained / "metrics.jsonl"), strict=True):
         for key in ("reward", "groups_used", "reflection_tokens"):
             assert ours[key] == theirs[key]
