@@ -77,10 +77,13 @@ def reason_to_stop(
 
 
 def _how_retries_ended(groups: Sequence[Group]) -> str:
-    """Of groups none of which is mixed: whether their retries passed, and one of them."""
-    passed = sum(group.rewards[0] > 0 for group in groups)
-    ended = f"in the last one all retries of {passed} groups passed, and all of {len(groups) - passed} failed"
-    if passed in (0, len(groups)):
-        ended = f"in the last one all retries {'passed' if passed else 'failed'}"
+    """Of a step without anything to train on: whether the retries passed, and one of them."""
+    passed, failed = sum(min(group.rewards) > 0 for group in groups), sum(not max(group.rewards) for group in groups)
+    ended = f"all retries of {passed} groups passed, all of {failed} failed"
+    if mixed := len(groups) - passed - failed:
+        ended += f", and {mixed} had no reflection to train on"
+    if len(groups) in (passed, failed):
+        ended = f"all retries {'passed' if passed else 'failed'}"
     problem, retry = groups[0].failure.problem, groups[0].reflections[0].retry
-    return f"{ended}, such as {in_one_line(repr(retry.text))} to problem {problem.id!r} ({in_one_line(problem.text)})"
+    text = in_one_line(repr(retry.text))
+    return f"in the last one {ended}, such as {text} to problem {problem.id!r} ({in_one_line(problem.text)})"

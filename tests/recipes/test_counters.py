@@ -64,7 +64,8 @@ def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float |
     [
         ([group(0.0, 0.0), group(0.0, 0.0)], "all retries failed, such as"),
         ([group(1.0, 1.0), group(1.0, 1.0)], "all retries passed, such as"),
-        ([group(0.0, 0.0), group(1.0, 1.0)], "all retries of 1 groups passed, and all of 1 failed, such as"),
+        ([group(0.0, 0.0), group(1.0, 1.0)], "all retries of 1 groups passed, all of 1 failed, such as"),
+        ([group(0.0, 0.0), group(0.0, 1.0)], "passed, all of 1 failed, and 1 had no reflection to train on, such as"),
     ],
 )
 def test_a_run_with_nothing_to_train_on_says_how_retries_ended(groups: list[Group], ended: str) -> None:
