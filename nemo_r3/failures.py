@@ -6,13 +6,11 @@ failures/shard_00000.jsonl  the rejected answers to a fixed slice of the problem
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,6 +23,8 @@ from nemo_r3.files import take_lock, write_whole
 from nemo_r3.progress import Progress
 from nemo_r3.rollout.scheduler import Attempted, Rollout
 from nemo_r3.runtime import World
+from nemo_r3.stamp import Stamp, differences
+from nemo_r3.tally import Tally, tally, total
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
@@ -35,39 +35,6 @@ COMPARED_ROWS = 8
 """How many answers of a foreign bank must read, token by token, as the text beside them."""
 ONLINE_ROUNDS = 50
 """How many batches of problems `OnlineSource` tries before it concludes that the policy solves them all."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What a bank's answers depend on.
-
-    Attributes:
-        model: fingerprint of the checkpoint that answered.
-        problems: `hash_of` the problems that were asked: another split, text or right answer is another bank.
-        task: its name.
-        verifier: its version and settings.
-        dialogue: fingerprint of template and wording.
-        temperature: of the answers.
-        max_answer_tokens: of the answers.
-        samples_per_problem: answers drawn for each problem.
-    """
-
-    model: str
-    problems: str
-    task: str
-    verifier: str
-    dialogue: str
-    temperature: float
-    max_answer_tokens: int
-    samples_per_problem: int
-
-
-def hash_of(problems: Iterable[Problem]) -> str:
-    """Changes with any problem's id, text, data or tools, and with their order."""
-    found = hashlib.sha256()
-    for problem in problems:
-        found.update(json.dumps([problem.id, problem.text, problem.data, problem.tools]).encode() + b"\n")
-    return found.hexdigest()[:16]
 
 
 class BankRow(NamedTuple):
@@ -93,7 +60,10 @@ class BankRow(NamedTuple):
 class Bank:
     """A directory of mined failures. Rank 0 reads and writes it; on a shared file system ranks may see different files.
 
-    All ranks call `check`, `mine` and `read` together.
+    All ranks call `check`, `mine`, `tally` and `read` together.
+
+    Attributes:
+        examples: the first answer that this process mined, if any.
     """
 
     def __init__(self, config: Config, stamp: Stamp, world: World, decode: Callable[[Sequence[int]], str]) -> None:
@@ -106,9 +76,11 @@ class Bank:
             decode: gives the text of an answer's ids, see `Dialogue.decode`.
         """
         self.path = Path(config.failures.path)
-        self._config, self._rollout = config.failures, config.rollout
+        self.examples: list[Attempted] = []
+        self._whole, self._config, self._rollout = config, config.failures, config.rollout
         self._stamp, self._world, self._decode = stamp, world, decode
         self._index = self.path / "bank.json"
+        self._tallies: dict[str, dict[str, int]] = {}
 
     def check(self) -> bool:
         """Whether the bank is complete; one that is missing, half mined or without one of its shards is not.
@@ -126,7 +98,7 @@ class Bank:
             return False
         index = self._read_index()
         found, wanted = index["stamp"], vars(self._stamp)
-        differing = [f"{key} {found.get(key)!r} != {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
+        differing = differences(found, wanted)
         lost = [name for name in index["shards"] if not (self.path / name).exists()]
         complete = bool(index["complete"]) and not lost
         if differing and not (self._config.allow_foreign and complete):
@@ -178,10 +150,13 @@ class Bank:
             attempts = rollout.first_attempts(asked, MINING_STEP, samples)
             answers += len(attempts)
             truncated += sum(attempt.answer.truncated for attempt in attempts)
+            self.examples = self.examples or attempts[:1]
             if self._world.is_main:
                 left = iter(attempts)
                 for name in names:
-                    rows = _rows(list(islice(left, len(parts[name]) * samples)), samples)
+                    own = list(islice(left, len(parts[name]) * samples))
+                    self._tallies[name] = vars(tally(own))
+                    rows = _rows(own, samples)
                     write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
                     mined[name] = sum_of(self.path / name)
                     self._write_index(complete=False, problems=len(problems), shards=mined)
@@ -205,11 +180,14 @@ class Bank:
         rows = self._world.on_main(lambda: list(self._find_rows()))
         if not rows:
             raise UserError(
-                f"failures.path: the bank {self.path} holds no failures: every first answer passed, no problem fits "
-                f"rollout.max_model_len={self._rollout.max_model_len}, or failures.max_solve_rate="
-                f"{self._config.max_solve_rate} left all of them out; there is nothing to reflect on"
+                f"failures.path: the bank {self.path} holds no failures, so there is nothing to reflect on: "
+                + self.tally().why_no_failures(self._whole)
             )
         return rows
+
+    def tally(self) -> Tally:
+        """How all first answers of the bank fared, on every rank."""
+        return self._world.on_main(lambda: total(self._read_index()["tallies"].values()))
 
     def _find_rows(self) -> Iterator[BankRow]:
         for name, mined in sorted(self._read_index()["shards"].items()):
@@ -231,7 +209,8 @@ class Bank:
 
     def _mined_before(self) -> dict[str, str]:
         """The shards that earlier processes mined, by name, with the SHA-256 of their content."""
-        mined = self._read_index()["shards"] if self._index.exists() else {}
+        index = self._read_index() if self._index.exists() else {"shards": {}, "tallies": {}}
+        mined, self._tallies = index["shards"], index["tallies"]
         for name in [name for name in mined if not (self.path / name).exists()]:
             print(f"warning: {self.path / name} is missing; its problems are asked again", file=sys.stderr, flush=True)
             del mined[name]
@@ -248,9 +227,10 @@ class Bank:
                 f"failures.path: {self.path} was mined by an older nemo_r3, and its bank.json does not say what its "
                 "shards hold; remove it or name another failures.path to mine a new bank"
             )
-        return found | {"shards": index["shards"]}
+        return found | {"shards": index["shards"], "tallies": index.get("tallies", {})}
 
     def _write_index(self, **entries: Any) -> None:
+        entries |= {"tallies": self._tallies}
         write_whole(self._index, json.dumps({"stamp": vars(self._stamp), **entries}, indent=1) + "\n")
 
 

@@ -309,8 +309,9 @@ class RunDirectory:
 
 
 def _shared(group: Group) -> dict[str, Any]:
-    """What all rollouts of a group have in common: the failed answer, and the token ids of [task][attempt]."""
-    return {"attempt": group.failure.attempt.text, "context_ids": group.failure.context.ids}
+    """What all rollouts of a group have in common: problem and failed answer, and the token ids of [task][attempt]."""
+    failure = group.failure
+    return {"problem": failure.problem.text, "attempt": failure.attempt.text, "context_ids": failure.context.ids}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source, Stamp, hash_of
+from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
+from nemo_r3.stamp import Stamp, hash_of
+from nemo_r3.tally import example
 from nemo_r3.types import Problem
 from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
 from recipes.plan import Plan, Setup
@@ -64,6 +66,10 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
         truncated = bank.mine(rollout, problems, progress)
     warn_of_long_problems(setup, rollout)
     warn_of_truncated_answers(setup, truncated)
+    tally = bank.tally()
+    progress.say(tally.line(len(problems)))
+    if doubt := tally.doubt():
+        progress.say("\n".join(["one of them:", example(bank.examples), doubt]) if bank.examples else doubt)
     rows = bank.read()
     cut = f"{truncated:.0%} of the answers cut at rollout.max_answer_tokens"
     progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems, {cut}")

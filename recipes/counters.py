@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_r3.config import TrainConfig
+from nemo_r3.errors import in_one_line
+from nemo_r3.types import Group
 
 
 @dataclass
@@ -42,17 +44,19 @@ class Counters:
         )
 
 
-def reason_to_stop(counters: Counters, config: TrainConfig, last_checkpoint: Path | None) -> str | None:
+def reason_to_stop(
+    counters: Counters, config: TrainConfig, last_checkpoint: Path | None, groups: Sequence[Group]
+) -> str | None:
     """Why the run should end, or None.
 
     It should after too many consecutive steps that had nothing to train on, skipped their update, or drifted: it would
-    learn nothing, or the wrong thing.
+    learn nothing, or the wrong thing. `groups` are the last step's.
     """
     checkpoint = f"last checkpoint: {last_checkpoint or 'none yet'}"
     if counters.empty_steps >= config.max_empty_steps:
         return (
             f"{counters.empty_steps} steps in a row had nothing to train on "
-            f"(train.max_empty_steps={config.max_empty_steps}): all retries of each group pass, or all fail; "
+            f"(train.max_empty_steps={config.max_empty_steps}): {_how_retries_ended(groups)}; "
             "look at rollouts/, and at the task's difficulty"
         )
     if counters.skipped_steps >= config.max_skipped_steps:
@@ -70,3 +74,16 @@ def reason_to_stop(counters: Counters, config: TrainConfig, last_checkpoint: Pat
             f"trained; try actor.precision=bf16 and rollout.quantization=none; {checkpoint}"
         )
     return None
+
+
+def _how_retries_ended(groups: Sequence[Group]) -> str:
+    """Of a step without anything to train on: whether the retries passed, and one of them."""
+    passed, failed = sum(min(group.rewards) > 0 for group in groups), sum(not max(group.rewards) for group in groups)
+    ended = f"all retries of {passed} groups passed, all of {failed} failed"
+    if mixed := len(groups) - passed - failed:
+        ended += f", and {mixed} had no reflection to train on"
+    if len(groups) in (passed, failed):
+        ended = f"all retries {'passed' if passed else 'failed'}"
+    problem, retry = groups[0].failure.problem, groups[0].reflections[0].retry
+    text = in_one_line(repr(retry.text))
+    return f"in the last one {ended}, such as {text} to problem {problem.id!r} ({in_one_line(problem.text)})"

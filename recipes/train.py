@@ -70,7 +70,7 @@ def train(argv: Sequence[str]) -> None:
                 if saver.is_due(step):
                     saved_step, last_checkpoint = step, saver.save(step, asdict(counters))
                     draw_curve(setup)
-            if reason := reason_to_stop(counters, config.train, last_checkpoint):
+            if reason := reason_to_stop(counters, config.train, last_checkpoint, groups):
                 saver.finish()
                 raise UserError(reason)
     except signals.Stopped:

@@ -11,7 +11,9 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,8 @@ def submit(steps: Sequence[Step]) -> str:
         for step in steps:
             executor = SlurmExecutor(folder / "jobs", python=PYTHON)
             executor.update_parameters(**parameters(step, before, last))
-            jobs = executor.submit_array(step.stages)
+            with redirect_stderr(StringIO()):  # submitit prints what it raises
+                jobs = executor.submit_array(step.stages)
             submitted += [(stage, job.job_id) for stage, job in zip(step.stages, jobs, strict=True)]
             before, last = step, jobs[0].job_id.partition("_")[0]
     except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm

@@ -29,6 +29,7 @@ from nemo_r3.config.schema import Layer, build
 from nemo_r3.errors import ConfigError, UserError
 from slurm import chain
 from slurm.chain import Step
+from slurm.job import resource_warning
 from slurm.stage import STAGES, Stage
 
 SHARED = {"actor", "algo", "evaluate", "seed", "train"}
@@ -162,6 +163,9 @@ def main(argv: Sequence[str]) -> int:
             return 0
         args = parser().parse_args(argv)
         steps = steps_of(args)
+        warnings = () if args.local else dict.fromkeys(resource_warning(step.config) for step in steps)
+        for warning in filter(None, warnings):
+            print(warning, file=sys.stderr)
         if args.dry_run:
             print(chain.texts(steps))
         elif args.local:

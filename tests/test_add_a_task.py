@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -82,3 +83,25 @@ def test_a_verb_finds_a_task_in_the_working_directory(home: Path) -> None:
     command = [sys.executable, "-m", "recipes.train", "doubles.yaml", "model.path=/nowhere"]
     done = subprocess.run(command, cwd=home, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert "error: model.path: /nowhere" in done.stderr  # the task comes before the model
+
+
+def test_the_laptops_config_shows_dialogues_and_mines(home: Path) -> None:
+    """On the embedded model, which solves none of these problems."""
+
+    def run(verb: str, *arguments: str) -> str:
+        command = [sys.executable, "-m", f"recipes.{verb}", "doubles_laptop.yaml", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    shown = run("preview", "2", "seed=2")
+    parts = ["task", "attempt", "verdict: failed", "request", "reflection", "request", "retry", "verdict: failed"]
+    assert re.findall(r"^--- ([a-z]+(?:: [a-z]+)?)", shown, flags=re.MULTILINE) == 2 * parts
+    assert "=== problem double-100 {'sum': 200}\n--- task\n<|user|>What is 100 + 100?<|end|><|assistant|>\n" in shown
+    doubt = "every answer failed: does verify accept a right one?"
+    assert shown.endswith(f"0 of 16 problems solved at first try\n{doubt}\n")
+    assert not list(home.glob("runs/*"))
+    mined = run("mine")
+    assert "0 of 32 problems solved at first try\none of them:\n  problem  What is 100 + 100?\n  answer   " in mined
+    assert f"\n  verdict  failed\n{doubt}\n" in mined

@@ -12,10 +12,12 @@ import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource, Stamp, hash_of
+from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource
 from nemo_r3.files import _locks
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
+from nemo_r3.stamp import Stamp, differences, hash_of
+from nemo_r3.tally import Tally, example
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
@@ -218,17 +220,69 @@ def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
         bank(tmp_path).check()
 
 
-def test_an_empty_bank_is_refused(tmp_path: Path) -> None:
-    bank(tmp_path).mine(Scripted(passes=2), problems(2))
-    with pytest.raises(UserError, match="holds no failures"):
-        bank(tmp_path).read()
+def test_a_bank_without_failures_says_why(tmp_path: Path) -> None:
+    class NoRoom(Scripted):
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+            answer = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room")
+            return [Attempted(problem, n, Trajectory(), answer, False) for problem in asked for n in range(2)]
+
+    def why(name: str, **settings: object) -> str:
+        with pytest.raises(UserError, match="holds no failures, so there is nothing to reflect on: ") as caught:
+            bank(tmp_path / name, **settings).read()
+        return str(caught.value).partition("reflect on: ")[2]
+
+    mine(tmp_path / "passed", Scripted(passes=2), problems(2))
+    assert why("passed") == "of 4 first answers 4 passed"
+    mine(tmp_path / "long", NoRoom(), problems(2))
+    assert why("long") == "of 4 first answers 4 found no room in rollout.max_model_len=4096"
+    mine(tmp_path / "easy", Scripted(passes=1), problems(2))
+    assert len(bank(tmp_path / "easy", max_solve_rate=0.5).read()) == 2
+    assert why("easy", max_solve_rate=0.4) == (
+        "of 4 first answers 2 passed, 2 are left out by failures.max_solve_rate=0.4"
+    )
 
 
-def test_the_filter_leaves_out_problems_that_are_solved_too_often(tmp_path: Path) -> None:
-    bank(tmp_path).mine(Scripted(passes=1), problems(2))
-    assert len(bank(tmp_path, max_solve_rate=0.5).read()) == 2
-    with pytest.raises(UserError, match="max_solve_rate=0.4"):
-        bank(tmp_path, max_solve_rate=0.4).read()
+def test_the_answers_are_counted_over_all_processes(tmp_path: Path) -> None:
+    many = problems(SHARD_PROBLEMS + 3)
+    mine(tmp_path, Scripted(), many)
+    (tmp_path / "shard_00001.jsonl").unlink()
+    again = bank(tmp_path)
+    again.mine(Scripted(), many)
+    assert again.tally() == Tally(2 * len(many), len(many))
+    assert again.examples == [attempt(many[SHARD_PROBLEMS], 0, True)]
+
+
+@pytest.mark.parametrize(
+    ("tally", "line", "doubt"),
+    [
+        (
+            Tally(288, 0),
+            "0 of 288 problems solved at first try",
+            "every answer failed: does verify accept a right one?",
+        ),
+        (Tally(288, 288), "288 of 288 problems solved", "every answer passed: does verify refuse a wrong one?"),
+        (Tally(576, 3), "3 of 576 answers to 288 problems right at first try", ""),
+        (Tally(288, 0, 288), "0 of 288 problems solved at first try", ""),
+    ],
+)
+def test_a_tally_in_words(tally: Tally, line: str, doubt: str) -> None:
+    assert tally.line(288).startswith(line) and tally.doubt() == doubt
+
+
+def test_an_example_is_a_problem_with_its_answer_and_verdict() -> None:
+    assert example([attempt(problems(1)[0], 0, False)]).split() == "problem problem 0 answer 7 8 verdict failed".split()
+    assert example([]) == ""
+
+
+def test_a_users_file_that_has_changed_is_named() -> None:
+    def said(found: str) -> list[str]:
+        return differences(vars(replace(STAMP, verifier=found)), vars(replace(STAMP, verifier="my.lucky a1 b1 2")))
+
+    assert said("my.lucky a1 b1 2") == []
+    assert said("my.lucky a0 b0 2") == ["verifier (the file my/lucky.py has changed since)"]
+    assert said("my.lucky a1 b0 2") == ["verifier (task.options have changed since)"]
+    assert said("my.lucky a1 b1 1") == ["verifier (nemo_r3.tasks has changed since)"]
+    assert said("countdown-1 x y") == ["verifier 'countdown-1 x y' != 'my.lucky a1 b1 2'"]
 
 
 @pytest.mark.parametrize(

@@ -289,5 +289,6 @@ def test_a_rollout_is_a_line_and_what_its_group_shares_is_written_once(tmp_path:
     assert [(row["reflection"], row["retry"]) for row in rows] == [(f"why {n}", f"again {n}") for n in (0, 1, 2)] * 2
     assert [row["reward"] for row in rows] == [1, 0, 0, 0, 1, 1]
     assert [row["advantage"] for row in rows] == [1, -0.5, -0.5, -1, 0.5, 0.5]
+    assert [row.get("problem") for row in rows] == ["?", None, None] * 2
     assert [row.get("attempt") for row in rows] == ["attempt at a", None, None, "attempt at b", None, None]
     assert [row.get("context_ids") for row in rows[:2]] == [[1, 2, *map(ord, "attempt at a")], None]

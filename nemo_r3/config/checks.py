@@ -32,13 +32,26 @@ def check_world(config: Config, world_size: int) -> None:
     _check_divides(config, world_size, f"{world_size} ranks were launched")
 
 
+def lengths_that_fit(config: Config, room: int) -> str:
+    """Settings to try, as in "; try rollout.max_model_len=512 ...", for dialogues of at most `room` tokens."""
+    lengths = {"max_model_len": room}
+    if _sampled(config) >= room:  # half for the answers, an eighth for the reflection, the rest for what is asked
+        lengths |= {"max_answer_tokens": max(room // 4, 1), "max_reflection_tokens": max(room // 8, 1)}
+    return "; try " + " ".join(f"rollout.{name}={value}" for name, value in lengths.items())
+
+
+def _sampled(config: Config) -> int:
+    """The most tokens that are sampled in a dialogue."""
+    return 2 * config.rollout.max_answer_tokens + config.rollout.max_reflection_tokens
+
+
 def _check_lengths(config: Config) -> None:
     rollout, actor = config.rollout, config.actor
-    longest = 2 * rollout.max_answer_tokens + rollout.max_reflection_tokens
-    if longest >= rollout.max_model_len:
+    if (longest := _sampled(config)) >= rollout.max_model_len:
         raise ConfigError(
             f"rollout.max_model_len: {rollout.max_model_len} cannot hold task, attempt, reflection and retry; it "
             f"must be above 2 * rollout.max_answer_tokens + rollout.max_reflection_tokens = {longest}"
+            + lengths_that_fit(config, rollout.max_model_len)
         )
     if actor.microbatch_tokens < rollout.max_model_len:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from os.path import expanduser
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_r3.config.checks import check
 from nemo_r3.config.schema import Layer, build, show
+from nemo_r3.config.task import TaskConfig
 from nemo_r3.config.tree import Config
 from nemo_r3.errors import ConfigError
 
@@ -22,6 +24,8 @@ USAGE = (
     "name a config file, then settings: CONFIG.yaml key=value ..., as in `python -m recipes.train "
     "configs/quickstart.yaml run.dir=runs/mine train.steps=10`; docs/config.md lists all settings"
 )
+OF_A_TASK = (("task", "options"), ("dialogue", "task"))
+"""Sections and keys that mean something to one task alone: its options, and its wording with its {placeholders}."""
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError)
 
 
@@ -29,7 +33,8 @@ def load(argv: Sequence[str]) -> Config:
     """The config of a command line `[CONFIG.yaml, key=value, ...]`.
 
     Defaults, then the file that CONFIG.yaml `extends:`, then CONFIG.yaml, then the arguments; empty
-    `run.dir` and `failures.path` are filled in.
+    `run.dir` and `failures.path` are filled in. Where one of them names another task than those before it, what they
+    set for theirs is left out, see `OF_A_TASK`.
 
     Raises:
         ConfigError: in one line, what is wrong and what is allowed.
@@ -37,7 +42,8 @@ def load(argv: Sequence[str]) -> Config:
     if not argv or (("=" in argv[0] or argv[0].startswith("-")) and not Path(argv[0]).is_file()):
         raise ConfigError(USAGE + (f"; got {show(argv[0])}" if argv else ""))
     path = Path(argv[0])
-    config = build(Config, [*_files(path), *map(_override, argv[1:])])
+    places = [*([layer] for layer in _files(path)), [_override(argument) for argument in argv[1:]]]
+    config = build(Config, _of_one_task(places))
     _fill(config, path)
     check(config)
     return config
@@ -67,6 +73,30 @@ def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
     if not isinstance(parent, str) or not parent:
         raise ConfigError(f"{path}: extends: expected the path of one YAML file, got {show(parent)}")
     return [*_files(path.parent / parent, (*children, path)), layer]
+
+
+def _of_one_task(places: Sequence[Sequence[Layer]]) -> list[Layer]:
+    """The layers of all places in order, without what they set for another task than the one that is named last."""
+    found: list[Layer] = []
+    current, since = "", 0
+    for layers in places:
+        sections = [layer.values["task"] for layer in layers if isinstance(layer.values.get("task"), dict)]
+        names = [section["name"] for section in sections if "name" in section]
+        name = names[-1] if names else current or (TaskConfig().name if sections else "")
+        if name != current:
+            if current:
+                found[since:] = [_without(layer, OF_A_TASK) for layer in found[since:]]
+            current, since = name, len(found)
+        found += layers
+    return found
+
+
+def _without(layer: Layer, keys: Sequence[tuple[str, str]]) -> Layer:
+    values = dict(layer.values)
+    for section, key in keys:
+        if isinstance(values.get(section), dict):
+            values[section] = {name: value for name, value in values[section].items() if name != key}
+    return replace(layer, values=values)
 
 
 def _read(path: Path, named_by: str) -> dict[Any, Any]:

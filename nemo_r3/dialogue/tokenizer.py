@@ -7,6 +7,9 @@ from pathlib import Path
 from nemo_r3.dialogue.chat_template import Tokenizer
 from nemo_r3.errors import UserError, describe
 
+FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tiktoken")
+"""At least one of these is in a checkpoint with a tokenizer; without any, transformers makes an empty one."""
+
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face checkpoint directory; the network is never asked.
@@ -16,6 +19,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     from transformers import AutoTokenizer  # slow
 
+    if not any(file for pattern in FILES for file in path.glob(pattern)):
+        raise UserError(
+            f"model.path: {path} has no tokenizer (no tokenizer.json, tokenizer.model or vocab.json); copy those of "
+            "the model that it was made from"
+        )
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         tokenizer.encode("What is broken may show only here.", add_special_tokens=False)

@@ -96,6 +96,10 @@ class Dialogue:
         """The text of sampled ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def whole(self, ids: Sequence[int]) -> str:
+        """The text of any ids, special tokens written out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def _piece(self, text: str) -> tuple[int, ...]:
         """[close][user turn][generation prompt] for a user's `text`, tokenised once."""
         if text not in self._pieces:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_r3.config import Config
+from nemo_r3.config.checks import lengths_that_fit
 from nemo_r3.errors import ConfigError
 from nemo_r3.files import read_json_object
 from nemo_r3.models.rope import Rope, positive_integer, positive_number, read_rope
@@ -70,6 +71,8 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     file = path if path.suffix == ".json" else path / "config.json"
     if path != file and not path.is_dir():
         raise ConfigError(f"model.path: {path} is not a directory; name a Hugging Face checkpoint, or 'embedded'")
+    if (path / "config.yaml").is_file() and not file.is_file():
+        raise ConfigError(f"model.path: {path} is a run; its model is {path / 'export'}, where recipes.export puts it")
     if not file.is_file():
         raise ConfigError(f"model.path: {path} has no config.json; it is not a Hugging Face checkpoint")
     return read_json_object(file, "model.path")
@@ -145,6 +148,7 @@ def check_layout(config: Config, arch: Architecture) -> None:
     if rollout.max_model_len > arch.max_positions:
         raise ConfigError(
             f"rollout.max_model_len={rollout.max_model_len} exceeds the model's {arch.max_positions} positions"
+            + lengths_that_fit(config, arch.max_positions)
         )
     if arch.window is not None and rollout.max_model_len > arch.window:
         raise ConfigError(

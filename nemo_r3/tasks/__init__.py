@@ -25,7 +25,9 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -75,7 +77,7 @@ def find(name: str) -> ModuleType:
     if re.fullmatch(r"\w+(\.\w+)*", name):
         module = (None if "." in name else _import(f"{__name__}.{name}")) or _import(name)
     if module is None:
-        raise ConfigError(f"task.name: no task is called {name!r}; {_known()}")
+        raise ConfigError(f"task.name: no task is called {name!r}{_near(name)} {_known()}")
     wanted = BUILT if hasattr(module, "build") else FUNCTIONS
     missing = [part for part in wanted if not hasattr(module, part)]
     if missing:
@@ -96,9 +98,23 @@ def _import(path: str) -> ModuleType | None:
 
 
 def _known() -> str:
+    return f"known: {', '.join(_own())}, or the dotted path of your own module, as seen from the working directory"
+
+
+def _own() -> list[str]:
     names = [info.name for info in pkgutil.iter_modules(__path__)]
-    known = [name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "build")]
-    return f"known: {', '.join(known)}, or the dotted path of your own module, as seen from the working directory"
+    return [name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "build")]
+
+
+def _near(name: str) -> str:
+    """A hint at the task that was meant: one of this package, or a file where `name` leads from the working directory.
+
+    "./sorting.py" means "sorting".
+    """
+    *folders, leaf = name.removesuffix(".py").removeprefix("./").replace("/", ".").split(".")
+    files = [".".join([*folders, file.stem]) for file in sorted(Path(*folders).glob("*.py"))]
+    near = get_close_matches(".".join([*folders, leaf]), [*_own(), *files], n=1)
+    return f"; did you mean {near[0]}?" if near else ";"
 
 
 def read_options(module: ModuleType, task: TaskConfig) -> Any:
@@ -109,6 +125,8 @@ def read_options(module: ModuleType, task: TaskConfig) -> Any:
         UserError: the module's Options cannot be used.
     """
     if hasattr(module, "Options"):
+        if isinstance(module.Options, type) and not is_dataclass(module.Options):
+            raise ConfigError(f"task.name: {module.__name__}.Options is no dataclass: write @dataclass above it")
         with user_code(f"{module.__name__}.Options", "; it must be a dataclass of text, numbers, lists and mappings"):
             return build(module.Options, [Layer(task.options)], "task.options")
     if task.options:

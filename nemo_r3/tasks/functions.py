@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from nemo_r3.errors import ConfigError, UserError, in_one_line
+from nemo_r3.tasks.patience import said_if_slow
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.template import fill
 from nemo_r3.tasks.user_code import user_code
@@ -45,9 +49,13 @@ class FunctionTask:
         shared = {problem.id for problem in self._splits["train"]} & {problem.id for problem in self._splits["test"]}
         if shared:
             raise ConfigError(f"task.name: {self.name}: problem {min(shared)!r} is in train and in test")
-        for split in SPLITS:
-            for problem in self._splits[split]:
-                self.verify(problem, "")
+        self._compare_splits()
+        problems = [problem for split in SPLITS for problem in self._splits[split]]
+        if accepted := [problem.id for problem in problems if self.verify(problem, "")]:
+            _warn(
+                f"{self.name}.verify accepts an empty answer to {len(accepted)} of {len(problems)} problems, such as "
+                f"{accepted[0]!r}: does it refuse wrong ones? They are what this method learns from"
+            )
 
     def problems(self, split: str) -> tuple[Problem, ...]:
         """The problems of "train" or "test"; KeyError for any other split."""
@@ -60,16 +68,34 @@ class FunctionTask:
             UserError: it raised, or gave something else than True or False.
         """
         answer = f"on an answer to problem {problem.id!r}"
-        with user_code(f"{self.name}.verify", f" {answer}; it must give a verdict on any text"):
+        with (
+            user_code(f"{self.name}.verify", f" {answer}; it must give a verdict on any text"),
+            said_if_slow(f"{self.name}.verify", answer),
+        ):
             verdict = self._module.verify(problem, text)
         if not isinstance(verdict, bool):
             kind = type(verdict)
             name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
             raise UserError(
                 f"task.name: {self.name}.verify returned {in_one_line(repr(verdict))} of type {name} {answer}; it must "
-                "return True or False"
+                f"return True or False: {'return something, or ' if verdict is None else ''}wrap it in bool(...)"
             )
         return verdict
+
+    def _compare_splits(self) -> None:
+        """Refuses a test split whose problems are all training problems under other ids; warns of one with some.
+
+        Raises:
+            ConfigError: nothing would be held out.
+        """
+        known = {_asked(problem) for problem in self._splits["train"]}
+        again = [problem.id for problem in self._splits["test"] if _asked(problem) in known]
+        count = len(self._splits["test"])
+        said = f"{len(again)} of {count} test problems have the text of a training problem"
+        if len(again) == count:
+            raise ConfigError(f"task.name: {self.name}: {said}: evaluation would measure memory; hold other ones out")
+        if again:
+            _warn(f"{self.name}: {said}, such as {again[0]!r}: evaluation will measure memory there")
 
     def _read(self, split: str, options: tuple[Any, ...]) -> tuple[Problem, ...]:
         """The problems of a split in the words of the task turn."""
@@ -125,8 +151,37 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _asked(problem: Problem) -> tuple[str, str]:
+    """What the model sees of a problem."""
+    return problem.text, json.dumps(problem.tools) if problem.tools else ""
+
+
+def _warn(text: str) -> None:
+    """Prints a warning, on rank 0."""
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def _version(module: ModuleType, options: Any) -> str:
-    """Changes with the module's file, its options and what verifiers are made of: a verdict may then change, and a bank
-    is another one."""
+    """Changes with the module's code, its options and what verifiers are made of: a verdict may then change.
+
+    `nemo_r3.stamp` says which of them it was.
+    """
     source = Path(str(module.__file__)).read_bytes()
-    return hashlib.sha256(source + repr(options).encode() + bytes([HELPERS_VERSION])).hexdigest()[:12]
+    try:
+        code = _written(ast.parse(source)).encode()
+    except (SyntaxError, ValueError):  # compiled
+        code = source
+    return f"{_hash(code)} {_hash(repr(options).encode())} {HELPERS_VERSION}"
+
+
+def _written(node: Any) -> str:
+    """Code without comments and layout; `ast.dump` and `ast.unparse` write it differently in every Python."""
+    if isinstance(node, ast.AST):
+        found = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+        return f"{type(node).__name__}({', '.join(f'{name}={_written(value)}' for name, value in found.items())})"
+    return f"[{', '.join(map(_written, node))}]" if isinstance(node, list) else repr(node)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

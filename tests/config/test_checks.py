@@ -18,6 +18,7 @@ def load_with(folder: Path, *overrides: str) -> Config:
     [
         (["rollout.max_answer_tokens=2000"], ["rollout.max_model_len: 4096", "4256"]),
         (["rollout.max_model_len=1280"], ["rollout.max_model_len: 1280", "1280"]),
+        (["rollout.max_model_len=512"], ["rollout.max_answer_tokens=128", "rollout.max_reflection_tokens=64"]),
         (["actor.microbatch_tokens=4095"], ["actor.microbatch_tokens: 4095", "rollout.max_model_len = 4096"]),
         (["actor.lr_min=1e-6"], ["actor.lr_min: 1e-06", "actor.lr = 5e-07"]),
         (["actor.lr_warmup_ratio=1"], ["actor.lr_warmup_ratio: 1", "below 1"]),

@@ -36,6 +36,30 @@ def test_defaults_then_parents_then_file_then_overrides(tmp_path: Path) -> None:
     assert config.task.options == {"count": 3}
 
 
+COUNTDOWN = "task: {name: countdown, options: {size: 9}}\ndialogue: {task: '{numbers}', retry: Again.}"
+
+
+def test_another_task_leaves_out_what_belongs_to_the_one_before(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", MINIMAL + "dialogue: {task: 'Now: {problem}'}")
+    write(tmp_path, "parent.yaml", "extends: base.yaml\n" + COUNTDOWN)
+    child = write(tmp_path, "child.yaml", "extends: parent.yaml\ntask: {name: lucky}")
+    config = load([child])
+    assert (config.task.name, config.task.options) == ("lucky", {})
+    assert (config.dialogue.task, config.dialogue.retry) == ("Now: {problem}", "Again.")
+    for arguments in (["task.options.x=1", "task.name=lucky"], ["task.name=lucky", "task.options.x=1"]):
+        assert load([str(tmp_path / "parent.yaml"), *arguments]).task.options == {"x": 1}
+    same = write(tmp_path, "same.yaml", "extends: parent.yaml\ntask: {name: countdown, options: {seed: 2}}")
+    assert load([same]).task.options == {"size": 9, "seed": 2}
+    assert load([same, "task.options.size=7"]).dialogue.task == "{numbers}"
+
+
+def test_options_without_a_name_are_of_the_default_task(tmp_path: Path) -> None:
+    write(tmp_path, "parent.yaml", MINIMAL + "task: {options: {size: 9}}")
+    child = write(tmp_path, "child.yaml", "extends: parent.yaml\ntask: {name: lucky}")
+    assert load([str(tmp_path / "parent.yaml"), "task.name=countdown"]).task.options == {"size": 9}
+    assert load([child]).task.options == {}
+
+
 def test_last_override_wins(tmp_path: Path) -> None:
     assert load([write(tmp_path, "a.yaml", MINIMAL), "seed=2", "seed=3"]).seed == 3
 

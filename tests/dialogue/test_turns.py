@@ -214,10 +214,17 @@ def test_stop_token_ids_that_cannot_be_read_are_refused_by_file(tmp_path: Path, 
         stop_token_ids(tmp_path)
 
 
+def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    """transformers would make an empty one of config.json."""
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, tmp_path)
+    with pytest.raises(UserError, match=rf"model\.path: {tmp_path} has no tokenizer \(no tokenizer\.json, "):
+        read_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("tokenizer.json", None),
         ("tokenizer.json", ""),
         ("tokenizer.json", '{"a": 1}'),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}'),
@@ -225,10 +232,10 @@ def test_stop_token_ids_that_cannot_be_read_are_refused_by_file(tmp_path: Path, 
         ("tokenizer_config.json", '{"model_max_length": "x"}'),
     ],
 )
-def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, file: str, text: str | None) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, file: str, text: str) -> None:
     model = tmp_path / "model"
     shutil.copytree(EMBEDDED, model)
-    (model / file).unlink() if text is None else (model / file).write_text(text)
+    (model / file).write_text(text)
     with pytest.raises(UserError, match=rf"model\.path: {model} has no tokenizer that can be read: ") as caught:
         read_tokenizer(model)
     assert "\n" not in str(caught.value)

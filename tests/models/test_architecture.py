@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_r3.config import Config
+from nemo_r3.config import Config, check
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path, shape, shapes
 from nemo_r3.models.names import count_parameters
@@ -115,6 +116,22 @@ def test_no_directory_and_no_config_json_are_refused(tmp_path: Path) -> None:
     message = refusal(lambda: architecture_of(tmp_path / "nowhere"))
     assert f"{tmp_path}/nowhere is not a directory" in message and "'embedded'" in message
     assert "has no config.json" in refusal(lambda: architecture_of(tmp_path))
+
+
+def test_a_run_is_not_its_export(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert f"{tmp_path} is a run; its model is {tmp_path}/export" in refusal(lambda: architecture_of(tmp_path))
+
+
+def test_a_model_with_few_positions_says_all_that_has_to_change() -> None:
+    message = refusal(lambda: check_layout(Config(), ARCH))
+    assert "rollout.max_model_len=4096 exceeds the model's 512 positions; try rollout.max_model_len=512 " in message
+    config = Config()
+    config.model.path = "embedded"
+    for name, value in re.findall(r"rollout\.(\w+)=(\d+)", message.partition("; try ")[2]):
+        setattr(config.rollout, name, int(value))
+    check(config)
+    check_layout(config, ARCH)
 
 
 def test_a_config_json_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_r3.config import Config, RolloutConfig
+from nemo_r3.tally import Tally
 from recipes.bank import bank_rows
 
 
@@ -29,9 +30,12 @@ def test_mining_says_how_many_answers_were_cut(share: float, warns: bool, capsys
         check=lambda: False,
         mine=lambda rollout, problems, progress: share,
         read=lambda: [1, 2, 3],
+        tally=lambda: Tally(5, 2),
+        examples=[],
     )
     rollout: Any = SimpleNamespace(too_long=set())
     assert bank_rows(setup, bank, rollout) == [1, 2, 3]
+    assert said[:2] == ["mining 5 problems", "2 of 5 problems solved at first try"]
     cut = f"{share:.0%} of the answers cut at rollout.max_answer_tokens"
     assert said[-1] == f"mined failures: 3 failures of 5 problems, {cut}"
     assert ("were cut at rollout.max_answer_tokens=6" in capsys.readouterr().err) == warns

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_r3.config import Config, TrainConfig
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 from recipes.counters import Counters, reason_to_stop
 from recipes.metrics import summary
 
@@ -16,6 +17,16 @@ FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "skipped
 EMPTY = {"loss": None, "groups_used": 0.0, "token_mult_prob_error": None}
 SKIPPED = FINE | {"skipped": 1.0}
 DRIFTED = FINE | {"token_mult_prob_error": 1.2}
+
+
+def group(*rewards: float) -> Group:
+    context = Trajectory((Segment(Phase.TASK, (1,)), Segment(Phase.ATTEMPT, (2,), (-1.0,), 0)))
+    answer = Answer(context.segments[1], "say\nabc", "stop")
+    reflections = tuple(Reflection(n, context, answer, answer, reward) for n, reward in enumerate(rewards))
+    return Group(Failure(Problem("sort-1", "Sort abc.", {}), context, answer), reflections)
+
+
+GROUP = group(0.0, 0.0)
 
 
 def walk(*steps: dict[str, float | None]) -> Counters:
@@ -41,11 +52,26 @@ def test_counts_are_of_steps_in_a_row() -> None:
     ],
 )
 def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float | None], said: str) -> None:
-    assert reason_to_stop(walk(metrics), CONFIG, Path("c/step_000007")) is None
-    assert reason_to_stop(walk(metrics, FINE, metrics), CONFIG, Path("c/step_000007")) is None
-    reason = reason_to_stop(walk(metrics, metrics), CONFIG, Path("c/step_000007"))
+    assert reason_to_stop(walk(metrics), CONFIG, Path("c/step_000007"), [GROUP]) is None
+    assert reason_to_stop(walk(metrics, FINE, metrics), CONFIG, Path("c/step_000007"), [GROUP]) is None
+    reason = reason_to_stop(walk(metrics, metrics), CONFIG, Path("c/step_000007"), [GROUP])
     assert reason is not None and said in reason
     assert ("last checkpoint: c/step_000007" in reason) == (metrics is not EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("groups", "ended"),
+    [
+        ([group(0.0, 0.0), group(0.0, 0.0)], "all retries failed, such as"),
+        ([group(1.0, 1.0), group(1.0, 1.0)], "all retries passed, such as"),
+        ([group(0.0, 0.0), group(1.0, 1.0)], "all retries of 1 groups passed, all of 1 failed, such as"),
+        ([group(0.0, 0.0), group(0.0, 1.0)], "passed, all of 1 failed, and 1 had no reflection to train on, such as"),
+    ],
+)
+def test_a_run_with_nothing_to_train_on_says_how_retries_ended(groups: list[Group], ended: str) -> None:
+    reason = reason_to_stop(walk(EMPTY, EMPTY), CONFIG, None, groups)
+    assert reason is not None and "\n" not in reason
+    assert f"{ended} 'say\\nabc' to problem 'sort-1' (Sort abc.)" in reason
 
 
 def test_drift_is_warned_of_in_the_steps_line() -> None:

@@ -128,6 +128,22 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: Slurm refused mine: ")
 
 
+def test_what_slurm_says_is_said_once(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no controller' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    found = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", environment=found)
+    assert (done.returncode, done.stderr) == (2, "error: Slurm refused mine: sbatch: error: no controller\n")
+
+
+def test_gpus_without_cores_and_memory_are_warned_of(tmp_path: Path) -> None:
+    settings = (f"run.dir={tmp_path}/run", "cluster.time_minutes=60", "cluster.gpus_per_node=8", "--dry-run")
+    done = launch(QUICKSTART, *settings)
+    assert done.returncode == 0 and done.stderr.startswith("warning: cluster.cpus_per_task=0, cluster.memory_gb=0: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_here_a_stage_that_fails_ends_the_chain(tmp_path: Path) -> None:
     done = launch(QUICKSTART, f"run.dir={tmp_path}", "--local", "--mine", f"model.path={tmp_path}/nowhere")
     assert done.returncode == 2 and "model.path" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.tasks import functions, load
+from nemo_r3.tasks import functions, load, patience
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Problem
 
@@ -19,7 +20,7 @@ PROBLEMS = """
 from nemo_r3.types import Problem
 
 def problems(split):
-    yield Problem(split + "-1", "Say {word}.", {"word": "one", "more": [1, None, 0.5]})
+    yield Problem(split + "-1", "Say {word} in the " + split + ".", {"word": "one", "more": [1, None, 0.5]})
 """
 VERIFY = """
 def verify(problem, text):
@@ -35,7 +36,7 @@ class Options:
     word: str = option("one", help="what to say")
 
 def problems(split, options):
-    return [Problem(split, "Say it.", {"word": options.word})]
+    return [Problem(split, f"Say it in the {split}.", {"word": options.word})]
 """
 
 BUILDS = """
@@ -72,10 +73,12 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 
 def test_problems_keep_their_text_or_get_words_around_it(write: Write) -> None:
     task = write(PROBLEMS, VERIFY)
-    assert task.problems("train") == (Problem("train-1", "Say {word}.", {"word": "one", "more": [1, None, 0.5]}),)
+    assert task.problems("train") == (
+        Problem("train-1", "Say {word} in the train.", {"word": "one", "more": [1, None, 0.5]}),
+    )
     assert task.name == "said" and task.wording.reflect.startswith("You tried solving the problem")
     assert task.verify(task.problems("test")[0], "one!") is True
-    assert write(PROBLEMS, VERIFY, task="Now: {problem}").problems("test")[0].text == "Now: Say {word}."
+    assert write(PROBLEMS, VERIFY, task="Now: {problem}").problems("test")[0].text == "Now: Say {word} in the test."
     with pytest.raises(ConfigError, match=r"dialogue\.task: unknown placeholder \{word\}"):
         write(PROBLEMS, VERIFY, task="{word}")
     with pytest.raises(KeyError):
@@ -97,6 +100,9 @@ def test_the_verifiers_stamp_follows_the_file_and_its_options(write: Write) -> N
         write(OPTIONS, VERIFY.replace(" in ", " not in ")).verifier,
     ]
     assert len(set(stamps)) == 3 and write(OPTIONS, VERIFY).verifier == stamps[0]
+    assert write(OPTIONS, "\n# a comment\n\n", VERIFY.replace(" in ", "  in  ")).verifier == stamps[0]
+    name, file, options, _ = stamps[0].split(" ")
+    assert name == "said" and stamps[1].split(" ")[1] == file and stamps[2].split(" ")[2] == options
 
 
 def test_the_verifiers_stamp_follows_what_verifiers_are_made_of(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +148,7 @@ def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, messa
         ("import sys; sys.exit('bye')", r"importing said raised SystemExit \(bye\) in .*said\.py:1;"),
         ("def problems(:", r"importing said raised SyntaxError \(.*\) in .*said\.py:1;"),
         ("import no_such_module", r"importing said raised ModuleNotFoundError \(.*no_such_module.*\) in .*said\.py:1;"),
+        ("class Options: pass" + PROBLEMS + VERIFY, r"said\.Options is no dataclass: write @dataclass above it"),
         ("Options = 3" + PROBLEMS + VERIFY, r"said\.Options raised TypeError"),
         ("problems = [1]" + VERIFY, r"said\.problems\('train'\) raised TypeError \('list' object is not callable\);"),
         ("def problems(): pass" + VERIFY, r"said\.problems\('train'\) raised TypeError \(.* takes 0 positional"),
@@ -183,9 +190,10 @@ def test_a_users_module_leaves_the_working_directory_where_it_was(write: Write) 
             "return text.index('x') > 0",
             r"said\.verify raised ValueError \(.*\) in .*said\.py:8 on .* problem 'train-1'",
         ),
-        ("return None", "returned None of type NoneType"),
+        ("return None", r"returned None of type NoneType .*: return something, or wrap it in bool\(\.\.\.\)"),
         ("return 1", "returned 1 of type int"),
-        ("import numpy; return numpy.True_", r"returned np\.True_ of type numpy\.bool "),
+        ("import numpy; return numpy.True_", r"returned np\.True_ of type numpy\.bool .*: wrap it in bool\(\.\.\.\)"),
+        ("import re; return re.match('', text)", r"of type re\.Match .*: wrap it in bool\(\.\.\.\)"),
     ],
 )
 def test_a_verifier_that_gives_no_verdict_is_refused_at_load(write: Write, body: str, message: str) -> None:
@@ -203,3 +211,64 @@ def test_a_verifier_that_fails_later_stops_with_its_problem(write: Write) -> Non
     assert task.verify(task.problems("test")[0], "1")
     with pytest.raises(UserError, match=r"said\.verify raised ValueError .*on an answer to problem 'test-1'"):
         task.verify(task.problems("test")[0], "one")
+
+
+SAME = """
+from nemo_r3.types import Problem
+
+def problems(split):
+    for number in range(8 if split == "train" else {tests}):
+        yield Problem(f"{{split}}-{{number}}", f"Sort {{number}}.", {{"word": "x"}}, {tools})
+"""
+TOOLS = "({'type': 'function', 'function': {'name': split}},)"
+
+
+def test_held_out_problems_that_are_all_training_problems_are_refused(write: Write) -> None:
+    with pytest.raises(ConfigError, match="8 of 8 test problems have the text of a training problem"):
+        write(SAME.format(tests=8, tools="()"), VERIFY)
+
+
+def test_some_held_out_problems_that_are_training_problems_are_warned_of(
+    write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(SAME.format(tests=10, tools="()"), VERIFY)
+    said = "warning: said: 8 of 10 test problems have the text of a training problem, such as 'test-0': "
+    assert capsys.readouterr().err.startswith(said)
+    write(SAME.format(tests=8, tools=TOOLS), VERIFY)  # other tools make it another problem
+    monkeypatch.setenv("RANK", "1")
+    write(SAME.format(tests=10, tools="()"), VERIFY)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_verifier_that_accepts_an_empty_answer_is_warned_of(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    write(PROBLEMS, VERIFY)
+    assert capsys.readouterr().err == ""
+    write(PROBLEMS, "\ndef verify(problem, text):\n    return True\n")
+    said = "warning: said.verify accepts an empty answer to 2 of 2 problems, such as 'train-1': "
+    assert capsys.readouterr().err.startswith(said)
+
+
+HANGS = """
+def verify(problem, text):
+    import re, time
+    end = time.monotonic() + 3
+    while text == "waits" and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(text == "backtracks" and re.match(r"(a+)+$", "a" * 25 + "b"))
+"""
+
+
+@pytest.mark.parametrize("text", ["waits", "backtracks"])
+def test_a_verifier_that_takes_long_is_named_while_it_works(
+    write: Write, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """The one lets go of Python's lock, the other keeps it."""
+    task = write(PROBLEMS, HANGS)
+    monkeypatch.setattr(patience, "_seconds", 0.2)
+    monkeypatch.setattr(patience, "LOOK", 0.1)
+    assert not task.verify(task.problems("test")[0], "")
+    assert capfd.readouterr().err == ""
+    assert not task.verify(task.problems("test")[0], text)
+    line = "warning: said.verify has been working for 0 s on an answer to problem 'test-1'; sampling waits for it\n"
+    assert capfd.readouterr().err == line
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

@@ -76,6 +76,21 @@ def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
         assert "task.name" in message and name in message and "countdown" in message
 
 
+def test_a_task_that_lies_near_is_suggested(tmp_path, monkeypatch) -> None:
+    (tmp_path / "sorting.py").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "parrot.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for name, meant in {
+        "sortign": "sorting",
+        "./sorting.py": "sorting",
+        "mine.parot": "mine.parrot",
+        "mine/parrot.py": "mine.parrot",
+        "countdwn": "countdown",
+    }.items():
+        assert f"no task is called {name!r}; did you mean {meant}? known: " in refusal(name)
+
+
 def test_unknown_placeholders_are_refused() -> None:
     message = refusal(task="Make {goal} of {numbers}")
     assert "dialogue.task" in message and "{goal}" in message and "{target}" in message

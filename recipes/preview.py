@@ -1,0 +1,58 @@
+"""Shows whole dialogues: whether prompts, template and verifier work is seen at once, before anything is mined.
+
+Samples first answers to training problems; of the failures, a reflection and a retry. Nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_r3 import runtime
+from nemo_r3.dialogue import Dialogue
+from nemo_r3.failures import MINING_STEP
+from nemo_r3.tally import tally
+from nemo_r3.types import Answer, Phase, Trajectory
+from recipes.metrics import warn_of_long_problems
+from recipes.plan import join, plan
+from recipes.start import start_rollout
+
+SHOWN = 3
+ASKED_PER_SHOWN = 8
+"""A model may pass most problems at once; failures come first among those shown."""
+
+
+def preview(argv: Sequence[str]) -> None:
+    """`python -m recipes.preview CONFIG.yaml [how many] key=value ...`."""
+    numbers = [int(word) for word in argv if word.isdecimal()]
+    shown = numbers[0] if numbers else SHOWN
+    setup = join(plan([word for word in argv if not word.isdecimal()]), trains=False)
+    rollout = start_rollout(setup)
+    problems = setup.plan.task.problems("train")[: shown * ASKED_PER_SHOWN]
+    setup.progress.begin(f"preview {len(problems)} problems:")
+    attempts = sorted(rollout.first_attempts(problems, MINING_STEP), key=lambda attempt: not attempt.is_failure)
+    failures = [attempt.failure for attempt in attempts[:shown] if attempt.is_failure]
+    groups = rollout.reflect_and_retry(failures, MINING_STEP, group_size=1)
+    warn_of_long_problems(setup, rollout)
+    for number, attempt in enumerate(attempts[:shown]):
+        setup.progress.say(f"\n=== problem {attempt.problem.id} {attempt.problem.data}")
+        reflections = groups[number].reflections if number < len(groups) else ()
+        whole = reflections[0].trajectory if reflections else attempt.context
+        retries = [(it.retry, it.reward > 0) for it in reflections]
+        setup.progress.say(written(setup.dialogue, whole, [(attempt.answer, attempt.passed), *retries]))
+    setup.progress.say(f"\n{tally(attempts).line(len(problems))}\n{tally(attempts).doubt()}".rstrip())
+
+
+def written(dialogue: Dialogue, trajectory: Trajectory, judged: Sequence[tuple[Answer, bool]]) -> str:
+    """A dialogue as text, special tokens and all; behind attempt and retry, whether they passed."""
+    verdicts, parts = iter(judged), []
+    for segment in trajectory.segments:
+        parts.append(f"--- {segment.phase}\n{dialogue.whole(segment.ids)}")
+        if segment.phase in (Phase.ATTEMPT, Phase.RETRY):
+            answer, passed = next(verdicts)
+            cut = " (cut at rollout.max_answer_tokens)" if answer.finish_reason == "length" else ""
+            parts.append(f"--- verdict: {'passed' if passed else 'failed'}{cut}")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    runtime.main(preview)
