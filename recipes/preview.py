@@ -1,6 +1,7 @@
 """Shows whole dialogues: whether prompts, template and verifier work is seen at once, before anything is mined.
 
-Samples first answers to training problems; of the failures, a reflection and a retry. Nothing is kept.
+Samples first answers to training problems; of the failures, a reflection and a retry. Nothing is kept. A number after
+CONFIG.yaml says how many to show.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def preview(argv: Sequence[str]) -> None:
     setup = join(plan([word for word in argv if not word.isdecimal()]), trains=False)
     rollout = start_rollout(setup)
     problems = setup.plan.task.problems("train")[: shown * ASKED_PER_SHOWN]
-    setup.progress.begin(f"preview {len(problems)} problems:")
+    setup.progress.begin("preview")
     attempts = sorted(rollout.first_attempts(problems, MINING_STEP), key=lambda attempt: not attempt.is_failure)
     failures = [attempt.failure for attempt in attempts[:shown] if attempt.is_failure]
     groups = rollout.reflect_and_retry(failures, MINING_STEP, group_size=1)
