@@ -103,7 +103,7 @@ class Bench:
         self._force(failures, number)
         watch = Stopwatch()
         with watch.time("step"):
-            runtime.seed_step(self.config.seed, number)
+            runtime.seed_generators(self.config.seed, number)
             with watch.time("rollout"):
                 groups = self.rollout.reflect_and_retry(failures, number, self.workload.group)
             batch = self._batch([rewarded(group, c.rewards) for group, c in zip(groups, contexts, strict=True)])

@@ -229,7 +229,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_generators(seed: int, step: int) -> None:
     """Seeds every generator from (seed, step) alone, so that a resumed step draws what the first run drew."""
     mixed = step_seed(seed, step) % 2**31
     random.seed(mixed)

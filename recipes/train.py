@@ -44,7 +44,7 @@ def train(argv: Sequence[str]) -> None:
         for step in range(counters.step + 1, config.train.steps + 1):
             world.leave_if_asked()
             refit_if_behind(setup, policy, rollout)
-            runtime.seed_step(config.seed, step)
+            runtime.seed_generators(config.seed, step)
             progress.begin(f"step {step}/{config.train.steps}")
 
             with run.timed("rollout"):

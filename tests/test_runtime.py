@@ -164,7 +164,7 @@ def test_what_rank_0_finds_or_refuses_is_every_ranks(monkeypatch: pytest.MonkeyP
 
 def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:
     def draws(seed: int, step: int) -> tuple[float, float]:
-        runtime.seed_step(seed, step)
+        runtime.seed_generators(seed, step)
         return random.random(), torch.rand(()).item()
 
     first = draws(1, 5)

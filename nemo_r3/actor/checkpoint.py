@@ -1,6 +1,6 @@
 """Saves and loads the policy: checkpoints written whole or not at all (`manifest.py`), loadable at another layout.
 
-No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_step`.
+No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_generators`.
 """
 
 from __future__ import annotations
