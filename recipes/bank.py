@@ -11,15 +11,15 @@ from nemo_r3.stamp import Stamp, hash_of
 from nemo_r3.tally import example
 from nemo_r3.types import Problem
 from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
-from recipes.plan import Plan, Setup
+from recipes.plan import Setup
 
 TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
 """`Dialogue.tools` in words."""
 
 
-def problems_to_mine(plan: Plan) -> Sequence[Problem]:
+def problems_to_mine(setup: Setup) -> Sequence[Problem]:
     """The training problems that the failure bank asks."""
-    return plan.task.problems("train")[: plan.config.failures.problems or None]
+    return setup.task.problems("train")[: setup.config.failures.problems or None]
 
 
 def open_bank(setup: Setup) -> Bank | None:
@@ -28,15 +28,14 @@ def open_bank(setup: Setup) -> Bank | None:
     Raises:
         UserError: there is a bank, and it is of another model, problems, verifier or wording.
     """
-    plan = setup.plan
-    config = plan.config
+    config = setup.config
     if config.failures.source == "online":
         return None
     stamp = Stamp(
-        model=fingerprint(plan.model, plan.arch),
-        problems=hash_of(problems_to_mine(plan)),
-        task=plan.task.name,
-        verifier=plan.task.verifier,
+        model=fingerprint(setup.model, setup.arch),
+        problems=hash_of(problems_to_mine(setup)),
+        task=setup.task.name,
+        verifier=setup.task.verifier,
         dialogue=setup.dialogue.fingerprint[:16],
         temperature=config.rollout.temperature,
         max_answer_tokens=config.rollout.max_answer_tokens,
@@ -56,10 +55,10 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     """The bank's failures. Mines what is missing first: the engine must hold the starting weights."""
     if bank.check():
         return bank.read()
-    problems, progress = problems_to_mine(setup.plan), setup.progress
+    problems, progress = problems_to_mine(setup), setup.progress
     if any(problem.tools for problem in problems):
         tools = TOOLS_ARE[setup.dialogue.tools]
-        progress.say(f"tools are {tools} (dialogue.tools={setup.plan.config.dialogue.tools})")
+        progress.say(f"tools are {tools} (dialogue.tools={setup.config.dialogue.tools})")
     progress.say(f"mining {len(problems):,} problems")
     progress.begin("mine")
     with setup.run.timed("mine"):
@@ -78,8 +77,8 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
 
 def failure_source(setup: Setup, bank: Bank | None, rollout: Rollout) -> Source:
     """Gives each training step its failures: from the bank, or without one from the current policy."""
-    config = setup.plan.config
+    config = setup.config
     count = config.train.failures_per_step
     if bank is None:
-        return OnlineSource(rollout, setup.plan.task.problems("train"), count, config.seed)
+        return OnlineSource(rollout, setup.task.problems("train"), count, config.seed)
     return BankSource(bank_rows(setup, bank, rollout), count, config.seed, setup.world)

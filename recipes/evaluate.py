@@ -20,13 +20,13 @@ def evaluate(argv: Sequence[str]) -> None:
     from nemo_r3.actor import checkpoint  # megatron-core: after `join`
     from recipes.resume import trained_checkpoint
 
-    run, progress, config = setup.run, setup.progress, setup.plan.config
+    run, progress, config = setup.run, setup.progress, setup.config
     trained = trained_checkpoint(setup)
     if trained is None:
         progress.say(f"no checkpoint in {run.path}: measuring the starting model only")
     policy = start_policy(setup, trains=False, with_weights=False) if trained is not None else None
     rollout = start_rollout(setup)
-    problems = setup.plan.task.problems("test")[: config.evaluate.problems or None]
+    problems = setup.task.problems("test")[: config.evaluate.problems or None]
 
     progress.begin("evaluate the starting model:")
     with run.timed("evaluate"):

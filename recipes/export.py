@@ -31,7 +31,7 @@ def export(argv: Sequence[str]) -> None:
     from nemo_r3.export import export as export_policy
     from recipes.resume import trained_checkpoint
 
-    world, run, config, model = setup.world, setup.run, setup.plan.config, setup.plan.model
+    world, run, config, model = setup.world, setup.run, setup.config, setup.model
     trained = trained_checkpoint(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
@@ -43,7 +43,7 @@ def export(argv: Sequence[str]) -> None:
         recorded = run.path / "config.yaml"
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else config
         card = model_card(trained_with, run.add_to_summary(versions=versions()), step, model.name)
-        difference = export_policy(policy, model, out, card, probe_of(run.path, setup.plan.arch))
+        difference = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
         print(

@@ -21,7 +21,7 @@ class Layers:
 
     def __init__(self, setup: Setup, trunk: nn.Module, counters: Counters) -> None:
         """Keeps the layers in BF16 that were moved there before the checkpoint that the run resumes from."""
-        config = setup.plan.config
+        config = setup.config
         self._config, self._setup = config.train, setup
         self._watch = LayerWatch(trunk, precision_of(config).fp8)
         self._found: list[dict[str, Any]] = []

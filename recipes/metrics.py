@@ -42,9 +42,9 @@ def measures(groups: Sequence[Group]) -> dict[str, float | None]:
 
 def speed(setup: Setup, groups: Sequence[Group], metrics: Mapping[str, float | None]) -> dict[str, float]:
     """How fast the step's rollout and update were, as they have just been timed; see `flops.speed`."""
-    config, world, times = setup.plan.config, setup.world, setup.run.times
+    config, world, times = setup.config, setup.world, setup.run.times
     quantization, plain = config.rollout.quantization, "bf16" if precision_of(config).bf16 else "fp32"
-    sampled = flops.rollout_flops(setup.plan.arch, groups)
+    sampled = flops.rollout_flops(setup.arch, groups)
     done = {"rollout": (sampled, plain if quantization == "none" else quantization)}
     if (update := metrics.get("update_flops")) is not None:
         done["update"] = (update, config.actor.precision)
@@ -86,7 +86,7 @@ def warn_of_long_problems(setup: Setup, rollout: Rollout) -> None:
     if setup.world.is_main and rollout.too_long:
         print(
             f"warning: {len(rollout.too_long)} problems do not fit rollout.max_model_len="
-            f"{setup.plan.config.rollout.max_model_len} and were not asked, such as {min(rollout.too_long)}",
+            f"{setup.config.rollout.max_model_len} and were not asked, such as {min(rollout.too_long)}",
             file=sys.stderr,
             flush=True,
         )
@@ -97,7 +97,7 @@ def warn_of_truncated_answers(setup: Setup, share: float) -> None:
     if setup.world.is_main and share > MANY_TRUNCATED:
         print(
             f"warning: {share:.0%} of the first answers were cut at rollout.max_answer_tokens="
-            f"{setup.plan.config.rollout.max_answer_tokens}; if the model needs more, raise it and mine anew",
+            f"{setup.config.rollout.max_answer_tokens}; if the model needs more, raise it and mine anew",
             file=sys.stderr,
             flush=True,
         )

@@ -27,7 +27,7 @@ def draw_curve(setup: Setup) -> None:
 
 def conclude(setup: Setup, argv: Sequence[str]) -> None:
     """Says what a finished run has reached, and what comes next."""
-    run, config = setup.run, setup.plan.config
+    run, config = setup.run, setup.config
     if not setup.world.is_main or not config.train.steps:
         return
     draw_curve(setup)

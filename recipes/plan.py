@@ -41,14 +41,20 @@ class Setup:
     """What every part of a run is given.
 
     Attributes:
-        plan: what was checked.
+        config: its settings.
+        task: its problems and their verifier.
+        arch: the model's shape.
+        model: the starting checkpoint.
         world: all ranks.
         run: the run directory.
         dialogue: the model's chat template with the task's wording.
         progress: what the user sees.
     """
 
-    plan: Plan
+    config: Config
+    task: Task
+    arch: Architecture
+    model: Path
     world: World
     run: RunDirectory
     dialogue: Dialogue
@@ -91,17 +97,17 @@ def join(plan: Plan, trains: bool = True) -> Setup:
     from nemo_r3.rollout import environment
     from nemo_r3.run_directory import RunDirectory
 
-    environment.prepare(plan.config, torch.cuda.is_available())
-    world = runtime.start(plan.config)
-    precision.prepare(plan.config if trains else precision.without_fp8(plan.config), plan.arch)
-    if world.is_main and (advice := precision.advice(plan.config)):
+    config, task, arch, model = plan.config, plan.task, plan.arch, plan.model
+    environment.prepare(config, torch.cuda.is_available())
+    world = runtime.start(config)
+    precision.prepare(config if trains else precision.without_fp8(config), arch)
+    if world.is_main and (advice := precision.advice(config)):
         print(f"warning: {advice}", file=sys.stderr, flush=True)
-    run = RunDirectory(plan.config, world)
+    run = RunDirectory(config, world)
     run.check_directory()
-    progress = Progress(world.is_main, engines=world.size // plan.config.rollout.tensor_parallel)
-    progress.say(f"run.dir={run.path}  model.path={plan.config.model.path}  task.name={plan.config.task.name}")
+    progress = Progress(world.is_main, engines=world.size // config.rollout.tensor_parallel)
+    progress.say(f"run.dir={run.path}  model.path={config.model.path}  task.name={config.task.name}")
     if trains:
-        capacity.check(plan.config, plan.arch, world, run.checkpoints)
-    tokenizer, stops = read_tokenizer(plan.model), stop_token_ids(plan.model)
-    dialogue = Dialogue(tokenizer, plan.config.dialogue, plan.task.wording, stops)
-    return Setup(plan, world, run, dialogue, progress)
+        capacity.check(config, arch, world, run.checkpoints)
+    dialogue = Dialogue(read_tokenizer(model), config.dialogue, task.wording, stop_token_ids(model))
+    return Setup(config, task, arch, model, world, run, dialogue, progress)

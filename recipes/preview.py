@@ -28,7 +28,7 @@ def preview(argv: Sequence[str]) -> None:
     shown = numbers[0] if numbers else SHOWN
     setup = join(plan([word for word in argv if not word.isdecimal()]), trains=False)
     rollout = start_rollout(setup)
-    problems = setup.plan.task.problems("train")[: shown * ASKED_PER_SHOWN]
+    problems = setup.task.problems("train")[: shown * ASKED_PER_SHOWN]
     setup.progress.begin("preview")
     attempts = sorted(rollout.first_attempts(problems, MINING_STEP), key=lambda attempt: not attempt.is_failure)
     failures = [attempt.failure for attempt in attempts[:shown] if attempt.is_failure]

@@ -41,7 +41,7 @@ def trained_checkpoint(setup: Setup) -> Path | None:
     Raises:
         UserError: it is no complete checkpoint, or the run has other settings than this command.
     """
-    asked = setup.plan.config.evaluate.checkpoint
+    asked = setup.config.evaluate.checkpoint
     trained = Path(asked) if asked else newest_checkpoint(setup)
     if asked and not setup.world.broadcast((Path(asked) / MANIFEST).is_file()):
         raise UserError(f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}")
@@ -62,7 +62,7 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
         UserError: all of them are damaged, the newest is of another model, or `train.steps` goes beyond the learning
             rate's end.
     """
-    counters, home, steps = Counters(), None, setup.plan.config.train.steps
+    counters, home, steps = Counters(), None, setup.config.train.steps
     if found := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
         home, manifest = _load_newest(setup, policy, found)
@@ -99,7 +99,7 @@ def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[P
 
 def _refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
     """Refuses steps whose learning rate is 0; every step that is left is taken to have an update."""
-    steps, useful = setup.plan.config.train.steps, done + policy.updates_left()
+    steps, useful = setup.config.train.steps, done + policy.updates_left()
     if steps <= useful:
         return
     useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
@@ -116,7 +116,7 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Sav
     An offloaded optimizer state comes back to the device to be saved. The engine makes room for it, and sleeps on until
     the refit of the next step.
     """
-    config = setup.plan.config
+    config = setup.config
 
     def make_room() -> None:
         setup.progress.during("save")

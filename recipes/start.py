@@ -19,22 +19,21 @@ if TYPE_CHECKING:
 
 def start_policy(setup: Setup, trains: bool = True, with_weights: bool = True) -> Policy:
     """Builds this rank's shard of the policy; without weights, a checkpoint must be loaded next."""
-    actor, millions = setup.plan.config.actor, count_parameters(setup.plan.arch) / 1e6
+    actor, millions = setup.config.actor, count_parameters(setup.arch) / 1e6
     layout = f"tensor_parallel={actor.tensor_parallel} pipeline_parallel={actor.pipeline_parallel}"
     setup.progress.say(f"loading the model: {millions:,.1f}M parameters, {layout}, ranks: {setup.world.size}")
     from nemo_r3.actor.policy import Policy
 
-    return Policy(setup.plan.config, setup.world, trains, with_weights)
+    return Policy(setup.config, setup.world, trains, with_weights)
 
 
 def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
     """Starts this rank's part of a vLLM engine; without weights, a refit must come before anything is sampled."""
-    plan = setup.plan
-    setup.progress.say(f"starting vLLM: rollout.tensor_parallel={plan.config.rollout.tensor_parallel}")
+    setup.progress.say(f"starting vLLM: rollout.tensor_parallel={setup.config.rollout.tensor_parallel}")
     from nemo_r3.rollout.engine import Engine
 
-    engine = Engine.start(plan.config, plan.model, with_weights)
-    return Rollout(engine, setup.dialogue, plan.task, plan.config, setup.world, setup.progress)
+    engine = Engine.start(setup.config, setup.model, with_weights)
+    return Rollout(engine, setup.dialogue, setup.task, setup.config, setup.world, setup.progress)
 
 
 def refit_if_behind(setup: Setup, policy: Policy, rollout: Rollout[Engine]) -> None:

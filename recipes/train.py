@@ -28,7 +28,7 @@ def train(argv: Sequence[str]) -> None:
     setup = join(plan(argv))
     from recipes.resume import keep_turns, make_saver, newest_checkpoint, resume  # megatron-core: after `join`
 
-    world, run, progress, config = setup.world, setup.run, setup.progress, setup.plan.config
+    world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
     run.open(resuming=newest_checkpoint(setup) is not None)
     bank = open_bank(setup)
     policy, rollout = start_policy(setup), start_rollout(setup, with_weights=False)

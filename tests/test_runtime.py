@@ -129,8 +129,8 @@ def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, s
 @pytest.mark.parametrize(
     ("ranks", "tensor", "pipeline", "engine", "expected"),
     [
-        ("3", 2, 1, 1, "2 * 1 * 1 = 2 does not divide the world: 3 ranks were launched"),
-        ("2", 2, 2, 1, "2 * 2 * 1 = 4 does not divide the world: 2 ranks were launched"),
+        ("3", 2, 1, 1, "2 * 1 = 2 does not divide the world: 3 ranks were launched"),
+        ("2", 2, 2, 1, "2 * 2 = 4 does not divide the world: 2 ranks were launched"),
         ("4", 2, 2, 3, "rollout.tensor_parallel: 3 ranks per engine do not divide the world: 4 ranks were launched"),
     ],
 )

@@ -18,9 +18,9 @@ from recipes.bank import bank_rows
 def test_mining_says_how_many_answers_were_cut(share: float, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     task = SimpleNamespace(problems=lambda split: [SimpleNamespace(tools=())] * 5)
-    plan = SimpleNamespace(config=Config(rollout=RolloutConfig(max_answer_tokens=6)), task=task)
     setup: Any = SimpleNamespace(
-        plan=plan,
+        config=Config(rollout=RolloutConfig(max_answer_tokens=6)),
+        task=task,
         progress=SimpleNamespace(say=said.append, begin=lambda title: None),
         run=SimpleNamespace(timed=lambda phase: nullcontext()),
         world=SimpleNamespace(is_main=True),

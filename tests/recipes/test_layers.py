@@ -81,8 +81,7 @@ class Run:
         world = SimpleNamespace(gather=lambda item: [item])
         run = SimpleNamespace(log_layers=self.logged.__setitem__)
         progress = SimpleNamespace(say=self.said.append)
-        plan = SimpleNamespace(config=self.config)
-        setup: Any = SimpleNamespace(plan=plan, world=world, run=run, progress=progress)
+        setup: Any = SimpleNamespace(config=self.config, world=world, run=run, progress=progress)
         return Layers(setup, trunk, counters)
 
     def step(self, layers: Layers, counters: Counters, drift: float) -> Counters:
@@ -110,7 +109,7 @@ def test_drift_costs_a_quarter_of_the_fp8_layers_after_a_quarter_and_then_the_ru
         "sound steps are not watched"
     )
     counts = []
-    while reason_to_stop(counters, run.config.train, None) is None:
+    while reason_to_stop(counters, run.config.train, None, ()) is None:
         counters = run.step(layers, counters, drift=1.5)
         counts.append(len(counters.bf16_layers))
     assert counts == [0, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6], "layers 1 to 6 are FP8 at first"

@@ -43,7 +43,7 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
 
 def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(rollout=RolloutConfig(max_answer_tokens=6))
-    setup: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), plan=SimpleNamespace(config=config))
+    setup: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), config=config)
     warn_of_truncated_answers(setup, 0.2)
     assert capsys.readouterr().err == ""
     warn_of_truncated_answers(setup, 0.97)

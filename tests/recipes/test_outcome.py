@@ -19,7 +19,7 @@ def a_setup(path: Path, said: list[str], ranks: int = 1) -> Any:
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return SimpleNamespace(
         run=run,
-        plan=SimpleNamespace(config=Config()),
+        config=Config(),
         world=SimpleNamespace(is_main=True, size=ranks),
         progress=SimpleNamespace(say=said.append),
     )

@@ -15,8 +15,8 @@ from recipes.resume import _refuse_useless_steps
 
 def refusal(steps: int, done: int, left: float) -> str:
     """What is said of `train.steps`, with `done` steps done and `left` updates before the learning rate is 0."""
-    plan = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(steps=steps)))
-    setup: Any = SimpleNamespace(plan=plan, run=SimpleNamespace(path=Path("runs/x")))
+    config = SimpleNamespace(train=SimpleNamespace(steps=steps))
+    setup: Any = SimpleNamespace(config=config, run=SimpleNamespace(path=Path("runs/x")))
     policy: Any = SimpleNamespace(updates_left=lambda: left)
     try:
         _refuse_useless_steps(setup, policy, done)
