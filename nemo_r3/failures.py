@@ -63,7 +63,7 @@ class Bank:
     All ranks call `check`, `mine`, `tally` and `read` together.
 
     Attributes:
-        examples: the first answer that this process mined, if any.
+        example: the first answer that this process mined, if any.
     """
 
     def __init__(self, config: Config, stamp: Stamp, world: World, decode: Callable[[Sequence[int]], str]) -> None:
@@ -76,7 +76,7 @@ class Bank:
             decode: gives the text of an answer's ids, see `Dialogue.decode`.
         """
         self.path = Path(config.failures.path)
-        self.examples: list[Attempted] = []
+        self.example: Attempted | None = None
         self._whole, self._config, self._rollout = config, config.failures, config.rollout
         self._stamp, self._world, self._decode = stamp, world, decode
         self._index = self.path / "bank.json"
@@ -121,13 +121,10 @@ class Bank:
                     "cannot change that, so mine a new bank at another failures.path"
                 )
 
-    def mine(self, rollout: Rollout, problems: Sequence[Problem], progress: Progress | None = None) -> float:
+    def mine(self, rollout: Rollout, problems: Sequence[Problem], progress: Progress | None = None) -> None:
         """Samples first answers to the problems and keeps every one that the verifier rejects.
 
         As many shards are asked at once as keep all engines busy; a process that ends loses what it was asking.
-
-        Returns:
-            The share of this process's answers that were cut at their token limit.
         """
         samples = self._config.samples_per_problem
         starts = range(0, len(problems), SHARD_PROBLEMS)
@@ -139,7 +136,6 @@ class Bank:
             mined = self._mined_before()
             self._write_index(complete=False, problems=len(problems), shards=mined)
         missing = self._world.broadcast([name for name in parts if name not in mined])
-        answers, truncated = 0, 0
         at_once = self._shards_at_once()
         for first in range(0, len(missing), at_once):
             names = missing[first : first + at_once]
@@ -148,9 +144,7 @@ class Bank:
                 done = len(problems) - sum(len(parts[name]) for name in missing[first:])
                 progress.part(done, len(asked), len(problems))
             attempts = rollout.first_attempts(asked, MINING_STEP, samples)
-            answers += len(attempts)
-            truncated += sum(attempt.answer.truncated for attempt in attempts)
-            self.examples = self.examples or attempts[:1]
+            self.example = self.example or attempts[0]
             if self._world.is_main:
                 left = iter(attempts)
                 for name in names:
@@ -163,7 +157,6 @@ class Bank:
         if self._world.is_main:
             self._write_index(complete=True, problems=len(problems), shards=mined)
         self._world.barrier()
-        return truncated / answers if answers else 0.0
 
     def _shards_at_once(self) -> int:
         """As few as give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -12,6 +13,11 @@ QUIET = 30.0
 """Seconds without a line in a log file, after which one says how far the work is."""
 RECENT = 10
 """Steps whose duration says how long the rest will take."""
+
+
+def is_rank_0() -> bool:
+    """Whether this process is the one that speaks, before the ranks have joined."""
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 class Progress:
@@ -48,6 +54,9 @@ class Progress:
 
     def __call__(self, phase: str, done: int, total: int, tokens: int) -> None:
         """`done` of `total` turns of `phase` have ended on rank 0's engine, with `tokens` tokens sampled."""
+        if tokens < self._counts.get(phase, (0, 0, 0))[2]:  # the next rollout under this title
+            self._tokens += self._sampled()
+            self._counts = {}
         self._counts[phase] = (done, total, tokens)
         self._show(self.rates())
 

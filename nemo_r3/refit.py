@@ -1,4 +1,4 @@
-"""Refit: the actor's weights into this rank's vLLM engine, before it samples and after every update.
+"""Refit: the actor's weights into this rank's vLLM engine, before it samples with none or older ones.
 
     actor shard --pass on to other stages, gather tensor parts--> full tensor --> vLLM, which takes its own part
 

@@ -98,7 +98,7 @@ def curve(metrics_file: Path, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metrics = _read(metrics_file)
+    metrics = read_metrics(metrics_file)
     steps = [line["step"] for line in metrics]
     kls = _column(metrics, "kl")
     has_kl = any(value and not math.isnan(value) for value in kls)
@@ -117,7 +117,12 @@ def curve(metrics_file: Path, out: Path) -> None:
         raise UserError(f"cannot write {out} ({error.strerror})") from error
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """A run's metrics.jsonl, a mapping per step.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return [json.loads(line) for line in file.read_text().splitlines()]
     except OSError as error:

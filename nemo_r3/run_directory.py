@@ -28,9 +28,9 @@ MEASURED = ("time/", "memory/", "speed/")
 """Prefixes of the metrics that differ between two runs of one config."""
 
 
-MARKS = ("metrics.jsonl", "rollouts", "summary.json", "failures/bank.json")
+MARKS = ("metrics.jsonl", "rollouts", "checkpoints", "summary.json", "failures/bank.json")
 """A directory with one of these holds a run."""
-BEFORE_A_RUN = {"failures", "checkpoints", "logs", "chain", "slurm.json", "drill", "lost+found"}
+BEFORE_A_RUN = {"failures", "logs", "chain", "slurm.json", "drill", "lost+found"}
 """What Slurm's scripts, a drill or a mount point put into a directory before there is a run in it."""
 NOTES = {".log", ".txt", ".out", ".err"}
 """Suffixes of files that a user may put there, such as the run's own output."""
@@ -131,7 +131,8 @@ class RunDirectory:
                 take_lock(self.path)
                 if changed:
                     print(
-                        f"{self._set_aside()} has the {logged} steps of other settings: {'; '.join(changed)}",
+                        f"moved the {logged} steps of other settings, which no checkpoint has, to {self._set_aside()} "
+                        f"({'; '.join(changed)})",
                         flush=True,
                     )
                 (self.path / "rollouts").mkdir(exist_ok=True)

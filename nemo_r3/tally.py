@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 
 from nemo_r3.config import Config
 from nemo_r3.errors import in_one_line
@@ -18,11 +18,18 @@ class Tally:
         asked: all of them.
         passed: the verifier accepts them.
         no_room: not sampled, because the task alone fills `rollout.max_model_len`.
+        truncated: cut at `rollout.max_answer_tokens`.
     """
 
     asked: int = 0
     passed: int = 0
     no_room: int = 0
+    truncated: int = 0
+
+    @property
+    def truncated_share(self) -> float:
+        """Of all; 0 where there are none."""
+        return self.truncated / self.asked if self.asked else 0.0
 
     def line(self, problems: int) -> str:
         """E.g. "0 of 288 problems solved at first try"."""
@@ -45,27 +52,33 @@ class Tally:
             f"found no room in rollout.max_model_len={longest}": self.no_room,
             f"are left out by failures.max_solve_rate={most:g}": self.asked - self.passed - self.no_room,
         }
-        parts = [f"{count} {what}" for what, count in counts.items() if count]
-        return f"of {self.asked} first answers {', '.join(parts) or 'none is known'}"
+        if not self.asked:
+            return "how its first answers fared is not recorded"
+        return f"of {self.asked} first answers " + ", ".join(
+            f"{count} {what}" for what, count in counts.items() if count
+        )
 
 
 def tally(attempts: Iterable[Attempted]) -> Tally:
     """Counts first answers."""
     found = list(attempts)
-    no_room = sum(attempt.answer.finish_reason == NO_ROOM for attempt in found)
-    return Tally(len(found), sum(attempt.passed for attempt in found), no_room)
+    return Tally(
+        asked=len(found),
+        passed=sum(attempt.passed for attempt in found),
+        no_room=sum(attempt.answer.finish_reason == NO_ROOM for attempt in found),
+        truncated=sum(attempt.answer.truncated for attempt in found),
+    )
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> Tally:
     """The sum of tallies, each as the mapping that JSON keeps of it."""
     found = [Tally(**count) for count in counts]
-    return Tally(*(sum(getattr(one, name) for one in found) for name in ("asked", "passed", "no_room")))
+    return Tally(*(sum(getattr(one, field.name) for one in found) for field in fields(Tally)))
 
 
-def example(attempts: Sequence[Attempted]) -> str:
-    """The first attempt, in a line each for problem, answer and verdict; empty where there is none."""
-    return "".join(
-        f"  problem  {in_one_line(it.problem.text)}\n  answer   {in_one_line(it.answer.text)}\n"
-        f"  verdict  {'passed' if it.passed else 'failed'}"
-        for it in attempts[:1]
+def written(attempt: Attempted) -> str:
+    """An attempt in a line each for problem, answer and verdict."""
+    return (
+        f"  problem  {in_one_line(attempt.problem.text)}\n  answer   {in_one_line(attempt.answer.text)}\n"
+        f"  verdict  {'passed' if attempt.passed else 'failed'}"
     )

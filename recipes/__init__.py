@@ -6,7 +6,7 @@ import signal
 import sys
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported; hides a notice on NUMA nodes
-# the same: a thread without work sleeps, where by default it spins and takes the core from Python and other processes
+# read then, too: a thread without work sleeps, where by default it spins and takes the core from Python and others
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # a verb is being found: Ctrl-C ends it without a traceback of torch's import, until `runtime.main` says more

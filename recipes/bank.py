@@ -8,7 +8,7 @@ from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.stamp import Stamp, hash_of
-from nemo_r3.tally import example
+from nemo_r3.tally import written
 from nemo_r3.types import Problem
 from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
 from recipes.plan import Setup
@@ -62,15 +62,15 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     progress.say(f"mining {len(problems):,} problems")
     progress.begin("mine")
     with setup.run.timed("mine"):
-        truncated = bank.mine(rollout, problems, progress)
-    warn_of_long_problems(setup, rollout)
-    warn_of_truncated_answers(setup, truncated)
+        bank.mine(rollout, problems, progress)
     tally = bank.tally()
+    warn_of_long_problems(setup, rollout)
+    warn_of_truncated_answers(setup, tally.truncated_share)
     progress.say(tally.line(len(problems)))
     if doubt := tally.doubt():
-        progress.say("\n".join(["one of them:", example(bank.examples), doubt]) if bank.examples else doubt)
+        progress.say(f"one of them:\n{written(bank.example)}\n{doubt}" if bank.example else doubt)
     rows = bank.read()
-    cut = f"{truncated:.0%} of the answers cut at rollout.max_answer_tokens"
+    cut = f"{tally.truncated_share:.0%} of the answers cut at rollout.max_answer_tokens"
     progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems, {cut}")
     return rows
 

@@ -49,13 +49,13 @@ def reason_to_stop(
 ) -> str | None:
     """Why the run should end, or None.
 
-    It should after too many consecutive steps that had nothing to train on, skipped their update, or drifted: it would
-    learn nothing, or the wrong thing. `groups` are the last step's.
+    It should after too many consecutive steps that had no group with both outcomes, skipped their update, or drifted:
+    it would learn nothing, or the wrong thing. `groups` are the last step's.
     """
     checkpoint = f"last checkpoint: {last_checkpoint or 'none yet'}"
     if counters.empty_steps >= config.max_empty_steps:
         return (
-            f"{counters.empty_steps} steps in a row had nothing to train on "
+            f"{counters.empty_steps} steps in a row had no group with both outcomes "
             f"(train.max_empty_steps={config.max_empty_steps}): {_how_retries_ended(groups)}; "
             "look at rollouts/, and at the task's difficulty"
         )

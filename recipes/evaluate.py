@@ -18,10 +18,10 @@ def evaluate(argv: Sequence[str]) -> None:
     """`python -m recipes.evaluate CONFIG.yaml key=value ...`; without a checkpoint, the starting model alone."""
     setup = join(plan(argv), trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core: after `join`
-    from recipes.resume import trained_checkpoint
+    from recipes import checkpoints
 
     run, progress, config = setup.run, setup.progress, setup.config
-    trained = trained_checkpoint(setup)
+    trained = checkpoints.trained(setup)
     if trained is None:
         progress.say(f"no checkpoint in {run.path}: measuring the starting model only")
     policy = start_policy(setup, trains=False, with_weights=False) if trained is not None else None

@@ -29,10 +29,10 @@ def export(argv: Sequence[str]) -> None:
     setup = join(plan(argv), trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
     from nemo_r3.export import export as export_policy
-    from recipes.resume import trained_checkpoint
+    from recipes import checkpoints
 
     world, run, config, model = setup.world, setup.run, setup.config, setup.model
-    trained = trained_checkpoint(setup)
+    trained = checkpoints.trained(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
     out = run.path / "export"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 
 from nemo_r3.errors import UserError
-from nemo_r3.report import curve
+from nemo_r3.report import curve, read_metrics
 from recipes.plan import Setup
 
 AT_EACH_END = 5
@@ -21,7 +20,7 @@ def draw_curve(setup: Setup) -> None:
     if setup.world.is_main:
         try:
             curve(setup.run.metrics, setup.run.path / "curve.png")
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001  a picture must not end a run
             print(f"warning: no curve.png: {error}", file=sys.stderr, flush=True)
 
 
@@ -31,10 +30,13 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
     if not setup.world.is_main or not config.train.steps:
         return
     draw_curve(setup)
+    try:
+        success = [line["retry_success"] for line in read_metrics(run.metrics)]
+    except UserError:
+        return  # the curve has told
     verb = "the same command with recipes.evaluate"
     if setup.world.size == 1:
         verb = f"python -m recipes.evaluate {shlex.join(argv)}"
-    success = [json.loads(line)["retry_success"] for line in run.metrics.read_text().splitlines()]
     setup.progress.say(f"done: {change(success)}; curve: {run.path / 'curve.png'}; next: {verb}")
 
 

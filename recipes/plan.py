@@ -80,7 +80,7 @@ def join(plan: Plan, trains: bool = True) -> Setup:
     """Joins the ranks; from here on every rank makes the same calls.
 
     megatron-core (with Transformer Engine) and vLLM read the process's environment when they are imported. It is
-    prepared here: what imports them, such as `recipes.resume`, is imported after this call.
+    prepared here: what imports them, such as `recipes.checkpoints`, is imported after this call.
 
     Args:
         plan: of the run.

@@ -40,7 +40,8 @@ def preview(argv: Sequence[str]) -> None:
         whole = reflections[0].trajectory if reflections else attempt.context
         retries = [(it.retry, it.reward > 0) for it in reflections]
         setup.progress.say(written(setup.dialogue, whole, [(attempt.answer, attempt.passed), *retries]))
-    setup.progress.say(f"\n{tally(attempts).line(len(problems))}\n{tally(attempts).doubt()}".rstrip())
+    counts = tally(attempts)
+    setup.progress.say(f"\n{counts.line(len(problems))}\n{counts.doubt()}".rstrip())
 
 
 def written(dialogue: Dialogue, trajectory: Trajectory, judged: Sequence[tuple[Answer, bool]]) -> str:
@@ -50,7 +51,7 @@ def written(dialogue: Dialogue, trajectory: Trajectory, judged: Sequence[tuple[A
         parts.append(f"--- {segment.phase}\n{dialogue.whole(segment.ids)}")
         if segment.phase in (Phase.ATTEMPT, Phase.RETRY):
             answer, passed = next(verdicts)
-            cut = " (cut at rollout.max_answer_tokens)" if answer.finish_reason == "length" else ""
+            cut = " (cut at rollout.max_answer_tokens)" if answer.truncated else ""
             parts.append(f"--- verdict: {'passed' if passed else 'failed'}{cut}")
     return "\n".join(parts)
 

@@ -26,26 +26,27 @@ from recipes.start import refit_if_behind, start_policy, start_rollout
 def train(argv: Sequence[str]) -> None:
     """`python -m recipes.train CONFIG.yaml key=value ...`; the same command on the same directory resumes."""
     setup = join(plan(argv))
-    from recipes.resume import keep_turns, make_saver, newest_checkpoint, resume  # megatron-core: after `join`
+    from recipes import checkpoints  # megatron-core: after `join`
 
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
-    run.open(resuming=newest_checkpoint(setup) is not None)
-    bank = open_bank(setup)
-    policy, rollout = start_policy(setup), start_rollout(setup, with_weights=False)
+    run.open(resuming=checkpoints.newest(setup) is not None)
+    bank, policy = open_bank(setup), start_policy(setup)
+    checkpoints.check_new_run(setup, policy)
+    rollout = start_rollout(setup, with_weights=False)
     if not is_mined(bank):
         refit_if_behind(setup, policy, rollout)
     source = failure_source(setup, bank, rollout)
-    counters, last_checkpoint = resume(setup, policy, rollout)
+    counters, last_checkpoint = checkpoints.resume(setup, policy, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
     layers = Layers(setup, policy.module, counters)
-    saver, pace = make_saver(setup, policy, rollout), Pace(config.train.steps)
+    saver, pace = checkpoints.make_saver(setup, policy, rollout), Pace(config.train.steps)
 
     try:
         for step in range(counters.step + 1, config.train.steps + 1):
             world.leave_if_asked()
+            progress.begin(f"step {step}/{config.train.steps}")
             refit_if_behind(setup, policy, rollout)
             runtime.seed_generators(config.seed, step)
-            progress.begin(f"step {step}/{config.train.steps}")
 
             with run.timed("rollout"):
                 groups = rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
@@ -69,7 +70,8 @@ def train(argv: Sequence[str]) -> None:
                 saver.finish_if_written()
                 if saver.is_due(step):
                     saved_step, last_checkpoint = step, saver.save(step, asdict(counters))
-                    draw_curve(setup)
+            if saved_step == step:
+                draw_curve(setup)
             if reason := reason_to_stop(counters, config.train, last_checkpoint, groups):
                 saver.finish()
                 raise UserError(reason)
@@ -77,7 +79,7 @@ def train(argv: Sequence[str]) -> None:
         if counters.step > saved_step:
             saver.save(counters.step, asdict(counters))
         saver.finish()
-        keep_turns(setup, rollout, counters.step + 1)
+        checkpoints.keep_turns(setup, rollout, counters.step + 1)
         raise
     saver.finish()
     run.add_to_summary(versions=versions())

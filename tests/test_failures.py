@@ -17,7 +17,7 @@ from nemo_r3.files import _locks
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
 from nemo_r3.stamp import Stamp, differences, hash_of
-from nemo_r3.tally import Tally, example
+from nemo_r3.tally import Tally, written
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
@@ -100,9 +100,11 @@ def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
         def reason(attempt: Attempted) -> str:
             return "length" if attempt.problem.id == "p0" or attempt.passed else "stop"
 
-    assert bank(tmp_path).mine(Cut(passes=1), problems(4)) == 5 / 8, "those that passed count, too"
+    bank(tmp_path).mine(Cut(passes=1), problems(4))
     _locks.pop().close()
-    assert bank(tmp_path).mine(Cut(), problems(4)) == 0.0, "this process has asked nothing"
+    again = bank(tmp_path)
+    assert again.check()
+    assert again.tally().truncated_share == 5 / 8, "those that passed count, too, and those of an earlier process"
 
 
 def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +251,7 @@ def test_the_answers_are_counted_over_all_processes(tmp_path: Path) -> None:
     again = bank(tmp_path)
     again.mine(Scripted(), many)
     assert again.tally() == Tally(2 * len(many), len(many))
-    assert again.examples == [attempt(many[SHARD_PROBLEMS], 0, True)]
+    assert again.example == attempt(many[SHARD_PROBLEMS], 0, True)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +272,7 @@ def test_a_tally_in_words(tally: Tally, line: str, doubt: str) -> None:
 
 
 def test_an_example_is_a_problem_with_its_answer_and_verdict() -> None:
-    assert example([attempt(problems(1)[0], 0, False)]).split() == "problem problem 0 answer 7 8 verdict failed".split()
-    assert example([]) == ""
+    assert written(attempt(problems(1)[0], 0, False)).split() == "problem problem 0 answer 7 8 verdict failed".split()
 
 
 def test_a_users_file_that_has_changed_is_named() -> None:

@@ -104,7 +104,7 @@ def test_steps_before_the_first_checkpoint_make_way_for_other_settings_and_are_k
         tried = RunDirectory(load([str(run.path / f"tried_{number}" / "config.yaml")]), cast(World, None))
         assert tried._config.seed == seed
         assert (run.path / f"tried_{number}" / "rollouts" / "step_000001.jsonl").exists()
-    assert f"{run.path}/tried_2 has the 1 steps of other settings: seed: 2 -> 3" in capsys.readouterr().out
+    assert f"which no checkpoint has, to {run.path}/tried_2 (seed: 2 -> 3)" in capsys.readouterr().out
 
 
 def test_settings_may_change_while_no_step_is_logged(tmp_path: Path) -> None:

@@ -241,7 +241,10 @@ def _names(directory: Path, world: World) -> list[str]:
 
 
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
-    """SHA-256 of files, or UNREADABLE, the same on every rank; each reads what it wrote, and is the next to load."""
+    """SHA-256 of files, or UNREADABLE, the same on every rank.
+
+    Each reads what the rank of its number wrote: those pages are in its cache, or will be wanted next.
+    """
     own = {}
     for name in names:
         if _writer(name) % world.size == world.rank:
@@ -305,8 +308,8 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         if policy.optimizer is not None:
             set_step(policy.optimizer, manifest["version"])
     if policy.optimizer is not None:
-        policy.schedule.load_state_dict(found["schedule"])
         policy.schedule.init_lr = found["schedule"]["init_lr"]
+        policy.schedule.load_state_dict(found["schedule"])  # sets the learning rate, too
     policy.version = manifest["version"]
     return manifest
 

@@ -1,4 +1,4 @@
-"""Writes a checkpoint's shards in a thread of this process.
+"""Writes a checkpoint's shards in threads of this process.
 
 megatron-core's own writer starts a manager by importing the main module again and forks one process per file. Here
 vLLM's engine and its threads live in the same process, where importing twice takes long and forking can hang.
@@ -31,7 +31,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """
 
     def __init__(self, copies: bool) -> None:
-        """With `copies`, tensors may change between `save` and `finish`: the thread writes copies of them."""
+        """With `copies`, tensors may change between `save` and `finish`: the threads write copies of them."""
         super().__init__("torch_dist", 1)
         self.sums: dict[str, str] = {}
         self._copies = copies

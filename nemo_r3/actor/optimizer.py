@@ -18,7 +18,7 @@ def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     """Gradient buffers over the data-parallel ranks, reduced in fp32.
 
     Each bucket is reduced as soon as the last microbatch's backward pass has filled it. Parameters are gathered at once
-    after the step: the refit, which comes next, reads them all.
+    after the step: the next refit reads them all.
     """
     settings = DistributedDataParallelConfig(
         **precision_of(config).gradient_fields(),

@@ -42,7 +42,10 @@ def sharded_state(optimizer: MegatronOptimizer, weights: Mapping[str, Any]) -> l
 
 
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
-    """Tells Adam how many steps its moments have seen: torch keeps that by parameter, Transformer Engine by group."""
+    """Tells Adam how many steps its moments have seen.
+
+    torch keeps that by parameter; Transformer Engine by group, and not before its first step.
+    """
     for one in optimizer.chained_optimizers:
         if one.optimizer is None:
             continue
@@ -50,8 +53,7 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
             if "step" in state:
                 state["step"].fill_(step)
         for group in one.optimizer.param_groups:
-            if "step" in group:
-                group["step"] = step
+            group["step"] = step
 
 
 def _parts(optimizer: DistributedOptimizer, parameter: Tensor, weight: Any) -> Iterator[ShardedTensor]:

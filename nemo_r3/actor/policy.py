@@ -103,6 +103,7 @@ class Policy:
             self._make_room()
 
     def _make_room(self) -> None:
+        """Hands memory to the engine: FP8 copies of the weights, and with an offload optimizer state and gradients."""
         if self._offload is not None:
             self._offload.park()
         forget_fp8_weights(self.module)

@@ -15,10 +15,10 @@ HEAD = """\
 Written by `python -m nemo_r3.config > docs/config.md`; a test keeps it up to date.
 
 A YAML file and `key=value` arguments hold only what differs from these defaults. A file may start from another one
-with `extends: other.yaml` (one parent, relative to the file; chains are fine). A file, or arguments, with another
-`task.name` than the file before leave out that file's `task.options` and `dialogue.task`, which belong to its task.
-Unknown keys, wrong types and values outside the limits are refused when the config loads. A resumed run may change
-only the settings marked "resume".
+with `extends: other.yaml` (one parent, relative to the file; chains are fine). Where a file or the command line names
+another task than the file it builds on, that file's `task.options` and `dialogue.task` are dropped; its
+`dialogue.reflect` and `dialogue.retry` stay. Unknown keys, wrong types and values outside the limits are refused when
+the config loads. A resumed run may change only the settings marked "resume".
 """
 
 ROW = "| {} | {} | {} | {} | {} | {} |\n"
@@ -41,7 +41,7 @@ def _row(leaf: Leaf) -> str:
     limits = leaf.field.metadata
     resume = "resume" if limits["resume"] else ""
     allowed = describe_limits(limits)
-    about = limits["help"].replace("<", "&lt;")
+    about = limits["help"].replace("<", "&lt;").replace("|", "\\|")
     return ROW.format(f"`{leaf.key}`", describe(leaf.type), f"`{_default(leaf)}`", allowed, resume, about)
 
 

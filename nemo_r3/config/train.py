@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class TrainConfig:
-    """One step = one rollout of `failures_per_step` groups, one optimizer step, one refit."""
+    """One step = a refit if needed, one rollout of `failures_per_step` groups, at most one optimizer step."""
 
     steps: int = option(1750, low=0, help="training steps (in the paper the most that a run took)", resume=True)
     failures_per_step: int = option(

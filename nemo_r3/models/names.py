@@ -83,9 +83,9 @@ def fused_norm_name(name: str) -> str:
 
 
 def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple[str, Index]]:
-    """Where in a row's Hugging Face tensors that lies which tensor-parallel rank `rank` of `size` holds.
+    """Which parts of a row's Hugging Face tensors tensor-parallel rank `rank` of `size` holds.
 
-    Names and indices into the tensors, in the order of `merge`. A fused tensor has one for each of the tensors that it
+    Names, and indices into the tensors, in the order of `merge`. A fused tensor has one for each of the tensors that it
     is made of. The vocabulary's may end beyond the tensor, as slices may.
     """
     if row.cut is None:

@@ -206,7 +206,7 @@ class Engine:
             self._llm.wake_up(list(tags))
 
     def cache_bytes(self) -> int:
-        """Bytes of this rank's KV cache when the engine is awake."""
+        """Bytes of this rank's KV cache, as large as it is when the engine is awake."""
 
         def size(worker: Any) -> int:
             storages = [tensor.untyped_storage() for tensor in worker.model_runner.kv_caches]
@@ -243,6 +243,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
     rollout = config.rollout
     # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
     in_order = steps_in_order(rollout, on_cuda)
+    batched = GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS)
     return EngineArgs(
         model=str(model_dir),
         load_format="auto" if reads else "dummy",
@@ -265,7 +266,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         async_scheduling=False if in_order else None,
         # a CPU's generators cannot be rewound, which vLLM does for a seeded request whose prompt it cuts
         enable_chunked_prefill=on_cuda,
-        max_num_batched_tokens=GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS),
+        max_num_batched_tokens=max(batched, rollout.max_num_seqs),
         use_tqdm_on_load=False,
         disable_log_stats=True,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from nemo_r3.errors import ConfigError, UserError, in_one_line
+from nemo_r3.progress import is_rank_0
 from nemo_r3.tasks.patience import said_if_slow
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.template import fill
@@ -158,7 +158,7 @@ def _asked(problem: Problem) -> tuple[str, str]:
 
 def _warn(text: str) -> None:
     """Prints a warning, on rank 0."""
-    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_rank_0():
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

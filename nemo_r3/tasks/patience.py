@@ -67,4 +67,4 @@ def _look() -> None:
         return
     _, what, where = call
     seconds, _seconds, _call = _seconds, 2 * _seconds, None
-    os.write(2, f"warning: {what} has been working for {seconds:.0f} s {where}; sampling waits for it\n".encode())
+    os.write(2, f"warning: {what} has been working for {seconds:.0f} s {where}; the run waits for it\n".encode())

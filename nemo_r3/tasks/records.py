@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 from nemo_r3.errors import UserError
-from nemo_r3.progress import Progress
+from nemo_r3.progress import Progress, is_rank_0
 from nemo_r3.tasks.calls import parse_json
 from nemo_r3.tasks.schemas import as_declared, object_of_python, tool
 from nemo_r3.tasks.template import fill
@@ -113,8 +112,7 @@ def well_formed(rows: Iterable[Row], read: Callable[[Any], Record], source: str,
             f"task.options.source: {found}; fix them, or raise task.options.max_malformed={max_malformed:g} to leave "
             "them out"
         )
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-    Progress(enabled=rank == "0").say(f"task.options.source: left out: {found}")
+    Progress(enabled=is_rank_0()).say(f"task.options.source: left out: {found}")
     return records
 
 

@@ -68,7 +68,9 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     before = storages()
     metrics.append(policy.update(batch()))
     found["behind"] = [size for storage, size in storages().items() if storage not in before]
-    found |= {"metrics": metrics, "resumed": again.update(batch()) == metrics[-1]}
+    after = [policy.update(batch())]  # of the weights that the update before has made
+    resumed = [again.update(batch()) for _ in range(2)]
+    found |= {"metrics": metrics, "resumed": resumed == [metrics[-1], *after]}
     plain = Policy(policy.config, lab.world, trains=False)
     checkpoint.load(plain, latest(home))
     out = lab.home / f"te-{layout}-{name}-export"

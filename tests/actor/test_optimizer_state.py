@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from nemo_r3.actor import optimizer_state
 from nemo_r3.actor.manifest import latest, read_manifest
-from nemo_r3.actor.optimizer_state import rectangles
+from nemo_r3.actor.optimizer_state import rectangles, set_step
 
 
 @given(st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 9), st.integers(1, 9))), st.data())
@@ -49,6 +50,17 @@ def test_a_part_is_the_states_own_memory_at_its_place_in_the_whole_tensor() -> N
     for part in parts:
         part.data.fill_(-1)
     assert state.eq(-1).all()
+
+
+def test_adam_is_told_its_steps_by_parameter_and_by_group() -> None:
+    """Transformer Engine's Adam has no step in its groups before its first."""
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    adam.state[adam.param_groups[0]["params"][0]] = {"step": torch.zeros(())}
+    none: Any = SimpleNamespace(optimizer=None)
+    optimizer: Any = SimpleNamespace(chained_optimizers=[none, SimpleNamespace(optimizer=adam)])
+    set_step(optimizer, 7)
+    assert [float(state["step"]) for state in adam.state.values()] == [7.0]
+    assert [group["step"] for group in adam.param_groups] == [7]
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen2"])

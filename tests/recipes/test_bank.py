@@ -28,14 +28,14 @@ def test_mining_says_how_many_answers_were_cut(share: float, warns: bool, capsys
     bank: Any = SimpleNamespace(
         path=Path("failures"),
         check=lambda: False,
-        mine=lambda rollout, problems, progress: share,
+        mine=lambda rollout, problems, progress: None,
         read=lambda: [1, 2, 3],
-        tally=lambda: Tally(5, 2),
-        examples=[],
+        tally=lambda: Tally(100, 40, truncated=round(100 * share)),
+        example=None,
     )
     rollout: Any = SimpleNamespace(too_long=set())
     assert bank_rows(setup, bank, rollout) == [1, 2, 3]
-    assert said[:2] == ["mining 5 problems", "2 of 5 problems solved at first try"]
+    assert said[:2] == ["mining 5 problems", "40 of 100 answers to 5 problems right at first try"]
     cut = f"{share:.0%} of the answers cut at rollout.max_answer_tokens"
     assert said[-1] == f"mined failures: 3 failures of 5 problems, {cut}"
     assert ("were cut at rollout.max_answer_tokens=6" in capsys.readouterr().err) == warns

@@ -269,6 +269,6 @@ def test_a_verifier_that_takes_long_is_named_while_it_works(
     assert not task.verify(task.problems("test")[0], "")
     assert capfd.readouterr().err == ""
     assert not task.verify(task.problems("test")[0], text)
-    line = "warning: said.verify has been working for 0 s on an answer to problem 'test-1'; sampling waits for it\n"
+    line = "warning: said.verify has been working for 0 s on an answer to problem 'test-1'; the run waits for it\n"
     assert capfd.readouterr().err == line
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_r3.errors import UserError
-from recipes.resume import _refuse_useless_steps
+from recipes.checkpoints import refuse_useless_steps
 
 
 def refusal(steps: int, done: int, left: float) -> str:
@@ -19,7 +19,7 @@ def refusal(steps: int, done: int, left: float) -> str:
     setup: Any = SimpleNamespace(config=config, run=SimpleNamespace(path=Path("runs/x")))
     policy: Any = SimpleNamespace(updates_left=lambda: left)
     try:
-        _refuse_useless_steps(setup, policy, done)
+        refuse_useless_steps(setup, policy, done)
     except UserError as error:
         return str(error)
     return ""
@@ -27,12 +27,12 @@ def refusal(steps: int, done: int, left: float) -> str:
 
 def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
     assert refusal(20, done=12, left=0) == (
-        "train.steps=20: the learning rate is 0 after step 12, so steps 13 to 20 would change nothing; start a new run "
-        "with model.path=runs/x/export"
+        "train.steps=20: the learning rate is 0 after step 12, so steps 13 to 20 would change nothing; export this "
+        "run and start a new one with model.path=runs/x/export"
     )
     assert refusal(13, done=8, left=4) == (
         "train.steps=13: the learning rate is 0 after step 12, so step 13 would change nothing; set train.steps=12, or "
-        "start a new run with model.path=runs/x/export"
+        "export this run and start a new one with model.path=runs/x/export"
     )
     assert "set train.steps=10, or raise actor.lr_decay_steps" in refusal(40, done=0, left=10)
 

@@ -29,20 +29,20 @@ from recipes.counters import Counters
 from recipes.plan import Setup
 
 
-def newest_checkpoint(setup: Setup) -> Path | None:
+def newest(setup: Setup) -> Path | None:
     """The run's newest checkpoint as rank 0 sees it: on a shared file system ranks may not see the same."""
     newest: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
     return newest
 
 
-def trained_checkpoint(setup: Setup) -> Path | None:
+def trained(setup: Setup) -> Path | None:
     """The checkpoint to measure or export: `evaluate.checkpoint`, or the run's newest.
 
     Raises:
         UserError: it is no complete checkpoint, or the run has other settings than this command.
     """
     asked = setup.config.evaluate.checkpoint
-    trained = Path(asked) if asked else newest_checkpoint(setup)
+    trained = Path(asked) if asked else newest(setup)
     if asked and not setup.world.broadcast((Path(asked) / MANIFEST).is_file()):
         raise UserError(f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}")
     if trained is not None:
@@ -67,13 +67,11 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
         rollout.engine.sleep()
         home, manifest = _load_newest(setup, policy, found)
         counters = Counters(**manifest["state"])
-        _refuse_useless_steps(setup, policy, counters.step)
+        refuse_useless_steps(setup, policy, counters.step)
         setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
         if counters.step >= steps:
             setup.progress.say(f"step {counters.step} of train.steps={steps} is done: nothing to train")
         _take_up_turns(setup, rollout, home, counters.step + 1)
-    else:
-        _refuse_useless_steps(setup, policy, 0)
     setup.run.cut_back(counters.step)
     return counters, home
 
@@ -97,14 +95,24 @@ def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[P
         ) from error
 
 
-def _refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
+def check_new_run(setup: Setup, policy: Policy) -> None:
+    """Before anything is mined, what `resume` checks of a run with a checkpoint: that no step's learning rate is 0."""
+    if newest(setup) is None:
+        refuse_useless_steps(setup, policy, 0)
+
+
+def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
     """Refuses steps whose learning rate is 0; every step that is left is taken to have an update."""
     steps, useful = setup.config.train.steps, done + policy.updates_left()
     if steps <= useful:
         return
     useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
     instead = f"set train.steps={useful}, or " if useful > done else ""
-    instead += f"start a new run with model.path={setup.run.path / 'export'}" if done else "raise actor.lr_decay_steps"
+    instead += (
+        f"export this run and start a new one with model.path={setup.run.path / 'export'}"
+        if done
+        else "raise actor.lr_decay_steps"
+    )
     raise UserError(
         f"train.steps={steps}: the learning rate is 0 after step {useful}, so {useless} would change nothing; {instead}"
     )
