@@ -47,7 +47,6 @@ def train(argv: Sequence[str]) -> None:
             progress.begin(f"step {step}/{config.train.steps}")
             refit_if_behind(setup, policy, rollout)
             runtime.seed_generators(config.seed, step)
-
             with run.timed("rollout"):
                 groups = rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
             batch = build_update(groups, config, seed=runtime.step_seed(config.seed, step))
