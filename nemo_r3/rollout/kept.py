@@ -61,10 +61,10 @@ class Kept:
 
 
 def turn_id(phase: Phase, prompt: Trajectory, key: str, sample: int) -> str:
-    """A turn's name in any process: what is asked, for what, and which of its samples it is."""
-    name = hashlib.blake2b(f"{phase}\x1f{key}\x1f{sample}\x1f".encode(), digest_size=12)
-    name.update(array("q", prompt.ids).tobytes())
-    return name.hexdigest()
+    """A turn's name in any process, e.g. "retry-5d1c...": phase, what is asked, for what, and which sample it is."""
+    rest = hashlib.blake2b(f"{key}\x1f{sample}\x1f".encode(), digest_size=12)
+    rest.update(array("q", prompt.ids).tobytes())
+    return f"{phase}-{rest.hexdigest()}"
 
 
 def write(file: Path, turns: Mapping[str, Completion]) -> None:
