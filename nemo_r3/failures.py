@@ -30,7 +30,7 @@ from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
 MINED_BATCHES = 4
-"""Full batches per engine between two waits for the longest answers, while ever fewer places are taken."""
+"""Full batches that each engine is given at once; after them it runs half empty until the longest answers end."""
 COMPARED_ROWS = 8
 """How many answers of a foreign bank must read, token by token, as the text beside them."""
 ONLINE_ROUNDS = 50

@@ -16,8 +16,8 @@ from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource
 from nemo_r3.files import _locks
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
-from nemo_r3.stamp import Stamp, differences, hash_of
-from nemo_r3.tally import Tally, written
+from nemo_r3.stamp import Stamp
+from nemo_r3.tally import Tally
 from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
 
 STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
@@ -186,15 +186,6 @@ def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: st
     assert bank(tmp_path, other, allow_foreign=True).check()
 
 
-@pytest.mark.parametrize(
-    "changed", [{"id": "p9"}, {"text": "other words"}, {"data": {"numbers": [1], "target": 2}}, {"tools": ({"x": 1},)}]
-)
-def test_a_problem_that_was_changed_is_another_one_to_the_stamp(changed: dict[str, object]) -> None:
-    asked = problems(2)
-    assert hash_of(asked) == hash_of(problems(2)) != hash_of(asked[::-1])
-    assert hash_of([asked[0], replace(asked[1], **changed)]) != hash_of(asked)
-
-
 def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     def other_words(ids: Sequence[int]) -> str:
         return f"words {ids}"
@@ -252,38 +243,6 @@ def test_the_answers_are_counted_over_all_processes(tmp_path: Path) -> None:
     again.mine(Scripted(), many)
     assert again.tally() == Tally(2 * len(many), len(many))
     assert again.example == attempt(many[SHARD_PROBLEMS], 0, True)
-
-
-@pytest.mark.parametrize(
-    ("tally", "line", "doubt"),
-    [
-        (
-            Tally(288, 0),
-            "0 of 288 problems solved at first try",
-            "every answer failed: does verify accept a right one?",
-        ),
-        (Tally(288, 288), "288 of 288 problems solved", "every answer passed: does verify refuse a wrong one?"),
-        (Tally(576, 3), "3 of 576 answers to 288 problems right at first try", ""),
-        (Tally(288, 0, 288), "0 of 288 problems solved at first try", ""),
-    ],
-)
-def test_a_tally_in_words(tally: Tally, line: str, doubt: str) -> None:
-    assert tally.line(288).startswith(line) and tally.doubt() == doubt
-
-
-def test_an_example_is_a_problem_with_its_answer_and_verdict() -> None:
-    assert written(attempt(problems(1)[0], 0, False)).split() == "problem problem 0 answer 7 8 verdict failed".split()
-
-
-def test_a_users_file_that_has_changed_is_named() -> None:
-    def said(found: str) -> list[str]:
-        return differences(vars(replace(STAMP, verifier=found)), vars(replace(STAMP, verifier="my.lucky a1 b1 2")))
-
-    assert said("my.lucky a1 b1 2") == []
-    assert said("my.lucky a0 b0 2") == ["verifier (the file my/lucky.py has changed since)"]
-    assert said("my.lucky a1 b0 2") == ["verifier (task.options have changed since)"]
-    assert said("my.lucky a1 b1 1") == ["verifier (nemo_r3.tasks has changed since)"]
-    assert said("countdown-1 x y") == ["verifier 'countdown-1 x y' != 'my.lucky a1 b1 2'"]
 
 
 @pytest.mark.parametrize(

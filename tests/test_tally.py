@@ -1,0 +1,34 @@
+"""How first answers fared, in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_r3.rollout.scheduler import Attempted
+from nemo_r3.tally import Tally, written
+from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
+
+
+@pytest.mark.parametrize(
+    ("tally", "line", "doubt"),
+    [
+        (
+            Tally(288, 0),
+            "0 of 288 problems solved at first try",
+            "every answer failed: does verify accept a right one?",
+        ),
+        (Tally(288, 288), "288 of 288 problems solved", "every answer passed: does verify refuse a wrong one?"),
+        (Tally(576, 3), "3 of 576 answers to 288 problems right at first try", ""),
+        (Tally(288, 0, 288), "0 of 288 problems solved at first try", ""),
+    ],
+)
+def test_a_tally_in_words(tally: Tally, line: str, doubt: str) -> None:
+    assert tally.line(288).startswith(line) and tally.doubt() == doubt
+
+
+def test_an_example_is_a_problem_with_its_answer_and_verdict() -> None:
+    problem, answer = Problem("p0", "problem 0", {}), Answer(Segment(Phase.ATTEMPT, (7, 8, 2)), "7 8", "stop")
+    assert (
+        written(Attempted(problem, 0, Trajectory(()), answer, False)).split()
+        == "problem problem 0 answer 7 8 verdict failed".split()
+    )
