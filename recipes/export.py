@@ -27,11 +27,13 @@ PROBE_TOKENS = 64
 def export(argv: Sequence[str]) -> None:
     """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
     setup = join(plan(argv), trains=False)
+    from nemo_r3 import capacity
     from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
     from nemo_r3.export import export as export_policy
     from recipes import checkpoints
 
     world, run, config, model = setup.world, setup.run, setup.config, setup.model
+    capacity.check_export(setup.arch, world)
     trained = checkpoints.trained(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
