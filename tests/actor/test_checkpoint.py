@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -51,7 +52,7 @@ def saved_at(name: str) -> str:
 @pytest.mark.parametrize("name", SAME + OTHER)
 def test_a_checkpoint_gives_back_what_it_was_saved_with(every: dict[str, Any], name: str) -> None:
     found = every[name]
-    assert (found["step"], found["state"], found["loaded_version"]) == (2, {"cursor": 5}, 2)
+    assert (found["step"], found["state"], found["loaded_version"]) == (3, {"cursor": 5}, 2)
     assert found["same_without_weights"]
     assert found["version"] == found["steps"] == 5
 
@@ -148,12 +149,36 @@ def test_the_last_launch_ends_well(four: Any) -> None:
 
 
 def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 59.0, 60.0])
+    clock = iter([0.0, 59.0, 60.0, 61.0, 120.0, 121.0])
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
-    policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item))
     config = TrainConfig(steps=7, save_every=3, save_minutes=1.0)
-    saver = checkpoint.Saver(cast(Policy, policy), Path(), config, lambda: None)
+    saver, _ = pretended(monkeypatch, config)
     assert [saver.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
+    saver.save(2, {})
+    assert [saver.is_due(step) for step in (4, 5)] == [False, True], "a minute since the last save began"
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: 1e9)
     config.save_minutes = 0.0
     assert [saver.is_due(step) for step in (1, 2, 3)] == [False, False, True]
+
+
+def test_a_save_in_the_background_ends_before_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, done = pretended(monkeypatch, TrainConfig(save_in_background=True))
+    for step in (1, 2):
+        saver.save(step, {})
+    saver.finish()
+    saver.finish()
+    assert done == ["begin 1", "finish 1", "begin 2", "finish 2"]
+
+
+def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[checkpoint.Saver, list[str]]:
+    """A saver that writes nothing, and what it has done."""
+    done: list[str] = []
+
+    def begin(policy: Policy, directory: Path, step: int, *_: Any) -> SimpleNamespace:
+        done.append(f"begin {step}")
+        return SimpleNamespace(step=step, final=directory)
+
+    monkeypatch.setattr(checkpoint, "begin", begin)
+    monkeypatch.setattr(checkpoint, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
+    policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item), at_work=nullcontext)
+    return checkpoint.Saver(cast(Policy, policy), Path(), config, lambda: None), done

@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -166,6 +167,7 @@ def probe_engine(home: Path) -> dict[str, Any]:
     ]
     result["greedy"] = follows == list(greedy.ids)
     result["batched_tokens"] = batched_tokens(probe)
+    result["asleep"] = asleep(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
     return result
@@ -183,6 +185,22 @@ def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
             args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
             numbers.append(args.max_num_batched_tokens)
     return found
+
+
+def asleep(probe: Probe) -> dict[str, Any]:
+    """What an engine that can sleep, as on a GPU, is asked to do while it sleeps and wakes."""
+    from nemo_r3.rollout.engine import Engine
+
+    llm, sleeps = MagicMock(), []
+    llm.is_sleeping.side_effect = lambda: bool(sleeps)
+    llm.sleep.side_effect = lambda level: sleeps.append(level)
+    engine = Engine(llm, architecture_of(Path(probe.config.model.path)), 300, version=4)
+    engine.wake("weights")
+    engine.sleep()
+    engine.sleep()
+    found = {"version": engine.version, "slept": list(sleeps), "refused": refusal(engine.step)}
+    engine.wake("weights")
+    return found | {"woken": [call.args for call in llm.wake_up.call_args_list]}
 
 
 def probe_refit(probe: Probe, text: list[int], long: list[int]) -> dict[str, Any]:

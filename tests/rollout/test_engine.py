@@ -83,6 +83,12 @@ def test_prompts_are_cut_on_a_gpu_only(engine: dict[str, Any]) -> None:
     assert engine["batched_tokens"] == {"cpu": [4096, 20_000], "cuda": [8192, 8192]}
 
 
+def test_an_engine_that_slept_has_no_weights_until_it_is_given_some(engine: dict[str, Any]) -> None:
+    found = engine["asleep"]
+    assert (found["version"], found["slept"], found["woken"]) == (-1, [2], [[["weights"]]])
+    assert "has slept: load must bring it some first" in found["refused"]
+
+
 def test_greedy_takes_the_likeliest_token(engine: dict[str, Any]) -> None:
     assert engine["greedy"]
 
