@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
+from itertools import chain, count, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
+from nemo_r3.errors import UserError
 
 SAME = ["one-to-one-llama_tied", "one-to-one-qwen2", "tp2-to-tp2-qwen2", "pp2-to-pp2-llama_tied", "dp2-to-dp2-qwen2"]
 OTHER = [
@@ -146,6 +150,19 @@ def test_the_next_save_sweeps_up_and_keeps_as_many_as_asked(two: Any) -> None:
 
 def test_the_last_launch_ends_well(four: Any) -> None:
     assert four.code == 0, four.errors[-3000:]
+
+
+@pytest.mark.parametrize(("sizes", "said"), [(repeat(7), "nothing was written for run.timeout_"), (count(), "torn")])
+def test_a_save_is_given_up_once_its_files_no_longer_grow(tmp_path: Path, sizes: Iterator[int], said: str) -> None:
+    def finish() -> None:
+        raise OSError("torn")
+
+    done = chain(repeat(False, 6), repeat(True))
+    strategy: Any = SimpleNamespace(is_written=lambda: next(done), bytes_written=lambda: next(sizes), finish=finish)
+    world: Any = SimpleNamespace(is_main=True, gather=lambda item: [item], timeout=timedelta(seconds=0.005))
+    saving = checkpoint.Saving(world, tmp_path, {"step": 2}, strategy)
+    with pytest.raises(UserError, match=rf"cannot write .*/step_000002: .*{said}.*there is no earlier checkpoint"):
+        checkpoint.finish(saving, keep=1)
 
 
 def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nemo_r3 import runtime
+from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import architecture_of
@@ -373,7 +373,17 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     text = list(range(34, 234))
     scores = probe.score_error("b", text)
     probe.load("a", 2)
-    return {"rank": probe.world.rank, "before": before, "after": run_rollout(probe), "score_b": scores}
+    found = {"rank": probe.world.rank, "before": before, "after": run_rollout(probe), "score_b": scores}
+    return found | {"tensor_parallel": tensor_parallel, "looks": looks_until_stop(probe)}
+
+
+def looks_until_stop(probe: Probe) -> int:
+    """After how many looks this rank's engine stops for a signal that reached the last rank alone; 0: never."""
+    if probe.world.rank == probe.world.size - 1:
+        signals._noted.append(("SIGUSR1", 0.0))
+    looks = next((number for number in range(1, 41) if probe.rollout._fleet.asked_to_stop()), 0)
+    signals._noted.clear()
+    return looks
 
 
 def refusal(call: Any) -> str:

@@ -140,6 +140,14 @@ def test_ranks_and_engines_do_not_change_the_rollout(fleet: list[dict[str, Any]]
             assert found == engine["rollout"][key], f"rank {rank['rank']}: {key}"
 
 
+def test_a_signal_to_one_rank_stops_all_ranks_of_its_engine_at_the_same_step(fleet: list[dict[str, Any]]) -> None:
+    first, last = (rank["looks"] for rank in fleet)
+    if fleet[0]["tensor_parallel"] == 1:
+        assert (first, last) == (0, 1)
+    else:
+        assert 1 <= first == last <= 16
+
+
 def test_every_rank_is_refitted(fleet: list[dict[str, Any]]) -> None:
     for rank in fleet:
         assert rank["score_b"] < TOLERANCE

@@ -51,7 +51,7 @@ def train_sh(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
     command = ["bash", str(ROOT / "slurm" / "train.sh"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("overrides", LINES, ids=["1 node", "8 nodes", "64 nodes"])
