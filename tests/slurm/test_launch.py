@@ -13,6 +13,7 @@ import time
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -21,7 +22,9 @@ from cluster import Cluster
 from launch import QUICKSTART, SMALL
 
 from nemo_r3.config import Config, load
+from slurm import chain
 from slurm.launch import SHARED, main, parser, steps_of
+from slurm.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -139,7 +142,8 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
 def slurm_that_refuses(path: Path, after: int) -> dict[str, str]:
     """The environment of a Slurm that takes so many submissions and no more; what it cancels is in `cancelled`."""
     commands = {
-        "sbatch": f"""echo >> {path}/asked; n=$(wc -l < {path}/asked)
+        "sbatch": f"""for script; do :; done; grep -h dependency "$script" >> {path}/dependencies
+            echo >> {path}/asked; n=$(wc -l < {path}/asked)
             [ $n -le {after} ] && exec echo Submitted batch job $n
             echo 'sbatch: error: no controller' >&2; exit 1""",
         "scancel": f'echo "$@" > {path}/cancelled',
@@ -162,6 +166,8 @@ def test_a_chain_that_slurm_refuses_half_way_is_taken_back_and_the_refused_stage
     done = launch(QUICKSTART, *settings, environment=slurm)
     assert (done.returncode, done.stderr) == (2, "error: Slurm refused evaluate: sbatch: error: no controller\n")
     assert (tmp_path / "cancelled").read_text() == "1 2_0 2_1 2_2\n"
+    waits = [line.rpartition("=")[2] for line in (tmp_path / "dependencies").read_text().splitlines()]
+    assert waits == ["afterok:1", "aftercorr:2"]
     assert "has no chain" in launch("status", f"{tmp_path}/run").stderr
 
 
@@ -196,6 +202,35 @@ def test_status_of_no_chain(tmp_path: Path) -> None:
     for verb in ("status", "cancel"):
         done = launch(verb, str(tmp_path))
         assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no chain")
+
+
+def test_a_point_that_fails_cancels_its_own_stages_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = chain.folder_of(tmp_path)
+    folder.mkdir()
+    (folder / "evaluate_seed=1.code").write_text("0\n")  # of the chain before
+    points = [Stage(recipe, f"seed={seed}", (), folder) for recipe in ("train", "evaluate") for seed in (1, 2)]
+    chain.record(folder, [(stage, f"7_{n}") for n, stage in enumerate([Stage("mine", "", (), folder), *points])])
+    for stage, code in (("mine", 0), ("train_seed=1", 1), ("train_seed=2", 0)):
+        (folder / f"{stage}.code").write_text(f"{code}\n")
+    monkeypatch.setattr(chain, "ask", lambda *_: "7_4|RUNNING|n1\n")
+    said = [line.split(maxsplit=1)[1].strip() for line in chain.status(tmp_path).replace(" seed", "-seed").splitlines()]
+    assert [line.partition("  ")[2] for line in said] == [
+        "done",
+        f"failed with code 1: see its output ({folder}/jobs/7_1_0_log.out)",
+        "done",
+        "cancelled: train did not succeed",
+        "running n1",
+    ]
+
+
+def test_a_stage_that_is_requeued_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, seen = Stage("train", "", (), tmp_path), []
+    (tmp_path / "train.code").write_text("137\n")
+    process = SimpleNamespace(wait=lambda: seen.append(stage.ended()) or 0)
+    monkeypatch.setattr("slurm.stage.subprocess.Popen", lambda *_, **__: process)
+    monkeypatch.setattr("slurm.stage.signal.signal", lambda *_: None)
+    stage()
+    assert (seen, stage.ended()) == ([None], 0)
 
 
 @pytest.mark.slow
