@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemo_r3.errors import UserError
 from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
@@ -18,15 +19,22 @@ TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "wr
 
 
 def problems_to_mine(setup: Setup) -> Sequence[Problem]:
-    """The training problems that the failure bank asks."""
-    return setup.task.problems("train")[: setup.config.failures.problems or None]
+    """The training problems that the failure bank asks.
+
+    Raises:
+        UserError: the task has none.
+    """
+    if problems := setup.task.problems("train")[: setup.config.failures.problems or None]:
+        return problems
+    raise UserError("failures.source=bank: the task has no training problems; lower task.options.test_size")
 
 
 def open_bank(setup: Setup) -> Bank | None:
     """The failure bank that this run trains from; None where `failures.source` is online.
 
     Raises:
-        UserError: there is a bank, and it is of another model, problems, verifier or wording.
+        UserError: there is a bank, and it is of another model, problems, verifier or wording; or there is nothing to
+            ask.
     """
     config = setup.config
     if config.failures.source == "online":

@@ -106,23 +106,26 @@ def submit(steps: Sequence[Step]) -> str:
     """Submits a chain; what was submitted, in words.
 
     Raises:
+        ConfigError: `cluster` has something that a chain cannot submit.
         UserError: an earlier chain is under way there, or Slurm refuses a job; nothing stays submitted then.
     """
-    folder, submitted = steps[0].stages[0].folder, []
+    folder = steps[0].stages[0].folder
+    submitted: list[tuple[Stage, str]] = []
+    texts(steps)  # what it refuses is refused before anything is submitted
     refuse_another(folder)
     before, last = None, ""
-    try:
-        for step in steps:
+    for step in steps:
+        try:
             executor = SlurmExecutor(folder / "jobs", python=PYTHON)
             executor.update_parameters(**parameters(step, before, last))
             with redirect_stderr(StringIO()):  # submitit prints what it raises
                 jobs = executor.submit_array(step.stages)
-            submitted += [(stage, job.job_id) for stage, job in zip(step.stages, jobs, strict=True)]
-            before, last = step, jobs[0].job_id.partition("_")[0]
-    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
-        if submitted:
-            ask("scancel", *(job for _, job in submitted))
-        raise UserError(f"Slurm refused {steps[len(submitted)].recipe}: {' '.join(str(error).split())}") from error
+        except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
+            if submitted:
+                ask("scancel", *(job for _, job in submitted))
+            raise UserError(f"Slurm refused {step.recipe}: {' '.join(str(error).split())}") from error
+        submitted += [(stage, job.job_id) for stage, job in zip(step.stages, jobs, strict=True)]
+        before, last = step, jobs[0].job_id.partition("_")[0]
     record(folder, submitted)
     return "\n".join(f"{stage.name}: job {job}" for stage, job in submitted)
 

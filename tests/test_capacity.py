@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from nemo_r3 import capacity
 from nemo_r3.config import Config
+from nemo_r3.errors import ConfigError
 from nemo_r3.memory import GIB
 from nemo_r3.models import shape
 
@@ -93,6 +97,22 @@ def test_host_memory_of_a_node_with_8_ranks(tensor: int, offload: bool, free: in
 @pytest.mark.parametrize(("free", "expected"), [(263, None), (262, "has 262 GiB of host memory, .* takes 263: ")])
 def test_an_export_holds_the_model_in_fp32_on_one_host(free: int, expected: str | None) -> None:
     assert_is(capacity.export_problem(shape("llama-3.1-70b"), free * GIB), expected)
+
+
+@pytest.mark.parametrize("trouble", [None, "node b has 1 GiB"])
+def test_ranks_share_the_memory_of_their_own_node_and_all_hear_what_any_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str | None
+) -> None:
+    def gather(item: str | None) -> list[str | None]:
+        return ["a", "b", "a", "a"] if item == "a" else [item, trouble, None, None]
+
+    shared: list[int] = []
+    monkeypatch.setattr(capacity.socket, "gethostname", lambda: "a")
+    monkeypatch.setattr(capacity, "host_problem", lambda config, size, ranks, free: shared.append(ranks))
+    world: Any = SimpleNamespace(size=4, device=torch.device("cpu"), is_main=False, gather=gather)
+    with nullcontext() if trouble is None else pytest.raises(ConfigError, match=trouble):
+        capacity.check(config_of(), shape("qwen2.5-1.5b"), world, tmp_path)
+    assert shared == [3]
 
 
 def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

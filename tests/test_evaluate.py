@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from nemo_r3.evaluate import RESAMPLING_STEP, as_json, difference, differences, failures_of, measure, rate, scores
+from nemo_r3.evaluate import RESAMPLING_STEP, as_json, difference, differences, measure, rate, scores
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 
@@ -33,6 +33,7 @@ class Model:
         return [self._attempt(problem, step, greedy) for problem in problems]
 
     def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempted:
+        assert step < 0, "the random numbers of training steps"
         number = int(problem.id)
         first = answer(Phase.ATTEMPT, cut=number % 3 == 0)
         passed = number % self.resampled == 0 if step == RESAMPLING_STEP else number % self.first[greedy] > 0
@@ -41,6 +42,7 @@ class Model:
     def reflect_and_retry(
         self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False
     ) -> list[Group]:
+        assert step < 0
         return [Group(failure, (self._reflection(failure, greedy),)) for failure in failures]
 
     def _reflection(self, failure: Failure, greedy: bool) -> Reflection:
@@ -118,9 +120,18 @@ def test_what_training_changed_is_paired_for_every_measure() -> None:
 
 
 def test_an_attempt_without_tokens_is_no_failure_to_reflect_on() -> None:
-    (attempt,) = Model(first=(1, 1), second=(1, 1)).first_attempts([Problem("0", "", {})], 0)
-    empty = replace(attempt, answer=Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room"))
-    assert failures_of([attempt, empty, replace(attempt, passed=True)]) == [attempt.failure]
+    class NoRoom(Model):
+        """Has no room for problem 0."""
+
+        def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempted:
+            found = super()._attempt(problem, step, greedy)
+            unsampled = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room")
+            return found if problem.id != "0" else replace(found, answer=unsampled, passed=False)
+
+    verdicts, failures = measure(NoRoom(first=(2, 2), second=(5, 5)), [Problem(str(i), "", {}) for i in range(3)])
+    assert [failure.problem.id for failure in failures] == ["2"]
+    assert verdicts["first_try"]["sampled"] == [False, True, False]
+    assert verdicts["within_two"]["sampled"] == [False, True, True]
 
 
 def test_the_interval_is_wilsons() -> None:

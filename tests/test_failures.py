@@ -1,7 +1,10 @@
+"""The failure bank: mined, resumed, damaged, of another model. What is drawn from it is in test_failure_sources.py."""
+
 from __future__ import annotations
 
 import json
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,85 +12,33 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from first_answers import ALONE, SHARD, STAMP, Scripted, attempt, bank, mine, problems, read
 
-from nemo_r3.config import Config
+from nemo_r3 import failures
 from nemo_r3.errors import UserError
-from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource
+from nemo_r3.failures import BankSource
 from nemo_r3.files import _locks
 from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
 from nemo_r3.stamp import Stamp
 from nemo_r3.tally import Tally
-from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
-
-STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
-ALONE = cast(
-    World,
-    SimpleNamespace(is_main=True, size=1, broadcast=lambda item: item, on_main=lambda act: act(), barrier=lambda: None),
-)
+from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
 
 
-class Scripted:
-    """First answers that pass where the problem's number says so: `passes` of the samples of each problem."""
-
-    def __init__(self, passes: int = 1) -> None:
-        self.passes, self.asked, self.too_long = passes, 0, set[str]()
-
-    def first_attempts(
-        self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
-    ) -> list[Attempted]:
-        self.asked += len(problems)
-        return [attempt(problem, sample, sample < self.passes) for problem in problems for sample in range(samples)]
-
-
-def attempt(problem: Problem, sample: int, passed: bool) -> Attempted:
-    segment = Segment(Phase.ATTEMPT, (7, 8, 2), (-0.5, -0.25, -0.125), 0)
-    context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
-    return Attempted(problem, sample, context, Answer(segment, "7 8", "stop"), passed)
-
-
-def problems(count: int) -> list[Problem]:
-    return [Problem(f"p{i}", f"problem {i}", {"numbers": [i], "target": i}) for i in range(count)]
-
-
-def numbers(ids: Sequence[int]) -> str:
-    return " ".join(str(i) for i in ids[:-1])
-
-
-def bank(
-    path: Path,
-    stamp: Stamp = STAMP,
-    world: World = ALONE,
-    decode: Callable[[Sequence[int]], str] = numbers,
-    **settings: object,
-) -> Bank:
-    config = Config()
-    config.failures.path = str(path)
-    config.failures.samples_per_problem = 2
-    for name, value in settings.items():
-        setattr(config.failures, name, value)
-    return Bank(config, stamp, world, decode)
-
-
-def read(bank: Bank) -> list[Failure]:
-    return [row.load() for row in bank.read()]
-
-
-def mine(path: Path, rollout: Scripted, asked: Sequence[Problem]) -> None:
-    """As a process does that ends afterwards."""
-    bank(path).mine(rollout, asked)
-    _locks.pop().close()
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "SHARD_PROBLEMS", SHARD)
 
 
 def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
-    mined = bank(tmp_path / "bank")
+    mined, rollout = bank(tmp_path / "bank"), Scripted(passes=1)
     assert not mined.check()
-    mined.mine(Scripted(passes=1), problems(3))
+    mined.mine(rollout, problems(3))
     assert mined.check()
-    failures = read(mined)
-    assert [failure.id for failure in failures] == ["p0/1", "p1/1", "p2/1"]
-    expected = attempt(problems(3)[2], 1, False).failure
-    assert failures[2] == expected
+    assert rollout.steps == {0}, "which no training step has"
+    found = read(mined)
+    assert [failure.id for failure in found] == ["p0/1", "p1/1", "p2/1"]
+    assert found[2] == attempt(problems(3)[2], 1, False).failure
 
 
 def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
@@ -108,7 +59,7 @@ def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
 
 
 def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    many = problems(2 * SHARD_PROBLEMS + 3)
+    many = problems(2 * SHARD + 3)
     first, again = Scripted(), Scripted()
     mine(tmp_path, first, many)
     whole = read(bank(tmp_path))
@@ -116,7 +67,7 @@ def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, caps
     lost.unlink()
     assert not bank(tmp_path).check()
     mine(tmp_path, again, many)
-    assert (first.asked, again.asked) == (len(many), SHARD_PROBLEMS)
+    assert (first.asked, again.asked) == (len(many), SHARD)
     assert f"{lost} is missing" in capsys.readouterr().err
     assert bank(tmp_path).check()
     assert read(bank(tmp_path)) == whole
@@ -129,7 +80,7 @@ def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None
                 raise KeyboardInterrupt
             return super().first_attempts(*args, **kwargs)
 
-    many, again = problems(SHARD_PROBLEMS + 3), Scripted()
+    many, again = problems(SHARD + 3), Scripted()
     with pytest.raises(KeyboardInterrupt):
         mine(tmp_path, Killed(), many)
     _locks.pop().close()
@@ -141,23 +92,24 @@ def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("ranks", "tensor_parallel", "rounds"),
-    [(1, 1, [512, 512, 512, 4]), (2, 1, [1024, 516]), (4, 2, [1024, 516]), (8, 1, [1540])],
+    [(1, 1, [4, 4, 4, 1]), (2, 1, [8, 5]), (4, 2, [8, 5]), (8, 1, [13])],
 )
 def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     tmp_path: Path, ranks: int, tensor_parallel: int, rounds: list[int]
 ) -> None:
     class Counting(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *more: Any) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *more: Any, **__: object) -> list[Attempted]:
             found.append(len(asked))
             return super().first_attempts(asked, *more)
 
     found: list[int] = []
-    many = problems(3 * SHARD_PROBLEMS + 4)
+    many = problems(3 * SHARD + 1)
     world = cast(World, SimpleNamespace(**vars(ALONE) | {"size": ranks}))
     wide = bank(tmp_path / "wide", world=world)
     wide._rollout.tensor_parallel = tensor_parallel
     wide.mine(Counting(), many)
     assert found == rounds
+    assert wide.tally() == Tally(2 * len(many), len(many))
     bank(tmp_path / "narrow").mine(Scripted(), many)
     for file in (tmp_path / "narrow").glob("shard_*.jsonl"):
         assert file.read_bytes() == (tmp_path / "wide" / file.name).read_bytes()
@@ -236,13 +188,28 @@ def test_a_bank_without_failures_says_why(tmp_path: Path) -> None:
 
 
 def test_the_answers_are_counted_over_all_processes(tmp_path: Path) -> None:
-    many = problems(SHARD_PROBLEMS + 3)
+    many = problems(SHARD + 3)
     mine(tmp_path, Scripted(), many)
     (tmp_path / "shard_00001.jsonl").unlink()
     again = bank(tmp_path)
     again.mine(Scripted(), many)
     assert again.tally() == Tally(2 * len(many), len(many))
-    assert again.example == attempt(many[SHARD_PROBLEMS], 0, True)
+    assert again.example == attempt(many[SHARD], 0, True)
+
+
+@pytest.mark.parametrize(("most", "left"), [(0.25, {"p0": 4, "p1": 3}), (0.74, {"p0": 4, "p1": 3, "p2": 2})])
+def test_only_problems_that_are_solved_seldom_enough_are_let_through(
+    tmp_path: Path, most: float, left: dict[str, int]
+) -> None:
+    class ByNumber(Scripted):
+        """Passes as many of the answers to a problem as its number says."""
+
+        def first_attempts(self, asked: Sequence[Problem], _: int, samples: int, **__: object) -> list[Attempted]:
+            return [attempt(it, sample, sample < int(it.id[1:])) for it in asked for sample in range(samples)]
+
+    found = bank(tmp_path, max_solve_rate=most, samples_per_problem=4)
+    found.mine(ByNumber(), problems(5))
+    assert Counter(failure.problem.id for failure in read(found)) == left
 
 
 @pytest.mark.parametrize(
@@ -305,15 +272,15 @@ def test_a_bank_that_is_read_stays_on_the_disk(tmp_path: Path) -> None:
         context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
         return Attempted(problem, sample, context, Answer(segment, "7", "stop"), passed=False)
 
-    bank(tmp_path).mine(Long(), problems(SHARD_PROBLEMS))
+    bank(tmp_path).mine(Long(), problems(100))
     tracemalloc.start()
     try:
         rows = bank(tmp_path).read()
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(rows) == 2 * SHARD_PROBLEMS
-    assert held < 200 * len(rows)  # bytes
+    assert len(rows) == 200
+    assert held < 500 * len(rows)  # bytes; its text has 5000 for each
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
@@ -329,75 +296,6 @@ def test_rows_hold_ids_and_text(tmp_path: Path) -> None:
     assert row["attempt_ids"] == [7, 8, 2]
     assert row["task_ids"] == [1, 5]
     assert (row["solve_rate"], row["weights_version"], row["finish_reason"]) == (0.5, 0, "stop")
-
-
-def source(path: Path, failures: int, count: int) -> BankSource:
-    mine(path, Scripted(), problems(failures))
-    return BankSource(bank(path).read(), count, 1, ALONE)
-
-
-def test_an_epoch_visits_every_failure_once_in_a_new_order(tmp_path: Path) -> None:
-    walk = source(tmp_path, failures=12, count=4)
-    epochs = [[failure.id for _ in range(3) for failure in walk.draw(0)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"p{i}/1" for i in range(12))
-    assert epochs[0] != epochs[1]
-
-
-def test_the_order_of_a_bank_is_a_promise(tmp_path: Path) -> None:
-    """A resumed run goes on where it was, and the quickstart's numbers are in the README."""
-    drawn = [failure.id for failure in source(tmp_path, failures=6, count=6).draw(0)]
-    assert drawn == ["p2/1", "p1/1", "p0/1", "p4/1", "p3/1", "p5/1"]
-
-
-def test_a_source_continues_from_its_cursor(tmp_path: Path) -> None:
-    walk, resumed = source(tmp_path, failures=10, count=3), source(tmp_path, failures=10, count=3)
-    drawn = [walk.draw(step) for step in range(5)]
-    resumed.cursor = 3
-    assert [resumed.draw(step) for step in range(2)] == drawn[3:]
-
-
-def test_a_bank_smaller_than_a_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds 3 failures, fewer than train.failures_per_step=4"):
-        source(tmp_path, failures=3, count=4)
-
-
-def test_the_online_source_asks_until_it_has_enough_failures() -> None:
-    class EveryThird(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
-            self.asked += len(asked)
-            return [attempt(problem, 0, int(problem.id[1:]) % 3 != 0) for problem in asked]
-
-    rollout = EveryThird()
-    source = OnlineSource(rollout, problems(30), count=4, seed=1)
-    drawn = source.draw(1)
-    assert len(drawn) == 4
-    assert all(int(failure.problem.id[1:]) % 3 == 0 for failure in drawn)
-    assert source.cursor == rollout.asked
-
-
-def test_the_online_source_asks_no_problem_twice_in_a_step() -> None:
-    class EveryTenth(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
-            self.asked += len(asked)
-            return [attempt(problem, 0, int(problem.id[1:]) % 10 != 0) for problem in asked]
-
-    source = OnlineSource(EveryTenth(), problems(200), count=20, seed=1)
-    source.cursor = 130  # the step runs on into the next epoch
-    assert len({failure.id for failure in source.draw(1)}) == 20
-    rollout = EveryTenth()
-    with pytest.raises(UserError, match="200 first answers gave 20 failures, fewer than train.failures_per_step=21"):
-        OnlineSource(rollout, problems(200), count=21, seed=1).draw(1)
-    assert rollout.asked == 200
-
-
-def test_the_online_source_gives_up_on_a_policy_that_solves_everything() -> None:
-    with pytest.raises(UserError, match="failures.source=online"):
-        OnlineSource(Scripted(passes=1), problems(10), count=4, seed=1).draw(1)
-
-
-def test_online_source_needs_problems() -> None:
-    with pytest.raises(UserError, match="failures.source=online: the task has no training problems"):
-        OnlineSource(Scripted(passes=1), [], count=4, seed=1)
 
 
 def test_a_rejected_attempt_without_tokens_is_no_failure() -> None:

@@ -69,7 +69,7 @@ for child, name in children.items():
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
     """Exit code, stdout and stderr of each way to end."""
     home = tmp_path_factory.mktemp("ends")
-    subprocess.run([sys.executable, "-c", SCRIPT, str(home)], timeout=120, check=True)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(home)], timeout=300, check=True)
     return {
         file.stem: (int(file.read_text()), *(file.with_suffix(f".{end}").read_text() for end in ("out", "err")))
         for file in home.glob("*.code")
@@ -118,7 +118,7 @@ print("went on")
 )
 def test_ctrl_c_while_a_verb_is_imported_ends_it_without_a_traceback(prepare: str, code: int, said: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED.format(prepare=prepare)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 

@@ -50,7 +50,7 @@ def test_the_first_signal_is_noted_and_a_later_one_ends_the_process(first: str) 
     time.sleep(0.6)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 def test_ctrl_c_says_what_it_does_and_ends_the_process_when_it_is_pressed_again() -> None:
@@ -61,13 +61,13 @@ def test_ctrl_c_says_what_it_does_and_ends_the_process_when_it_is_pressed_again(
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "SIGINT\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 128 + signal.SIGINT
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
     assert "Ctrl-C again ends this at once" in process.stderr.read()
 
 
 def test_without_a_sign_of_life_the_stacks_are_shown_and_the_process_ends() -> None:
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGALRM
     assert "in forgotten" in done.stderr and "Timeout" in done.stderr
     assert done.stderr.startswith(
@@ -81,11 +81,12 @@ import time
 from nemo_r3 import signals, tasks
 from nemo_r3.config import DialogueConfig, TaskConfig
 signals.LOOK = 0.1
-with signals.watched(1.0):
-    tasks.load(TaskConfig("countdown", {"size": 1000, "test_size": 100}), DialogueConfig())
-time.sleep(2)
+import nemo_r3.tasks.countdown, endless  # takes a busy machine seconds
+with signals.watched(2.0):
+    tasks.load(TaskConfig("countdown", {"size": 20, "test_size": 5}), DialogueConfig())
+time.sleep(3)
 print("not watched")
-with signals.watched(1.0):
+with signals.watched(2.0):
     tasks.load(TaskConfig("endless"), DialogueConfig())
 """
 
@@ -94,6 +95,6 @@ def test_a_task_that_never_ends_giving_problems_is_watched_and_only_while_it_loa
     (tmp_path / "endless.py").write_text("def problems(split):\n    while True:\n        pass\nverify = None\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     command = [sys.executable, "-c", TASK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert (done.returncode, done.stdout) == (-signal.SIGALRM, "not watched\n")
     assert done.stderr.count("error: no sign of life") == 1 and "endless.py" in done.stderr

@@ -29,4 +29,5 @@ def test_a_users_file_that_has_changed_is_named() -> None:
     assert said("my.lucky a0 b0 2") == ["verifier (the file my/lucky.py has changed since)"]
     assert said("my.lucky a1 b0 2") == ["verifier (task.options have changed since)"]
     assert said("my.lucky a1 b1 1") == ["verifier (nemo_r3.tasks has changed since)"]
+    assert said("my.other a1 b1 2") == ["verifier 'my.other a1 b1 2' != 'my.lucky a1 b1 2'"]
     assert said("countdown-1 x y") == ["verifier 'countdown-1 x y' != 'my.lucky a1 b1 2'"]

@@ -37,6 +37,7 @@ from nemo_r3.actor.manifest import (
     step_path,
     sum_of,
 )
+from nemo_r3.actor.optimizer import restore_schedule, schedule_state
 from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
@@ -309,8 +310,7 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         if policy.optimizer is not None:
             set_step(policy.optimizer, manifest["version"])
     if policy.optimizer is not None:
-        policy.schedule.init_lr = found["schedule"]["init_lr"]
-        policy.schedule.load_state_dict(found["schedule"])  # sets the learning rate, too
+        restore_schedule(policy.schedule, found["schedule"])
     policy.version = manifest["version"]
     return manifest
 
@@ -374,5 +374,5 @@ def _sharded_state(policy: Policy) -> dict[str, Any]:
     model = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": _data_parallel_group()})
     if policy.optimizer is None:
         return {"model": model}
-    schedule = policy.schedule.state_dict() | {"init_lr": policy.schedule.init_lr}
+    schedule = schedule_state(policy.schedule)
     return {"model": model, "optimizer": sharded_state(policy.optimizer, model), "schedule": schedule}

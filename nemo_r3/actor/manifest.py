@@ -155,9 +155,9 @@ def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) 
 
 
 def keep_newest(directory: Path, number: int) -> None:
-    """Removes all but the newest `number` checkpoints in a run's `checkpoints`."""
-    for old in sorted(directory.glob("step_*"), key=step_of)[:-number]:
-        _remove(old)
+    """Removes all but the newest `number` complete checkpoints in a run's `checkpoints`."""
+    for other in set(directory.glob("step_*")) - set(complete(directory)[:number]):
+        _remove(other)
 
 
 def _remove(checkpoint: Path) -> None:

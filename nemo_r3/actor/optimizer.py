@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -88,3 +91,14 @@ def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerPar
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=True,
     )
+
+
+def schedule_state(schedule: OptimizerParamScheduler) -> dict[str, Any]:
+    """What a checkpoint keeps of a schedule."""
+    return schedule.state_dict() | {"init_lr": schedule.init_lr}  # which megatron-core forgets
+
+
+def restore_schedule(schedule: OptimizerParamScheduler, state: Mapping[str, Any]) -> None:
+    """The inverse of `schedule_state`; sets the learning rate, too."""
+    schedule.init_lr = state["init_lr"]
+    schedule.load_state_dict(dict(state))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from data import batch_of
-from lab import Lab, written_late
+from lab import SAVED, Lab, written_late
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint
@@ -28,7 +28,7 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
     """What loading says of checkpoints that are foreign or damaged, and whether the policy stayed as it was."""
     policy = lab.policy("one", "qwen2")
     policy.update(batch_of())
-    good = lab.home / "one-qwen2-checkpoints" / "step_000002"
+    good = lab.home / "one-qwen2-checkpoints" / SAVED
     largest, weights = (
         max(good.glob(f"{kind}__0_*.distcp"), key=lambda file: file.stat().st_size).name for kind in ("optimizer", "")
     )
@@ -40,7 +40,7 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
         return copy
 
     cases = {
-        "foreign": lab.home / "one-llama_tied-checkpoints" / "step_000002",
+        "foreign": lab.home / "one-llama_tied-checkpoints" / SAVED,
         "other_weights": damage("other_weights", began_with_other_weights),
         "absent": lab.home / "damaged" / "nowhere",
         "truncated": damage(

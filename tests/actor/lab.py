@@ -45,6 +45,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2dp2": {"tensor_parallel": 2, "sequence_parallel": True},
 }
 
+STEP = 3
+"""Of two updates: a step without anything to train on has none."""
+SAVED = "step_000003"
 BUCKET = 20_000
 """Numbers of a gradient bucket, so that even these models have many: data-parallel ranks reduce them one by one."""
 
@@ -126,10 +129,10 @@ class Lab:
         found["buckets"] = sum(len(buffer.buckets) for buffer in policy.model.buffers)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         if save:
-            saved = checkpoint.save(policy, self.home / f"{name}-checkpoints", 2, {"cursor": 5}, keep=2)
+            saved = checkpoint.save(policy, self.home / f"{name}-checkpoints", STEP, {"cursor": 5}, keep=2)
             with written_late() as let_write:
                 elsewhere = self.home / f"{name}-background"
-                saving = checkpoint.begin(policy, elsewhere, 2, {"cursor": 5}, background=True)
+                saving = checkpoint.begin(policy, elsewhere, STEP, {"cursor": 5}, background=True)
                 found |= self.second_half(policy, name, metrics)
                 counted = latest(elsewhere)
                 let_write()
@@ -165,7 +168,7 @@ class Lab:
 
     def resume(self, saved: str, layout: str, kind: str, **actor: Any) -> None:
         policy = self.policy(layout, kind, **actor)
-        path = self.home / f"{saved}-{kind}-checkpoints" / "step_000002"
+        path = self.home / f"{saved}-{kind}-checkpoints" / SAVED
         manifest = checkpoint.load(policy, path)
         name = "-".join([saved, "to", layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         found = {"step": manifest["step"], "state": manifest["state"], "loaded_version": policy.version}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import chain, count, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +16,7 @@ from safetensors.torch import load_file
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
+from nemo_r3.errors import UserError
 
 SAME = ["one-to-one-llama_tied", "one-to-one-qwen2", "tp2-to-tp2-qwen2", "pp2-to-pp2-llama_tied", "dp2-to-dp2-qwen2"]
 OTHER = [
@@ -52,7 +57,7 @@ def saved_at(name: str) -> str:
 @pytest.mark.parametrize("name", SAME + OTHER)
 def test_a_checkpoint_gives_back_what_it_was_saved_with(every: dict[str, Any], name: str) -> None:
     found = every[name]
-    assert (found["step"], found["state"], found["loaded_version"]) == (2, {"cursor": 5}, 2)
+    assert (found["step"], found["state"], found["loaded_version"]) == (3, {"cursor": 5}, 2)
     assert found["same_without_weights"]
     assert found["version"] == found["steps"] == 5
 
@@ -154,13 +159,50 @@ def test_the_last_launch_ends_well(four: Any) -> None:
     assert four.code == 0, four.errors[-3000:]
 
 
+@pytest.mark.parametrize(("sizes", "said"), [(repeat(7), "nothing was written for run.timeout_"), (count(), "torn")])
+def test_a_save_is_given_up_once_its_files_no_longer_grow(tmp_path: Path, sizes: Iterator[int], said: str) -> None:
+    def finish() -> None:
+        raise OSError("torn")
+
+    done = chain(repeat(False, 6), repeat(True))
+    strategy: Any = SimpleNamespace(is_written=lambda: next(done), bytes_written=lambda: next(sizes), finish=finish)
+    world: Any = SimpleNamespace(is_main=True, gather=lambda item: [item], timeout=timedelta(seconds=0.005))
+    saving = checkpoint.Saving(world, tmp_path, {"step": 2}, strategy)
+    with pytest.raises(UserError, match=rf"cannot write .*/step_000002: .*{said}.*there is no earlier checkpoint"):
+        checkpoint.finish(saving, keep=1)
+
+
 def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 59.0, 60.0])
+    clock = iter([0.0, 59.0, 60.0, 61.0, 120.0, 121.0])
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
-    policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item))
     config = TrainConfig(steps=7, save_every=3, save_minutes=1.0)
-    saver = checkpoint.Saver(cast(Policy, policy), Path(), config, lambda: None)
+    saver, _ = pretended(monkeypatch, config)
     assert [saver.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
+    saver.save(2, {})
+    assert [saver.is_due(step) for step in (4, 5)] == [False, True], "a minute since the last save began"
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: 1e9)
     config.save_minutes = 0.0
     assert [saver.is_due(step) for step in (1, 2, 3)] == [False, False, True]
+
+
+def test_a_save_in_the_background_ends_before_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, done = pretended(monkeypatch, TrainConfig(save_in_background=True))
+    for step in (1, 2):
+        saver.save(step, {})
+    saver.finish()
+    saver.finish()
+    assert done == ["begin 1", "finish 1", "begin 2", "finish 2"]
+
+
+def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[checkpoint.Saver, list[str]]:
+    """A saver that writes nothing, and what it has done."""
+    done: list[str] = []
+
+    def begin(policy: Policy, directory: Path, step: int, *_: Any) -> SimpleNamespace:
+        done.append(f"begin {step}")
+        return SimpleNamespace(step=step, final=directory)
+
+    monkeypatch.setattr(checkpoint, "begin", begin)
+    monkeypatch.setattr(checkpoint, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
+    policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item), at_work=nullcontext)
+    return checkpoint.Saver(cast(Policy, policy), Path(), config, lambda: None), done

@@ -55,6 +55,7 @@ def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) ->
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     steps = [saved(tmp_path, step) for step in (1, 2, 3)]
+    (saved(tmp_path, 4) / MANIFEST).unlink()  # it would take the place of one that can be loaded
     keep_newest(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == steps[1:]
 

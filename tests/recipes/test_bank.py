@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nemo_r3.config import Config, RolloutConfig
+from nemo_r3.errors import UserError
 from nemo_r3.tally import Tally
-from recipes.bank import bank_rows
+from recipes.bank import bank_rows, problems_to_mine
 
 
 @pytest.mark.parametrize(("share", "warns"), [(0.97, True), (0.04, False)])
@@ -39,3 +40,9 @@ def test_mining_says_how_many_answers_were_cut(share: float, warns: bool, capsys
     cut = f"{share:.0%} of the answers cut at rollout.max_answer_tokens"
     assert said[-1] == f"mined failures: 3 failures of 5 problems, {cut}"
     assert ("were cut at rollout.max_answer_tokens=6" in capsys.readouterr().err) == warns
+
+
+def test_a_task_that_is_only_there_to_be_measured_on_has_nothing_to_mine() -> None:
+    setup: Any = SimpleNamespace(config=Config(), task=SimpleNamespace(problems=lambda split: []))
+    with pytest.raises(UserError, match=r"failures\.source=bank: the task has no training problems"):
+        problems_to_mine(setup)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from nemo_r3.config import Config, RolloutConfig
+from nemo_r3.models import flops
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
-from recipes.metrics import measures, summary, warn_of_truncated_answers
+from recipes.metrics import measures, speed, summary, warn_of_truncated_answers
 
 
 def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:
@@ -39,6 +40,21 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
         "retries_truncated": 0.5,
         "attempts_truncated": 0.5,
     }
+
+
+def test_each_phases_speed_is_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "rollout_flops", lambda arch, groups: 4e12)
+    failure = Failure(Problem("0", "", {}), Trajectory(), answer(Phase.ATTEMPT, 9))
+    groups = [Group(failure, (reflection(10, "stop", 3, "stop", 0.0), reflection(4, "stop", 5, "stop", 1.0)))]
+    setup: Any = SimpleNamespace(
+        config=Config(),
+        arch=None,
+        world=SimpleNamespace(size=2, gpu_name=""),
+        run=SimpleNamespace(times={"time/rollout": 2.0, "time/update": 5.0}),
+    )
+    found = speed(setup, groups, {"update_flops": 30e12})
+    assert found == {"speed/rollout_tokens": 11.0, "speed/rollout_tflops": 1.0, "speed/update_tflops": 3.0}
+    assert "speed/update_tflops" not in speed(setup, groups, {}), "a step without anything to train on"
 
 
 def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

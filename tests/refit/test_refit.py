@@ -11,10 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from families import KINDS, make_checkpoint
+
+from nemo_r3.refit import refit
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = """
@@ -25,6 +28,16 @@ train: {steps: 10}
 
 
 PYTHONPATH = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+
+def test_weights_wake_before_they_are_replaced_and_the_cache_afterwards() -> None:
+    calls: list[Any] = []
+    engine: Any = SimpleNamespace(
+        wake=lambda *tags: calls.append(tags), load=lambda weights, version: calls.append((dict(weights), version))
+    )
+    policy: Any = SimpleNamespace(version=3, export_hf=lambda: iter([("head", "a tensor")]))
+    refit(policy, engine)
+    assert calls == [("weights",), ({"head": "a tensor"}, 3), ("kv_cache",)]
 
 
 def launch(home: Path, kinds: Iterable[str], ranks: int, *overrides: str) -> dict[str, dict[str, Any]]:

@@ -14,12 +14,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nemo_r3 import runtime
+from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import architecture_of
@@ -166,6 +167,7 @@ def probe_engine(home: Path) -> dict[str, Any]:
     ]
     result["greedy"] = follows == list(greedy.ids)
     result["batched_tokens"] = batched_tokens(probe)
+    result["asleep"] = asleep(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
     return result
@@ -183,6 +185,22 @@ def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
             args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
             numbers.append(args.max_num_batched_tokens)
     return found
+
+
+def asleep(probe: Probe) -> dict[str, Any]:
+    """What an engine that can sleep, as on a GPU, is asked to do while it sleeps and wakes."""
+    from nemo_r3.rollout.engine import Engine
+
+    llm, sleeps = MagicMock(), []
+    llm.is_sleeping.side_effect = lambda: bool(sleeps)
+    llm.sleep.side_effect = lambda level: sleeps.append(level)
+    engine = Engine(llm, architecture_of(Path(probe.config.model.path)), 300, version=4)
+    engine.wake("weights")
+    engine.sleep()
+    engine.sleep()
+    found = {"version": engine.version, "slept": list(sleeps), "refused": refusal(engine.step)}
+    engine.wake("weights")
+    return found | {"woken": [call.args for call in llm.wake_up.call_args_list]}
 
 
 def probe_refit(probe: Probe, text: list[int], long: list[int]) -> dict[str, Any]:
@@ -355,7 +373,17 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     text = list(range(34, 234))
     scores = probe.score_error("b", text)
     probe.load("a", 2)
-    return {"rank": probe.world.rank, "before": before, "after": run_rollout(probe), "score_b": scores}
+    found = {"rank": probe.world.rank, "before": before, "after": run_rollout(probe), "score_b": scores}
+    return found | {"tensor_parallel": tensor_parallel, "looks": looks_until_stop(probe)}
+
+
+def looks_until_stop(probe: Probe) -> int:
+    """After how many looks this rank's engine stops for a signal that reached the last rank alone; 0: never."""
+    if probe.world.rank == probe.world.size - 1:
+        signals._noted.append(("SIGUSR1", 0.0))
+    looks = next((number for number in range(1, 41) if probe.rollout._fleet.asked_to_stop()), 0)
+    signals._noted.clear()
+    return looks
 
 
 def refusal(call: Any) -> str:

@@ -83,6 +83,12 @@ def test_prompts_are_cut_on_a_gpu_only(engine: dict[str, Any]) -> None:
     assert engine["batched_tokens"] == {"cpu": [4096, 20_000], "cuda": [8192, 8192]}
 
 
+def test_an_engine_that_slept_has_no_weights_until_it_is_given_some(engine: dict[str, Any]) -> None:
+    found = engine["asleep"]
+    assert (found["version"], found["slept"], found["woken"]) == (-1, [2], [[["weights"]]])
+    assert "has slept: load must bring it some first" in found["refused"]
+
+
 def test_greedy_takes_the_likeliest_token(engine: dict[str, Any]) -> None:
     assert engine["greedy"]
 
@@ -132,6 +138,14 @@ def test_ranks_and_engines_do_not_change_the_rollout(fleet: list[dict[str, Any]]
     for rank in fleet:
         for key, found in rank["before"].items():
             assert found == engine["rollout"][key], f"rank {rank['rank']}: {key}"
+
+
+def test_a_signal_to_one_rank_stops_all_ranks_of_its_engine_at_the_same_step(fleet: list[dict[str, Any]]) -> None:
+    first, last = (rank["looks"] for rank in fleet)
+    if fleet[0]["tensor_parallel"] == 1:
+        assert (first, last) == (0, 1)
+    else:
+        assert 1 <= first == last <= 16
 
 
 def test_every_rank_is_refitted(fleet: list[dict[str, Any]]) -> None:

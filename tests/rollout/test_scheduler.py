@@ -37,16 +37,19 @@ class Eight:
 
 
 class Scripted:
-    """Answers its requests, in the order they come, with these texts."""
+    """Answers its requests, in the order they come, with these texts; `limits` are the most tokens they may have."""
 
     version, max_model_len = 0, 256
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         self.tokenizer, self.texts = tokenizer, iter(texts)
         self.waiting: list[str] = []
+        self.limits: list[int] = []
+        self.forgotten = 0
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.waiting.append(request_id)
+        self.limits.append(sampling.max_tokens)
 
     def step(self) -> list[Completion]:
         ids = tuple(self.tokenizer.encode(next(self.texts), add_special_tokens=False))
@@ -56,17 +59,19 @@ class Scripted:
         return []
 
     def forget(self) -> None:
-        pass
+        self.forgotten += 1
 
 
-def test_a_reflection_that_holds_the_answer_is_marked_whatever_its_retry_says() -> None:
+def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     config = load([str(ROOT / "configs" / "quickstart.yaml")])
-    task = Eight()
-    dialogue = Dialogue(tokenizer, config.dialogue, task.wording)
-    rollout = Rollout(Scripted(tokenizer, ["9", "8", "7", "9", "8"]), dialogue, task, config, ALONE)
+    config.rollout.max_answer_tokens, config.rollout.max_reflection_tokens = 5, 9
+    task, engine = Eight(), Scripted(tokenizer, ["9", "8", "7", "9", "8"])
+    rollout = Rollout(engine, Dialogue(tokenizer, config.dialogue, task.wording), task, config, ALONE)
     (attempt,) = rollout.first_attempts(task.problems("train"), 1)
     (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
     assert [reflection.answer.text for reflection in group.reflections] == ["8", "7"]
     assert [reflection.solves for reflection in group.reflections] == [True, False]
     assert group.rewards == [0.0, 1.0]
+    assert engine.limits == [5, 9, 9, 5, 5]
+    assert engine.forgotten == 2, "what is cached does not depend on what came before"

@@ -51,7 +51,7 @@ def train_sh(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
     command = ["bash", str(ROOT / "slurm" / "train.sh"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("overrides", LINES, ids=["1 node", "8 nodes", "64 nodes"])
@@ -198,12 +198,15 @@ def test_what_starts_the_ranks() -> None:
     assert values["RANK_STEP"] == ["--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=48"]
 
 
-def test_cores_that_the_job_asked_for_are_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("launcher", "tasks", "cpus"), [("torchrun", 1, 48), ("srun", 8, 6)])
+def test_cores_that_the_job_asked_for_are_shared_by_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, launcher: str, tasks: int, cpus: int
+) -> None:
     """Slurm counts them per task: one per node under torchrun, a rank each under srun."""
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "48")
-    got = Allocation(job="7", restarts=0, nodes=2, tasks=1, gpus=8)
-    values = launch(config_with("cluster.launcher=torchrun"), got)
-    assert (values["RANK_STEP"][-1], values["THREADS"]) == ("--cpus-per-task=48", "6")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(cpus))
+    got = Allocation(job="7", restarts=0, nodes=2, tasks=tasks, gpus=8)
+    values = launch(config_with(f"cluster.launcher={launcher}"), got)
+    assert (values["RANK_STEP"][-1], values["THREADS"]) == (f"--cpus-per-task={cpus}", "6")
 
 
 def test_what_a_user_wrote_reaches_the_shell_unread() -> None:

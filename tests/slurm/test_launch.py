@@ -10,7 +10,11 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -18,7 +22,9 @@ from cluster import Cluster
 from launch import QUICKSTART, SMALL
 
 from nemo_r3.config import Config, load
-from slurm.launch import SHARED, parser, steps_of
+from slurm import chain
+from slurm.launch import SHARED, main, parser, steps_of
+from slurm.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -36,19 +42,24 @@ SIZES = {
 }
 
 
-def launch(
-    *arguments: str, environment: dict[str, str] | None = None, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m slurm.launch`, in this process: another one would import for seconds."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    return subprocess.run(
-        [sys.executable, "-m", "slurm.launch", *arguments],
-        cwd=cwd,
-        env=environment or kept,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    out, err = StringIO(), StringIO()
+    with (
+        patch.dict(os.environ, environment or kept, clear=True),
+        chdir(ROOT),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        code = main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def launch_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """With `--local`, what the stages print is on the console of a process."""
+    command = [sys.executable, "-m", "slurm.launch", *arguments, "--local"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -128,13 +139,44 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: Slurm refused mine: ")
 
 
+def slurm_that_refuses(path: Path, after: int) -> dict[str, str]:
+    """The environment of a Slurm that takes so many submissions and no more; what it cancels is in `cancelled`."""
+    commands = {
+        "sbatch": f"""for script; do :; done; grep -h dependency "$script" >> {path}/dependencies
+            echo >> {path}/asked; n=$(wc -l < {path}/asked)
+            [ $n -le {after} ] && exec echo Submitted batch job $n
+            echo 'sbatch: error: no controller' >&2; exit 1""",
+        "scancel": f'echo "$@" > {path}/cancelled',
+    }
+    for name, command in commands.items():
+        (path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (path / name).chmod(0o755)
+    return os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+
+
 def test_what_slurm_says_is_said_once(tmp_path: Path) -> None:
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no controller' >&2\nexit 1\n")
-    sbatch.chmod(0o755)
-    found = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", environment=found)
+    slurm = slurm_that_refuses(tmp_path, after=0)
+    done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", environment=slurm)
     assert (done.returncode, done.stderr) == (2, "error: Slurm refused mine: sbatch: error: no controller\n")
+
+
+def test_a_chain_that_slurm_refuses_half_way_is_taken_back_and_the_refused_stage_named(tmp_path: Path) -> None:
+    slurm = slurm_that_refuses(tmp_path, after=2)
+    settings = (f"run.dir={tmp_path}/run", "cluster.time_minutes=60", "--sweep", "seed=1,2,3")
+    done = launch(QUICKSTART, *settings, environment=slurm)
+    assert (done.returncode, done.stderr) == (2, "error: Slurm refused evaluate: sbatch: error: no controller\n")
+    assert (tmp_path / "cancelled").read_text() == "1 2_0 2_1 2_2\n"
+    waits = [line.rpartition("=")[2] for line in (tmp_path / "dependencies").read_text().splitlines()]
+    assert waits == ["afterok:1", "aftercorr:2"]
+    assert "has no chain" in launch("status", f"{tmp_path}/run").stderr
+
+
+def test_a_later_stage_that_a_chain_cannot_submit_is_refused_before_the_first_is_submitted(tmp_path: Path) -> None:
+    slurm = slurm_that_refuses(tmp_path, after=9)
+    settings = (f"run.dir={tmp_path}/run", "cluster.time_minutes=60", "--train", "cluster.time_minutes=0")
+    done = launch(QUICKSTART, *settings, environment=slurm)
+    assert done.returncode == 2 and done.stderr.startswith("error: stage train: cluster.time_minutes: ")
+    assert not (tmp_path / "asked").exists()
 
 
 def test_gpus_without_cores_and_memory_are_warned_of(tmp_path: Path) -> None:
@@ -145,7 +187,7 @@ def test_gpus_without_cores_and_memory_are_warned_of(tmp_path: Path) -> None:
 
 
 def test_here_a_stage_that_fails_ends_the_chain(tmp_path: Path) -> None:
-    done = launch(QUICKSTART, f"run.dir={tmp_path}", "--local", "--mine", f"model.path={tmp_path}/nowhere")
+    done = launch_here(QUICKSTART, f"run.dir={tmp_path}", "--mine", f"model.path={tmp_path}/nowhere")
     assert done.returncode == 2 and "model.path" in done.stderr
     said = launch("status", str(tmp_path)).stdout.splitlines()
     assert [line.split(maxsplit=1) for line in said] == [
@@ -162,9 +204,38 @@ def test_status_of_no_chain(tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no chain")
 
 
+def test_a_point_that_fails_cancels_its_own_stages_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = chain.folder_of(tmp_path)
+    folder.mkdir()
+    (folder / "evaluate_seed=1.code").write_text("0\n")  # of the chain before
+    points = [Stage(recipe, f"seed={seed}", (), folder) for recipe in ("train", "evaluate") for seed in (1, 2)]
+    chain.record(folder, [(stage, f"7_{n}") for n, stage in enumerate([Stage("mine", "", (), folder), *points])])
+    for stage, code in (("mine", 0), ("train_seed=1", 1), ("train_seed=2", 0)):
+        (folder / f"{stage}.code").write_text(f"{code}\n")
+    monkeypatch.setattr(chain, "ask", lambda *_: "7_4|RUNNING|n1\n")
+    said = [line.split(maxsplit=1)[1].strip() for line in chain.status(tmp_path).replace(" seed", "-seed").splitlines()]
+    assert [line.partition("  ")[2] for line in said] == [
+        "done",
+        f"failed with code 1: see its output ({folder}/jobs/7_1_0_log.out)",
+        "done",
+        "cancelled: train did not succeed",
+        "running n1",
+    ]
+
+
+def test_a_stage_that_is_requeued_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, seen = Stage("train", "", (), tmp_path), []
+    (tmp_path / "train.code").write_text("137\n")
+    process = SimpleNamespace(wait=lambda: seen.append(stage.ended()) or 0)
+    monkeypatch.setattr("slurm.stage.subprocess.Popen", lambda *_, **__: process)
+    monkeypatch.setattr("slurm.stage.signal.signal", lambda *_: None)
+    stage()
+    assert (seen, stage.ended()) == ([None], 0)
+
+
 @pytest.mark.slow
 def test_here_the_chain_runs_to_its_end(tmp_path: Path) -> None:
-    done = launch(QUICKSTART, *SMALL, f"run.dir={tmp_path}", "--local", "--evaluate", "evaluate.problems=8")
+    done = launch_here(QUICKSTART, *SMALL, f"run.dir={tmp_path}", "--evaluate", "evaluate.problems=8")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "export" / "model.safetensors").exists()
     assert [line.split()[1] for line in launch("status", str(tmp_path)).stdout.splitlines()] == ["done"] * 4

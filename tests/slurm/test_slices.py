@@ -193,6 +193,40 @@ def test_the_record_outlives_a_slice_but_not_a_job(tmp_path: Path) -> None:
         slices.begin(config, "8", 1)
 
 
+@pytest.mark.parametrize(
+    ("state", "excluded", "asked"),
+    [
+        ("RUNNING", "(null)", ["requeue 7", "update jobid=7 ExcNodeList=n2"]),
+        ("RUNNING", "n9", ["requeue 7", "update jobid=7 ExcNodeList=n9,n2"]),
+        ("COMPLETING", "(null)", []),
+    ],
+)
+def test_a_job_that_slurm_is_not_ending_is_requeued_without_the_host_that_failed_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, excluded: str, asked: list[str]
+) -> None:
+    answers = {"hostnames": "n1\nn2\n", "job": f"JobId=7 ExcNodeList={excluded} Nodes=2\n"}
+    told = []
+
+    def ask(command: str, *words: str, attempts: int) -> str:
+        if command == "squeue":
+            return f"{state}\n"
+        if words[0] == "show":
+            return answers[words[1]]
+        told.append(" ".join(words))
+        return ""
+
+    monkeypatch.setattr(slices, "ask", ask)
+    monkeypatch.setattr(slices.signal, "signal", lambda *_: None)
+    config = Config()
+    config.run.dir, config.failures.path = str(tmp_path), str(tmp_path / "failures")
+    slices.begin(config, "7", 0)
+    slices.write_record(config, Record(job="7", hosts={"n2": 1}))
+    leave(slices.logs_of(config, "7", 0), {3: "137 n2 101.5"})
+    assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}, 137) == 137
+    assert told == asked
+    assert slices.read_record(config).faults == len(asked) // 2
+
+
 def test_the_batch_script_needs_omegaconf_and_yaml_alone(tmp_path: Path) -> None:
     for name in ("omegaconf", "antlr4", "yaml"):
         (tmp_path / name).symlink_to(Path(str(import_module(name).__file__)).parent)

