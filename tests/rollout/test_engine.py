@@ -134,6 +134,17 @@ def test_ranks_and_engines_do_not_change_the_rollout(fleet: list[dict[str, Any]]
             assert found == engine["rollout"][key], f"rank {rank['rank']}: {key}"
 
 
+def test_ranks_of_an_engine_agree_though_it_is_a_step_ahead(fleet: list[dict[str, Any]]) -> None:
+    if fleet[0]["stopped"] is None:
+        assert not fleet[0]["ahead"]
+        return
+    first, second = fleet
+    assert first["ahead"] and second["ahead"] and first["stopped"] == second["stopped"]
+    stopped = first["stopped"]
+    assert stopped["prefixes"] and stopped["seeds_differ"] and stopped["logprob_error"] < TOLERANCE
+    assert 8 < stopped["longest_begun"] < 16, "a stop loses what is under way, and no more"
+
+
 def test_every_rank_is_refitted(fleet: list[dict[str, Any]]) -> None:
     for rank in fleet:
         assert rank["score_b"] < TOLERANCE
