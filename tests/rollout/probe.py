@@ -185,7 +185,24 @@ def probe_engine(home: Path) -> dict[str, Any]:
     result["batched_tokens"] = batched_tokens(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
+    result["sleep"] = probe_sleep(probe)
     return result
+
+
+def probe_sleep(probe: Probe) -> dict[str, Any]:
+    """As on a GPU: what sleeps, whether it can sample, and what still sleeps at the end."""
+    engine, asleep = probe.engine, set()
+    engine._can_sleep = True
+    engine._llm.is_sleeping = lambda: bool(asleep)
+    engine._llm.sleep = lambda level: asleep.update(("weights", "kv_cache"))
+    engine._llm.wake_up = asleep.difference_update
+    engine.sleep()
+    found = {"asleep": sorted(asleep), "refused": refusal(engine.step)}
+    engine.wake("weights")
+    probe.load("a", 7)
+    found |= {"loaded": [sorted(asleep), engine.version]}
+    engine.end()
+    return found | {"end": sorted(asleep)}
 
 
 def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:

@@ -124,6 +124,12 @@ def test_a_stopped_step_continues_after_its_tokens(engine: dict[str, Any]) -> No
     assert stopped["of_another_step"] == 0
 
 
+def test_an_engine_that_sleeps_cannot_sample_and_is_awake_at_the_end(engine: dict[str, Any]) -> None:
+    sleep = engine["sleep"]
+    assert sleep["asleep"] == ["kv_cache", "weights"] and "load must bring it some first" in sleep["refused"]
+    assert sleep["loaded"] == [["kv_cache"], 7] and sleep["end"] == []
+
+
 def test_no_room_is_marked_and_not_rewarded(engine: dict[str, Any]) -> None:
     assert engine["rollout"]["no_room"] == [[True, True, True, 0.0], [False, True, True, 0.0]]
 
