@@ -81,6 +81,7 @@ def train(argv: Sequence[str]) -> None:
         checkpoints.keep_turns(setup, rollout, counters.step + 1)
         raise
     saver.finish()
+    rollout.engine.end()
     run.add_to_summary(versions=versions())
     conclude(setup, argv)
 

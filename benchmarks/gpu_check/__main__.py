@@ -34,6 +34,7 @@ class Check:
         needs: packages it imports.
         limit: seconds after which it is stopped.
         arguments: more of the command line.
+        memory: GiB that its GPU must have.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Check:
     needs: tuple[str, ...]
     limit: float
     arguments: tuple[str, ...] = ()
+    memory: float = 0.0
 
 
 ACTOR = ("torch", "megatron.core")
@@ -49,7 +51,8 @@ ACTOR = ("torch", "megatron.core")
 def update(shape: str, precision: str) -> Check:
     """The policy update at a shape in a precision."""
     arguments = ("--shape", shape, "--precision", precision)
-    return Check(f"{shape}-{precision}", "benchmarks.gpu_check.update", needs_of(precision), 300, arguments)
+    module, memory = "benchmarks.gpu_check.update", MEMORY.get(shape, 0.0)
+    return Check(f"{shape}-{precision}", module, needs_of(precision), 300, arguments, memory)
 
 
 def fusions(shape: str, precision: str) -> Check:
@@ -77,10 +80,12 @@ def needs_of(precision: str) -> tuple[str, ...]:
     return (*ACTOR, "transformer_engine") if "fp8" in precision else ACTOR
 
 
+MEMORY = {"8b-16": 120.0}
 RECIPES = ("fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "mxfp8")
 CHECKS = (
     Check("attention", "benchmarks.gpu_check.attention", ACTOR, 240),
     *(update("8b", precision) for precision in ("fp32", "bf16", *RECIPES)),
+    *(update("8b-16", precision) for precision in ("bf16", "fp8-tensorwise", "fp8-delayed")),
     *(fusions("8b", precision) for precision in ("bf16", "fp8-tensorwise")),
     *(training(precision) for precision in ("bf16", *RECIPES)),
     rollout("1b", "none"),
@@ -107,6 +112,8 @@ def run(check: Check, device: str, small: bool) -> dict[str, Any]:
     absent = missing(check.needs)
     if absent:
         return {"status": "skipped", "seconds": 0.0, "reason": f"not installed: {', '.join(absent)}"}
+    if device == "cuda" and not small and (here := _memory()) < check.memory:
+        return {"status": "skipped", "seconds": 0.0, "reason": f"needs {check.memory:g} GiB on a GPU, found {here:.0f}"}
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         out, log = Path(scratch) / "found.json", Path(scratch) / "log"
@@ -128,9 +135,14 @@ def _has_gpu() -> bool:
     )
 
 
-def _gpu() -> str:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+def _gpu(asked: str = "name,driver_version") -> str:
+    query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
     return subprocess.run(query, capture_output=True, text=True).stdout.strip() if _has_gpu() else ""
+
+
+def _memory() -> float:
+    """GiB of the smallest GPU; 0 without one."""
+    return min((float(line) / 1024 for line in _gpu("memory.total").splitlines()), default=0.0)
 
 
 def _wait(command: list[str], log: Path, limit: float) -> str:

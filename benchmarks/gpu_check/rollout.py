@@ -1,10 +1,10 @@
 """vLLM beside the actor on one device: how fast it samples, sleeps and takes new weights, and how well the two agree.
 
-    sample -> sleep -> refit -> sample again
+    start without weights, as a run does -> refit -> sample -> sleep -> refit -> sample again
 
 There is no optimizer: the actor's weights and the engine are all that is in memory. `prob_error` is
-`token_mult_prob_error` of the first sample, `prob_error_after` of the one after the refit; a refit is timed from a
-sleeping engine to one that could sample.
+`token_mult_prob_error` of the first sample, `prob_error_after` of the last one; a refit is timed from a sleeping engine
+to one that could sample.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
         policy = Policy(config, world, trains=False)
     except ConfigError as error:
         return {"skipped": str(error)}
-    engine = Engine.start(config, Path(config.model.path))
+    begun = time.perf_counter()
+    engine = Engine.start(config, Path(config.model.path), with_weights=False)
+    started = time.perf_counter() - begun
+    refit(policy, engine)
     sizes = SMALL if small else FULL
     asked = prompts(sizes, arch.vocab_size)
     sample(engine, asked, sizes[2])  # compiles, and is not counted
@@ -113,6 +116,7 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
         refitted.append(time.perf_counter() - begun)
     again, _ = sample(engine, asked, sizes[2])
     return found | {
+        "start_seconds": started,
         "sleep_seconds": statistics.median(slept),
         "freed_gib": statistics.median(freed) / 2**30,
         "refit_seconds": statistics.median(refitted),

@@ -2,7 +2,8 @@
 
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
-Backward keeps the last chunk's logits and recomputes the others: memory does not grow with the number of tokens.
+The first chunk's logits, of which there are the most, are kept for backward, which recomputes the others: memory does
+not grow with the number of tokens.
 Logits keep the weights' dtype; what is done with them is float32, and on CUDA compiled.
 """
 
@@ -69,12 +70,13 @@ class _TargetLogprobs(torch.autograd.Function):
         real = weight[: columns.count]
         local = targets - columns.start
         chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))  # the same on every rank, as padding counts
-        found = []
-        for part, index in zip(hidden.split(chunk), local.split(chunk), strict=True):
+        found, kept = [], hidden.new_empty(0)
+        for number, (part, index) in enumerate(zip(hidden.split(chunk), local.split(chunk), strict=True)):
             logits = part @ real.t()
+            kept = kept if number else logits
             found.append(_forward_chunk(logits, index, temperature, columns))
         logprobs, entropies, totals = (torch.cat(parts) for parts in zip(*found, strict=True))
-        ctx.save_for_backward(hidden, weight, local, totals, logits)
+        ctx.save_for_backward(hidden, weight, local, totals, kept)
         ctx.temperature, ctx.columns, ctx.chunk = temperature, columns, chunk
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -88,7 +90,7 @@ class _TargetLogprobs(torch.autograd.Function):
         scales = -grads[0] / ctx.temperature
         pieces = list(zip(*(t.split(ctx.chunk) for t in (hidden, local, totals, scales, d_hidden)), strict=True))
         for number, (part, index, total, scale, d_part) in enumerate(pieces):
-            logits = kept if number + 1 == len(pieces) else part @ real.t()
+            logits = part @ real.t() if number else kept
             # d logprob / d logits = (one-hot - softmax) / temperature
             d_logits = fused(_softmax_times, logits)(logits, total, scale, ctx.temperature)
             held, places = _own_columns(index, ctx.columns)

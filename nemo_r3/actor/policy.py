@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from nemo_r3 import memory
-from nemo_r3.actor import cpu
+from nemo_r3.actor import cpu, stream
 from nemo_r3.actor.forward import Pass
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
@@ -69,6 +69,7 @@ class Policy:
         self.arch: Architecture = architecture_of(model_path(config))
         self.fingerprint = fingerprint(model_path(config), self.arch)
         self.version = 0
+        self._stream = torch.cuda.current_stream()  # where the gradients' hooks will run
         self._working_bytes = 0
         recipe = precision_of(config).fp8
         self._lacks_scales = recipe is not None and recipe.delayed
@@ -124,7 +125,7 @@ class Policy:
         """
         refuse_untrained_weight(batch, self.config.algo)
         microbatches, flops = self._microbatches(batch.rows)
-        with self.at_work(), cpu.cuda_stand_in():
+        with stream.on(self._stream), self.at_work(), cpu.cuda_stand_in():
             memory.reserve(self._working_bytes)
             resting = memory.restart_peak()
             if self._lacks_scales:

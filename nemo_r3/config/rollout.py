@@ -28,8 +28,8 @@ class RolloutConfig:
     max_model_len: int = option(4096, low=1, help="longest whole dialogue the engine holds, in tokens")
     deterministic: bool | None = option(
         None,
-        help="a step sampled again gives the same, but for the rounding of a GPU's kernels: engine steps do not depend "
-        "on timing, and nothing is cached across steps; default: on CPU only",
+        help="a step sampled again gives the same, but for the rounding of a GPU's kernels: nothing is cached across "
+        "steps; default: on CPU only",
     )
     prefix_caching: bool = option(True, help="reuse KV of shared contexts (reset at every refit)", resume=True)
     max_num_seqs: int = option(256, low=1, high=4096, help="sequences an engine decodes at once", resume=True)

@@ -31,7 +31,7 @@ from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.models import Architecture, architecture_of, names
 from nemo_r3.models.tensors import HFTensors
 from nemo_r3.precision import precision_of
-from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, steps_in_order
+from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling
 
 SHARED_MEMORY = Path("/dev/shm")
 KV_BLOCK = 32
@@ -205,6 +205,10 @@ class Engine:
         if self._can_sleep and self._llm.is_sleeping():
             self._llm.wake_up(list(tags))
 
+    def end(self) -> None:
+        """Before the process ends: of an engine asleep vLLM would free each piece of memory a second time."""
+        self.wake("weights", "kv_cache")
+
     def cache_bytes(self) -> int:
         """Bytes of this rank's KV cache, as large as it is when the engine is awake."""
 
@@ -239,10 +243,12 @@ class Engine:
 
 
 def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool, reads: bool) -> EngineArgs:
-    """What vLLM is told; one that does not read the checkpoint's weights makes some up."""
+    """What vLLM is told; one that does not read the checkpoint's weights makes some up.
+
+    On a GPU its scheduler is a step ahead of what has been sampled, by its own choice. It waits for each step's result
+    in turn, so that all ranks of an engine still run the same steps (`EngineCore.step_with_batch_queue`).
+    """
     rollout = config.rollout
-    # with asynchronous scheduling the moment when a step's outputs are seen depends on timing
-    in_order = steps_in_order(rollout, on_cuda)
     batched = GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS)
     return EngineArgs(
         model=str(model_dir),
@@ -263,7 +269,6 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_memory_bytes=None if on_cuda else _cpu_cache_bytes(config, arch),
         enable_sleep_mode=rollout.sleep and current_platform.is_sleep_mode_available(),
-        async_scheduling=False if in_order else None,
         # a CPU's generators cannot be rewound, which vLLM does for a seeded request whose prompt it cuts
         enable_chunked_prefill=on_cuda,
         max_num_batched_tokens=max(batched, rollout.max_num_seqs),

@@ -92,11 +92,3 @@ def request_seed(seed: int, step: int, problem_id: str, sample: int, phase: str)
 def is_deterministic(rollout: RolloutConfig, on_cuda: bool) -> bool:
     """Whether a step done again has to give the same turns: `rollout.deterministic`; where it is unset, on CPUs."""
     return rollout.deterministic if rollout.deterministic is not None else not on_cuda
-
-
-def steps_in_order(rollout: RolloutConfig, on_cuda: bool) -> bool:
-    """Whether what an engine's step does must not depend on timing.
-
-    Where rollouts are deterministic; and with several ranks per engine, which all run the same steps.
-    """
-    return is_deterministic(rollout, on_cuda) or rollout.tensor_parallel > 1

@@ -28,7 +28,6 @@ from nemo_r3.rollout.sampling import (
     Sampling,
     is_deterministic,
     request_seed,
-    steps_in_order,
 )
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
@@ -151,10 +150,9 @@ class Rollout(Generic[EngineT]):
         self._config = config
         self._fleet = Fleet(world, config.rollout.tensor_parallel)
         self._progress = progress if world.is_main else None
-        on_cuda = torch.cuda.is_available()
-        self._forgets = steps_in_order(config.rollout, on_cuda)
+        self._deterministic = is_deterministic(config.rollout, torch.cuda.is_available())
         self.too_long: set[str] = set()
-        self.kept = Kept(enabled=not is_deterministic(config.rollout, on_cuda))
+        self.kept = Kept(enabled=not self._deterministic)
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
@@ -245,7 +243,7 @@ class Rollout(Generic[EngineT]):
         """Samples turns and those that follow from them until none is left, or a signal asks to stop."""
         under_way = _UnderWay(step, greedy)
         self.kept.begin(step)
-        if self._forgets:
+        if self._deterministic:
             self.engine.forget()  # what is cached must not depend on what came before, a resumed run has less of it
         for turn in turns:
             self._ask(turn, under_way)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_r3.actor import head
 from nemo_r3.actor.head import Columns, target_logprobs
@@ -40,6 +41,16 @@ def test_logprobs_entropies_and_gradients_equal_a_full_softmax(
     for ours, theirs in zip(found, gradients, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     assert not found[1][VOCAB:].any(), "padding rows of the vocabulary learn nothing"
+
+
+def test_the_largest_chunk_is_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 8 * PADDED)  # 8, 8 and 5 tokens
+    hidden, weight, targets = draws()
+    logprobs, _ = target_logprobs(hidden, weight, targets, 1.0, Columns(0, VOCAB, None))
+    with FlopCounterMode(display=False) as backward:
+        logprobs.sum().backward()
+    one_token = 2 * HIDDEN * VOCAB
+    assert backward.get_total_flops() == one_token * (2 * TOKENS + 8 + 5)
 
 
 def test_bfloat16_is_as_exact_as_bfloat16_logits_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,17 @@ def test_a_failed_a_late_and_an_impossible_check_say_why() -> None:
     assert late["status"] == "failed" and "stopped after 0.2 s" in late["reason"]
     absent = run(Check("c", "benchmarks.gpu_check.attention", ("no_such.package",), 60), "cpu", small=True)
     assert absent == {"status": "skipped", "seconds": 0.0, "reason": "not installed: no_such.package"}
+
+
+def test_a_check_is_skipped_where_its_gpu_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 81559\necho 143771\n")  # MiB of an H100 and an H200
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    check = Check("e", "benchmarks.no_such_module", (), 60, memory=120)
+    skipped = run(check, "cuda", small=False)
+    assert skipped == {"status": "skipped", "seconds": 0.0, "reason": "needs 120 GiB on a GPU, found 80"}
+    assert run(check, "cpu", small=False)["status"] == run(check, "cuda", small=True)["status"] == "failed"
 
 
 def test_a_check_that_fails_midway_says_what_it_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
     python probe.py engine DIR          one rank: the engine against transformers, and the guards around a refit
     torchrun ... probe.py fleet DIR TP  any number of ranks: what a rollout returns
 
+Where an engine has several ranks, vLLM schedules as on a GPU.
+
 An engine cannot be stopped in its process, so each launch has one.
 """
 
@@ -93,6 +95,19 @@ def settings(home: Path, tensor_parallel: int) -> Config:
     return config
 
 
+def schedule_ahead() -> None:
+    """vLLM schedules a step ahead of its results on a GPU, and does not on a CPU: here it does."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    checked = CpuPlatform.check_and_update_config
+
+    def ahead(vllm_config: Any) -> None:
+        checked(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(ahead)
+
+
 class Probe:
     """An engine on model a, its reference models, and the rollout around it."""
 
@@ -106,6 +121,8 @@ class Probe:
         from nemo_r3.rollout.engine import Engine
         from nemo_r3.rollout.scheduler import Rollout
 
+        if tensor_parallel > 1:
+            schedule_ahead()
         self.engine = Engine.start(config, home / "a")
         self.models = {
             name: AutoModelForCausalLM.from_pretrained(home / name, dtype=torch.float32).eval() for name in "ab"
@@ -170,7 +187,24 @@ def probe_engine(home: Path) -> dict[str, Any]:
     result["asleep"] = asleep(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
+    result["sleep"] = probe_sleep(probe)
     return result
+
+
+def probe_sleep(probe: Probe) -> dict[str, Any]:
+    """As on a GPU: what sleeps, whether it can sample, and what still sleeps at the end."""
+    engine, asleep = probe.engine, set()
+    engine._can_sleep = True
+    engine._llm.is_sleeping = lambda: bool(asleep)
+    engine._llm.sleep = lambda level: asleep.update(("weights", "kv_cache"))
+    engine._llm.wake_up = asleep.difference_update
+    engine.sleep()
+    found = {"asleep": sorted(asleep), "refused": refusal(engine.step)}
+    engine.wake("weights")
+    probe.load("a", 7)
+    found |= {"loaded": [sorted(asleep), engine.version]}
+    engine.end()
+    return found | {"end": sorted(asleep)}
 
 
 def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
@@ -373,8 +407,16 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     text = list(range(34, 234))
     scores = probe.score_error("b", text)
     probe.load("a", 2)
-    found = {"rank": probe.world.rank, "before": before, "after": run_rollout(probe), "score_b": scores}
-    return found | {"tensor_parallel": tensor_parallel, "looks": looks_until_stop(probe)}
+    return {
+        "rank": probe.world.rank,
+        "ahead": probe.engine._llm.engine_core.engine_core.batch_queue is not None,
+        "before": before,
+        "after": run_rollout(probe),
+        "stopped": probe_stop(probe, failures_of(probe)) if tensor_parallel > 1 else None,
+        "score_b": scores,
+        "tensor_parallel": tensor_parallel,
+        "looks": looks_until_stop(probe),
+    }
 
 
 def looks_until_stop(probe: Probe) -> int:

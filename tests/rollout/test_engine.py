@@ -130,6 +130,12 @@ def test_a_stopped_step_continues_after_its_tokens(engine: dict[str, Any]) -> No
     assert stopped["of_another_step"] == 0
 
 
+def test_an_engine_that_sleeps_cannot_sample_and_is_awake_at_the_end(engine: dict[str, Any]) -> None:
+    sleep = engine["sleep"]
+    assert sleep["asleep"] == ["kv_cache", "weights"] and "load must bring it some first" in sleep["refused"]
+    assert sleep["loaded"] == [["kv_cache"], 7] and sleep["end"] == []
+
+
 def test_no_room_is_marked_and_not_rewarded(engine: dict[str, Any]) -> None:
     assert engine["rollout"]["no_room"] == [[True, True, True, 0.0], [False, True, True, 0.0]]
 
@@ -146,6 +152,17 @@ def test_a_signal_to_one_rank_stops_all_ranks_of_its_engine_at_the_same_step(fle
         assert (first, last) == (0, 1)
     else:
         assert 1 <= first == last <= 16
+
+
+def test_ranks_of_an_engine_agree_though_it_is_a_step_ahead(fleet: list[dict[str, Any]]) -> None:
+    if fleet[0]["stopped"] is None:
+        assert not fleet[0]["ahead"]
+        return
+    first, second = fleet
+    assert first["ahead"] and second["ahead"] and first["stopped"] == second["stopped"]
+    stopped = first["stopped"]
+    assert stopped["prefixes"] and stopped["seeds_differ"] and stopped["logprob_error"] < TOLERANCE
+    assert 8 < stopped["longest_begun"] < 16, "a stop loses what is under way, and no more"
 
 
 def test_every_rank_is_refitted(fleet: list[dict[str, Any]]) -> None:

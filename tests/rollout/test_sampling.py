@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import itertools
 
-from nemo_r3.config.rollout import RolloutConfig
-from nemo_r3.rollout.sampling import request_seed, steps_in_order
+from nemo_r3.rollout.sampling import request_seed
 from nemo_r3.types import Phase
 
 
@@ -16,11 +15,3 @@ def test_every_part_of_the_key_matters() -> None:
     seeds = [request_seed(*key) for key in keys]
     assert len(set(seeds)) == 32
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_engine_steps_are_ordered_where_results_repeat_or_ranks_must_agree() -> None:
-    assert steps_in_order(RolloutConfig(), on_cuda=False)
-    assert not steps_in_order(RolloutConfig(), on_cuda=True)
-    assert steps_in_order(RolloutConfig(deterministic=True), on_cuda=True)
-    assert not steps_in_order(RolloutConfig(deterministic=False), on_cuda=False)
-    assert steps_in_order(RolloutConfig(deterministic=False, tensor_parallel=2), on_cuda=True)
