@@ -18,7 +18,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 R = TypeVar("R")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 32 * 2**20
+"""Freed blocks up to this size are kept: the most that glibc takes as a threshold."""
 
 
 class _Stream:
@@ -81,9 +83,13 @@ def prepare() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Makes malloc reuse freed memory: it would map and unmap large tensors, and the kernel clears every new page."""
+    """Makes malloc reuse freed memory: it would map and unmap tensors, and the kernel clears every new page.
+
+    Larger blocks do go back, such as gradients and logits of a whole vocabulary. In the heap, smaller ones would settle
+    in the holes that they leave, and with each update the heap would grow by as much again.
+    """
     malloc = ctypes.CDLL(None)
-    malloc.mallopt(M_MMAP_MAX, 0)
+    malloc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
     malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
