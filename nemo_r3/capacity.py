@@ -1,7 +1,7 @@
 """Whether a run fits its machines, by arithmetic, before a weight is read.
 
 GPU    weights, gradients, optimizer state and reference, beside vLLM's share; activations come on top
-host   what is on its way to a checkpoint, and what is offloaded
+host   what is on its way to a checkpoint, and what is offloaded; without GPUs all of the actor and vLLM's weights
 disk   the checkpoints that are kept, and the one being written
 """
 
@@ -76,10 +76,11 @@ def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -
     """
     size = size_of(config, arch, world.size)
     ranks = world.gather(socket.gethostname()).count(socket.gethostname())
-    problem = None
     if world.device.type == "cuda":
         problem = gpu_problem(config, size, torch.cuda.mem_get_info(world.device)[1])
-    problem = problem or host_problem(config, size, ranks, host_bytes())
+        problem = problem or host_problem(config, size, ranks, host_bytes())
+    else:
+        problem = cpu_problem(config, size, ranks, host_bytes())
     if world.is_main:
         problem = problem or disk_problem(config, arch, checkpoints)
     if found := next((it for it in world.gather(problem) if it), None):
@@ -119,6 +120,25 @@ def host_problem(config: Config, size: Size, ranks: int, free: float) -> str | N
         f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory for this run, and its {ranks} ranks need "
         f"{saved / GIB:.0f} to save a checkpoint and {offloaded / GIB:.0f} for what is offloaded: ask for more "
         "(cluster.memory_gb), or use more nodes"
+    )
+
+
+def cpu_problem(config: Config, size: Size, ranks: int, free: float) -> str | None:
+    """Why `ranks` ranks without GPUs cannot share a node with `free` bytes of host memory, or None.
+
+    Activations and the KV cache come on top. A save in the foreground writes what is there, without a copy.
+    """
+    actor, rollout = config.actor, config.rollout
+    engine = size.weights * actor.tensor_parallel * actor.pipeline_parallel / rollout.tensor_parallel
+    copy = size.saved if config.train.save_in_background else 0.0
+    if ranks * (size.at_work + engine + copy) <= free:
+        return None
+    copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
+    return (
+        f"{socket.gethostname()} has {free / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
+        f"({ranks} here) needs {size.at_work / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
+        "share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
+        "(algo.kl_beta=0), or use a machine with more memory"
     )
 
 

@@ -89,6 +89,25 @@ def test_host_memory_of_a_node_with_8_ranks(tensor: int, offload: bool, free: in
     assert_is(capacity.host_problem(config, size, 8, free * GIB), expected)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "ranks", "background", "free", "expected"),
+    [
+        (1, 1, False, 32, None),
+        (1, 1, False, 31, "31.0 GiB .*1 here. needs 28.8 for the actor, 2.9 for vLLM's weights: share"),
+        (1, 1, True, 50, "2.9 for vLLM's weights and 20.1 for what train.save_in_background=true copies"),
+        (2, 2, False, 35, None),
+        (1, 2, False, 35, "2 here. needs 20.1 for the actor"),
+    ],
+)
+def test_without_a_gpu_host_memory_holds_actor_and_engine(
+    tensor: int, ranks: int, background: bool, free: int, expected: str | None
+) -> None:
+    config = config_of(tensor)
+    config.train.save_in_background = background
+    size = capacity.size_of(config, shape("qwen2.5-1.5b"), ranks)
+    assert_is(capacity.cpu_problem(config, size, ranks, free * GIB), expected)
+
+
 def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, arch, checkpoints = config_of(), shape("llama-3.1-8b"), tmp_path / "run" / "checkpoints"
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=250 * GIB))
