@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,13 +35,14 @@ LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of one rank of the actor, if the model were cut into equal parts."""
+    """Bytes of one rank of the actor's largest stage."""
 
     weights: float
     gradients: float
     optimizer: float
     reference: float
-    saved: float  # what it writes to a checkpoint
+    saved: float  # what it writes to a checkpoint, on average
+    model: float  # the weights of the whole model, as an engine holds them
 
     @property
     def at_work(self) -> float:
@@ -52,14 +53,22 @@ class Size:
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
     actor = config.actor
-    ways = actor.tensor_parallel * actor.pipeline_parallel
-    share = count_parameters(arch) / ways
+    ways, parameters = actor.tensor_parallel * actor.pipeline_parallel, count_parameters(arch)
+    share = largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
     owners = world_size // ways
     bf16 = precision_of(config).bf16
     width, state = (2, OPTIMIZER_BYTES) if bf16 else (4, OPTIMIZER_BYTES - 4)  # fp32's main weights are the model's
     reference = width * share if config.algo.kl_beta else 0
-    saved = (OPTIMIZER_BYTES + width) * share / owners
-    return Size(width * share, 4 * share, state * share / owners, reference, saved)
+    saved = (OPTIMIZER_BYTES + width) * parameters / ways / owners
+    return Size(width * share, 4 * share, state * share / owners, reference, saved, width * parameters)
+
+
+def largest_stage(arch: Architecture, stages: int) -> int:
+    """Parameters of the pipeline stage that holds most: the last has its own copy of a tied embedding."""
+    if stages == 1:
+        return count_parameters(arch)
+    whole = count_parameters(replace(arch, num_layers=arch.num_layers // stages))
+    return whole if arch.tied else whole - arch.vocab_size * arch.hidden_size
 
 
 def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -> None:
@@ -128,8 +137,7 @@ def cpu_problem(config: Config, size: Size, ranks: int, free: float) -> str | No
 
     Activations and the KV cache come on top. A save in the foreground writes what is there, without a copy.
     """
-    actor, rollout = config.actor, config.rollout
-    engine = size.weights * actor.tensor_parallel * actor.pipeline_parallel / rollout.tensor_parallel
+    engine = size.model / config.rollout.tensor_parallel
     copy = size.saved if config.train.save_in_background else 0.0
     if ranks * (size.at_work + engine + copy) <= free:
         return None
