@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 R = TypeVar("R")
@@ -65,7 +66,9 @@ def prepare() -> None:
     if torch.cuda.is_available():
         return
     _keep_freed_memory()
-    from megatron.core.tensor_parallel import random as mcore_random  # after torch.compile is switched off
+    # after torch.compile is switched off
+    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.tensor_parallel import random as mcore_random
 
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
@@ -80,6 +83,20 @@ def prepare() -> None:
     mcore: Any = mcore_random
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    buffers: Any = param_and_grad_buffer
+    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that leaves a buffer alone which its only rank sends to itself: gloo would copy it twice."""
+
+    def unless_alone(into: torch.Tensor, source: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if dist.get_world_size(group) == 1 and into.data_ptr() == source.data_ptr():
+            return None
+        return collective(into, source, *args, group=group, **kwargs)
+
+    return unless_alone
 
 
 def _keep_freed_memory() -> None:

@@ -1,9 +1,15 @@
-"""What the actor asks of a CPU's memory."""
+"""What the actor spares a CPU: memory that stays, and copies that nobody needs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_r3.actor import cpu
 
 CODE = """
 import torch
@@ -25,3 +31,18 @@ def test_large_tensors_go_back_to_the_kernel_when_they_are_freed() -> None:
     found = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=True)
     during, after = map(int, found.stdout.split())
     assert during > 60 * 2**20 and after < 8 * 2**20
+
+
+def test_a_rank_alone_sends_itself_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[int] = []
+
+    def collective(into: Any, source: Any, group: int) -> None:
+        groups.append(group)
+
+    monkeypatch.setattr(cpu.dist, "get_world_size", lambda group: group)
+    send, buffer = cpu._unless_alone(collective), torch.zeros(4)
+    send(buffer, buffer, group=1)
+    assert not groups
+    send(buffer, buffer.clone(), group=1)
+    send(buffer[:2], buffer, group=2)
+    assert groups == [1, 2]
