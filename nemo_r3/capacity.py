@@ -135,7 +135,8 @@ def host_problem(config: Config, size: Size, ranks: int, free: float) -> str | N
 def cpu_problem(config: Config, size: Size, ranks: int, free: float) -> str | None:
     """Why `ranks` ranks without GPUs cannot share a node with `free` bytes of host memory, or None.
 
-    Activations and the KV cache come on top. A save in the foreground writes what is there, without a copy.
+    Activations and the KV cache come on top, and in a save's foreground copies of what are parts of larger tensors: the
+    weights, and the state of the feed-forward layers' gate and up.
     """
     engine = size.model / config.rollout.tensor_parallel
     copy = size.saved if config.train.save_in_background else 0.0

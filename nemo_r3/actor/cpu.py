@@ -110,6 +110,12 @@ def _keep_freed_memory() -> None:
     malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Hands to the kernel what malloc keeps, after work that is rare; does nothing where CUDA is available."""
+    if not torch.cuda.is_available():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def cuda_stand_in() -> Iterator[None]:
     """A block, or with `@` a function, in which megatron-core may say "cuda"; does nothing where CUDA is available."""
