@@ -1,7 +1,7 @@
 """Whether a run fits its machines, by arithmetic, before a weight is read.
 
 GPU    weights, gradients, optimizer state and reference, beside vLLM's share; activations come on top
-host   what is on its way to a checkpoint, and what is offloaded
+host   what is on its way to a checkpoint, and what is offloaded; without GPUs all of the actor and vLLM's weights
 disk   the checkpoints that are kept, and the one being written
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.memory import GIB, show
 from nemo_r3.models import Architecture
-from nemo_r3.models.names import count_parameters, largest_part
+from nemo_r3.models.names import count_parameters
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 
@@ -41,7 +41,8 @@ class Size:
     gradients: float
     optimizer: float
     reference: float
-    saved: float  # what it writes to a checkpoint
+    saved: float  # what it writes to a checkpoint, on average
+    model: float  # the weights of the whole model, as an engine holds them
 
     @property
     def at_work(self) -> float:
@@ -52,14 +53,22 @@ class Size:
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
     actor = config.actor
-    ways = actor.tensor_parallel * actor.pipeline_parallel
-    share = largest_part(arch, actor.tensor_parallel, actor.pipeline_parallel)
+    ways, parameters = actor.tensor_parallel * actor.pipeline_parallel, count_parameters(arch)
+    share = largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
     owners = world_size // ways
     bf16 = precision_of(config).bf16
     width, state = (2, OPTIMIZER_BYTES) if bf16 else (4, OPTIMIZER_BYTES - 4)  # fp32's main weights are the model's
     reference = width * share if config.algo.kl_beta else 0
-    saved = (OPTIMIZER_BYTES + width) * share / owners
-    return Size(width * share, 4 * share, state * share / owners, reference, saved)
+    saved = (OPTIMIZER_BYTES + width) * parameters / ways / owners
+    return Size(width * share, 4 * share, state * share / owners, reference, saved, width * parameters)
+
+
+def largest_stage(arch: Architecture, stages: int) -> int:
+    """Parameters of the pipeline stage that holds most: the last has its own copy of a tied embedding."""
+    if stages == 1:
+        return count_parameters(arch)
+    whole = count_parameters(replace(arch, num_layers=arch.num_layers // stages))
+    return whole if arch.tied else whole - arch.vocab_size * arch.hidden_size
 
 
 def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -> None:
@@ -76,10 +85,11 @@ def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -
     """
     size = size_of(config, arch, world.size)
     ranks = world.gather(socket.gethostname()).count(socket.gethostname())
-    problem = None
     if world.device.type == "cuda":
         problem = gpu_problem(config, size, torch.cuda.mem_get_info(world.device)[1])
-    problem = problem or host_problem(config, size, ranks, host_bytes())
+        problem = problem or host_problem(config, size, ranks, host_bytes())
+    else:
+        problem = cpu_problem(config, size, ranks, host_bytes())
     if world.is_main:
         problem = problem or disk_problem(config, arch, checkpoints)
     if found := next((it for it in world.gather(problem) if it), None):
@@ -141,6 +151,25 @@ def export_problem(arch: Architecture, free: float) -> str | None:
         f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory, and an export is checked by running the "
         f"model in fp32 on rank 0's CPU, which takes {needed / GIB:.0f}: export on a host with more, or ask for more "
         "(cluster.memory_gb)"
+    )
+
+
+def cpu_problem(config: Config, size: Size, ranks: int, free: float) -> str | None:
+    """Why `ranks` ranks without GPUs cannot share a node with `free` bytes of host memory, or None.
+
+    Activations and the KV cache come on top, and in a save's foreground copies of what are parts of larger tensors: the
+    weights, and the state of the feed-forward layers' gate and up.
+    """
+    engine = size.model / config.rollout.tensor_parallel
+    copy = size.saved if config.train.save_in_background else 0.0
+    if ranks * (size.at_work + engine + copy) <= free:
+        return None
+    copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
+    return (
+        f"{socket.gethostname()} has {free / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
+        f"({ranks} here) needs {size.at_work / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
+        "share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
+        "(algo.kl_beta=0), or use a machine with more memory"
     )
 
 

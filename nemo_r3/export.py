@@ -56,7 +56,7 @@ COPIED = (
 """What the export takes over from the starting checkpoint as it is."""
 
 
-def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[Sequence[int]]) -> float:
+def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Writes the policy to `out`, reloads it with transformers and compares log-probabilities; on every rank.
 
     An `out` that is already there is replaced once the new one has passed. The comparison runs on rank 0's CPU,
@@ -70,7 +70,8 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
         probe: token ids to compare log-probabilities on, each of at least two tokens.
 
     Returns:
-        The largest absolute difference of a token's log-probability between the actor and the reloaded export.
+        The largest absolute difference of a token's log-probability between the actor and the reloaded export, and how
+        much rounding explains.
 
     Raises:
         UserError: they differ beyond tolerance, or the directory cannot be written. Nothing is left behind.
@@ -80,7 +81,7 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
     expected = policy.score(probe)
     writing = out.with_name(f"{out.name}.writing")
     shards = _Shards(writing) if policy.world.is_main else None
-    result: tuple[float, str] | None = None
+    result: tuple[float, float, str] | None = None
     try:
         for name, tensor in policy.export_hf():
             if shards:
@@ -90,10 +91,10 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
     finally:
         if shards:
             shutil.rmtree(writing, ignore_errors=True)
-    difference, problem = policy.world.broadcast(result)
+    difference, explained, problem = policy.world.broadcast(result)
     if problem:
         raise UserError(problem)
-    return float(difference)
+    return difference, explained
 
 
 def _finish(
@@ -104,8 +105,8 @@ def _finish(
     card: str,
     probe: Sequence[Sequence[int]],
     expected: Sequence[Tensor],
-) -> tuple[float, str]:
-    """Completes, checks and moves the directory: (difference, what went wrong or "")."""
+) -> tuple[float, float, str]:
+    """Completes, checks and moves the directory: (difference, how much rounding explains, what went wrong or "")."""
     writing, dtype = shards.directory, precision_of(config).dtype
     try:
         shards.close()
@@ -115,13 +116,13 @@ def _finish(
         if config.dialogue.chat_template is not None:  # the model was trained with this one
             shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
         regime = architecture_of(writing).rope.regime(config.rollout.max_model_len)
-        difference = _compare(writing, probe, expected, config.rollout.temperature, dtype, regime)
+        difference, explained = _compare(writing, probe, expected, config.rollout.temperature, dtype, regime)
         _replace(out, writing)
     except (OSError, SafetensorError) as error:
-        return 0.0, f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
+        return 0.0, 0.0, f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
     except UserError as error:
-        return 0.0, f"{error}; {out} was not written"
-    return difference, ""
+        return 0.0, 0.0, f"{error}; {out} was not written"
+    return difference, explained, ""
 
 
 class _Shards:
@@ -214,8 +215,10 @@ def _compare(
     temperature: float,
     dtype: torch.dtype,
     regime: str,
-) -> float:
+) -> tuple[float, float]:
     """The largest difference between the actor's log-probabilities and those of the export as transformers reads it.
+
+    Beside it, how much rounding explains.
 
     In fp32 the two differ by the order of sums alone: TOLERANCE. Below fp32 the actor's own rounding is larger, and
     grows with depth and with the size of the logits, so what it may be is measured: transformers runs the same weights
@@ -251,7 +254,7 @@ def _compare(
             f"the log-probability of a token ({found[worst]:.4f} and {actor[worst]:.4f}) and by {gaps.mean():.2g} on "
             f"average of {len(gaps)}; rounding explains at most {most:.2g} and {mean:.2g}"
         )
-    return float(gaps[worst])
+    return float(gaps[worst]), most
 
 
 @torch.no_grad()

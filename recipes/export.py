@@ -45,11 +45,12 @@ def export(argv: Sequence[str]) -> None:
         recorded = run.path / "config.yaml"
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else config
         card = model_card(trained_with, run.add_to_summary(versions=versions()), step, model.name)
-        difference = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
+        difference, explained = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
         print(
-            f"exported step {step} to {out}; reloaded, its log-probabilities are within {difference:.1e} of the actor's"
+            f"exported step {step} to {out}; reloaded, its log-probabilities are within {difference:.1e} of the "
+            f"actor's (rounding explains up to {explained:.1e})"
         )
         if has_results(summary, step):
             print(table(summary))

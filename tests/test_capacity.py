@@ -108,11 +108,30 @@ def test_ranks_share_the_memory_of_their_own_node_and_all_hear_what_any_lacks(
 
     shared: list[int] = []
     monkeypatch.setattr(capacity.socket, "gethostname", lambda: "a")
-    monkeypatch.setattr(capacity, "host_problem", lambda config, size, ranks, free: shared.append(ranks))
+    monkeypatch.setattr(capacity, "cpu_problem", lambda config, size, ranks, free: shared.append(ranks))
     world: Any = SimpleNamespace(size=4, device=torch.device("cpu"), is_main=False, gather=gather)
     with nullcontext() if trouble is None else pytest.raises(ConfigError, match=trouble):
         capacity.check(config_of(), shape("qwen2.5-1.5b"), world, tmp_path)
     assert shared == [3]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "ranks", "background", "free", "expected"),
+    [
+        (1, 1, False, 32, None),
+        (1, 1, False, 31, "31.0 GiB .*1 here. needs 28.8 for the actor, 2.9 for vLLM's weights: share"),
+        (1, 1, True, 50, "2.9 for vLLM's weights and 20.1 for what train.save_in_background=true copies"),
+        (2, 2, False, 35, None),
+        (1, 2, False, 35, "2 here. needs 20.1 for the actor"),
+    ],
+)
+def test_without_a_gpu_host_memory_holds_actor_and_engine(
+    tensor: int, ranks: int, background: bool, free: int, expected: str | None
+) -> None:
+    config = config_of(tensor)
+    config.train.save_in_background = background
+    size = capacity.size_of(config, shape("qwen2.5-1.5b"), ranks)
+    assert_is(capacity.cpu_problem(config, size, ranks, free * GIB), expected)
 
 
 def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

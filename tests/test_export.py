@@ -121,7 +121,9 @@ class Lab:
 
     def export(self, name: str, policy: Any, card: str = "a card") -> float:
         source = Path(policy.config.model.path)
-        return exporting.export(policy, source, self.home / "out" / name, card, PROBE)
+        difference, explained = exporting.export(policy, source, self.home / "out" / name, card, PROBE)
+        assert difference <= explained
+        return difference
 
     def refused(self, name: str, what: str, policy: Any) -> None:
         """Keeps the error of an export that must fail."""

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from nemo_r3 import signals
 from nemo_r3.actor.checkpoint_writer import OPTIMIZER, ThreadedSave
-from nemo_r3.actor.cpu import cuda_stand_in
+from nemo_r3.actor.cpu import cuda_stand_in, give_back_freed_memory
 from nemo_r3.actor.manifest import (
     UNREADABLE,
     WRITING,
@@ -132,6 +132,7 @@ def finish(saving: Saving, keep: int) -> Path:
         if world.is_main:
             publish(saving.directory, saving.manifest, sums)
             keep_newest(saving.directory, keep)
+    give_back_freed_memory()  # copies of what are parts of larger tensors
     world.barrier()
     return saving.final
 

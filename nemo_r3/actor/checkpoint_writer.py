@@ -75,6 +75,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         dist.barrier()
         for finish in self._finish:
             finish()
+        self._finish = []  # which hold what was written
 
     def _write(self) -> None:
         if self._work is None:

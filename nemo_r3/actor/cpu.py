@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 R = TypeVar("R")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 32 * 2**20
+"""Freed blocks up to this size are kept: the most that glibc takes as a threshold."""
 
 
 class _Stream:
@@ -63,7 +66,9 @@ def prepare() -> None:
     if torch.cuda.is_available():
         return
     _keep_freed_memory()
-    from megatron.core.tensor_parallel import random as mcore_random  # after torch.compile is switched off
+    # after torch.compile is switched off
+    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.tensor_parallel import random as mcore_random
 
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
@@ -78,13 +83,37 @@ def prepare() -> None:
     mcore: Any = mcore_random
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    buffers: Any = param_and_grad_buffer
+    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that leaves a buffer alone which its only rank sends to itself: gloo would copy it twice."""
+
+    def unless_alone(into: torch.Tensor, source: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if dist.get_world_size(group) == 1 and into.data_ptr() == source.data_ptr():
+            return None
+        return collective(into, source, *args, group=group, **kwargs)
+
+    return unless_alone
 
 
 def _keep_freed_memory() -> None:
-    """Makes malloc reuse freed memory: it would map and unmap large tensors, and the kernel clears every new page."""
+    """Makes malloc reuse freed memory: it would map and unmap tensors, and the kernel clears every new page.
+
+    Larger blocks do go back, such as gradients and logits of a whole vocabulary. In the heap, smaller ones would settle
+    in the holes that they leave, and with each update the heap would grow by as much again.
+    """
     malloc = ctypes.CDLL(None)
-    malloc.mallopt(M_MMAP_MAX, 0)
+    malloc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
     malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Hands to the kernel what malloc keeps, after work that is rare; does nothing where CUDA is available."""
+    if not torch.cuda.is_available():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -86,9 +86,10 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, weight, local, totals, kept = ctx.saved_tensors
         real = weight[: ctx.columns.count]
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         scales = -grads[0] / ctx.temperature
         pieces = list(zip(*(t.split(ctx.chunk) for t in (hidden, local, totals, scales, d_hidden)), strict=True))
+        summed = len(pieces) > 1  # in float32; a single product needs no sum
+        d_weight = torch.zeros_like(weight, dtype=torch.float32 if summed else weight.dtype)
         for number, (part, index, total, scale, d_part) in enumerate(pieces):
             logits = part @ real.t() if number else kept
             # d logprob / d logits = (one-hot - softmax) / temperature
@@ -98,7 +99,10 @@ class _TargetLogprobs(torch.autograd.Function):
             of_targets = (torch.expm1(logprobs) * scale[:, None]).to(d_logits.dtype)
             d_logits.scatter_(1, places, torch.where(held, of_targets, d_logits.gather(1, places)))
             torch.mm(d_logits, real, out=d_part)
-            d_weight[: ctx.columns.count] += d_logits.t() @ part
+            if summed:
+                d_weight[: ctx.columns.count] += d_logits.t() @ part
+            else:
+                torch.mm(d_logits.t(), part, out=d_weight[: ctx.columns.count])
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 

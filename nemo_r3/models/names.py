@@ -185,17 +185,3 @@ def stage_of(row: NameRow, arch: Architecture, stages: int) -> int:
 def count_parameters(arch: Architecture) -> int:
     """Parameters of the checkpoint; a tied head counts once."""
     return sum(math.prod(full_shape(row, arch, tensor_parallel=1)) for row in rows(arch))
-
-
-def largest_part(arch: Architecture, tensor_parallel: int, stages: int) -> int:
-    """Parameters of the rank that holds most: at either end of a pipeline are the embedding and the head too.
-
-    The last stage has a copy of a tied embedding.
-    """
-    held = [0] * stages
-    for row in rows(arch):
-        size = math.prod(part_shape(row, arch, tensor_parallel))
-        held[stage_of(row, arch, stages)] += size
-        if row.megatron == EMBEDDING and arch.tied and stages > 1:
-            held[-1] += size
-    return max(held)

@@ -74,7 +74,7 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     plain = Policy(policy.config, lab.world, trains=False)
     checkpoint.load(plain, latest(home))
     out = lab.home / f"te-{layout}-{name}-export"
-    found["exported"] = export(plain, model_path(policy.config), out, "", sequences()[:4])
+    found["exported"], _ = export(plain, model_path(policy.config), out, "", sequences()[:4])
     if "fp8" in name:
         PRODUCTS.clear()
         watch.leave_fp8([1])
