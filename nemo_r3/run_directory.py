@@ -225,7 +225,7 @@ class RunDirectory:
                 self._board.flush()
 
     def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends what `LayerWatch.found` found in a step to layers.jsonl."""
+        """Appends a step's `LayerWatch.rows` to layers.jsonl."""
         if self._world.is_main:
             _append(self.layers, [{"step": step, **_finite(row)} for row in rows])
 

@@ -61,8 +61,8 @@ def summary(metrics: Mapping[str, float | None], config: Config) -> str:
     line += f"/{config.train.failures_per_step}"
     if metrics["loss"] is None:
         return f"{line}  nothing to train on: no update"
-    if not (drift := metrics["token_mult_prob_error"] or 0) <= config.train.drift_warn:
-        line += f"  DRIFT: token_mult_prob_error {drift:.3f} > train.drift_warn={config.train.drift_warn}"
+    if not (mismatch := metrics["token_mult_prob_error"] or 0) <= config.train.mismatch_warn:
+        line += f"  MISMATCH: token_mult_prob_error {mismatch:.3f} > train.mismatch_warn={config.train.mismatch_warn}"
     if metrics["skipped"]:
         rejected = metrics["rejected_tokens"] == metrics["trained_tokens"]
         return f"{line}  {'all tokens rejected' if rejected else 'NaN or Inf gradient'}: update skipped"

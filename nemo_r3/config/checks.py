@@ -121,9 +121,9 @@ def _check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.quantization: {quantization} quantises bf16 weights; actor.precision=fp32 rolls out in fp32"
         )
-    if config.train.on_drift == "bf16" and "fp8" not in actor.precision:
+    if config.train.on_mismatch == "bf16" and "fp8" not in actor.precision:
         raise ConfigError(
-            f"train.on_drift: bf16 takes layers out of FP8, and actor.precision={actor.precision} has none"
+            f"train.on_mismatch: bf16 takes layers out of FP8, and actor.precision={actor.precision} has none"
         )
 
 

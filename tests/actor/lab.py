@@ -121,7 +121,7 @@ class Lab:
         watch = LayerWatch(policy.module, None)
         with watch.watching():
             metrics = [policy.update(batch_of())]
-        found["layers"] = watch.found(self.world)
+        found["layers"] = watch.rows(self.world)
         metrics.append(policy.update(batch_of()))
         found["buckets"] = sum(len(buffer.buckets) for buffer in policy.model.buffers)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
