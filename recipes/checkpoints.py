@@ -22,6 +22,7 @@ from nemo_r3.actor.manifest import (
     set_aside,
 )
 from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.saver import Saver
 from nemo_r3.errors import UserError
 from nemo_r3.rollout import kept
 from nemo_r3.rollout.scheduler import Rollout
@@ -118,7 +119,7 @@ def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
     )
 
 
-def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Saver:
+def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> Saver:
     """What saves the run's steps.
 
     An offloaded optimizer state comes back to the device to be saved. The engine makes room for it, and sleeps on until
@@ -131,7 +132,7 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Sav
         if config.actor.offload_optimizer:
             rollout.engine.sleep()
 
-    return checkpoint.Saver(policy, setup.run.checkpoints, config.train, make_room)
+    return Saver(policy, setup.run.checkpoints, config.train, make_room)
 
 
 def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:

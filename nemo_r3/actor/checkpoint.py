@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +39,6 @@ from nemo_r3.actor.manifest import (
 )
 from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
-from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World, is_collective
 
@@ -168,62 +167,6 @@ def _explained(saving: Saving) -> Iterator[None]:
             + (f"the last good checkpoint is {good}; " if good else "there is no earlier checkpoint; ")
             + "if the disk is full, make room there; then run the same command again"
         ) from error
-
-
-class Saver:
-    """Saves a run's policy again and again, as `config.train` says."""
-
-    def __init__(self, policy: Policy, directory: Path, config: TrainConfig, make_room: Callable[[], None]) -> None:
-        """Writes nothing yet.
-
-        Args:
-            policy: on every rank.
-            directory: the run's `checkpoints`.
-            config: when to save, how many checkpoints to keep, and whether to write them in the background.
-            make_room: makes room on the device for the policy at work.
-        """
-        self._policy, self._directory, self._config, self._make_room = policy, directory, config, make_room
-        self._saving: Saving | None = None
-        self._begun = time.monotonic()
-
-    def is_due(self, step: int) -> bool:
-        """Whether `step` is to be saved; every rank calls this after the step, and all of them hear the same."""
-        config = self._config
-        if step % config.save_every == 0 or step == config.steps:
-            return True
-        if not config.save_minutes:
-            return False
-        return bool(self._policy.world.broadcast(time.monotonic() - self._begun >= 60 * config.save_minutes))
-
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Begins a save, after the end of the one before; in the foreground it ends it too.
-
-        Returns:
-            The checkpoint, which counts once its save has ended.
-
-        Raises:
-            UserError: either of them cannot be written.
-        """
-        self.finish()
-        self._begun = time.monotonic()
-        background = self._config.save_in_background
-        self._make_room()
-        with self._policy.at_work():
-            self._saving = saving = begin(self._policy, self._directory, step, state, background)
-            if not background:
-                self.finish()
-        return saving.final
-
-    def finish_if_written(self) -> None:
-        """Every rank calls this between steps: a save that all of them have written counts from now on."""
-        if self._saving is not None and all(self._policy.world.gather(self._saving.strategy.is_written())):
-            self.finish()
-
-    def finish(self) -> None:
-        """Waits for the save that is under way, if there is one."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            finish(saving, self._config.keep_checkpoints)
 
 
 def _is_fault(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from safetensors.torch import load_file
 
-from nemo_r3.actor import checkpoint
+from nemo_r3.actor import saver
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
 
@@ -149,11 +149,11 @@ def test_the_last_launch_ends_well(four: Any) -> None:
 
 def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 59.0, 60.0])
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(saver.time, "monotonic", lambda: next(clock))
     policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item))
     config = TrainConfig(steps=7, save_every=3, save_minutes=1.0)
-    saver = checkpoint.Saver(cast(Policy, policy), Path(), config, lambda: None)
-    assert [saver.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: 1e9)
+    saves = saver.Saver(cast(Policy, policy), Path(), config, lambda: None)
+    assert [saves.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
+    monkeypatch.setattr(saver.time, "monotonic", lambda: 1e9)
     config.save_minutes = 0.0
-    assert [saver.is_due(step) for step in (1, 2, 3)] == [False, False, True]
+    assert [saves.is_due(step) for step in (1, 2, 3)] == [False, False, True]
