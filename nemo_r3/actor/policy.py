@@ -27,7 +27,7 @@ from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.scales import find_scales
 from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance
-from nemo_r3.algo.batch import refuse_untrained_weight
+from nemo_r3.algo.batch import check_loss_weights
 from nemo_r3.algo.objective import METRICS, Objective
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
@@ -122,7 +122,7 @@ class Policy:
         Raises:
             RuntimeError: a token that must not be trained has weight.
         """
-        refuse_untrained_weight(batch, self.config.algo)
+        check_loss_weights(batch, self.config.algo)
         microbatches, flops = self._microbatches(batch.rows)
         with self.at_work(), cpu.cuda_stand_in():
             memory.reserve(self._working_bytes)

@@ -120,7 +120,7 @@ def _trained(segment: Segment, phases: Collection[Phase]) -> bool:
     return segment.sampled and segment.phase in phases and len(segment.ids) > 0
 
 
-def refuse_untrained_weight(batch: UpdateBatch, config: AlgoConfig) -> None:
+def check_loss_weights(batch: UpdateBatch, config: AlgoConfig) -> None:
     """The last gate before an optimizer step.
 
     Raises:
