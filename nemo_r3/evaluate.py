@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_r3.rollout.scheduler import Attempted, Rollout
-from nemo_r3.types import Failure, Problem, Reflection
+from nemo_r3.rollout.scheduler import Rollout
+from nemo_r3.types import Attempt, Failure, Problem, Reflection
 
 EVALUATION_STEP = -1
 """The step in the seeds of evaluation requests: no training step has it, so evaluating changes no run."""
@@ -78,7 +78,7 @@ def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
     return Rate(round(value, 4), round(max(-1.0, value - half), 4), round(min(1.0, value + half), 4), n)
 
 
-def failures_of(attempts: Sequence[Attempted]) -> list[Failure]:
+def failures_of(attempts: Sequence[Attempt]) -> list[Failure]:
     """The rejected attempts that have tokens to reflect on."""
     return [attempt.failure for attempt in attempts if attempt.is_failure]
 
@@ -130,7 +130,7 @@ def _passed(reflections: Sequence[Reflection]) -> list[bool]:
     return [reflection.reward > 0 for reflection in reflections]
 
 
-def _within_two(attempts: Sequence[Attempted], seconds: Sequence[bool]) -> list[bool]:
+def _within_two(attempts: Sequence[Attempt], seconds: Sequence[bool]) -> list[bool]:
     """Whether an attempt passed or, where it is a failure, its second try did."""
     second = iter(seconds)
     return [attempt.passed or (attempt.is_failure and next(second)) for attempt in attempts]

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+NO_ROOM = "no_room"
+"""Finish reason of an empty answer: its prompt fills `rollout.max_model_len`, so nothing was sampled."""
+
 
 class Phase(StrEnum):
     """Which part of a trajectory a token belongs to."""
@@ -95,8 +98,7 @@ class Answer:
     Attributes:
         segment: its tokens; the end-of-turn token that ended it, if one did, is the last of them.
         text: decoded without special tokens.
-        finish_reason: "stop" (the model ended its turn), "length" (cut at the token limit) or "no_room" (not
-            sampled, because its prompt fills rollout.max_model_len).
+        finish_reason: "stop" (the model ended its turn), "length" (cut at the token limit) or NO_ROOM.
     """
 
     segment: Segment
@@ -107,6 +109,36 @@ class Answer:
     def truncated(self) -> bool:
         """Whether it was cut at its token limit."""
         return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A first answer and its verdict.
+
+    Attributes:
+        problem: what was asked.
+        sample: which of the samples drawn for this problem it is.
+        context: [task][attempt].
+        answer: the answer (its segment is the context's last).
+        passed: whether the verifier accepts it.
+    """
+
+    problem: Problem
+    sample: int
+    context: Trajectory
+    answer: Answer
+    passed: bool
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the verifier rejected it and it has tokens to reflect on."""
+        return not self.passed and bool(self.answer.segment.ids)
+
+    @property
+    def failure(self) -> Failure:
+        """This attempt as something to reflect on."""
+        assert self.is_failure, "only a sampled, rejected attempt is a failure"
+        return Failure(self.problem, self.context, self.answer, self.sample)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source
+from nemo_r3.failures.bank import Bank, BankRow
+from nemo_r3.failures.source import BankSource, OnlineSource, Source
+from nemo_r3.failures.stamp import Stamp, hash_of
+from nemo_r3.failures.tally import written
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
-from nemo_r3.stamp import Stamp, hash_of
-from nemo_r3.tally import written
 from nemo_r3.types import Problem
 from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
 from recipes.plan import Setup

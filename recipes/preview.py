@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from nemo_r3 import runtime
 from nemo_r3.dialogue import Dialogue
-from nemo_r3.failures import MINING_STEP
-from nemo_r3.tally import tally
+from nemo_r3.failures.bank import MINING_STEP
+from nemo_r3.failures.tally import tally
 from nemo_r3.types import Answer, Phase, Trajectory
 from recipes.metrics import warn_of_long_problems
 from recipes.plan import join, plan

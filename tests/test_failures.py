@@ -12,13 +12,13 @@ import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.failures import SHARD_PROBLEMS, Bank, BankSource, OnlineSource
+from nemo_r3.failures.bank import SHARD_PROBLEMS, Bank
+from nemo_r3.failures.source import BankSource, OnlineSource
+from nemo_r3.failures.stamp import Stamp
+from nemo_r3.failures.tally import Tally
 from nemo_r3.files import _locks
-from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
-from nemo_r3.stamp import Stamp
-from nemo_r3.tally import Tally
-from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
 
 STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)
 ALONE = cast(
@@ -35,15 +35,15 @@ class Scripted:
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
-    ) -> list[Attempted]:
+    ) -> list[Attempt]:
         self.asked += len(problems)
         return [attempt(problem, sample, sample < self.passes) for problem in problems for sample in range(samples)]
 
 
-def attempt(problem: Problem, sample: int, passed: bool) -> Attempted:
+def attempt(problem: Problem, sample: int, passed: bool) -> Attempt:
     segment = Segment(Phase.ATTEMPT, (7, 8, 2), (-0.5, -0.25, -0.125), 0)
     context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
-    return Attempted(problem, sample, context, Answer(segment, "7 8", "stop"), passed)
+    return Attempt(problem, sample, context, Answer(segment, "7 8", "stop"), passed)
 
 
 def problems(count: int) -> list[Problem]:
@@ -92,12 +92,12 @@ def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
 
 def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
     class Cut(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *more: Any, **settings: Any) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *more: Any, **settings: Any) -> list[Attempt]:
             attempts = super().first_attempts(asked, *more, **settings)
             return [replace(it, answer=replace(it.answer, finish_reason=self.reason(it))) for it in attempts]
 
         @staticmethod
-        def reason(attempt: Attempted) -> str:
+        def reason(attempt: Attempt) -> str:
             return "length" if attempt.problem.id == "p0" or attempt.passed else "stop"
 
     bank(tmp_path).mine(Cut(passes=1), problems(4))
@@ -124,7 +124,7 @@ def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, caps
 
 def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None:
     class Killed(Scripted):
-        def first_attempts(self, *args: Any, **kwargs: Any) -> list[Attempted]:
+        def first_attempts(self, *args: Any, **kwargs: Any) -> list[Attempt]:
             if self.asked:
                 raise KeyboardInterrupt
             return super().first_attempts(*args, **kwargs)
@@ -147,7 +147,7 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     tmp_path: Path, ranks: int, tensor_parallel: int, rounds: list[int]
 ) -> None:
     class Counting(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *more: Any) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *more: Any) -> list[Attempt]:
             found.append(len(asked))
             return super().first_attempts(asked, *more)
 
@@ -166,7 +166,7 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
 
 def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> None:
     class Interrupted(Scripted):
-        def first_attempts(self, *args: object, **kwargs: object) -> list[Attempted]:
+        def first_attempts(self, *args: object, **kwargs: object) -> list[Attempt]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -215,9 +215,9 @@ def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
 
 def test_a_bank_without_failures_says_why(tmp_path: Path) -> None:
     class NoRoom(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempt]:
             answer = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room")
-            return [Attempted(problem, n, Trajectory(), answer, False) for problem in asked for n in range(2)]
+            return [Attempt(problem, n, Trajectory(), answer, False) for problem in asked for n in range(2)]
 
     def why(name: str, **settings: object) -> str:
         with pytest.raises(UserError, match="holds no failures, so there is nothing to reflect on: ") as caught:
@@ -297,13 +297,13 @@ def test_all_ranks_draw_what_rank_0_reads(tmp_path: Path) -> None:
 
 def test_a_bank_that_is_read_stays_on_the_disk(tmp_path: Path) -> None:
     class Long(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempt]:
             return [long_attempt(problem, sample) for problem in asked for sample in range(2)]
 
-    def long_attempt(problem: Problem, sample: int) -> Attempted:
+    def long_attempt(problem: Problem, sample: int) -> Attempt:
         segment = Segment(Phase.ATTEMPT, tuple(range(1000, 1400)), (-0.5,) * 400, 0)
         context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
-        return Attempted(problem, sample, context, Answer(segment, "7", "stop"), passed=False)
+        return Attempt(problem, sample, context, Answer(segment, "7", "stop"), passed=False)
 
     bank(tmp_path).mine(Long(), problems(SHARD_PROBLEMS))
     tracemalloc.start()
@@ -363,7 +363,7 @@ def test_a_bank_smaller_than_a_step_is_refused(tmp_path: Path) -> None:
 
 def test_the_online_source_asks_until_it_has_enough_failures() -> None:
     class EveryThird(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempt]:
             self.asked += len(asked)
             return [attempt(problem, 0, int(problem.id[1:]) % 3 != 0) for problem in asked]
 
@@ -377,7 +377,7 @@ def test_the_online_source_asks_until_it_has_enough_failures() -> None:
 
 def test_the_online_source_asks_no_problem_twice_in_a_step() -> None:
     class EveryTenth(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempt]:
             self.asked += len(asked)
             return [attempt(problem, 0, int(problem.id[1:]) % 10 != 0) for problem in asked]
 
@@ -403,7 +403,7 @@ def test_online_source_needs_problems() -> None:
 def test_a_rejected_attempt_without_tokens_is_no_failure() -> None:
     problem = problems(1)[0]
     task = Trajectory((Segment(Phase.TASK, (1, 5)),))
-    unsampled = Attempted(problem, 0, task, Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room"), False)
+    unsampled = Attempt(problem, 0, task, Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room"), False)
     assert not unsampled.is_failure
     assert not attempt(problem, 0, passed=True).is_failure
     assert attempt(problem, 0, passed=False).is_failure

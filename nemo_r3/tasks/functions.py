@@ -165,7 +165,7 @@ def _warn(text: str) -> None:
 def _version(module: ModuleType, options: Any) -> str:
     """Changes with the module's code, its options and what verifiers are made of: a verdict may then change.
 
-    `nemo_r3.stamp` says which of them it was.
+    `nemo_r3.failures.stamp` says which of them it was.
     """
     source = Path(str(module.__file__)).read_bytes()
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_r3.config import Config, RolloutConfig
-from nemo_r3.tally import Tally
+from nemo_r3.failures.tally import Tally
 from recipes.bank import bank_rows
 
 

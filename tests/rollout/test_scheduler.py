@@ -52,10 +52,10 @@ class Scripted:
         ids = tuple(self.tokenizer.encode(next(self.texts), add_special_tokens=False))
         return [Completion(self.waiting.pop(0), ids, (-1.0,) * len(ids), "stop", 0)]
 
-    def leave(self) -> list[Completion]:
+    def abort(self) -> list[Completion]:
         return []
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         pass
 
 

@@ -1,4 +1,4 @@
-"""Where failed first attempts come from: a bank mined once (as in the paper), or the current policy.
+"""`Bank`: failed first attempts on disk, mined once from the starting model, as in the paper.
 
 failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; and the shards' SHA-256 sums
 failures/shard_00000.jsonl  the rejected answers to a fixed slice of the problems, written whole: mining resumes
@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from nemo_r3.actor.manifest import sum_of
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.failures.stamp import Stamp, differences
+from nemo_r3.failures.tally import Tally, tally, total
 from nemo_r3.files import take_lock, write_whole
 from nemo_r3.progress import Progress
-from nemo_r3.rollout.scheduler import Attempted, Rollout
+from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
-from nemo_r3.stamp import Stamp, differences
-from nemo_r3.tally import Tally, tally, total
-from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
@@ -33,8 +31,6 @@ MINED_BATCHES = 4
 """Full batches that each engine is given at once; after them it runs half empty until the longest answers end."""
 COMPARED_ROWS = 8
 """How many answers of a foreign bank must read, token by token, as the text beside them."""
-ONLINE_ROUNDS = 50
-"""How many batches of problems `OnlineSource` tries before it concludes that the policy solves them all."""
 
 
 class BankRow(NamedTuple):
@@ -76,7 +72,7 @@ class Bank:
             decode: gives the text of an answer's ids, see `Dialogue.decode`.
         """
         self.path = Path(config.failures.path)
-        self.example: Attempted | None = None
+        self.example: Attempt | None = None
         self._whole, self._config, self._rollout = config, config.failures, config.rollout
         self._stamp, self._world, self._decode = stamp, world, decode
         self._index = self.path / "bank.json"
@@ -227,7 +223,7 @@ class Bank:
         write_whole(self._index, json.dumps({"stamp": vars(self._stamp), **entries}, indent=1) + "\n")
 
 
-def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
+def _rows(attempts: Sequence[Attempt], samples: int) -> list[dict[str, Any]]:
     """The bank's rows: rejected answers that have tokens to reflect on."""
     rows = []
     for first in range(0, len(attempts), samples):
@@ -237,7 +233,7 @@ def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(attempt: Attempted, solve_rate: float) -> dict[str, Any]:
+def _row(attempt: Attempt, solve_rate: float) -> dict[str, Any]:
     answer = attempt.answer
     return {
         "problem_id": attempt.problem.id,
@@ -265,99 +261,3 @@ def _failure(row: Mapping[str, Any]) -> Failure:
     segment = Segment(Phase.ATTEMPT, tuple(row["attempt_ids"]), tuple(row["attempt_logprobs"]), row["weights_version"])
     answer = Answer(segment, row["attempt"], row["finish_reason"])
     return Failure(problem, Trajectory((task, segment)), answer, row["sample"])
-
-
-class Source(Protocol):
-    """Gives each training step its failures.
-
-    Attributes:
-        cursor: how far it has come; a checkpoint keeps it.
-    """
-
-    cursor: int
-
-    def draw(self, step: int) -> list[Failure]:
-        """The failures of a step, the same on every rank."""
-        ...
-
-
-class BankSource:
-    """Walks through a bank in a new seeded order each epoch; what is left at an epoch's end is dropped."""
-
-    def __init__(self, rows: Sequence[BankRow], count: int, seed: int, world: World) -> None:
-        """Gives `count` failures a step.
-
-        Raises:
-            UserError: the bank is smaller than a step.
-        """
-        if len(rows) < count:
-            raise UserError(
-                f"failures.path: the bank holds {len(rows)} failures, fewer than train.failures_per_step={count}; "
-                "mine more problems or samples, or lower it"
-            )
-        self.cursor = 0
-        self._rows, self._count, self._seed, self._world = rows, count, seed, world
-
-    def draw(self, step: int) -> list[Failure]:
-        """The next `count` failures, as rank 0 reads them; `step` does not matter."""
-        epoch, place = divmod(self.cursor, len(self._rows) // self._count)
-        order = epoch_order(len(self._rows), self._seed, epoch)
-        self.cursor += 1
-        drawn = order[place * self._count : (place + 1) * self._count]
-        return self._world.on_main(lambda: [self._rows[i].load() for i in drawn])
-
-
-class OnlineSource:
-    """Draws first attempts from the current policy and keeps those it fails."""
-
-    def __init__(self, rollout: Rollout, problems: Sequence[Problem], count: int, seed: int) -> None:
-        """Gives `count` failures a step, from as many problems as that takes.
-
-        Raises:
-            UserError: there is no problem to ask.
-        """
-        if not problems:
-            raise UserError("failures.source=online: the task has no training problems; lower task.options.test_size")
-        self.cursor = 0
-        self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
-
-    def draw(self, step: int) -> list[Failure]:
-        """Asks batch after batch of problems, none of them twice, until `count` answers were rejected.
-
-        Raises:
-            UserError: too few were, over many batches or all problems.
-        """
-        failures: list[Failure] = []
-        asked: set[int] = set()
-        for _ in range(ONLINE_ROUNDS):
-            if not (batch := self._next_unasked(asked)):
-                break
-            asked.update(batch)
-            attempts = self._rollout.first_attempts([self._problems[i] for i in batch], step)
-            failures += [attempt.failure for attempt in attempts if attempt.is_failure]
-            if len(failures) >= self._count:
-                return failures[: self._count]
-        raise UserError(
-            f"failures.source=online: {len(asked)} first answers gave {len(failures)} failures, "
-            f"fewer than train.failures_per_step={self._count}; the policy solves this task already, or its "
-            f"problems do not fit rollout.max_model_len ({len(self._rollout.too_long)} of them)"
-        )
-
-    def _next_unasked(self, asked: Set[int]) -> list[int]:
-        """The next `count` problems, by their index, that are not among those asked; fewer where fewer are left."""
-        chosen: list[int] = []
-        while len(chosen) < min(self._count, len(self._problems) - len(asked)):
-            epoch, place = divmod(self.cursor, len(self._problems))
-            problem = epoch_order(len(self._problems), self._seed, epoch)[place]
-            self.cursor += 1
-            if problem not in asked and problem not in chosen:
-                chosen.append(problem)
-        return chosen
-
-
-@lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The seeded order in which an epoch visits `count` items."""
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)

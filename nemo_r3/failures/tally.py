@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from nemo_r3.config import Config
 from nemo_r3.errors import in_one_line
-from nemo_r3.rollout.scheduler import NO_ROOM, Attempted
+from nemo_r3.types import NO_ROOM, Attempt
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Tally:
         )
 
 
-def tally(attempts: Iterable[Attempted]) -> Tally:
+def tally(attempts: Iterable[Attempt]) -> Tally:
     """Counts first answers."""
     found = list(attempts)
     return Tally(
@@ -76,7 +76,7 @@ def total(counts: Iterable[Mapping[str, int]]) -> Tally:
     return Tally(*(sum(getattr(one, field.name) for one in found) for field in fields(Tally)))
 
 
-def written(attempt: Attempted) -> str:
+def written(attempt: Attempt) -> str:
     """An attempt in a line each for problem, answer and verdict."""
     return (
         f"  problem  {in_one_line(attempt.problem.text)}\n  answer   {in_one_line(attempt.answer.text)}\n"
