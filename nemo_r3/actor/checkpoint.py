@@ -1,6 +1,6 @@
-"""Saves and loads the policy: checkpoints written whole or not at all (`manifest.py`), loadable at another layout.
+"""Saves and loads the policy. A checkpoint is written whole or not at all (`manifest.py`) and loads at any layout.
 
-No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_generators`.
+It holds no generator state: every step is seeded by (seed, step), see `runtime.seed_generators`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Saving:
     Attributes:
         world: all ranks.
         directory: the run's `checkpoints`.
-        manifest: what the checkpoint will say of itself, but for its files.
+        manifest: the checkpoint's manifest without its `files`.
         strategy: writes the shards.
     """
 
@@ -63,12 +63,12 @@ class Saving:
 
     @property
     def writing(self) -> Path:
-        """What has been written so far."""
+        """The directory while it is being written."""
         return self.directory / WRITING
 
     @property
     def final(self) -> Path:
-        """What it will be."""
+        """The checkpoint that it will be."""
         return step_path(self.directory, self.manifest["step"])
 
 
@@ -86,8 +86,8 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
         policy: on every rank, at work until the shards are written, or with `background` until this returns.
         directory: the run's `checkpoints`, on a file system that all ranks see.
         step: the training step that is done.
-        state: the loop's own counters (JSON), given back by `load`.
-        background: the policy may change before `finish`; costs a copy in host memory of what this rank writes.
+        state: the loop's own counters (JSON), which `load` returns.
+        background: let the policy change before `finish`; costs a copy of what this rank writes, in host memory.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -113,7 +113,7 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
 
 @cuda_stand_in()
 def finish(saving: Saving, keep: int) -> Path:
-    """Waits for the shards of all ranks, then makes the checkpoint count and removes all but the newest `keep`.
+    """Waits for the shards of all ranks, publishes the checkpoint and removes all but the newest `keep`.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -135,7 +135,7 @@ def finish(saving: Saving, keep: int) -> Path:
 
 
 def _wait_for_shards(saving: Saving) -> None:
-    """Waits until every rank has written, however long that takes, as long as the files grow.
+    """Waits until every rank has written, for as long as the files grow.
 
     Raises:
         OSError: nothing was written for run.timeout_minutes.
@@ -153,7 +153,7 @@ def _wait_for_shards(saving: Saving) -> None:
 
 @contextmanager
 def _explained(saving: Saving) -> Iterator[None]:
-    """Sweeps up after a save that fails, and says what stands."""
+    """Cleans up after a failed save, and says in the error what the newest good checkpoint is."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
@@ -170,9 +170,9 @@ def _explained(saving: Saving) -> Iterator[None]:
 
 
 def _is_fault(error: BaseException) -> bool:
-    """Whether a save failed because a rank, the network or a GPU did: nothing that a user could fix.
+    """Whether a save failed because of a rank, the network or a GPU: nothing that a user could fix.
 
-    torch's writer in C++ raises a bare RuntimeError for a full disk, and so does gloo for a lost rank.
+    The type does not tell: for a full disk torch's writer raises a bare RuntimeError, as gloo does for a lost rank.
     """
     return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or is_collective(error)
 
@@ -186,7 +186,7 @@ def _names(directory: Path, world: World) -> list[str]:
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
     """SHA-256 of files, or UNREADABLE, the same on every rank.
 
-    Each reads what the rank of its number wrote: those pages are in its cache, or will be wanted next.
+    Each rank reads the files that the rank of its number wrote: they may be in its page cache, or are read next.
     """
     own = {}
     for name in names:
@@ -244,36 +244,36 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     with policy.at_work():
         signals.alive()
         try:
-            found = dist_checkpointing.load(_sharded_state(policy), str(checkpoint))
+            state = dist_checkpointing.load(_sharded_state(policy), str(checkpoint))
         except CheckpointException as error:
             raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
-        policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
+        policy.module.load_state_dict(state["model"] | _norm_state(policy.module))
         if policy.optimizer is not None:
             set_step(policy.optimizer, manifest["version"])
     if policy.optimizer is not None:
-        policy.schedule.init_lr = found["schedule"]["init_lr"]
-        policy.schedule.load_state_dict(found["schedule"])  # sets the learning rate, too
+        policy.schedule.init_lr = state["schedule"]["init_lr"]
+        policy.schedule.load_state_dict(state["schedule"])  # also sets the learning rate
     policy.version = manifest["version"]
     return manifest
 
 
 def _manifest_on_rank_0(checkpoint: Path, world: World) -> dict[str, Any]:
-    """The manifest, and files of the sizes it says, as rank 0 sees them: for a moment another rank may not.
+    """The manifest, once the files have the sizes it says, as rank 0 sees them: other ranks may see them later.
 
     Raises:
         DamagedError: on every rank alike.
     """
 
     def read() -> dict[str, Any]:
-        found = read_manifest(checkpoint)
-        check_sizes(checkpoint, found["files"])
-        return found
+        manifest = read_manifest(checkpoint)
+        check_sizes(checkpoint, manifest["files"])
+        return manifest
 
     return world.on_main(read)
 
 
 def _described(policy: Policy) -> dict[str, Any]:
-    """The model's shape as JSON gives it back."""
+    """The model's shape as a manifest gives it back."""
     described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
     return described
 
@@ -302,12 +302,12 @@ def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _norm_state(module: Any) -> dict[str, Any]:
-    """What `weights_of` left out, as it is."""
+    """What `weights_of` leaves out."""
     return {name: part for name, part in module.state_dict().items() if name == NORM_STATE}
 
 
 def _sharded_state(policy: Policy) -> dict[str, Any]:
-    """What this rank writes to a checkpoint, and a load fills."""
+    """What this rank writes to a checkpoint, and what loading fills."""
     model = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": _data_parallel_group()})
     if policy.optimizer is None:
         return {"model": model}

@@ -1,8 +1,8 @@
-"""What megatron-core's CUDA-only call sites need where there is no CUDA. Nothing here runs on a GPU machine.
+"""Lets megatron-core run without CUDA. Nothing here does anything on a GPU machine.
 
 megatron-core writes `device="cuda"`, asks `torch.cuda` for its RNG and streams, and compares tensor types with
-"torch.cuda.FloatTensor". `prepare()` replaces the `torch.cuda` functions once; `cuda_stand_in()` turns device
-names and type strings around while megatron-core runs, and only then, so vLLM never sees it.
+"torch.cuda.FloatTensor". `prepare()` replaces the `torch.cuda` functions once; `cuda_stand_in()` redirects device
+names and type strings only while megatron-core runs, so that vLLM never sees it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class _Stream:
-    """Takes the place of torch.cuda.Stream: on a CPU everything is already in order."""
+    """Replaces torch.cuda.Stream: on a CPU everything is in order already."""
 
     def __init__(self, *_: object, **__: object) -> None:
         """Takes what torch.cuda.Stream takes."""
@@ -35,7 +35,7 @@ class _Stream:
 
 
 class _CudaNamesToCpu(TorchFunctionMode):
-    """Sends tensors that ask for "cuda" to the CPU, and names CPU tensor types as CUDA's."""
+    """Makes tensors that ask for "cuda" on the CPU, and gives CPU tensor types the names of CUDA's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -59,7 +59,7 @@ def _is_cuda(device: object) -> bool:
 
 @functools.cache
 def prepare() -> None:
-    """Replaces what megatron-core calls of `torch.cuda`; does nothing where CUDA is available."""
+    """Replaces the functions of `torch.cuda` that megatron-core calls; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
     _keep_freed_memory()
@@ -81,7 +81,7 @@ def prepare() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Makes malloc reuse freed memory: it would map and unmap large tensors, and the kernel clears every new page."""
+    """Makes malloc reuse freed memory; by default it unmaps large tensors, and the kernel clears every new page."""
     malloc = ctypes.CDLL(None)
     malloc.mallopt(M_MMAP_MAX, 0)
     malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -89,7 +89,7 @@ def _keep_freed_memory() -> None:
 
 @contextmanager
 def cuda_stand_in() -> Iterator[None]:
-    """A block, or with `@` a function, in which megatron-core may say "cuda"; does nothing where CUDA is available."""
+    """A block (or decorated function) in which megatron-core may say "cuda"; does nothing where CUDA is available."""
     with nullcontext() if torch.cuda.is_available() else _CudaNamesToCpu():
         yield
 

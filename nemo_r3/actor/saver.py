@@ -13,23 +13,22 @@ from nemo_r3.config import TrainConfig
 
 
 class Saver:
-    """Saves a run's policy again and again, as `config.train` says."""
+    """Saves a run's policy as `config.train` says.
+
+    Args:
+        policy: on every rank.
+        directory: the run's `checkpoints`.
+        config: when to save, how many checkpoints to keep, and whether to write them in the background.
+        make_room: makes room on the device for the policy at work.
+    """
 
     def __init__(self, policy: Policy, directory: Path, config: TrainConfig, make_room: Callable[[], None]) -> None:
-        """Writes nothing yet.
-
-        Args:
-            policy: on every rank.
-            directory: the run's `checkpoints`.
-            config: when to save, how many checkpoints to keep, and whether to write them in the background.
-            make_room: makes room on the device for the policy at work.
-        """
         self._policy, self._directory, self._config, self._make_room = policy, directory, config, make_room
         self._saving: checkpoint.Saving | None = None
         self._begun = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` is to be saved; every rank calls this after the step, and all of them hear the same."""
+        """Whether to save `step`; every rank calls this after the step, and all hear the same."""
         config = self._config
         if step % config.save_every == 0 or step == config.steps:
             return True
@@ -38,13 +37,13 @@ class Saver:
         return bool(self._policy.world.broadcast(time.monotonic() - self._begun >= 60 * config.save_minutes))
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Begins a save, after the end of the one before; in the foreground it ends it too.
+        """Begins a save after finishing the one before, and unless it is in the background, finishes it.
 
         Returns:
-            The checkpoint, which counts once its save has ended.
+            The checkpoint, which counts once its save has finished.
 
         Raises:
-            UserError: either of them cannot be written.
+            UserError: one of the two cannot be written.
         """
         self.finish()
         self._begun = time.monotonic()
@@ -57,12 +56,12 @@ class Saver:
         return saving.final
 
     def finish_if_written(self) -> None:
-        """Every rank calls this between steps: a save that all of them have written counts from now on."""
+        """Finishes a save that all ranks have written; every rank calls this between steps."""
         if self._saving is not None and all(self._policy.world.gather(self._saving.strategy.is_written())):
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the save that is under way, if there is one."""
+        """Finishes the save that is under way, if there is one."""
         saving, self._saving = self._saving, None
         if saving is not None:
             checkpoint.finish(saving, self._config.keep_checkpoints)

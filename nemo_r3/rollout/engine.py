@@ -287,7 +287,7 @@ def _cpu_cache_bytes(config: Config, arch: Architecture) -> int:
 
 
 def _remove_stale_memory(ranks: int) -> None:
-    """Removes what a killed CPU engine left in shared memory: vLLM names it after the ranks alone, and would reuse it."""
+    """Removes the shared memory that a killed CPU engine left: vLLM names it after nothing but the ranks."""
     first = dist.get_rank() // ranks * ranks
     name = f"[{'-'.join(str(rank) for rank in range(first, first + ranks))}]-cpushm_"
     for file in SHARED_MEMORY.iterdir():
