@@ -1,4 +1,4 @@
-"""Writes a run's checkpoint, of any layout, as a Hugging Face directory, and checks it against the actor."""
+"""Writes a run's checkpoint as a Hugging Face directory, and checks it against the actor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipes.start import start_policy
 
 PROBES = 8
 PROBE_TOKENS = 64
-"""At the end of each: rank 0's CPU runs them, twice, while the other ranks wait."""
+"""Only the end of each probe is used: rank 0's CPU runs them, twice, while the other ranks wait."""
 
 
 def export(argv: Sequence[str]) -> None:
@@ -54,14 +54,14 @@ def export(argv: Sequence[str]) -> None:
 
 
 def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
-    """Token ids to compare log-probabilities on: a reflection per problem of the first step, or random ones."""
+    """Token ids to compare log-probabilities on: a reflection per problem of the first step, or else random ones."""
     for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
         try:
             rows: dict[str, dict[str, Any]] = {}
             for row in map(json.loads, file.read_text().splitlines()):  # the context is on a group's first line alone
                 rows.setdefault(row["problem_id"], {}).update(row)
-            if ids := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
-                return [found[-PROBE_TOKENS:] for found in ids]
+            if probes := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
+                return [ids[-PROBE_TOKENS:] for ids in probes]
         except (ValueError, KeyError, TypeError):
             print(f"warning: {file} is damaged; the export is compared on random tokens", file=sys.stderr, flush=True)
     draw = random.Random(0)

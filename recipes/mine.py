@@ -1,4 +1,4 @@
-"""Mines the failure bank: first answers on the training split, every rejected one kept. Resumes where it stopped."""
+"""Mines the failure bank: samples first answers on the training split and keeps every rejected one. Resumes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     CONFIG.yaml key=value ... -> plan: settings, task, model, checked -> join: ranks, device, run directory, tokenizer
 
-Checking a plan needs neither torch nor transformers, which take seconds to import: `join` imports what needs them.
+`plan` needs neither torch nor transformers, which take seconds to import; `join` imports what needs them.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ def plan(argv: Sequence[str]) -> Plan:
 def join(plan: Plan, trains: bool = True) -> Setup:
     """Joins the ranks; from here on every rank makes the same calls.
 
-    megatron-core (with Transformer Engine) and vLLM read the process's environment when they are imported. It is
-    prepared here: what imports them, such as `recipes.checkpoints`, is imported after this call.
+    megatron-core (with Transformer Engine) and vLLM read the environment when they are imported. It is prepared here,
+    so whatever imports them, such as `recipes.checkpoints`, is imported after this call.
 
     Args:
         plan: of the run.
-        trains: whether there will be updates; a run without any needs no FP8.
+        trains: whether there will be updates; without any, FP8 is not needed.
 
     Raises:
         ConfigError: ranks, model and layout do not fit each other, or a training run does not fit its machines.
-        UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its template
-            cannot be used.
+        UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its chat
+            template cannot be used.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """The loop: reflect, retry, reward (arXiv 2505.24726).
 
-             refit                                   the policy's weights into vLLM, which has none or older ones
+             refit                                   the policy's weights into vLLM, if it has none or older ones
 failures -> reflections -> retries -> rewards        vLLM and the verifier, every rank's share
              group advantages -> one policy update   megatron-core, on the reflections' tokens only
 """

@@ -28,13 +28,13 @@ from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Tra
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
 MINED_BATCHES = 4
-"""Full batches that each engine is given at once; after them it runs half empty until the longest answers end."""
+"""Full batches that each engine is given at once: near their end it runs half empty, until the longest answers end."""
 COMPARED_ROWS = 8
-"""How many answers of a foreign bank must read, token by token, as the text beside them."""
+"""How many answers of a foreign bank are decoded and compared with their text."""
 
 
 class BankRow(NamedTuple):
-    """Where a failure stands in a bank. All failures of a large bank would fill the memory."""
+    """Where a failure is in a bank: all failures of a large bank would fill the memory."""
 
     shard: Path
     offset: int
@@ -54,36 +54,33 @@ class BankRow(NamedTuple):
 
 
 class Bank:
-    """A directory of mined failures. Rank 0 reads and writes it; on a shared file system ranks may see different files.
+    """A directory of mined failures. Only rank 0 touches it: on a shared file system, ranks may see different files.
 
     All ranks call `check`, `mine`, `tally` and `read` together.
+
+    Args:
+        config: the run's settings.
+        stamp: what its answers depend on.
+        world: all ranks.
+        decode: gives the text of an answer's ids, see `Dialogue.decode`.
 
     Attributes:
         example: the first answer that this process mined, if any.
     """
 
     def __init__(self, config: Config, stamp: Stamp, world: World, decode: Callable[[Sequence[int]], str]) -> None:
-        """Names the bank; nothing is read yet.
-
-        Args:
-            config: the run's settings.
-            stamp: what its answers depend on.
-            world: all ranks.
-            decode: gives the text of an answer's ids, see `Dialogue.decode`.
-        """
         self.path = Path(config.failures.path)
         self.example: Attempt | None = None
-        self._whole, self._config, self._rollout = config, config.failures, config.rollout
-        self._stamp, self._world, self._decode = stamp, world, decode
+        self._config, self._stamp, self._world, self._decode = config, stamp, world, decode
         self._index = self.path / "bank.json"
         self._tallies: dict[str, dict[str, int]] = {}
 
     def check(self) -> bool:
-        """Whether the bank is complete; one that is missing, half mined or without one of its shards is not.
+        """Whether the bank is complete, and not missing, half mined or lacking a shard.
 
         Raises:
-            UserError: it was mined from another model, task, verifier, dialogue or sampling, or by an older nemo_r3;
-                or it is accepted as foreign and holds token ids of another tokenizer.
+            UserError: it was mined with another model, task, verifier, dialogue or sampling, or by an older nemo_r3; or
+                it is accepted as foreign but holds token ids of another tokenizer.
         """
         return self._world.on_main(self._is_complete)
 
@@ -93,11 +90,10 @@ class Bank:
                 raise UserError(f"failures.path: {self.path} has shards but no bank.json to say whose; remove them")
             return False
         index = self._read_index()
-        found, wanted = index["stamp"], vars(self._stamp)
-        differing = differences(found, wanted)
+        differing = differences(index["stamp"], vars(self._stamp))
         lost = [name for name in index["shards"] if not (self.path / name).exists()]
         complete = bool(index["complete"]) and not lost
-        if differing and not (self._config.allow_foreign and complete):
+        if differing and not (self._config.failures.allow_foreign and complete):
             raise UserError(
                 f"failures.path: {self.path} was mined with another {', '.join(differing)}; mine a new bank at another "
                 "failures.path, or accept this one, if it is complete, with failures.allow_foreign=true"
@@ -120,9 +116,9 @@ class Bank:
     def mine(self, rollout: Rollout, problems: Sequence[Problem], progress: Progress | None = None) -> None:
         """Samples first answers to the problems and keeps every one that the verifier rejects.
 
-        As many shards are asked at once as keep all engines busy; a process that ends loses what it was asking.
+        Shards are mined in batches that keep all engines busy; a process that dies loses only the current batch.
         """
-        samples = self._config.samples_per_problem
+        samples = self._config.failures.samples_per_problem
         starts = range(0, len(problems), SHARD_PROBLEMS)
         parts = {f"shard_{i:05d}.jsonl": problems[start : start + SHARD_PROBLEMS] for i, start in enumerate(starts)}
         mined: dict[str, str] = {}
@@ -155,10 +151,10 @@ class Bank:
         self._world.barrier()
 
     def _shards_at_once(self) -> int:
-        """As few as give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""
-        engines = self._world.size // self._rollout.tensor_parallel
-        prompts = MINED_BATCHES * engines * self._rollout.max_num_seqs
-        return math.ceil(prompts / (SHARD_PROBLEMS * self._config.samples_per_problem))
+        """The fewest shards that give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""
+        rollout = self._config.rollout
+        prompts = MINED_BATCHES * (self._world.size // rollout.tensor_parallel) * rollout.max_num_seqs
+        return math.ceil(prompts / (SHARD_PROBLEMS * self._config.failures.samples_per_problem))
 
     def read(self) -> list[BankRow]:
         """All failures that `failures.max_solve_rate` lets through, in the order of the problems, on every rank.
@@ -170,7 +166,7 @@ class Bank:
         if not rows:
             raise UserError(
                 f"failures.path: the bank {self.path} holds no failures, so there is nothing to reflect on: "
-                + self.tally().why_no_failures(self._whole)
+                + self.tally().why_no_failures(self._config)
             )
         return rows
 
@@ -193,11 +189,11 @@ class Bank:
                     offset += len(line)
 
     def _lets_through(self, line: bytes) -> bool:
-        most = self._config.max_solve_rate
+        most = self._config.failures.max_solve_rate
         return most == 1.0 or json.loads(line)["solve_rate"] <= most
 
     def _mined_before(self) -> dict[str, str]:
-        """The shards that earlier processes mined, by name, with the SHA-256 of their content."""
+        """The shards that earlier processes mined: name -> SHA-256."""
         index = self._read_index() if self._index.exists() else {"shards": {}, "tallies": {}}
         mined, self._tallies = index["shards"], index["tallies"]
         for name in [name for name in mined if not (self.path / name).exists()]:
@@ -208,7 +204,7 @@ class Bank:
     def _read_index(self) -> dict[str, Any]:
         try:
             index = json.loads(self._index.read_text())
-            found = {name: index[name] for name in ("stamp", "complete")}
+            read = {name: index[name] for name in ("stamp", "complete")}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
         if "shards" not in index:
@@ -216,7 +212,7 @@ class Bank:
                 f"failures.path: {self.path} was mined by an older nemo_r3, and its bank.json does not say what its "
                 "shards hold; remove it or name another failures.path to mine a new bank"
             )
-        return found | {"shards": index["shards"], "tallies": index.get("tallies", {})}
+        return read | {"shards": index["shards"], "tallies": index.get("tallies", {})}
 
     def _write_index(self, **entries: Any) -> None:
         entries |= {"tallies": self._tallies}
@@ -224,7 +220,7 @@ class Bank:
 
 
 def _rows(attempts: Sequence[Attempt], samples: int) -> list[dict[str, Any]]:
-    """The bank's rows: rejected answers that have tokens to reflect on."""
+    """The bank's rows, one for each failure among the attempts."""
     rows = []
     for first in range(0, len(attempts), samples):
         answers = attempts[first : first + samples]

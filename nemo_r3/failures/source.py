@@ -21,7 +21,7 @@ class Source(Protocol):
     """Gives each training step its failures.
 
     Attributes:
-        cursor: how far it has come; a checkpoint keeps it.
+        cursor: how far it has come; checkpoints keep it.
     """
 
     cursor: int
@@ -32,10 +32,10 @@ class Source(Protocol):
 
 
 class BankSource:
-    """Walks through a bank in a new seeded order each epoch; what is left at an epoch's end is dropped."""
+    """Goes through a bank in a new seeded order each epoch; an incomplete batch at an epoch's end is dropped."""
 
     def __init__(self, rows: Sequence[BankRow], count: int, seed: int, world: World) -> None:
-        """Gives `count` failures a step.
+        """Gives `count` failures per step.
 
         Raises:
             UserError: the bank is smaller than a step.
@@ -49,7 +49,7 @@ class BankSource:
         self._rows, self._count, self._seed, self._world = rows, count, seed, world
 
     def draw(self, step: int) -> list[Failure]:
-        """The next `count` failures, as rank 0 reads them; `step` does not matter."""
+        """The next `count` failures, as rank 0 reads them; `step` has no effect."""
         epoch, place = divmod(self.cursor, len(self._rows) // self._count)
         order = epoch_order(len(self._rows), self._seed, epoch)
         self.cursor += 1
@@ -61,7 +61,7 @@ class OnlineSource:
     """Draws first attempts from the current policy and keeps those it fails."""
 
     def __init__(self, rollout: Rollout, problems: Sequence[Problem], count: int, seed: int) -> None:
-        """Gives `count` failures a step, from as many problems as that takes.
+        """Gives `count` failures per step, from as many problems as that takes.
 
         Raises:
             UserError: there is no problem to ask.
@@ -72,10 +72,10 @@ class OnlineSource:
         self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
 
     def draw(self, step: int) -> list[Failure]:
-        """Asks batch after batch of problems, none of them twice, until `count` answers were rejected.
+        """Asks batches of problems, none of them twice, until `count` answers are rejected.
 
         Raises:
-            UserError: too few were, over many batches or all problems.
+            UserError: too few are, in many batches or all problems.
         """
         failures: list[Failure] = []
         asked: set[int] = set()
@@ -94,7 +94,7 @@ class OnlineSource:
         )
 
     def _next_unasked(self, asked: Set[int]) -> list[int]:
-        """The next `count` problems, by their index, that are not among those asked; fewer where fewer are left."""
+        """The indices of the next `count` problems that were not asked, or fewer if fewer are left."""
         chosen: list[int] = []
         while len(chosen) < min(self._count, len(self._problems) - len(asked)):
             epoch, place = divmod(self.cursor, len(self._problems))

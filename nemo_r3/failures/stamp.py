@@ -1,4 +1,4 @@
-"""`Stamp`: what the answers of a failure bank depend on, and how two stamps differ, in words."""
+"""`Stamp`: what the answers in a failure bank depend on, and how two stamps differ."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ class Stamp:
     samples_per_problem: int
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between a bank's stamp, as JSON keeps it, and the wanted one, in words."""
-    return [_difference(key, found.get(key), wanted[key]) for key in wanted if found.get(key) != wanted[key]]
+def differences(stamp: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How a bank's stamp, as JSON keeps it, differs from the wanted one, in words."""
+    return [_difference(key, stamp.get(key), wanted[key]) for key in wanted if stamp.get(key) != wanted[key]]
 
 
 def hash_of(problems: Iterable[Problem]) -> str:
-    """Changes with any problem's id, text, data or tools, and with their order."""
-    found = hashlib.sha256()
+    """A hash that changes with any problem's id, text, data or tools, and with their order."""
+    digest = hashlib.sha256()
     for problem in problems:
-        found.update(json.dumps([problem.id, problem.text, problem.data, problem.tools]).encode() + b"\n")
-    return found.hexdigest()[:16]
+        digest.update(json.dumps([problem.id, problem.text, problem.data, problem.tools]).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
-def _difference(key: str, found: Any, wanted: Any) -> str:
-    """One difference; of a user's verifier, which is "name code options helpers", what changed is said instead."""
-    old, new = str(found).split(" "), str(wanted).split(" ")
-    if key != "verifier" or not len(old) == len(new) == 4 or old[0] != new[0]:
-        return f"{key} {found!r} != {wanted!r}"
-    parts = ("", f"the file {new[0].replace('.', '/')}.py has", "task.options have", "nemo_r3.tasks has")
-    return f"verifier ({next(what for what, a, b in zip(parts, old, new, strict=True) if a != b)} changed since)"
+def _difference(key: str, old: Any, new: Any) -> str:
+    """One difference; for a user's verifier, whose stamp is "name code options helpers", which of these changed."""
+    before, after = str(old).split(" "), str(new).split(" ")
+    if key != "verifier" or not len(before) == len(after) == 4 or before[0] != after[0]:
+        return f"{key} {old!r} != {new!r}"
+    parts = ("", f"the file {after[0].replace('.', '/')}.py has", "task.options have", "nemo_r3.tasks has")
+    return f"verifier ({next(part for part, a, b in zip(parts, before, after, strict=True) if a != b)} changed since)"
