@@ -123,8 +123,8 @@ def finish(saving: Saving, keep: int) -> Path:
         _wait_for_shards(saving)
         saving.strategy.finish()
         sums = {name: total for part in world.gather(saving.strategy.sums) for name, total in part.items()}
-        rest = sorted(set(_names(saving.writing, world)) - set(sums))
-        sums |= _file_sums(saving.writing, rest, world)
+        names: list[str] = world.broadcast([file.name for file in saving.writing.iterdir()])
+        sums |= _file_sums(saving.writing, sorted(set(names) - set(sums)), world)
         if UNREADABLE in sums.values():
             raise OSError(errno.EIO, "what was written cannot be read back")
         if world.is_main:
@@ -175,12 +175,6 @@ def _is_fault(error: BaseException) -> bool:
     The type does not tell: for a full disk torch's writer raises a bare RuntimeError, as gloo does for a lost rank.
     """
     return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or is_collective(error)
-
-
-def _names(directory: Path, world: World) -> list[str]:
-    """The directory's files as rank 0 sees them."""
-    names: list[str] = world.broadcast(sorted(file.name for file in directory.iterdir()))
-    return names
 
 
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:

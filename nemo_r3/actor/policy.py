@@ -156,7 +156,10 @@ class Policy:
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         """Accumulates the step's gradient in the buffers; returns the step's `METRICS`."""
         assert self.optimizer is not None, "a policy that does not train"
-        reference = self._reference_logprobs(microbatches) if self._reference is not None else {}
+        reference: dict[tuple[int, ...], Tensor] = {}
+        if self._reference is not None:
+            with self._reference.swapped_in():
+                reference = self._score(microbatches)
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -266,12 +269,6 @@ class Policy:
             total += torch.stack(list(metrics)).sum(0)
         dist.all_reduce(total)
         return dict(zip(METRICS, total.tolist(), strict=True))
-
-    def _reference_logprobs(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
-        """What `_score` gives with the starting model's weights."""
-        assert self._reference is not None
-        with self._reference.swapped_in():
-            return self._score(microbatches)
 
 
 def _scored_row(ids: Sequence[int]) -> Row:

@@ -12,7 +12,7 @@ tried, from few large microbatches to many small ones, and the fastest is taken.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_r3.algo.packing import trained_tokens
@@ -110,7 +110,10 @@ class Balance:
         To fewer, if those would be small or empty; to more, if they would exceed the budget.
         """
         cut = [piece for members in self._groups for piece in self._cut(members, longest)]
-        by_rank = [self._costliest_first(held) for held in self._deal_to_ranks(cut, ranks)]
+        by_rank = [
+            sorted(held.values(), key=lambda piece: (-self.flops(piece), piece))
+            for held in self._deal_to_ranks(cut, ranks)
+        ]
         tokens = max(sum(map(self.tokens, pieces)) for pieces in by_rank)
         fillable = min(max(map(len, by_rank)), tokens // LEAST_TOKENS)
         count = max(1, -(-tokens // self._budget), min(wanted, fillable))
@@ -179,9 +182,6 @@ class Balance:
         if not stays:
             del held[slow][number]
         return True
-
-    def _costliest_first(self, held: Mapping[int, Piece]) -> list[Piece]:
-        return sorted(held.values(), key=lambda piece: (-self.flops(piece), piece))
 
     def _deal_to_microbatches(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:
         """Deals pieces, costliest first, each to the lightest of `count` microbatches with room; None if none has."""

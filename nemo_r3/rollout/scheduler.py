@@ -230,7 +230,8 @@ class Rollout(Generic[EngineT]):
             prompt = turn.prompt
             room = 0 if prompt is None else self.engine.max_model_len - len(prompt)
             if prompt is None or room < 1:
-                turn = in_flight.end(turn, self._unsampled(turn.phase))
+                unsampled = Answer(Segment(turn.phase, (), (), self.engine.version), "", NO_ROOM)
+                turn = in_flight.end(turn, unsampled)
                 continue
             name = turn_id(turn.phase, prompt, turn.key, turn.sample)
             begun = self.kept.find(name)
@@ -267,9 +268,6 @@ class Rollout(Generic[EngineT]):
     def _answer(self, phase: Phase, completion: Completion) -> Answer:
         segment = Segment(phase, completion.ids, completion.logprobs, completion.version)
         return Answer(segment, self._dialogue.decode(completion.ids), completion.finish_reason)
-
-    def _unsampled(self, phase: Phase) -> Answer:
-        return Answer(Segment(phase, (), (), self.engine.version), "", NO_ROOM)
 
     def _verify(self, problem: Problem, answer: Answer) -> bool:
         return answer.finish_reason != NO_ROOM and self._task.verify(problem, answer.text)
