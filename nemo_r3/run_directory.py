@@ -262,10 +262,7 @@ class RunDirectory:
     ) -> None:
         """Writes an evaluation's verdicts, and on which problems, to verdicts.json, to compare runs in pairs."""
         if self._world.is_main:
-            ids = {
-                "problems": [problem.id for problem in problems],
-                "failures": [failure.problem.id for failure in failures],
-            }
+            ids = {"problems": [it.id for it in problems], "failures": [it.problem.id for it in failures]}
             write_whole(self.path / "verdicts.json", json.dumps(ids | dict(verdicts)) + "\n")
 
     def add_to_summary(self, **entries: Any) -> dict[str, Any]:

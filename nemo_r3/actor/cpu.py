@@ -24,8 +24,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 class _Stream:
     """Replaces torch.cuda.Stream: on a CPU everything is in order already."""
 
-    def __init__(self, *_: object, **__: object) -> None:
-        """Takes what torch.cuda.Stream takes."""
+    def __init__(self, *_: object, **__: object) -> None: ...
 
     def wait_stream(self, other: object) -> None:
         """Nothing to wait for."""
@@ -96,10 +95,7 @@ def cuda_stand_in() -> Iterator[None]:
 
 def on_any_device_stream(iterator: Iterator[R]) -> Iterator[R]:
     """Advances an iterator that calls megatron-core inside `cuda_stand_in()`, and yields outside of it."""
-    while True:
-        with cuda_stand_in():
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
+    done: Any = object()
+    advance = cuda_stand_in()(next)
+    while (item := advance(iterator, done)) is not done:
         yield item

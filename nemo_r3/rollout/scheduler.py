@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.progress import Progress
 from nemo_r3.rollout.kept import Kept, turn_id
 from nemo_r3.rollout.placement import Fleet
 from nemo_r3.rollout.sampling import (
@@ -35,14 +36,6 @@ from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import NO_ROOM, Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 EngineT = TypeVar("EngineT", bound=Sampler)
-
-
-class Progress(Protocol):
-    """Hears how far rank 0's engine is."""
-
-    def __call__(self, phase: str, done: int, total: int, tokens: int) -> None:
-        """`done` of `total` turns of a phase have ended, with `tokens` tokens sampled."""
-        ...
 
 
 @dataclass(frozen=True)
