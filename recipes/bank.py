@@ -12,7 +12,7 @@ from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Problem
 from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
 """`Dialogue.tools` in words."""

@@ -20,7 +20,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.rollout import kept
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.counters import Counters
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 
 def newest(setup: Setup) -> Path | None:

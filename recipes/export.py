@@ -16,7 +16,7 @@ from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
 from nemo_r3.report import table
 from recipes.metrics import versions
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import start_policy
 
 PROBES = 8
@@ -26,7 +26,7 @@ PROBE_TOKENS = 64
 
 def export(argv: Sequence[str]) -> None:
     """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
-    setup = join(plan(argv), trains=False)
+    setup = join(argv, trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
     from nemo_r3.export import export as export_policy
     from recipes import checkpoints

@@ -13,7 +13,7 @@ from torch import nn
 from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.precision import precision_of
 from recipes.counters import Counters
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 
 class Layers:

@@ -16,7 +16,7 @@ from nemo_r3.models import flops
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Group
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy  # megatron-core

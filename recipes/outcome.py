@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nemo_r3.errors import UserError
 from nemo_r3.report import curve, read_metrics
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 AT_EACH_END = 5
 """How many steps are averaged at the beginning of a run, and at its end."""

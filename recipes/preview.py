@@ -14,7 +14,7 @@ from nemo_r3.failures.bank import MINING_STEP
 from nemo_r3.failures.tally import tally
 from nemo_r3.types import Answer, Phase, Trajectory
 from recipes.metrics import warn_of_long_problems
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import start_rollout
 
 SHOWN = 3
@@ -26,7 +26,7 @@ def preview(argv: Sequence[str]) -> None:
     """`python -m recipes.preview CONFIG.yaml [how many] key=value ...`."""
     numbers = [int(word) for word in argv if word.isdecimal()]
     shown = numbers[0] if numbers else SHOWN
-    setup = join(plan([word for word in argv if not word.isdecimal()]), trains=False)
+    setup = join([word for word in argv if not word.isdecimal()], trains=False)
     rollout = start_rollout(setup)
     problems = setup.task.problems("train")[: shown * ASKED_PER_SHOWN]
     setup.progress.begin("preview")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemo_r3.models.names import count_parameters
 from nemo_r3.refit import refit
 from nemo_r3.rollout.scheduler import Rollout
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy

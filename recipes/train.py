@@ -19,13 +19,13 @@ from recipes.counters import reason_to_stop
 from recipes.layers import Layers
 from recipes.metrics import measures, report_memory, speed, summary, versions
 from recipes.outcome import conclude, draw_curve
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import refit_if_behind, start_policy, start_rollout
 
 
 def train(argv: Sequence[str]) -> None:
     """`python -m recipes.train CONFIG.yaml key=value ...`; the same command on the same directory resumes."""
-    setup = join(plan(argv))
+    setup = join(argv)
     from recipes import checkpoints  # megatron-core: after `join`
 
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
