@@ -155,7 +155,7 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     many = problems(3 * SHARD_PROBLEMS + 4)
     world = cast(World, SimpleNamespace(**vars(ALONE) | {"size": ranks}))
     wide = bank(tmp_path / "wide", world=world)
-    wide._rollout.tensor_parallel = tensor_parallel
+    wide._config.rollout.tensor_parallel = tensor_parallel
     wide.mine(Counting(), many)
     assert found == rounds
     bank(tmp_path / "narrow").mine(Scripted(), many)
