@@ -57,9 +57,9 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
             learning rate's end.
     """
     counters, home, steps = Counters(), None, setup.config.train.steps
-    if found := setup.world.broadcast(complete(setup.run.checkpoints)):
+    if newest_first := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
-        home, manifest = _load_newest(setup, policy, found)
+        home, manifest = _load_newest(setup, policy, newest_first)
         counters = Counters(**manifest["state"])
         refuse_useless_steps(setup, policy, counters.step)
         setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
@@ -70,9 +70,9 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
     return counters, home
 
 
-def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+def _load_newest(setup: Setup, policy: Policy, newest_first: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """Loads the first of these checkpoints that is sound, after setting aside those before it."""
-    *newer, oldest = found
+    *newer, oldest = newest_first
     for path in newer:
         try:
             return path, checkpoint.load(policy, path)
