@@ -20,7 +20,7 @@ from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.memory import GIB, show
 from nemo_r3.models import Architecture
-from nemo_r3.models.names import count_parameters
+from nemo_r3.models.names import count_parameters, largest_part
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 
@@ -35,7 +35,7 @@ LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of one rank of the actor, assuming that all ranks hold equal parts; `saved` is its part of a checkpoint."""
+    """Bytes of one rank of the actor, on the pipeline stage that holds most; `saved` is its part of a checkpoint."""
 
     weights: float
     gradients: float
@@ -53,7 +53,7 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
     actor = config.actor
     ways = actor.tensor_parallel * actor.pipeline_parallel
-    share = count_parameters(arch) / ways
+    share = largest_part(arch, actor.tensor_parallel, actor.pipeline_parallel)
     owners = world_size // ways
     bf16 = precision_of(config).bf16
     width, state = (2, OPTIMIZER_BYTES) if bf16 else (4, OPTIMIZER_BYTES - 4)  # fp32's main weights are the model's
@@ -119,6 +119,28 @@ def host_problem(config: Config, size: Size, ranks: int, free: float) -> str | N
         f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory for this run, and its {ranks} ranks need "
         f"{saved / GIB:.0f} to save a checkpoint and {offloaded / GIB:.0f} for what is offloaded: ask for more "
         "(cluster.memory_gb), or use more nodes"
+    )
+
+
+def check_export(arch: Architecture, world: World) -> None:
+    """Refuses an export whose comparison, which holds the model in fp32 on rank 0's host, cannot fit there.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    if problem := world.broadcast(export_problem(arch, host_bytes())):
+        raise ConfigError(problem)
+
+
+def export_problem(arch: Architecture, free: float) -> str | None:
+    """Why a host with `free` bytes of memory cannot check an export, or None."""
+    needed = 4 * count_parameters(arch)
+    if needed <= free:
+        return None
+    return (
+        f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory, and an export is checked by running the "
+        f"model in fp32 on rank 0's CPU, which takes {needed / GIB:.0f}: export on a host with more, or ask for more "
+        "(cluster.memory_gb)"
     )
 
 

@@ -100,10 +100,11 @@ class Progress:
             if self._live:
                 self._draw(text)
             else:
-                print(f"{self._title} {text}", flush=True)
+                print(f"{self._title} {text}".lstrip(), flush=True)
 
     def _draw(self, text: str) -> None:
-        sys.stdout.write(f"\r\033[K{self._title} {text}"[:160])
+        line = f"{self._title} {text}".lstrip()
+        sys.stdout.write(f"\r\033[K{line}"[:160])
         sys.stdout.flush()
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_r3 import capacity, runtime
 from nemo_r3 import config as configuration
-from nemo_r3 import runtime
 from nemo_r3.errors import UserError
 from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
@@ -32,6 +32,7 @@ def export(argv: Sequence[str]) -> None:
     from recipes import checkpoints
 
     world, run, config, model = setup.world, setup.run, setup.config, setup.model
+    capacity.check_export(setup.arch, world)
     trained = checkpoints.trained(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")

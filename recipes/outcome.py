@@ -46,4 +46,5 @@ def change(success: Sequence[float]) -> str:
     if not count:
         return "no change to show"
     first, last = statistics.fmean(success[:count]), statistics.fmean(success[-count:])
-    return f"retry success {first:.2f} -> {last:.2f} (mean of the first and last {count} steps)"
+    ends = f"mean of the first and last {count} steps" if count > 1 else "the first step and the last"
+    return f"retry success {first:.2f} -> {last:.2f} ({ends})"

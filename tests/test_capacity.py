@@ -27,11 +27,12 @@ def config_of(tensor_parallel: int = 1, pipeline_parallel: int = 1, offload: boo
         ("qwen2.5-1.5b", 1, 1, 8, 13.6),
         ("phi-3.5-mini", 1, 1, 8, 33.8),
         ("llama-3.1-8b", 2, 1, 8, 41.1),
-        ("llama-3.1-70b", 8, 4, 32, 41.1),
+        ("llama-3.1-70b", 8, 4, 32, 42.3),  # 41.1 were its stages equal
+        ("qwen2.5-1.5b", 1, 4, 4, 10.4),  # a tied embedding is at both ends; 7.2 were its stages equal
     ],
 )
 def test_the_actors_of_docs_training(model: str, tensor: int, pipeline: int, ranks: int, gib: float) -> None:
-    """(8 P + 12 P / DP) / (TP x PP), as docs/training.md has it."""
+    """(8 P + 12 P / DP) / (TP x PP), as docs/training.md has it, but for the ends of a pipeline."""
     size = capacity.size_of(config_of(tensor, pipeline), shape(model), ranks)
     assert size.at_work / GIB == pytest.approx(gib, abs=0.1)
 
@@ -87,6 +88,11 @@ def test_host_memory_of_a_node_with_8_ranks(tensor: int, offload: bool, free: in
     config = config_of(tensor, offload=offload)
     size = capacity.size_of(config, shape("llama-3.1-8b"), 8)
     assert_is(capacity.host_problem(config, size, 8, free * GIB), expected)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(263, None), (262, "has 262 GiB of host memory, .* takes 263: ")])
+def test_an_export_holds_the_model_in_fp32_on_one_host(free: int, expected: str | None) -> None:
+    assert_is(capacity.export_problem(shape("llama-3.1-70b"), free * GIB), expected)
 
 
 def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,13 @@ from nemo_r3.types import Answer, Attempt, Phase, Problem, Segment, Trajectory
         (
             Tally(288, 0),
             "0 of 288 problems solved at first try",
-            "every answer failed: does verify accept a right one?",
+            "every answer failed: are they too hard, or does verify reject right answers?",
         ),
-        (Tally(288, 288), "288 of 288 problems solved", "every answer passed: does verify refuse a wrong one?"),
+        (
+            Tally(288, 288),
+            "288 of 288 problems solved",
+            "every answer passed: are they too easy, or does verify accept wrong answers?",
+        ),
         (Tally(576, 3), "3 of 576 answers to 288 problems right at first try", ""),
         (Tally(288, 0, 288), "0 of 288 problems solved at first try", ""),
     ],

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from nemo_r3 import signals
-from nemo_r3.actor.checkpoint_writer import ThreadedSave
+from nemo_r3.actor.checkpoint_writer import OPTIMIZER, ThreadedSave
 from nemo_r3.actor.cpu import cuda_stand_in
 from nemo_r3.actor.manifest import (
     UNREADABLE,
@@ -192,7 +192,7 @@ def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str,
 
 def _writer(name: str) -> int:
     """The rank that wrote a file: 3 for __3_0.distcp, and 0 for what is not a shard."""
-    shard = re.match(r"__(\d+)_", name)
+    shard = re.search(r"__(\d+)_", name)
     return int(shard[1]) if shard else 0
 
 
@@ -209,7 +209,7 @@ def _cause(error: BaseException) -> str:
 def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     """Restores a checkpoint of any layout into the policy; one that is seen to be damaged leaves it as it was.
 
-    A policy that does not train takes the weights alone.
+    A policy that does not train takes the weights alone, and only their files are checked.
 
     Returns:
         The manifest: `step`, `version`, `architecture`, and the loop's `state`.
@@ -234,7 +234,8 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} was trained with longrope's {manifest['rope']} factors, and rollout.max_model_len="
             f"{policy.config.rollout.max_model_len} takes the {_regime(policy)} ones; set it back to the run's own"
         )
-    check_sums(checkpoint, manifest["files"], _file_sums(checkpoint, sorted(manifest["files"]), policy.world))
+    files = {name: file for name, file in manifest["files"].items() if _is_read(name, policy)}
+    check_sums(checkpoint, files, _file_sums(checkpoint, sorted(files), policy.world))
     with policy.at_work():
         signals.alive()
         try:
@@ -270,6 +271,11 @@ def _described(policy: Policy) -> dict[str, Any]:
     """The model's shape as a manifest gives it back."""
     described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
     return described
+
+
+def _is_read(name: str, policy: Policy) -> bool:
+    """Whether loading reads a file: a policy that does not train has no use for most of the bytes."""
+    return policy.optimizer is not None or not name.startswith(OPTIMIZER)
 
 
 def _regime(policy: Policy) -> str:

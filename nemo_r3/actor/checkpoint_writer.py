@@ -22,6 +22,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from nemo_r3.actor.manifest import sum_of
 
+OPTIMIZER = "optimizer"
+"""What the names of the optimizer's tensors, and of the files that hold nothing else, begin with."""
+
 
 class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """megatron-core's torch_dist format: `save` plans, threads write a file each, `finish` completes.
@@ -32,7 +35,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def __init__(self, copies: bool) -> None:
         """With `copies`, tensors may change between `save` and `finish`: the threads write copies of them."""
-        super().__init__("torch_dist", 1)
+        super().__init__("torch_dist", 1, thread_count=4, separation_hint=OPTIMIZER)  # two files for each of the two
         self.sums: dict[str, str] = {}
         self._copies = copies
         self._files: list[Path] = []

@@ -1,8 +1,8 @@
 """Checkpoints as directories: finding, checking, publishing and removing them, without loading any.
 
     checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer, schedule
-                manifest.json  written last: step, weights version, model shape, which of longrope's factors, the
-                               other files' sizes and SHA-256, and the loop's own counters
+                manifest.json  written last: format, step, weights version, model shape, which of longrope's factors,
+                               the other files' sizes and SHA-256, and the loop's own counters
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm's batch script lacks.
@@ -23,6 +23,8 @@ from nemo_r3.files import write_whole
 WRITING = ".writing"
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable"
+FORMAT = 2
+"""Raised by a change after which earlier checkpoints can no longer be read."""
 WAY_OUT = "remove that checkpoint to resume from the one before"
 FIELDS = {
     **dict.fromkeys(("step", "version"), int),
@@ -67,6 +69,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is no complete checkpoint.
+        UserError: it is of another format.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -75,6 +78,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     found = manifest if isinstance(manifest, dict) else {}
     if wrong := sorted(name for name, kind in FIELDS.items() if not isinstance(found.get(name), kind)):
         raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it has no proper {', '.join(wrong)}; {WAY_OUT}")
+    if (form := found.get("format", 1)) != FORMAT:
+        raise UserError(
+            f"{checkpoint} has format {form}, and this version of nemo_r3 reads format {FORMAT}: continue or export "
+            "the run with the version that wrote it; a new run can start from that export"
+        )
     return found
 
 
@@ -134,10 +142,11 @@ def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) 
 
     Args:
         directory: a run's `checkpoints`.
-        manifest: all but its `files`.
+        manifest: all but its format and `files`.
         sums: SHA-256 of the files by name.
     """
     writing, final = directory / WRITING, step_path(directory, manifest["step"])
+    manifest = {"format": FORMAT} | manifest
     files = {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)}
     write_whole(writing / MANIFEST, json.dumps(manifest | {"files": files}, indent=1))
     if final.exists():

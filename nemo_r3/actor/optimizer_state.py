@@ -20,6 +20,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from nemo_r3.actor.checkpoint_writer import OPTIMIZER
+
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """fp32 main weights and AdamW's moments."""
 
@@ -77,7 +79,7 @@ def _part(piece: ShardedTensor, name: str, flat: Tensor, offset: Sequence[int], 
     shape = (*(1,) * outer, *size)
     return replace(
         piece,
-        key=f"optimizer.state.{name}.{piece.key}",
+        key=f"{OPTIMIZER}.state.{name}.{piece.key}",
         data=flat.view(shape),
         dtype=flat.dtype,
         local_shape=shape,

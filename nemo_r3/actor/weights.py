@@ -20,9 +20,6 @@ from nemo_r3 import signals
 from nemo_r3.models import Architecture, names
 from nemo_r3.models.tensors import HFTensors
 
-EMBEDDING = "embedding.word_embeddings.weight"
-HEAD = "output_layer.weight"
-
 
 def parameters_by_name(model: nn.Module, arch: Architecture) -> dict[str, nn.Parameter]:
     """This rank's parameters under their global names (layers counted over all pipeline stages)."""
@@ -44,7 +41,7 @@ def mark_tensor_parallel(model: nn.Module, arch: Architecture) -> None:
     megatron-core sets these attributes only where it initialises weights itself.
     """
     mine = parameters_by_name(model, arch)
-    cuts = {row.megatron: row.cut for row in names.rows(arch)} | {HEAD: 0}
+    cuts = {row.megatron: row.cut for row in names.rows(arch)} | {names.HEAD: 0}
     for name, parameter in mine.items():
         cut = cuts[name]
         for attribute, value in (
@@ -69,8 +66,8 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
         for row in names.rows(arch):
             signals.alive()
             targets = [mine[row.megatron]] if row.megatron in mine else []
-            if arch.tied and row.megatron == EMBEDDING and HEAD in mine:
-                targets.append(mine[HEAD])  # the last stage's copy of a tied embedding
+            if arch.tied and row.megatron == names.EMBEDDING and names.HEAD in mine:
+                targets.append(mine[names.HEAD])  # the last stage's copy of a tied embedding
             if not targets:
                 continue
             pieces = [checkpoint.read(*piece) for piece in names.pieces(row, arch, tp_rank, tp_size)]
@@ -87,7 +84,7 @@ def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tenso
     tp_size, pp_size = dist.get_world_size(tp_group), dist.get_world_size(pp_group)
     sample = next(iter(mine.values()))
     for row in names.rows(arch):
-        owner = _owner_stage(row, arch, pp_size)
+        owner = names.stage_of(row, arch, pp_size)
         if owner == dist.get_rank(pp_group):
             part = mine[row.megatron].detach().contiguous()
         else:
@@ -96,12 +93,6 @@ def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tenso
             dist.broadcast(part, src=dist.get_global_rank(pp_group, owner), group=pp_group)
         full = part if row.cut is None else names.join(row, _gather(part, tp_group, tp_size), tp_size)
         yield from zip(row.hf, names.split(row, full, arch), strict=True)
-
-
-def _owner_stage(row: names.NameRow, arch: Architecture, stages: int) -> int:
-    if row.layer is not None:
-        return row.layer // (arch.num_layers // stages)
-    return 0 if row.megatron == EMBEDDING else stages - 1
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:

@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class ActorConfig:
-    """Layout, precision and AdamW of the policy. Defaults follow the paper where it says."""
+    """Layout, precision and AdamW of the policy. Defaults are the paper's, where it states them."""
 
     tensor_parallel: int = option(1, low=1, help="ranks that share each layer's matrices", resume=True)
     pipeline_parallel: int = option(1, low=1, help="ranks that share the layers", resume=True)

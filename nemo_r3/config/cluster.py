@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class ClusterConfig:
-    """The job that `slurm/train.sh` runs in, and `slurm/train.sh --print` writes down."""
+    """What `slurm.launch` and `slurm/train.sh --print` ask of Slurm, and how a job starts its ranks."""
 
     nodes: int = option(1, low=1, help="number of nodes; 1 with gpus_per_node=0: as launched", resume=True)
     gpus_per_node: int = option(0, low=0, help="GPUs (ranks) per node; 0: as launched", resume=True)

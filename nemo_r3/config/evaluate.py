@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class EvaluateConfig:
-    """First try, second try after a failure, and either of them; greedy and sampled."""
+    """What `recipes.evaluate` measures, and what `recipes.export` writes."""
 
     problems: int = option(0, low=0, help="held-out problems to use; 0: all", resume=True)
     checkpoint: str = option("", help="checkpoint to measure; empty: the newest of run.dir", resume=True)

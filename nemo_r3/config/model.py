@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class ModelConfig:
-    """The starting model; its reference for the KL term, too."""
+    """The starting model, which is also the reference of the KL term."""
 
     path: str = option(
         "",

@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class RolloutConfig:
-    """There are world size / tensor_parallel engines; their layout is independent of the actor's."""
+    """vLLM and its sampling. There are world size / tensor_parallel engines, whatever the actor's layout."""
 
     tensor_parallel: int = option(1, low=1, help="ranks per vLLM engine", resume=True)
     quantization: str = option(

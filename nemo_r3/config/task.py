@@ -24,7 +24,7 @@ class TaskConfig:
 
 @dataclass
 class DialogueConfig:
-    """User turns. None means the task's own wording (the paper's where it is known)."""
+    """The system turn, the wording of the user turns, and the chat template. A null wording means the task's own."""
 
     system: str | None = option(None, help="system turn; none by default")
     task: str | None = option(None, help="wording of the task turn, with the task's {placeholders}")

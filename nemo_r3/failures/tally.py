@@ -42,8 +42,8 @@ class Tally:
         if not self.asked or self.no_room == self.asked or 0 < self.passed < self.asked:
             return ""
         if self.passed:
-            return "every answer passed: does verify refuse a wrong one?"
-        return "every answer failed: does verify accept a right one?"
+            return "every answer passed: are they too easy, or does verify accept wrong answers?"
+        return "every answer failed: are they too hard, or does verify reject right answers?"
 
     def why_no_failures(self, config: Config) -> str:
         """Why a bank with these answers has nothing to reflect on; one of an older nemo_r3 has no counts."""

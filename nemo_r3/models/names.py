@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_r3.models.architecture import Architecture
 
 Index = tuple[slice, ...]
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class NameRow:
 
 def rows(arch: Architecture) -> list[NameRow]:
     """The rows of a decoder, in the same order on every rank."""
-    table = [NameRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0)]
+    table = [NameRow(EMBEDDING, ("model.embed_tokens.weight",), "vocab", 0)]
     for layer in range(arch.num_layers):
         table += _layer_rows(arch, layer)
     table.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
     if not arch.tied:
-        table.append(NameRow("output_layer.weight", ("lm_head.weight",), "vocab", 0))
+        table.append(NameRow(HEAD, ("lm_head.weight",), "vocab", 0))
     return table
 
 
@@ -173,6 +174,27 @@ def part_shape(row: NameRow, arch: Architecture, size: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def stage_of(row: NameRow, arch: Architecture, stages: int) -> int:
+    """The pipeline stage that holds a row's parameter."""
+    if row.layer is not None:
+        return row.layer // (arch.num_layers // stages)
+    return 0 if row.megatron == EMBEDDING else stages - 1
+
+
 def count_parameters(arch: Architecture) -> int:
     """Parameters of the checkpoint; a tied head counts once."""
     return sum(math.prod(full_shape(row, arch, tensor_parallel=1)) for row in rows(arch))
+
+
+def largest_part(arch: Architecture, tensor_parallel: int, stages: int) -> int:
+    """Parameters of the rank that holds most: at either end of a pipeline are the embedding and the head too.
+
+    The last stage has a copy of a tied embedding.
+    """
+    held = [0] * stages
+    for row in rows(arch):
+        size = math.prod(part_shape(row, arch, tensor_parallel))
+        held[stage_of(row, arch, stages)] += size
+        if row.megatron == EMBEDDING and arch.tied and stages > 1:
+            held[-1] += size
+    return max(held)

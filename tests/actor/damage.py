@@ -30,7 +30,9 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
     policy = lab.policy("one", "qwen2")
     policy.update(batch_of())
     good = lab.home / "one-qwen2-checkpoints" / "step_000002"
-    largest = max(good.glob("*.distcp"), key=lambda file: file.stat().st_size).name
+    largest, weights = (
+        max(good.glob(f"{kind}__0_*.distcp"), key=lambda file: file.stat().st_size).name for kind in ("optimizer", "")
+    )
 
     def damage(name: str, act: Callable[[Path], Any]) -> Path:
         copy = lab.home / "damaged" / name
@@ -51,7 +53,8 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
         "metadata_cut": damage("metadata_cut", lambda path: os.truncate(path / ".metadata", 100)),
         "format_lost": damage("format_lost", lambda path: (path / "metadata.json").unlink()),
         "format_cut": damage("format_cut", lambda path: os.truncate(path / "metadata.json", 10)),
-        "garbled": damage("garbled", lambda path: (path / largest).write_bytes(bytes((path / largest).stat().st_size))),
+        "garbled": damage("garbled", lambda path: garble(path / largest)),
+        "garbled_weights": damage("garbled_weights", lambda path: garble(path / weights)),
         "manifest_lost": damage("manifest_lost", lambda path: (path / "manifest.json").unlink()),
         "manifest_cut": damage("manifest_cut", lambda path: os.truncate(path / "manifest.json", 30)),
         "manifest_empty": damage("manifest_empty", lambda path: (path / "manifest.json").write_text("{}")),
@@ -60,7 +63,15 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
     for name, path in cases.items():
         message, same = lab.unchanged(policy, lambda path=path: refusal(lambda: checkpoint.load(policy, path)))
         found[name] = {"message": message, "unchanged": same}
-    return found | {"other_factors": other_factors(lab)}
+    bare = Policy(policy.config, lab.world, trains=False, with_weights=False)
+    weights_alone = {
+        name: refusal(lambda path=cases[name]: checkpoint.load(bare, path)) for name in ("garbled", "garbled_weights")
+    }
+    return found | {"other_factors": other_factors(lab), "weights_alone": weights_alone}
+
+
+def garble(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
 
 
 def began_with_other_weights(path: Path) -> None:

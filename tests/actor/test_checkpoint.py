@@ -27,7 +27,8 @@ DAMAGED = {
     "shard_lost": ".distcp is missing",
     "metadata_lost": ".metadata is missing",
     "metadata_cut": ".metadata has 100 bytes of",
-    "garbled": ".distcp has other content than was saved",
+    "garbled": "distcp has other content than was saved",
+    "garbled_weights": "distcp has other content than was saved",
     "format_lost": "metadata.json is missing",
     "format_cut": "metadata.json has 10 bytes of",
     "manifest_lost": "is not a complete checkpoint",
@@ -100,6 +101,12 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(one: Any, cas
     assert "remove that checkpoint to resume from the one before" in found["message"]
     assert "\n" not in found["message"]
     assert found["unchanged"]
+
+
+def test_whoever_takes_the_weights_alone_reads_and_checks_no_more(one: Any) -> None:
+    said = one.found["bad_checkpoints"]["weights_alone"]
+    assert said["garbled"] == "accepted"
+    assert "other content than was saved" in said["garbled_weights"]
 
 
 @pytest.mark.parametrize("case", FOREIGN)

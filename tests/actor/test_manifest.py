@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from nemo_r3.actor.manifest import (
     step_path,
     sums_of,
 )
+from nemo_r3.errors import UserError
 
 
 def saved(directory: Path, step: int = 1) -> Path:
@@ -75,6 +77,18 @@ def test_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
     assert not any(is_sound(checkpoint) for checkpoint in (altered, cut, lost, unsaid, tmp_path / "nowhere"))
     with pytest.raises(DamagedError, match="is not a complete checkpoint"):
         read_manifest(unsaid)
+
+
+def test_another_version_s_checkpoint_is_no_damage(tmp_path: Path) -> None:
+    """It must not be set aside."""
+    manifest = read_manifest(saved(tmp_path))
+    del manifest["format"]  # which the first format did not have
+    (step_path(tmp_path, 1) / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=r"step_000001 has format 1, and this version of nemo_r3 reads format 2: "
+    ) as caught:
+        read_manifest(step_path(tmp_path, 1))
+    assert not isinstance(caught.value, DamagedError)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_a_finished_run_says_what_it_reached_and_what_comes_next(tmp_path: Path,
 
 
 def test_few_steps_are_compared_by_halves() -> None:
-    assert change([0.1, 0.2, 0.6]) == "retry success 0.10 -> 0.60 (mean of the first and last 1 steps)"
+    assert change([0.1, 0.2, 0.6]) == "retry success 0.10 -> 0.60 (the first step and the last)"
     assert change([0.5]) == "no change to show"
 
 
