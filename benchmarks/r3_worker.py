@@ -68,13 +68,13 @@ class ForcedLengths:
         """The engine's."""
         return self._engine.step()
 
-    def leave(self) -> list[Completion]:
+    def abort(self) -> list[Completion]:
         """The engine's."""
-        return self._engine.leave()
+        return self._engine.abort()
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """The engine's."""
-        self._engine.forget()
+        self._engine.reset_prefix_cache()
 
 
 class Bench:

@@ -1,7 +1,7 @@
-"""Whether a run fits its machines, by arithmetic, before a weight is read.
+"""Estimates whether a run fits its machines, before any weight is read.
 
-GPU    weights, gradients, optimizer state and reference, beside vLLM's share; activations come on top
-host   what is on its way to a checkpoint, and what is offloaded; without GPUs all of the actor and vLLM's weights
+GPU    weights, gradients, optimizer state and reference, beside vLLM's share; activations are not counted
+host   what is being written to a checkpoint, and what is offloaded; without GPUs all of the actor and vLLM's weights
 disk   the checkpoints that are kept, and the one being written
 """
 
@@ -25,17 +25,17 @@ from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 
 OWN_BYTES = 2 * GIB
-"""Of each GPU, for CUDA, NCCL and kernels."""
+"""Taken by CUDA, NCCL and kernels on each GPU."""
 OPTIMIZER_BYTES = 12
 """Per parameter in a checkpoint: fp32 main weights and AdamW's two moments."""
 CGROUPS = Path("/sys/fs/cgroup")
 LIMITS = ("memory.max", "memory.limit_in_bytes")
-"""Of cgroup v2 and v1."""
+"""The file names of cgroup v2 and v1."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of one rank of the actor, on the pipeline stage that holds most."""
+    """Bytes of one rank of the actor, on the pipeline stage that holds most; `saved` is its part of a checkpoint."""
 
     weights: float
     gradients: float
@@ -46,7 +46,7 @@ class Size:
 
     @property
     def at_work(self) -> float:
-        """During an update, without activations."""
+        """On the device during an update, without activations."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
 
@@ -78,10 +78,10 @@ def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -
         config: the run's settings.
         arch: the model.
         world: all ranks.
-        checkpoints: the directory they are written to; it need not exist.
+        checkpoints: the run's `checkpoints`, which need not exist.
 
     Raises:
-        ConfigError: naming what does not fit, by how much, and the settings that change it.
+        ConfigError: naming what does not fit, by how much, and the settings that change that.
     """
     size = size_of(config, arch, world.size)
     ranks = world.gather(socket.gethostname()).count(socket.gethostname())
@@ -92,8 +92,8 @@ def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -
         problem = cpu_problem(config, size, ranks, host_bytes())
     if world.is_main:
         problem = problem or disk_problem(config, arch, checkpoints)
-    if found := next((it for it in world.gather(problem) if it), None):
-        raise ConfigError(found)
+    if problems := [problem for problem in world.gather(problem) if problem]:
+        raise ConfigError(problems[0])
 
 
 def gpu_problem(config: Config, size: Size, total: int) -> str | None:
@@ -119,7 +119,7 @@ def gpu_problem(config: Config, size: Size, total: int) -> str | None:
 def host_problem(config: Config, size: Size, ranks: int, free: float) -> str | None:
     """Why `ranks` ranks cannot share a node with `free` bytes of host memory, or None.
 
-    A rank that saves holds a copy of what it writes; one that loads, of one tensor at a time.
+    A rank that saves holds a copy of all that it writes; one that loads, only a copy of one tensor at a time.
     """
     saved = ranks * size.saved
     offloaded = ranks * (size.optimizer + size.reference) if config.actor.offload_optimizer else 0.0
@@ -181,8 +181,8 @@ def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str |
     each = (OPTIMIZER_BYTES + precision_of(config).dtype.itemsize) * count_parameters(arch)
     more = config.train.keep_checkpoints + 1 - len(steps)
     place = next(path for path in (checkpoints.absolute(), *checkpoints.absolute().parents) if path.exists())
-    swept_up = sum(file.stat().st_size for file in (checkpoints / WRITING).glob("*"))  # by the next save
-    free = shutil.disk_usage(place).free + swept_up
+    unfinished = sum(file.stat().st_size for file in (checkpoints / WRITING).glob("*"))  # the next save removes it
+    free = shutil.disk_usage(place).free + unfinished
     if more * each <= free:
         return None
     return (
@@ -192,7 +192,7 @@ def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str |
 
 
 def host_bytes() -> float:
-    """Host memory that is available to this process: the kernel's estimate, or its cgroup's limit if that is lower."""
+    """Host memory available to this process: the kernel's estimate, or its cgroup's limit if that is lower."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return min([int(line.split()[1]) * 1024.0, *cgroup_limits(Path("/proc/self/cgroup").read_text())])
@@ -200,7 +200,7 @@ def host_bytes() -> float:
 
 
 def cgroup_limits(membership: str) -> Iterator[float]:
-    """Memory limits in bytes of a process's cgroups and their parents, given its /proc/<pid>/cgroup."""
+    """Memory limits in bytes of a process's cgroups and their parents, from its /proc/<pid>/cgroup."""
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

@@ -1,7 +1,7 @@
 """The errors a user can cause: printed as one line, without a traceback, by every recipe."""
 
 LONGEST_DETAIL = 300
-"""Characters of another library's or a user's own message that are repeated in ours."""
+"""How many characters of another library's message are repeated in ours."""
 
 
 class UserError(Exception):
@@ -13,7 +13,7 @@ class ConfigError(UserError, ValueError):
 
 
 def in_one_line(value: object) -> str:
-    """Text of any length on one line of at most `LONGEST_DETAIL` characters."""
+    """A value's text on one line of at most `LONGEST_DETAIL` characters."""
     line = " ".join(str(value).split())
     return line if len(line) <= LONGEST_DETAIL else line[: LONGEST_DETAIL - 3] + "..."
 

@@ -1,8 +1,8 @@
-"""What training changed, on held-out problems: first try, second try given a failure, and either of them.
+"""What training changed on held-out problems: first try, second try after a failure, and within two tries.
 
-Retry success is measured on the starting model's own failures, the same ones before and after: on the model's own
-current failures it would sink as the model improves, since only hard problems stay failures. Every verdict before has
-one after, on the same problem, so what changed is measured in pairs.
+Retry success is measured on the starting model's failures, both before and after: on the model's current failures it
+would fall as the model improves, because only hard problems remain failures. Every verdict before has one after, on the
+same problem, so differences are paired.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_r3.rollout.scheduler import Attempted, Rollout
-from nemo_r3.types import Failure, Problem, Reflection
+from nemo_r3.rollout.scheduler import Rollout
+from nemo_r3.types import Attempt, Failure, Problem, Reflection
 
 EVALUATION_STEP = -1
-"""The step in the seeds of evaluation requests: no training step has it, so evaluating changes no run."""
+"""The step in the seeds of evaluation requests; no training step has it, so evaluating never changes a run."""
 RESAMPLING_STEP = -2
 """The step in the seeds of second, independent first answers."""
 Z95 = 1.959964
@@ -42,12 +42,13 @@ class Rate:
 Scores = dict[str, dict[str, Rate]]
 """A name of `Verdicts` -> sampled | greedy -> Rate."""
 Verdicts = dict[str, dict[str, list[bool]]]
-"""What was measured -> sampled | greedy -> a verdict for each problem (of the starting model's failures), in order.
+"""What was measured -> sampled | greedy -> a verdict for each problem, or each of the starting model's failures.
 
-- first_try, within_two: the first answer passes; it does, or the retry after its own reflection.
-- within_two_resampled (sampled only): it does, or a second, independent first answer: what reflecting has to beat.
+- first_try: the first answer passes.
+- within_two: the first answer passes, or the retry after a reflection on it.
+- within_two_resampled (sampled only): the first answer passes, or a second, independent one: the baseline for retries.
 - retry_success_fixed: the retry passes, on the starting model's sampled failures.
-- reflection_solves: the text of that retry's reflection passes: a leak of the answer, of which some stay unseen.
+- reflection_solves: the text of that retry's reflection passes, so it gives the answer away (not every leak does).
 - attempts_truncated, reflections_truncated, retries_truncated: the turn was cut at its token limit.
 """
 
@@ -63,10 +64,10 @@ def rate(passed: int, n: int) -> Rate:
 
 
 def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
-    """The share after minus the share before, on the same problems, with the Wald interval of matched pairs.
+    """The share after minus the share before, on the same problems, with the Wald interval for matched pairs.
 
-    Only problems whose verdict changed bear on it (McNemar 1947; the interval is method 1 of Newcombe 1998, Statistics
-    in Medicine 17, 2635). With few of those, say under ten, it is too narrow.
+    Only problems whose verdict changed matter (McNemar 1947; the interval is method 1 of Newcombe 1998, Statistics in
+    Medicine 17, 2635). With few of those, say under ten, it is too narrow.
     """
     n = len(before)
     if n == 0:
@@ -78,7 +79,7 @@ def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
     return Rate(round(value, 4), round(max(-1.0, value - half), 4), round(min(1.0, value + half), 4), n)
 
 
-def failures_of(attempts: Sequence[Attempted]) -> list[Failure]:
+def failures_of(attempts: Sequence[Attempt]) -> list[Failure]:
     """The rejected attempts that have tokens to reflect on."""
     return [attempt.failure for attempt in attempts if attempt.is_failure]
 
@@ -91,10 +92,10 @@ def measure(
     Args:
         rollout: with the weights to measure.
         problems: held-out ones.
-        fixed: the starting model's sampled failures on them; None: these weights are the starting model's.
+        fixed: the starting model's sampled failures on them; None if these weights are the starting model's.
 
     Returns:
-        The verdicts, and these weights' own sampled failures.
+        The verdicts, and the sampled failures of these weights.
     """
     verdicts: Verdicts = {}
     own: dict[str, list[Failure]] = {}
@@ -104,7 +105,7 @@ def measure(
         rescued = _reflected(rollout, own[mode], greedy)
         given = own["sampled"] if fixed is None else fixed
         retried = rescued if given is own[mode] else _reflected(rollout, given, greedy)
-        found = {
+        measured = {
             "first_try": [attempt.passed for attempt in attempts],
             "retry_success_fixed": _passed(retried),
             "within_two": _within_two(attempts, _passed(rescued)),
@@ -115,8 +116,8 @@ def measure(
         }
         if not greedy:
             again = rollout.first_attempts([failure.problem for failure in own[mode]], RESAMPLING_STEP)
-            found["within_two_resampled"] = _within_two(attempts, [attempt.passed for attempt in again])
-        for name, values in found.items():
+            measured["within_two_resampled"] = _within_two(attempts, [attempt.passed for attempt in again])
+        for name, values in measured.items():
             verdicts.setdefault(name, {})[mode] = values
     return verdicts, own["sampled"]
 
@@ -130,20 +131,20 @@ def _passed(reflections: Sequence[Reflection]) -> list[bool]:
     return [reflection.reward > 0 for reflection in reflections]
 
 
-def _within_two(attempts: Sequence[Attempted], seconds: Sequence[bool]) -> list[bool]:
-    """Whether an attempt passed or, where it is a failure, its second try did."""
+def _within_two(attempts: Sequence[Attempt], seconds: Sequence[bool]) -> list[bool]:
+    """Whether each attempt passed or, if it is a failure, its second try did."""
     second = iter(seconds)
     return [attempt.passed or (attempt.is_failure and next(second)) for attempt in attempts]
 
 
 def scores(verdicts: Verdicts) -> Scores:
     """The rate of each list of verdicts, and what reflecting adds to resampling."""
-    found = {
+    rates = {
         name: {mode: rate(sum(values), len(values)) for mode, values in modes.items()}
         for name, modes in verdicts.items()
     }
     pair = (verdicts[name]["sampled"] for name in ("within_two_resampled", "within_two"))
-    return found | {"reflection_adds": {"sampled": difference(*pair)}}
+    return rates | {"reflection_adds": {"sampled": difference(*pair)}}
 
 
 def differences(before: Verdicts, after: Verdicts) -> Scores:

@@ -3,8 +3,7 @@
     policy.export_hf()  -> model*.safetensors               one shard in memory at a time   \\
     starting checkpoint -> config, tokenizer, chat template, licence                         > <out>.writing
     model_card()        -> README.md                                                        /
-    <out>.writing, reloaded by transformers: the actor's log-probabilities?  yes: renamed to <out>
-                                                                             no: removed, <out> is as before
+    <out>.writing, reloaded by transformers, gives the actor's log-probabilities? -> renamed to <out>, else removed
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4
-"""Largest difference of fp32 log-probabilities: two orders of summation, some 1e-6 per layer."""
+"""Largest difference of fp32 log-probabilities: the order of summation differs, some 1e-6 per layer."""
 MOST_NOISE, MEAN_NOISE = 4.0, 2.0
-"""Below fp32: how many times transformers' own rounding error the actor may be away, see `_compare`."""
+"""Below fp32: how many times transformers' own rounding error the actor may be off, see `_compare`."""
 COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,14 +52,14 @@ COPIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""What the export takes over from the starting checkpoint as it is."""
+"""What the export copies from the starting checkpoint."""
 
 
 def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Writes the policy to `out`, reloads it with transformers and compares log-probabilities; on every rank.
+    """Writes the policy to `out`, reloads it with transformers and compares log-probabilities; every rank calls this.
 
-    An `out` that is already there is replaced once the new one has passed. The comparison runs on rank 0's CPU,
-    which holds the model once more for it (in fp32).
+    An existing `out` is replaced once the new one has passed. The comparison runs on rank 0's CPU, which holds the
+    model once more for it (in fp32).
 
     Args:
         policy: on every rank.
@@ -106,7 +105,7 @@ def _finish(
     probe: Sequence[Sequence[int]],
     expected: Sequence[Tensor],
 ) -> tuple[float, float, str]:
-    """Completes, checks and moves the directory: (difference, how much rounding explains, what went wrong or "")."""
+    """Completes, checks and moves the directory: the difference, how much rounding explains, what went wrong or ""."""
     writing, dtype = shards.directory, precision_of(config).dtype
     try:
         shards.close()
@@ -128,7 +127,7 @@ def _finish(
 class _Shards:
     """Writes tensors to safetensors files of at most SHARD_BYTES, holding one file's tensors at a time.
 
-    A failed write is kept for `close`, so that the stream of tensors, which all ranks share, runs to its end.
+    An error is kept until `close`, so that the stream of tensors, in which all ranks take part, runs to its end.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -164,7 +163,7 @@ class _Shards:
         return self.directory / f"part-{number}.safetensors"
 
     def close(self) -> None:
-        """Writes the last file, gives all of them their names and writes their index."""
+        """Writes the last file, renames all files and writes their index."""
         if self._failure is None:
             self._write()
         if self._failure is not None:
@@ -188,10 +187,10 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_config(directory: Path, source: Path, dtype: torch.dtype) -> None:
-    """Everything but weights and card: the starting checkpoint's, with the actor's dtype."""
+    """Writes everything but weights and card, from the starting checkpoint's files and with the actor's dtype."""
     hf = read_hf_config(source)
     hf.pop("torch_dtype", None)  # the old name of dtype
-    hf.pop("auto_map", None)  # names Python files that an export does not have, nor need
+    hf.pop("auto_map", None)  # it names Python files that an export neither has nor needs
     _write_json(directory / "config.json", {**hf, "dtype": str(dtype).removeprefix("torch.")})
     for pattern in COPIED:
         for file in source.glob(pattern):
@@ -218,59 +217,59 @@ def _compare(
 ) -> tuple[float, float]:
     """The largest difference between the actor's log-probabilities and those of the export as transformers reads it.
 
-    Beside it, how much rounding explains.
+    The second number is how much rounding explains.
 
-    In fp32 the two differ by the order of sums alone: TOLERANCE. Below fp32 the actor's own rounding is larger, and
-    grows with depth and with the size of the logits, so what it may be is measured: transformers runs the same weights
-    in `dtype` and in fp32, and the actor may be MOST_NOISE times as far from fp32 at its worst token and MEAN_NOISE
-    times on average. (On random models of 4 to 24 layers on a CPU it is as far to within 7 %, while another rotary
-    base, or one layer's gate and up projections in each other's place, are many times as far.)
+    In fp32 the two differ only by the order of summation: TOLERANCE. Below fp32 the actor's rounding error is larger,
+    and grows with depth and with the size of the logits, so its limit is measured: transformers runs the same weights
+    in `dtype` and in fp32, and the actor may be MOST_NOISE times as far from fp32 at its worst token, and MEAN_NOISE
+    times on average. (With random models of 4 to 24 layers on a CPU it is equally far to within 7 %, while a wrong
+    rotary base, or one layer's gate and up projections swapped, are many times as far.)
 
-    A model that was trained with longrope's long factors is compared with them, which transformers would not take for
-    probes as short as these.
+    A model that was trained with longrope's long factors is compared with these, although transformers would take the
+    short ones for probes of this length.
 
     Raises:
         UserError: beyond tolerance; names the worst token.
     """
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # torchrun's default is one; the other ranks only wait
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # torchrun's default is one, and the other ranks only wait
     hf = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if regime == "long":
         hf.rope_parameters["short_factor"] = hf.rope_parameters["long_factor"]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, config=hf, dtype=dtype, local_files_only=True, use_safetensors=True
     ).eval()
-    found, most, mean = _logprobs(model, probe, temperature), TOLERANCE, TOLERANCE
+    exported, most, mean = _logprobs(model, probe, temperature), TOLERANCE, TOLERANCE
     if dtype is not torch.float32:
-        rounded, found = found, _logprobs(model.float(), probe, temperature)
-        noise = (rounded - found).abs()
+        rounded, exported = exported, _logprobs(model.float(), probe, temperature)
+        noise = (rounded - exported).abs()
         most, mean = max(most, MOST_NOISE * float(noise.max())), max(mean, MEAN_NOISE * float(noise.mean()))
     actor = torch.cat(list(expected))
-    gaps = (found - actor).abs()
+    gaps = (exported - actor).abs()
     worst = int(gaps.argmax())  # NaN counts as the largest
     if not (gaps[worst] <= most and gaps.mean() <= mean):
         raise UserError(
             f"the export is not the model that was trained: transformers and the actor differ by {gaps[worst]:.2g} in "
-            f"the log-probability of a token ({found[worst]:.4f} and {actor[worst]:.4f}) and by {gaps.mean():.2g} on "
-            f"average of {len(gaps)}; rounding explains at most {most:.2g} and {mean:.2g}"
+            f"the log-probability of a token ({exported[worst]:.4f} and {actor[worst]:.4f}) and by {gaps.mean():.2g} "
+            f"on average of {len(gaps)}; rounding explains at most {most:.2g} and {mean:.2g}"
         )
     return float(gaps[worst]), most
 
 
 @torch.no_grad()
 def _logprobs(model: Any, sequences: Sequence[Sequence[int]], temperature: float) -> Tensor:
-    """[sum of (length - 1)] float32: every token but each sequence's first, as `Policy.score` has them."""
-    found = []
+    """[sum of (length - 1)] float32: every token but each sequence's first, as from `Policy.score`."""
+    logprobs = []
     for ids in sequences:
         signals.alive()
         tokens = torch.tensor([list(ids)])
         logits = model(input_ids=tokens).logits[0, :-1].float() / temperature
-        found.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])
-    return torch.cat(found)
+        logprobs.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])
+    return torch.cat(logprobs)
 
 
 def _replace(out: Path, new: Path) -> None:
-    """Puts `new` in the place of `out`; killed half-way, the old one is still there as `<out>.replaced`."""
+    """Replaces `out` by `new`; if killed half-way, the old one is still there as `<out>.replaced`."""
     old = out.with_name(f"{out.name}.replaced")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Files that are whole whenever a process dies or a disk fills up, JSON objects, and directories with one writer."""
+"""Files that stay whole if a process dies or a disk fills up, JSON objects, and directories with a single writer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
     """Writes a file so that a reader sees the old or the new content, never a part.
 
     Raises:
-        OSError: it cannot be written; the old content stands, and nothing else is left.
+        OSError: it cannot be written; the old content stays, and nothing else is left behind.
     """
     writing = file.with_name(f".{file.name}.writing")
     with filename_in_errors(file):
@@ -49,17 +49,17 @@ def read_json_object(file: Path, setting: str) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds no JSON object.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{setting}: {file} is not JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"{setting}: {file} holds no object")
-    return found
+    return content
 
 
 @contextmanager
 def filename_in_errors(path: Path) -> Iterator[None]:
-    """Puts a path on an `OSError` that names none: a full disk is met in a write, which knows no name."""
+    """Adds a path to an `OSError` that has none, such as that of a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -70,8 +70,8 @@ def filename_in_errors(path: Path) -> Iterator[None]:
 def take_lock(directory: Path) -> None:
     """Keeps other processes from writing to a directory until this one ends.
 
-    A requeued Slurm job waits for the lock, which may still be that of its lost node. Where a file system has no locks,
-    a warning says so.
+    A requeued Slurm job waits for the lock, which a lost node may still hold. If the file system has no locks, a
+    warning says so.
 
     Raises:
         UserError: another process holds the lock.
@@ -104,4 +104,4 @@ def _locked(handle: TextIO) -> bool:
 
 
 _locks: list[TextIO] = []
-"""Held open, and so locked, until the process ends."""
+"""Files that stay open, and so locked, until the process ends."""

@@ -1,4 +1,4 @@
-"""What this rank holds: GPU memory by phase as torch and the driver count it, host memory as the kernel does."""
+"""How much memory this rank uses: on the GPU as torch and the driver count it, on the host as the kernel does."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 GIB = 2**30
 PIECE = 2 * GIB
-"""Taken from the driver at a time. A tensor that stays in a piece keeps it from being given back."""
+"""How much `reserve` takes from the driver at a time; a piece cannot be given back while a tensor is in it."""
 
 
 def restart_peak() -> int:
-    """Resets torch's peak; returns the bytes allocated now. 0 on a CPU, whose allocator counts nothing."""
+    """Resets torch's peak; returns the bytes allocated now, or 0 on a CPU, whose allocator does not count."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.reset_peak_memory_stats()
@@ -22,44 +22,43 @@ def restart_peak() -> int:
 
 
 def peak() -> int:
-    """Most bytes of torch's allocator since `restart_peak`; 0 on a CPU."""
+    """The most bytes that torch allocated since `restart_peak`; 0 on a CPU."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
 def reserve(count: int) -> None:
-    """Has torch's allocator take about `count` bytes from the driver at once; nothing on a CPU.
+    """Makes torch's allocator take about `count` bytes from the driver in advance; does nothing on a CPU.
 
-    After `empty_cache` each tensor would otherwise cost a cudaMalloc, for which the device waits. At least one piece
-    of what is free is left to others.
+    After `empty_cache`, each tensor would otherwise cost a cudaMalloc, for which the device waits. At least one piece
+    of the free memory is left to others.
     """
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        pieces = [
-            torch.empty(PIECE, dtype=torch.uint8, device="cuda") for _ in range(min(count, free - PIECE) // PIECE)
-        ]
-        del pieces  # to the allocator, which cuts them up
+        number = min(count, free - PIECE) // PIECE
+        pieces = [torch.empty(PIECE, dtype=torch.uint8, device="cuda") for _ in range(number)]
+        del pieces  # they stay with the allocator
 
 
 def measured(phase: str) -> dict[str, float]:
-    """GiB of this rank at the end of a phase, under the names of the metrics.
+    """GiB of this rank at the end of a phase, as metrics.
 
-    `memory/<phase>_rss`: resident host memory. On CUDA also `_allocated`, `_reserved` and `_peak` of torch's allocator,
-    and `_device`: all that is used of the GPU, NCCL, vLLM and others included.
+    `memory/<phase>_rss` is resident host memory. On CUDA, `_allocated`, `_reserved` and `_peak` are those of torch's
+    allocator, and `_device` is all that is used of the GPU, including NCCL, vLLM and other processes.
     """
-    found = {"rss": _resident()}
+    amounts = {"rss": _resident()}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        found |= {
+        amounts |= {
             "allocated": torch.cuda.memory_allocated(),
             "reserved": torch.cuda.memory_reserved(),
             "peak": peak(),
             "device": total - free,
         }
-    return {f"memory/{phase}_{name}": round(count / GIB, 4) for name, count in found.items()}
+    return {f"memory/{phase}_{name}": round(count / GIB, 4) for name, count in amounts.items()}
 
 
 def _resident() -> int:
-    """Bytes, from Linux's statm."""
+    """Resident bytes of this process, from Linux's statm."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -70,11 +69,11 @@ def show(count: float) -> str:
 
 
 def table(holders: Mapping[str, int], phases: Mapping[str, float]) -> str:
-    """Who holds what, if anything, and what each phase left, as lines for a log.
+    """What holds how much memory, and how much there was after each phase, as lines for a log.
 
     Args:
         holders: bytes by holder.
-        phases: metrics as `measured` names them; others are passed over.
+        phases: metrics of `measured`; others are ignored.
     """
     lines = ["memory of rank 0: " + ", ".join(f"{name} {show(count)}" for name, count in holders.items() if count)]
     by_kind: dict[str, list[str]] = {}

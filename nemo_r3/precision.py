@@ -1,11 +1,11 @@
-"""`Precision`: the arithmetic of a run, read by both the actor and the rollout.
+"""`Precision`: the arithmetic of a run, for both the actor and the rollout.
 
     actor.precision -> Precision -> fields of megatron-core's configs, length of packed rows, environment, vLLM's dtype
-                           `-> Recipe, with FP8: how Transformer Engine scales, and what that needs of machine and model
+                           `-> Recipe (FP8): how Transformer Engine scales, and what that needs of machine and model
 
-Under FP8 the layers' matrices are multiplied in FP8. Embedding, norms, attention, head and the sums of gradients are
-not, nor are the first and last layer where the recipe can leave them out. The weights themselves stay BF16: refit,
-export, reference and checkpoints read them, and would otherwise hand on what was rounded for one recipe's scales.
+With FP8, the matrices of the layers are multiplied in FP8. Embedding, norms, attention, head and sums of gradients are
+not; neither are the first and last layer, if the recipe can leave them out. The weights stay BF16, because refit,
+export, reference and checkpoints read them: they must not get what was rounded for one recipe's scales.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ Tile = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way of Transformer Engine to scale numbers into FP8.
+    """One of Transformer Engine's ways to scale numbers into FP8.
 
     Attributes:
-        name: megatron-core's.
-        format: "e4m3", or "hybrid": gradients in e5m2, whose range is larger.
-        row_multiple: tokens that the length of a packed row is a multiple of.
-        block: what every dimension of a layer's matrices on a rank is a multiple of.
-        edges: layers at each end of the model that stay BF16; 0 where the recipe cannot leave any out.
+        name: megatron-core's name.
+        format: "e4m3", or "hybrid" with gradients in e5m2, whose range is larger.
+        row_multiple: the length of a packed row, in tokens, must be a multiple of this.
+        block: every dimension of a layer's matrices on a rank must be a multiple of this.
+        edges: layers at each end of the model that stay BF16; 0 if the recipe cannot leave any out.
         te: the oldest Transformer Engine that has it.
         cuda: the oldest CUDA.
         capabilities: supported range [first, last) of CUDA compute capabilities.
-        environment: what Transformer Engine must find when it is imported.
-        tile, weight_tile: numbers of inputs and gradients, and of weights, that share a scale; None: the whole tensor.
+        environment: variables that must be set when Transformer Engine is imported.
+        tile: what shares a scale in inputs and gradients; None for the whole tensor.
+        weight_tile: the same in weights.
         powers_of_two: whether scales are rounded to powers of two.
-        delayed: whether scales come from earlier steps' amax, and so can be wrong for this one.
+        delayed: whether scales come from earlier steps' amax, and so can be wrong for the current one.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Precision:
         name: the setting.
         dtype: of the actor's parameters and activations; main weights, gradients and moments stay fp32.
         vllm_dtype: vLLM's name for the rollout's dtype.
-        fp8: how the layers' matrices are multiplied in FP8; None where they are not.
+        fp8: how the layers' matrices are multiplied in FP8; None if they are not.
     """
 
     name: str
@@ -86,9 +87,9 @@ class Precision:
         return self.dtype is torch.bfloat16
 
     def row_multiple(self, actor: ActorConfig) -> int:
-        """Tokens that the length of every packed row is a multiple of.
+        """What the length of every packed row, in tokens, must be a multiple of.
 
-        Under FP8 that is Transformer Engine's own multiple, and 8 on each tensor-parallel rank: it looks at the tokens
+        With FP8 that is the recipe's multiple, and 8 on each tensor-parallel rank: Transformer Engine checks the tokens
         before sequence parallelism gathers them.
         """
         if self.fp8 is None:
@@ -127,7 +128,7 @@ class Precision:
 
 
 MEGATRON = (0, 19)
-"""The oldest megatron-core whose FP8 is known to us."""
+"""The oldest megatron-core whose FP8 we know."""
 ADA, HOPPER, BLACKWELL, BLACKWELL_RTX, ANY = (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)
 TENSORWISE = Recipe("tensorwise", "hybrid", 16, 16, edges=1, te=(2, 2), cuda=(12, 1), capabilities=(ADA, ANY))
 BLOCKWISE = Recipe(
@@ -188,11 +189,11 @@ def without_fp8(config: Config) -> Config:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is installed and plugged in, as far as it decides which arithmetic runs.
+    """The software and hardware that decide which arithmetic can run.
 
     Attributes:
         megatron: megatron-core's version.
-        te: Transformer Engine's version; None where it cannot be imported.
+        te: Transformer Engine's version; None if it cannot be imported.
         cuda: the version of CUDA that torch was built for; None without a GPU.
         capability: the GPU's CUDA compute capability, (9, 0) for an H100; None without a GPU.
         te_error: why Transformer Engine cannot be imported.
@@ -206,7 +207,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This process's; Transformer Engine is imported where there is a GPU for it."""
+        """The one that this process runs on; imports Transformer Engine if there is a GPU."""
         megatron = _version(importlib.metadata.version("megatron-core"))
         if not torch.cuda.is_available():
             return cls(megatron)
@@ -227,9 +228,9 @@ def _transformer_engine() -> tuple[Version | None, str]:
 
 
 def prepare(config: Config, arch: Architecture) -> None:
-    """Sets what Transformer Engine reads when it is imported, then refuses what cannot run here.
+    """Sets the environment that Transformer Engine reads when it is imported, then refuses what cannot run here.
 
-    Variables that a user has already set stay. On every rank, once its GPU is chosen, before the actor is imported.
+    Variables that a user has set stay. Every rank calls this after its GPU is chosen and before the actor is imported.
 
     Raises:
         ConfigError: see `check`.
@@ -244,10 +245,10 @@ def prepare(config: Config, arch: Architecture) -> None:
 
 
 def check(config: Config, arch: Architecture, machine: Machine) -> None:
-    """Refuses an arithmetic that the machine or the model's dimensions forbid, before any weight is read.
+    """Refuses an arithmetic that the machine or the model's dimensions cannot do, before any weight is read.
 
     Raises:
-        ConfigError: the setting, what forbids it, and what would do.
+        ConfigError: the setting, what forbids it, and what would work.
     """
     precision = precision_of(config)
     if precision.fp8 is not None:
@@ -293,7 +294,7 @@ def _check_machine(asked: str, recipe: Recipe, machine: Machine) -> None:
 
 
 def _other(capability: Version) -> str:
-    """What a GPU has instead."""
+    """The FP8 precisions that a GPU does have, for an error message."""
     names = [
         name
         for name, precision in PRECISIONS.items()
@@ -308,7 +309,14 @@ def _show(version: Version) -> str:
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dimension of a layer's matrices: `total` columns, cut over `ways` tensor-parallel ranks."""
+    """A dimension of a layer's matrices.
+
+    Attributes:
+        what: its name.
+        total: its size in the whole model.
+        ways: tensor-parallel ranks that it is cut over.
+        summed: whether a product sums over it, so that numbers are quantised along it.
+    """
 
     what: str
     total: int
@@ -317,9 +325,9 @@ class Dimension:
 
 
 def matrix_dimensions(arch: Architecture, ways: int) -> Iterator[Dimension]:
-    """Every dimension of the four matrices of a layer; `summed`: a product sums over it, so that it is quantised along.
+    """Every dimension of the four matrices of a layer.
 
-    Gate and up are one matrix of twice the feed-forward columns, which divides where those do.
+    Gate and up are one matrix of twice the feed-forward columns, which divides if those do.
     """
     queries, keys = arch.num_heads * arch.head_dim, 2 * arch.num_kv_heads * arch.head_dim
     yield Dimension("hidden size", arch.hidden_size, 1)

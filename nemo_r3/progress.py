@@ -1,4 +1,4 @@
-"""What a person sees while a run works: one live line on a terminal, now and then a line elsewhere."""
+"""`Progress`: what a person sees while a run works. One live line on a terminal; elsewhere, a line now and then."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ import time
 from collections import deque
 
 REDRAW = 0.1
-"""Seconds between two pictures of the live line."""
+"""Seconds between two updates of the live line."""
 QUIET = 30.0
-"""Seconds without a line in a log file, after which one says how far the work is."""
+"""Seconds between two lines where there is no terminal."""
 RECENT = 10
-"""Steps whose duration says how long the rest will take."""
+"""The durations of this many steps predict how long the rest will take."""
 
 
 def is_rank_0() -> bool:
-    """Whether this process is the one that speaks, before the ranks have joined."""
+    """Whether this process is rank 0, before the ranks have joined."""
     return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 class Progress:
-    """How far the work under way is, on rank 0."""
+    """Shows how far the current work is, on rank 0.
+
+    Args:
+        enabled: False prints nothing (ranks other than 0).
+        engines: how many sample at once; all are assumed to be as fast as rank 0's, the only one that reports.
+    """
 
     def __init__(self, enabled: bool, engines: int = 1) -> None:
-        """Nothing is known yet.
-
-        Args:
-            enabled: False prints nothing (ranks other than 0).
-            engines: how many sample at once. Only rank 0's is heard of: the others are taken to be as fast.
-        """
         self._enabled, self._engines = enabled, engines
         self._live = enabled and sys.stdout.isatty()
         self._counts: dict[str, tuple[int, int, int]] = {}
@@ -46,7 +45,7 @@ class Progress:
             self._draw("...")
 
     def part(self, done: int, count: int, total: int) -> None:
-        """Of `total` items `done` are done, and the next turns that it is told of are those of the next `count`."""
+        """Of `total` items, `done` are done, and the turns reported next belong to the next `count`."""
         if not self._part[1]:
             self._items = (done, total)
         self._tokens += self._sampled()
@@ -54,7 +53,7 @@ class Progress:
 
     def __call__(self, phase: str, done: int, total: int, tokens: int) -> None:
         """`done` of `total` turns of `phase` have ended on rank 0's engine, with `tokens` tokens sampled."""
-        if tokens < self._counts.get(phase, (0, 0, 0))[2]:  # the next rollout under this title
+        if tokens < self._counts.get(phase, (0, 0, 0))[2]:  # another rollout has begun under this title
             self._tokens += self._sampled()
             self._counts = {}
         self._counts[phase] = (done, total, tokens)
@@ -90,11 +89,11 @@ class Progress:
         return sum(tokens for _, _, tokens in self._counts.values())
 
     def _ended(self) -> float:
-        """The share of the turns told of that have ended."""
+        """The share of the reported turns that have ended."""
         return sum(done for done, _, _ in self._counts.values()) / max(sum(of for _, of, _ in self._counts.values()), 1)
 
     def _show(self, text: str) -> None:
-        """Draws or prints, unless that was done a moment ago."""
+        """Draws or prints, unless that has just been done."""
         now = time.monotonic()
         if self._enabled and now - self._shown > (REDRAW if self._live else QUIET):
             self._shown = now
@@ -110,14 +109,14 @@ class Progress:
 
 
 class Pace:
-    """How long steps take, and how long those that are left will."""
+    """How long steps take, and how long the rest will take."""
 
     def __init__(self, steps: int) -> None:
-        """The first step of `steps`, or the next one of a resumed run, begins now."""
+        """The next of `steps` steps begins now."""
         self._steps, self._ends = steps, deque([time.monotonic()], maxlen=RECENT + 1)
 
     def after(self, step: int) -> str:
-        """E.g. "1.1 s/step, 31 s left"; to be called as each step ends."""
+        """E.g. "1.1 s/step, 31 s left"; call this at the end of each step."""
         self._ends.append(time.monotonic())
         each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         left = self._steps - step

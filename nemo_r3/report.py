@@ -1,4 +1,4 @@
-"""What a run shows for itself: the table of before and after, and the picture of its learning curve."""
+"""A run's results for people: the table of before and after, and a picture of the learning curve."""
 
 from __future__ import annotations
 
@@ -40,11 +40,7 @@ BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#c9ced6"
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The rates before and after training, as plain text of at most 100 columns.
-
-    Args:
-        summary: summary.json; a rate that it lacks is shown as "-".
-    """
+    """The rates in summary.json before and after training, as plain text of at most 100 columns; "-" if missing."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in HEADINGS:
         justify = "right" if heading == "n" else "left"
@@ -94,7 +90,7 @@ def curve(metrics_file: Path, out: Path) -> None:
     Raises:
         UserError: the metrics cannot be read, or the picture not be written.
     """
-    # here and not above: matplotlib takes a second to import, and only this function draws
+    # matplotlib takes a second to import, and only this function needs it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,7 +114,7 @@ def curve(metrics_file: Path, out: Path) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """A run's metrics.jsonl, a mapping per step.
+    """A run's metrics.jsonl, one mapping per step.
 
     Raises:
         UserError: it cannot be read.
@@ -132,7 +128,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """[steps] one metric; NaN where a step has none."""
+    """[steps] one metric; NaN for steps that lack it."""
     values = [line.get(name) for line in metrics]
     return [math.nan if value is None else float(value) for value in values]
 
@@ -147,7 +143,7 @@ def _draw_success(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> 
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """[steps] the mean of each value and up to `window` - 1 before it, leaving NaN out; NaN where none is left."""
+    """[steps] the mean of each value and up to `window` - 1 before it, without NaN; NaN if none is left."""
     means = []
     for end in range(1, len(values) + 1):
         known = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
@@ -156,7 +152,7 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _draw_groups(axes: Axes, steps: Sequence[int], used: Sequence[float], dropped: Sequence[float]) -> None:
-    """The share of a step's groups that taught something (mixed rewards) before the grey of all groups."""
+    """The share of each step's groups that were used, on top of a grey bar for all groups."""
     _dress(axes, "groups used (blue) and dropped (grey)", steps)
     totals = [mine + other for mine, other in zip(used, dropped, strict=True)]
     axes.bar(steps, [float(total > 0) for total in totals], 1.0, color=GREY)

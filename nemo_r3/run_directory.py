@@ -1,4 +1,4 @@
-"""`RunDirectory`: everything a run leaves behind, and what a resume needs of it.
+"""`RunDirectory`: the files of a run.
 
 config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/  tensorboard/
 summary.json  verdicts.json
@@ -27,11 +27,10 @@ from nemo_r3.types import Failure, Group, Problem, UpdateBatch
 MEASURED = ("time/", "memory/", "speed/")
 """Prefixes of the metrics that differ between two runs of one config."""
 
-
 MARKS = ("metrics.jsonl", "rollouts", "checkpoints", "summary.json", "failures/bank.json")
 """A directory with one of these holds a run."""
 BEFORE_A_RUN = {"failures", "logs", "chain", "slurm.json", "drill", "lost+found"}
-"""What Slurm's scripts, a drill or a mount point put into a directory before there is a run in it."""
+"""What may be in a directory before there is a run: from Slurm's scripts, a drill or a mount point."""
 NOTES = {".log", ".txt", ".out", ".err"}
 """Suffixes of files that a user may put there, such as the run's own output."""
 LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "tensorboard", "curve.png")
@@ -39,16 +38,15 @@ LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "tensorboa
 
 
 class RunDirectory:
-    """The files of one run. Rank 0 writes; the other ranks only learn paths and keep time.
+    """The files of one run. Rank 0 writes them; the other ranks only know the paths and measure time.
 
     Attributes:
         path: the directory.
         times: wall and CPU seconds of the phases since the last `log`, as "time/<phase>" and "time/cpu_<phase>".
-        memory: GiB at the end of those phases, as `memory.measured` names them; the last of a phase counts.
+        memory: GiB at the end of those phases, as `memory.measured` names them.
     """
 
     def __init__(self, config: Config, world: World) -> None:
-        """Names the files; nothing is read or written."""
         self.path = Path(config.run.dir)
         self.times: dict[str, float] = {}
         self.memory: dict[str, float] = {}
@@ -71,10 +69,10 @@ class RunDirectory:
         return self.path / "layers.jsonl"
 
     def check_directory(self) -> None:
-        """Tries to write to the directory; every rank calls this.
+        """Checks that the directory can be written; every rank calls this.
 
         Raises:
-            UserError: it is something else than the directory of a run, or rank 0 cannot write there.
+            UserError: it is not the directory of a run, or rank 0 cannot write there.
         """
 
         def write() -> None:
@@ -85,7 +83,7 @@ class RunDirectory:
                 write_whole(self.path / ".writable", "")
                 (self.path / ".writable").unlink()
                 if not existed:
-                    self.path.rmdir()  # a mistyped run.dir leaves nothing
+                    self.path.rmdir()  # so that a mistyped run.dir leaves nothing
             except OSError as error:
                 raise UserError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
 
@@ -96,8 +94,8 @@ class RunDirectory:
             raise UserError(f"run.dir: {self.path} is a file; name a directory")
         if not self.path.exists() or any((self.path / mark).exists() for mark in MARKS):
             return
-        found = [file for file in sorted(self.path.iterdir()) if file.suffix not in NOTES and file.name[0] != "."]
-        if others := [file.name for file in found if file.name not in BEFORE_A_RUN]:
+        names = [file.name for file in sorted(self.path.iterdir()) if file.suffix not in NOTES]
+        if others := [name for name in names if name not in BEFORE_A_RUN and not name.startswith(".")]:
             more = ", ..." if len(others) > 3 else ""
             raise UserError(
                 f"run.dir: {self.path} holds no run, but {', '.join(others[:3])}{more}: name a new directory, or one "
@@ -105,12 +103,12 @@ class RunDirectory:
             )
 
     def open(self, resuming: bool) -> None:
-        """Makes the directory and records the resolved config.
+        """Makes the directory and writes the resolved config.
 
-        Steps that another run logged there without a checkpoint are moved into `tried_1`, or the next number.
+        Steps that were logged there with other settings, and have no checkpoint, are moved into `tried_1` (or 2, ...).
 
         Args:
-            resuming: there is a checkpoint, whose settings this run has to share.
+            resuming: there is a checkpoint, whose settings this run must have.
 
         Raises:
             UserError: the directory cannot be written, or holds checkpoints of a run with other or unknown settings.
@@ -142,7 +140,7 @@ class RunDirectory:
         self._world.barrier()
 
     def _set_aside(self) -> Path:
-        """Moves what was logged into a directory of its own; returns it."""
+        """Moves what was logged into a directory of its own, and returns that."""
         aside = next(path for number in count(1) if not (path := self.path / f"tried_{number}").exists())
         aside.mkdir()
         for name in LOGGED:
@@ -151,10 +149,10 @@ class RunDirectory:
         return aside
 
     def refuse_other_settings(self) -> None:
-        """Compares the settings with those that the run in this directory began with.
+        """Compares the settings with those of the run in this directory.
 
         Raises:
-            UserError: a setting differs that belongs to the run.
+            UserError: a setting differs that may not change during a run.
         """
         if changed := self._changed_settings():
             raise UserError(
@@ -173,7 +171,7 @@ class RunDirectory:
             ) from error
 
     def cut_back(self, step: int) -> None:
-        """Forgets what was logged after `step`, so that a resumed run logs every step once."""
+        """Removes what was logged after `step`, so that a resumed run logs every step once."""
         if not self._world.is_main:
             return
         logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
@@ -192,7 +190,7 @@ class RunDirectory:
         self._open_board(step)
 
     def _open_board(self, step: int) -> None:
-        """TensorBoard's events, without those after `step`."""
+        """Opens TensorBoard's events, without those after `step`."""
         if self._config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every recipe logs
 
@@ -200,7 +198,7 @@ class RunDirectory:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the wall and CPU seconds of its block to `times`, and notes the memory at its end."""
+        """Adds the wall and CPU seconds of its block to `times`, and measures the memory at its end."""
         signals.alive()
         memory.restart_peak()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -225,12 +223,12 @@ class RunDirectory:
                 self._board.flush()
 
     def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends what `LayerWatch.found` found in a step to layers.jsonl."""
+        """Appends a step's `LayerWatch.rows` to layers.jsonl."""
         if self._world.is_main:
             _append(self.layers, [{"step": step, **_finite(row)} for row in rows])
 
     def log_rollouts(self, step: int, groups: Sequence[Group], batch: UpdateBatch) -> None:
-        """Writes a line per reflection of a step; what its group shares stands on the group's first line alone."""
+        """Writes a line per reflection of a step; only a group's first line has what all of them share."""
         if not self._world.is_main:
             return
         lines = [
@@ -262,10 +260,10 @@ class RunDirectory:
     def write_verdicts(
         self, problems: Sequence[Problem], failures: Sequence[Failure], verdicts: Mapping[str, Any]
     ) -> None:
-        """Writes an evaluation's verdicts and whose they are to verdicts.json; runs can be compared in pairs by it."""
+        """Writes an evaluation's verdicts, and on which problems, to verdicts.json, to compare runs in pairs."""
         if self._world.is_main:
-            asked = {"problems": [it.id for it in problems], "failures": [it.problem.id for it in failures]}
-            write_whole(self.path / "verdicts.json", json.dumps(asked | dict(verdicts)) + "\n")
+            ids = {"problems": [it.id for it in problems], "failures": [it.problem.id for it in failures]}
+            write_whole(self.path / "verdicts.json", json.dumps(ids | dict(verdicts)) + "\n")
 
     def add_to_summary(self, **entries: Any) -> dict[str, Any]:
         """Merges entries and the seconds of this verb's phases into summary.json; None removes an entry.
@@ -274,7 +272,7 @@ class RunDirectory:
             The whole summary.
         """
         file = self.path / "summary.json"
-        summary = self._read_object(file)
+        summary = self._read_summary(file)
         entries["seconds"] = summary.get("seconds", {}) | self._seconds()
         merged = {name: value for name, value in (summary | entries).items() if value is not None}
         self._world.barrier()  # everyone has read the old summary
@@ -283,47 +281,46 @@ class RunDirectory:
             write_whole(file, json.dumps(merged, indent=1) + "\n")
         return merged
 
-    def _read_object(self, file: Path) -> dict[str, Any]:
-        """A JSON file's object; an empty one if there is none, or, with a warning, if it is damaged."""
+    def _read_summary(self, file: Path) -> dict[str, Any]:
+        """The summary; an empty one if there is none or, with a warning, if it is damaged."""
         try:
-            found = json.loads(file.read_text()) if file.exists() else {}
+            summary = json.loads(file.read_text()) if file.exists() else {}
         except ValueError:
-            found = None
-        if isinstance(found, dict):
-            return found
+            summary = None
+        if isinstance(summary, dict):
+            return summary
         if self._world.is_main:
             print(f"warning: {file} is damaged, and starts again", file=sys.stderr, flush=True)
         return {}
 
     def _seconds(self) -> dict[str, dict[str, float]]:
-        """Wall and CPU seconds (of rank 0) by phase: of all logged steps, and of this verb since the last one."""
+        """Wall and CPU seconds (of rank 0) by phase: of all logged steps, and of this verb after them."""
         logged = [json.loads(line) for line in _lines(self.metrics) if _step_of(line) is not None]
         spent: dict[str, dict[str, float]] = {}
         for line in [*logged, self.times]:
             for name, value in line.items():
                 if name.startswith("time/"):
-                    phase = name.removeprefix("time/")
-                    kind = "cpu" if phase.startswith("cpu_") else "wall"
-                    phase = phase.removeprefix("cpu_")
+                    kind = "cpu" if name.startswith("time/cpu_") else "wall"
+                    phase = name.removeprefix("time/").removeprefix("cpu_")
                     spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value
         return {phase: {kind: round(value, 2) for kind, value in kinds.items()} for phase, kinds in spent.items()}
 
 
 def _shared(group: Group) -> dict[str, Any]:
-    """What all rollouts of a group have in common: problem and failed answer, and the token ids of [task][attempt]."""
+    """What all reflections of a group share: problem, failed answer, and the token ids of [task][attempt]."""
     failure = group.failure
     return {"problem": failure.problem.text, "attempt": failure.attempt.text, "context_ids": failure.context.ids}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no Inf: they become null."""
+    """The values for JSON, which has no NaN or Inf: they become null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
 
 
 def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Adds lines to a log, on the disk when this returns."""
+    """Appends lines to a log; they are on the disk when this returns."""
     with filename_in_errors(log), log.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.flush()
@@ -335,7 +332,7 @@ def _lines(log: Path) -> list[str]:
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a metrics line; None for one that a crash cut short, or that is none."""
+    """The step of a metrics line; None if it was cut short by a crash or is no such line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The process under a recipe: ranks, device, seeds, and errors that end it in one line."""
+"""The process that runs a recipe: ranks, device, seeds, and how it ends."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
 )
-"""What a user can fix, met in a file or directory."""
+"""Errors of files and directories that a user can fix."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,22 @@ class World:
         return box[0]
 
     def on_main(self, act: Callable[[], Result]) -> Result:
-        """What `act` returns on rank 0, on every rank.
+        """Calls `act` on rank 0; returns its result on every rank.
 
         Raises:
-            UserError: `act` raised it on rank 0; on every rank alike.
+            UserError: `act` raised it; every rank does.
         """
-        found: Any = None
+        outcome: Any = None
         if self.is_main:
             try:
-                found = act()
+                outcome = act()
             except UserError as error:
-                found = error
-        found = self.broadcast(found)
-        if isinstance(found, UserError):
-            raise found
-        returned: Result = found
-        return returned
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        result: Result = outcome
+        return result
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -104,20 +104,20 @@ class World:
         dist.barrier(group=self.objects)
 
     def leave_if_asked(self) -> None:
-        """Every rank calls this.
+        """Stops all ranks if a signal asked any of them to; every rank calls this.
 
         Raises:
-            Stopped: a signal asked any of them to stop.
+            Stopped: on every rank.
         """
         if asked := [name for name in self.gather(signals.noted()) if name is not None]:
             raise signals.Stopped(f"stopped by {asked[0]}")
 
 
 def start(config: Config) -> World:
-    """Joins the process group that torchrun or srun describes, or makes one of a single rank.
+    """Joins the process group that torchrun or srun describes; without either, makes one of a single rank.
 
     Raises:
-        ConfigError: the ranks that were launched do not fit the layout.
+        ConfigError: the layout does not fit the launched ranks.
         UserError: this node's GPUs cannot be used, or only some nodes have any.
     """
     _read_srun()
@@ -147,19 +147,19 @@ def start(config: Config) -> World:
 
 
 def _end_groups() -> None:
-    """Ends gloo's threads: one that lets go of a tensor while Python shuts down aborts the process.
+    """Ends gloo's threads: one that frees a tensor while Python shuts down would abort the process.
 
-    Where there is an engine, vLLM's own exit hook destroys the groups, and fails if they are gone.
+    With an engine, vLLM's own exit hook destroys the groups, and it fails if they are gone.
     """
     if dist.is_initialized() and "vllm" not in sys.modules:
         dist.destroy_process_group()
 
 
 def _read_srun() -> None:
-    """Takes the ranks from srun where it started this process, and torchrun did not.
+    """Takes the ranks from srun if srun started this process, and not torchrun.
 
     Raises:
-        ConfigError: srun started several ranks, and nothing says where they meet.
+        ConfigError: srun started several ranks, but nothing says where they meet.
     """
     if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
         return
@@ -175,7 +175,7 @@ def _has_cuda(local: int) -> bool:
     Raises:
         UserError: the node has GPUs, but CUDA does not start on them, or this rank does not see its own.
     """
-    host, count = socket.gethostname(), torch.cuda.device_count()  # of the driver: CUDA itself need not work
+    host, count = socket.gethostname(), torch.cuda.device_count()  # the driver's count, even if CUDA does not start
     if not torch.cuda.is_available():
         if count:
             raise UserError(
@@ -192,14 +192,14 @@ def _has_cuda(local: int) -> bool:
 
 
 def _refuse_mixed_devices(world: World) -> None:
-    found = world.gather((socket.gethostname(), world.device.type))
-    without = sorted({host for host, kind in found if kind == "cpu"})
-    if len({kind for _, kind in found}) > 1:
+    devices = world.gather((socket.gethostname(), world.device.type))
+    if len({kind for _, kind in devices}) > 1:
+        without = sorted({host for host, kind in devices if kind == "cpu"})
         raise UserError(f"CUDA finds no GPU on {', '.join(without)}, but finds some on the other nodes")
 
 
 def _name_interface(size: int) -> None:
-    """Between nodes, has gloo use the default route's interface if this host's own name leads to its loopback.
+    """Makes gloo use the default route's interface, if there are several nodes and this host's name means loopback.
 
     Debian's /etc/hosts says "127.0.1.1 <host name>", and gloo would tell the other nodes to connect to that.
     """
@@ -209,7 +209,7 @@ def _name_interface(size: int) -> None:
         return
     try:
         address = socket.gethostbyname(socket.gethostname())
-    except OSError:  # a name that leads nowhere: gloo takes the loopback then, too
+    except OSError:  # without an address for the name, gloo takes the loopback, too
         address = "127.0.0.1"
     interface = default_interface(ROUTES.read_text()) if address.startswith("127.") and ROUTES.exists() else None
     if interface is not None:
@@ -217,7 +217,7 @@ def _name_interface(size: int) -> None:
 
 
 def default_interface(routes: str) -> str | None:
-    """The default route's network interface in the text of /proc/net/route, or None where there is no such route."""
+    """The default route's network interface, from the text of /proc/net/route; None if there is no default route."""
     rows = [line.split() for line in routes.splitlines()[1:]]
     defaults = [(int(row[6]), row[0]) for row in rows if len(row) > 7 and row[1] == row[7] == "00000000"]
     return min(defaults)[1] if defaults else None
@@ -230,7 +230,7 @@ def _free_port() -> int:
 
 
 def seed_generators(seed: int, step: int) -> None:
-    """Seeds every generator from (seed, step) alone, so that a resumed step draws what the first run drew."""
+    """Seeds every generator from (seed, step) alone, so that a repeated step draws the same numbers."""
     mixed = step_seed(seed, step) % 2**31
     random.seed(mixed)
     torch.manual_seed(mixed)
@@ -242,12 +242,12 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def main(recipe: Callable[[Sequence[str]], None]) -> None:
-    """Runs a recipe on the command line's arguments; a `UserError` becomes one line and exit code 2, a stop code 75.
+    """Runs a recipe with the command line's arguments. A `UserError` becomes one line and exit code 2; a stop, code 75.
 
-    Every failure leaves through os._exit: interpreter shutdown would run vLLM's exit hooks, which wait for ranks that
+    Every failure leaves through os._exit: at shutdown, Python would run vLLM's exit hooks, which wait for ranks that
     are themselves waiting in a collective.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `recipes` until here
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # `recipes` set it for the time of its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if sys.argv[1:2] in (["--help"], ["-h"]):
@@ -260,7 +260,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         _leave(f"{error}: the same command goes on from what is saved", signals.STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
-    except Exception as error:  # noqa: BLE001  the last frame of the process: print what it was, end the rank
+    except Exception as error:  # noqa: BLE001  the last frame of the process
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "writing failed"
             _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", 2)
@@ -271,30 +271,32 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
 
 
 def is_collective(error: BaseException) -> bool:
-    """Whether a collective failed. gloo raises a bare RuntimeError, so its name in the message has to do."""
+    """Whether a collective failed. gloo raises a bare RuntimeError, recognised by the path in its message."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _of_another_rank(error: Exception) -> str:
-    """The message for a failed collective: the cause is in another rank's log, and in no stack of this one."""
-    said = str(error).partition("\n")[0]
-    if "connectFullMesh" in said:
-        return (
+    """The message for a failed collective, whose cause is in another rank's log, not in this one's stack."""
+    first_line = str(error).partition("\n")[0]
+    if "connectFullMesh" in first_line:
+        message = (
             "the ranks cannot connect to each other: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network "
-            f"interface that the nodes share, under Slurm in cluster.setup ({said})"
+            "interface that the nodes share, under Slurm in cluster.setup"
         )
-    if "timed out" in said.lower() or "timeout" in said.lower():
-        return (
-            f"a collective waited for another rank until run.timeout_minutes; the stacks of all ranks say why ({said})"
-        )
-    return f"another rank has ended, which ends this one; that one's message says why ({said})"
+    elif "timed out" in first_line.lower() or "timeout" in first_line.lower():
+        message = "a collective waited for another rank until run.timeout_minutes; the stacks of all ranks say why"
+    else:
+        message = "another rank has ended, which ends this one; that one's message says why"
+    return f"{message} ({first_line})"
 
 
 def _leave(message: str, code: int, follows: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if follows or (rank and code != signals.STOPPED):
         signals.restore_defaults()
-        time.sleep(3)  # rank 0 prints an error that all ranks meet; a rank's own error comes before those that follow
+        time.sleep(
+            3
+        )  # the rank with the cause speaks first; an error of all ranks is printed by rank 0, which ends them
     if rank:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()

@@ -1,10 +1,10 @@
-"""What ends a process from outside: a request to stop, and a hang.
+"""Requests to stop, and a watchdog for hangs.
 
     a request to stop -> noted -> a rollout is left, an update is finished -> all ranks agree -> save -> exit code 75
     a second one      -> the process ends at once; the last checkpoint stands
     no sign of life   -> a line and every thread's stack on stderr, then the end
 
-Signals belong to the process, so what is noted is this module's own state.
+Signals belong to the process, so this module keeps state of its own.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from functools import cache
 from types import FrameType
 
 STOPPED = 75
-"""Exit code (EX_TEMPFAIL of sysexits.h) of a process that stopped on request: the same command goes on from there."""
+"""Exit code (EX_TEMPFAIL of sysexits.h) of a process that stopped on request; the same command continues."""
 REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals that ask to stop: of Slurm, kill, Ctrl-C and a terminal that is closed."""
+"""Signals that ask to stop: from Slurm, kill, Ctrl-C and a terminal that closes."""
 SAME_REQUEST = 5.0
-"""Seconds within which a second signal belongs to the first: Slurm may send one to the tasks and one to the script.
+"""Seconds within which a second signal is the same request: Slurm may send one to the tasks and one to the script.
 
-A second Ctrl-C is a person's, and counts at once.
+A second Ctrl-C counts at once.
 """
 
 LOOK = 1.0
@@ -35,7 +35,7 @@ LOOK = 1.0
 
 _noted: list[tuple[str, float]] = []
 _watched: tuple[float, float] | None = None
-"""Seconds without a sign of life that are allowed, and when the last one was; None while nobody watches."""
+"""How many seconds without a sign of life are allowed, and when the last one was; None while nothing is watched."""
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong
@@ -43,20 +43,20 @@ class Stopped(Exception):  # noqa: N818  nothing is wrong
 
 
 def listen() -> None:
-    """Notes requests to stop from now on, instead of dying of them. What nohup or a shell's & has ignored stays so."""
+    """Notes requests to stop from now on instead of dying of them. What nohup or a shell's & ignores stays ignored."""
     for number in REQUESTS:
         if number in (signal.SIGUSR1, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
 
 
 def restore_defaults() -> None:
-    """Lets a request to stop kill the process again: it has nothing left to save."""
+    """Lets a request to stop kill the process again, when it has nothing left to save."""
     for number in REQUESTS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def noted() -> str | None:
-    """The signal that asked this process to stop, e.g. "SIGUSR1"; None while there was none."""
+    """The signal that asked this process to stop, e.g. "SIGUSR1"; None if there was none."""
     return _noted[0][0] if _noted else None
 
 
@@ -71,13 +71,13 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def watch(seconds: float) -> None:
-    """Starts a watchdog: without `alive` it dumps all stacks after 0.9 * seconds and kills the process after 1.1.
+    """Starts a watchdog: without `alive`, it dumps all stacks after 0.9 * seconds and kills the process after 1.1.
 
     In between, a hung collective fails by its own time-out, which says more. The kernel does the killing (SIGALRM),
-    since a thread that hangs inside a library runs no Python.
+    because a thread that hangs inside a library runs no Python.
 
     Args:
-        seconds: of run.timeout_minutes, which the line before the stacks names.
+        seconds: `run.timeout_minutes` in seconds.
     """
     global _watched
     _watched = (seconds, 0.0)
@@ -87,7 +87,7 @@ def watch(seconds: float) -> None:
 
 @contextmanager
 def watched(seconds: float) -> Iterator[None]:
-    """Watches its block alone, see `watch`."""
+    """Watches its block only, see `watch`."""
     global _watched
     watch(seconds)
     try:
@@ -99,7 +99,7 @@ def watched(seconds: float) -> Iterator[None]:
 
 
 def alive() -> None:
-    """A sign of life; costs nothing when called often."""
+    """Gives a sign of life; cheap enough to call often."""
     global _watched
     now = time.monotonic()
     if _watched is None or now - _watched[1] < 1:
@@ -116,7 +116,7 @@ def _start_announcer() -> None:
 
 
 def _announce() -> None:
-    """Says just before the stacks why they come. A hang that holds Python's lock comes without this line."""
+    """Explains the stacks just before they come; cannot if the hang holds Python's lock."""
     said = 0.0
     while True:
         time.sleep(LOOK)

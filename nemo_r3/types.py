@@ -1,11 +1,11 @@
 """What flows through nemo_r3: problems, trajectories made of phased segments, groups.
 
-    Problem -> Trajectory [task][attempt]                      a first attempt; a failure when rejected
-            -> Trajectory [task][attempt][request][reflection] what a policy update trains on
-            -> Trajectory [...][request][retry]                what the verifier judges
+    Problem -> Trajectory [task][attempt]                       a first attempt; a failure if it is rejected
+            -> Trajectory [task][attempt][request][reflection]  what a policy update trains on
+            -> Trajectory [...][request][retry]                 what the verifier judges
 
-A trajectory is a flat run of token ids cut into segments, each with its phase: there is no
-prompt/response split, and nothing here knows how many turns there are. No torch, no vLLM.
+A trajectory is a flat run of token ids, cut into segments that each have a phase. There is no prompt/response split,
+and nothing here knows how many turns there are. No torch, no vLLM.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+NO_ROOM = "no_room"
+"""Finish reason of an empty answer: its prompt fills `rollout.max_model_len`, so nothing was sampled."""
 
 
 class Phase(StrEnum):
@@ -33,10 +36,10 @@ class Problem:
     Example: ``Problem("countdown-1-2-3-7", "Using the numbers 1, 2, 3, ...", {"numbers": [1, 2, 3], "target": 7})``
 
     Attributes:
-        id: unique and stable across runs and machines.
+        id: unique, and stable across runs and machines.
         text: the user's first turn.
-        data: JSON-able facts that the verifier needs; never shown to the model.
-        tools: the functions that the model may call, each as chat templates take them:
+        data: facts for the verifier, as JSON has them; never shown to the model.
+        tools: the functions that the model may call, as chat templates take them:
             ``{"type": "function", "function": {"name": ..., "description": ..., "parameters": <JSON Schema>}}``.
     """
 
@@ -53,9 +56,9 @@ class Segment:
     Attributes:
         phase: the part of the trajectory.
         ids: [length] token ids.
-        logprobs: [length] log-probabilities (nats, at the rollout temperature) that vLLM sampled the
-            tokens with; empty for template and user text, which nobody sampled.
-        version: the version of the weights that sampled it; -1 for text.
+        logprobs: [length] log-probabilities (nats, at the rollout temperature) with which vLLM sampled the tokens;
+            empty for template and user text.
+        version: the version of the weights that sampled it; -1 for template and user text.
     """
 
     phase: Phase
@@ -93,10 +96,9 @@ class Answer:
     """A sampled turn with its text and how it ended.
 
     Attributes:
-        segment: its tokens; the end-of-turn token that ended it, if one did, is the last of them.
+        segment: its tokens, including the end-of-turn token that ended it, if one did.
         text: decoded without special tokens.
-        finish_reason: "stop" (the model ended its turn), "length" (cut at the token limit) or "no_room" (not
-            sampled, because its prompt fills rollout.max_model_len).
+        finish_reason: "stop" (the model ended its turn), "length" (cut at the token limit) or NO_ROOM.
     """
 
     segment: Segment
@@ -107,6 +109,36 @@ class Answer:
     def truncated(self) -> bool:
         """Whether it was cut at its token limit."""
         return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A first answer and its verdict.
+
+    Attributes:
+        problem: what was asked.
+        sample: which of the samples drawn for this problem it is.
+        context: [task][attempt].
+        answer: the answer (its segment is the context's last).
+        passed: whether the verifier accepts it.
+    """
+
+    problem: Problem
+    sample: int
+    context: Trajectory
+    answer: Answer
+    passed: bool
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the verifier rejected it and it has tokens to reflect on."""
+        return not self.passed and bool(self.answer.segment.ids)
+
+    @property
+    def failure(self) -> Failure:
+        """This attempt as something to reflect on."""
+        assert self.is_failure, "only a sampled, rejected attempt is a failure"
+        return Failure(self.problem, self.context, self.answer, self.sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +173,7 @@ class Reflection:
         answer: the reflection.
         retry: the answer sampled with the reflection in context.
         reward: 1.0 when the verifier accepts the retry, else 0.0.
-        solves: whether the verifier accepts the reflection's own text: it gives the answer away.
+        solves: whether the verifier accepts the reflection itself, which then gives the answer away.
     """
 
     sample: int
@@ -169,18 +201,17 @@ class Group:
 class Row:
     """One training sequence: a trajectory with what the loss needs at each of its tokens.
 
-    All lists are [length] and aligned with ``ids``: entry t is about token t as a target.
+    All lists are [length] and aligned with `ids`: entry t is about token t as a target.
 
     Attributes:
         ids: token ids.
         phases: the phase of each token.
         sampled: whether vLLM sampled the token.
-        advantages: group advantage of the token's reflection; 0 where nothing is trained.
-        loss_weights: share of the token in the global loss; 0 where nothing is trained. Over a whole
-            step's rows they carry the loss's denominators, so any split into microbatches and
-            ranks adds up to the same loss.
-        rollout_logprobs: vLLM's log-probability of the token; 0 where it was not sampled.
-        group: rows of one group have the same number.
+        advantages: group advantage of the token's reflection; 0 for tokens that are not trained.
+        loss_weights: the token's share in the step's loss; 0 for tokens that are not trained. They carry the loss's
+            denominators, so any split into microbatches and ranks adds up to the same loss.
+        rollout_logprobs: vLLM's log-probability of the token; 0 if it was not sampled.
+        group: number of the row's group.
         shared: number of leading, untrained tokens that all rows of the group share.
     """
 
@@ -202,10 +233,10 @@ class UpdateBatch:
     """Everything one optimizer step trains on, the same on every rank.
 
     Attributes:
-        rows: the training sequences of the groups in use.
+        rows: the training sequences.
         advantages: per group, per reflection; 0 in a dropped group.
-        groups_used: groups whose retries differed, and that have a row.
-        groups_dropped: the others; they have no rows, unless `algo.keep_equal_groups`.
+        groups_used: number of groups that have mixed rewards and at least one row.
+        groups_dropped: number of other groups; they have no rows, unless `algo.keep_equal_groups`.
     """
 
     rows: tuple[Row, ...] = ()

@@ -1,25 +1,26 @@
-"""Where a run's failures come from: the failure bank, mined where it is missing, or the current policy."""
+"""Where a run's failures come from: the failure bank, mined if it is missing, or the current policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from nemo_r3.errors import UserError
-from nemo_r3.failures import Bank, BankRow, BankSource, OnlineSource, Source
+from nemo_r3.failures.bank import Bank, BankRow
+from nemo_r3.failures.source import BankSource, OnlineSource, Source
+from nemo_r3.failures.stamp import Stamp, hash_of
+from nemo_r3.failures.tally import show
 from nemo_r3.models import fingerprint
 from nemo_r3.rollout.scheduler import Rollout
-from nemo_r3.stamp import Stamp, hash_of
-from nemo_r3.tally import written
 from nemo_r3.types import Problem
 from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
 """`Dialogue.tools` in words."""
 
 
 def problems_to_mine(setup: Setup) -> Sequence[Problem]:
-    """The training problems that the failure bank asks.
+    """The training problems that the failure bank is mined from.
 
     Raises:
         UserError: the task has none.
@@ -30,11 +31,10 @@ def problems_to_mine(setup: Setup) -> Sequence[Problem]:
 
 
 def open_bank(setup: Setup) -> Bank | None:
-    """The failure bank that this run trains from; None where `failures.source` is online.
+    """The failure bank that this run trains from; None if `failures.source` is online.
 
     Raises:
-        UserError: there is a bank, and it is of another model, problems, verifier or wording; or there is nothing to
-            ask.
+        UserError: there is a bank of another model, problems, verifier or wording; or the task has nothing to mine.
     """
     config = setup.config
     if config.failures.source == "online":
@@ -55,12 +55,12 @@ def open_bank(setup: Setup) -> Bank | None:
 
 
 def is_mined(bank: Bank | None) -> bool:
-    """Whether nothing is left to mine: the bank is complete, or there is none; every rank calls it."""
+    """Whether nothing is left to mine: the bank is complete, or there is none. Every rank calls this."""
     return bank is None or bank.check()
 
 
 def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
-    """The bank's failures. Mines what is missing first: the engine must hold the starting weights."""
+    """The bank's failures, after mining what is missing, for which the engine must hold the starting weights."""
     if bank.check():
         return bank.read()
     problems, progress = problems_to_mine(setup), setup.progress
@@ -76,7 +76,7 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     warn_of_truncated_answers(setup, tally.truncated_share)
     progress.say(tally.line(len(problems)))
     if doubt := tally.doubt():
-        progress.say(f"one of them:\n{written(bank.example)}\n{doubt}" if bank.example else doubt)
+        progress.say(f"one of them:\n{show(bank.example)}\n{doubt}" if bank.example else doubt)
     rows = bank.read()
     cut = f"{tally.truncated_share:.0%} of the answers cut at rollout.max_answer_tokens"
     progress.say(f"mined {bank.path}: {len(rows)} failures of {len(problems)} problems, {cut}")
@@ -84,7 +84,7 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
 
 
 def failure_source(setup: Setup, bank: Bank | None, rollout: Rollout) -> Source:
-    """Gives each training step its failures: from the bank, or without one from the current policy."""
+    """Gives each training step its failures: from the bank, or if there is none, from the current policy."""
     config = setup.config
     count = config.train.failures_per_step
     if bank is None:

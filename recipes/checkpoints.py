@@ -1,6 +1,6 @@
-"""A run's checkpoints: continuing from one, saving the next, and what was sampled of a step that a stop cut short.
+"""A run's checkpoints: continuing from one, saving the next, and keeping what was sampled of a stopped step.
 
-Imports megatron-core: after `join`.
+Imports megatron-core, so it is imported after `join`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,18 @@ from typing import Any
 from safetensors import SafetensorError
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.manifest import (
-    MANIFEST,
-    WAY_OUT,
-    DamagedError,
-    complete,
-    latest,
-    set_aside,
-)
+from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside
 from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.saver import Saver
 from nemo_r3.errors import UserError
 from nemo_r3.rollout import kept
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.counters import Counters
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 
 def newest(setup: Setup) -> Path | None:
-    """The run's newest checkpoint as rank 0 sees it: on a shared file system ranks may not see the same."""
+    """The run's newest checkpoint as rank 0 sees it: on a shared file system, ranks may see different files."""
     newest: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
     return newest
 
@@ -39,7 +33,7 @@ def trained(setup: Setup) -> Path | None:
     """The checkpoint to measure or export: `evaluate.checkpoint`, or the run's newest.
 
     Raises:
-        UserError: it is no complete checkpoint, or the run has other settings than this command.
+        UserError: it is no complete checkpoint, or this command's settings are not the run's.
     """
     asked = setup.config.evaluate.checkpoint
     trained = Path(asked) if asked else newest(setup)
@@ -51,21 +45,21 @@ def trained(setup: Setup) -> Path | None:
 
 
 def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Path | None]:
-    """Continues from the run's newest sound checkpoint: the policy, and logs that end where it does.
+    """Loads the run's newest sound checkpoint, if there is one, and cuts the logs back to its step.
 
-    The engine sleeps meanwhile, where it can, and is behind the policy afterwards.
+    The engine sleeps meanwhile, if it can, and is behind the policy afterwards.
 
     Returns:
-        The loop's counters, and the checkpoint that kept them; new ones and None where the run has no checkpoint.
+        The loop's counters and the checkpoint that they are from; new ones and None without a checkpoint.
 
     Raises:
-        UserError: all of them are damaged, the newest is of another model, or `train.steps` goes beyond the learning
-            rate's end.
+        UserError: all checkpoints are damaged, the newest is of another model, or `train.steps` goes beyond the
+            learning rate's end.
     """
     counters, home, steps = Counters(), None, setup.config.train.steps
-    if found := setup.world.broadcast(complete(setup.run.checkpoints)):
+    if newest_first := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
-        home, manifest = _load_newest(setup, policy, found)
+        home, manifest = _load_newest(setup, policy, newest_first)
         counters = Counters(**manifest["state"])
         refuse_useless_steps(setup, policy, counters.step)
         setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
@@ -76,9 +70,9 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
     return counters, home
 
 
-def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """Loads the first of these checkpoints that is sound; damaged ones before it are set aside."""
-    *newer, oldest = found
+def _load_newest(setup: Setup, policy: Policy, newest_first: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """Loads the first of these checkpoints that is sound, after setting aside those before it."""
+    *newer, oldest = newest_first
     for path in newer:
         try:
             return path, checkpoint.load(policy, path)
@@ -89,20 +83,20 @@ def _load_newest(setup: Setup, policy: Policy, found: Sequence[Path]) -> tuple[P
     try:
         return oldest, checkpoint.load(policy, oldest)
     except DamagedError as error:
-        said = str(error).removesuffix(f"; {WAY_OUT}")
+        damage = str(error).removesuffix(f"; {WAY_OUT}")
         raise UserError(
-            f"{said}; there is no sound checkpoint before it: name another run.dir to start again"
+            f"{damage}; there is no sound checkpoint before it: name another run.dir to start again"
         ) from error
 
 
 def check_new_run(setup: Setup, policy: Policy) -> None:
-    """Before anything is mined, what `resume` checks of a run with a checkpoint: that no step's learning rate is 0."""
+    """Checks a run without checkpoints before mining, as `resume` checks others: no step's learning rate may be 0."""
     if newest(setup) is None:
         refuse_useless_steps(setup, policy, 0)
 
 
 def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
-    """Refuses steps whose learning rate is 0; every step that is left is taken to have an update."""
+    """Refuses steps whose learning rate would be 0 if every step left has an update."""
     steps, useful = setup.config.train.steps, done + policy.updates_left()
     if steps <= useful:
         return
@@ -118,11 +112,11 @@ def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
     )
 
 
-def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Saver:
-    """What saves the run's steps.
+def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> Saver:
+    """Makes the run's `Saver`.
 
-    An offloaded optimizer state comes back to the device to be saved. The engine makes room for it, and sleeps on until
-    the refit of the next step.
+    An offloaded optimizer state comes back to the device to be saved; the engine makes room for it, and sleeps until
+    the next step's refit.
     """
     config = setup.config
 
@@ -131,16 +125,16 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> checkpoint.Sav
         if config.actor.offload_optimizer:
             rollout.engine.sleep()
 
-    return checkpoint.Saver(policy, setup.run.checkpoints, config.train, make_room)
+    return Saver(policy, setup.run.checkpoints, config.train, make_room)
 
 
 def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
-    """After a stop, keeps what was sampled of `step` beside the checkpoint whose weights sampled it.
+    """After a stop, writes what was sampled of `step` beside the checkpoint whose weights sampled it.
 
-    Nothing where rollouts are deterministic, and in a run's first step, which has no checkpoint before it. A failed
-    write is only a warning: the turns will be sampled again.
+    There is nothing to write if rollouts are deterministic, or before the first checkpoint. A failed write is only a
+    warning: the turns will be sampled again.
     """
-    turns = {turn: found for part in setup.world.gather(rollout.kept.of(step)) for turn, found in part.items()}
+    turns = {name: turn for part in setup.world.gather(rollout.kept.of(step)) for name, turn in part.items()}
     home = latest(setup.run.checkpoints)
     if setup.world.is_main and turns and home is not None:
         try:
@@ -152,7 +146,7 @@ def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
 
 
 def _take_up_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> None:
-    """Gives the engines what a stopped process kept of `step`, if it did."""
+    """Gives the engines what a stopped process kept of `step`, if anything."""
     file, turns = home / kept.FILE, {}
     if setup.world.is_main and file.exists():
         try:

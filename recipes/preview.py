@@ -1,7 +1,7 @@
-"""Shows whole dialogues: whether prompts, template and verifier work is seen at once, before anything is mined.
+"""Shows whole dialogues, to see before mining whether prompts, chat template and verifier work.
 
-Samples first answers to training problems; of the failures, a reflection and a retry. Nothing is kept. A number after
-CONFIG.yaml says how many to show.
+Samples first answers to training problems, and a reflection and a retry for each failure. Nothing is kept. A number
+after CONFIG.yaml says how many dialogues to show.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 
 from nemo_r3 import runtime
 from nemo_r3.dialogue import Dialogue
-from nemo_r3.failures import MINING_STEP
-from nemo_r3.tally import tally
+from nemo_r3.failures.bank import MINING_STEP
+from nemo_r3.failures.tally import tally
 from nemo_r3.types import Answer, Phase, Trajectory
 from recipes.metrics import warn_of_long_problems
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import start_rollout
 
 SHOWN = 3
 ASKED_PER_SHOWN = 8
-"""A model may pass most problems at once; failures come first among those shown."""
+"""So many problems are asked for each dialogue shown: a model may solve most of them, and failures are shown first."""
 
 
 def preview(argv: Sequence[str]) -> None:
     """`python -m recipes.preview CONFIG.yaml [how many] key=value ...`."""
     numbers = [int(word) for word in argv if word.isdecimal()]
     shown = numbers[0] if numbers else SHOWN
-    setup = join(plan([word for word in argv if not word.isdecimal()]), trains=False)
+    setup = join([word for word in argv if not word.isdecimal()], trains=False)
     rollout = start_rollout(setup)
     problems = setup.task.problems("train")[: shown * ASKED_PER_SHOWN]
     setup.progress.begin("preview")
@@ -45,7 +45,7 @@ def preview(argv: Sequence[str]) -> None:
 
 
 def written(dialogue: Dialogue, trajectory: Trajectory, judged: Sequence[tuple[Answer, bool]]) -> str:
-    """A dialogue as text, special tokens and all; behind attempt and retry, whether they passed."""
+    """A dialogue as text, with its special tokens, and the verdicts after attempt and retry."""
     verdicts, parts = iter(judged), []
     for segment in trajectory.segments:
         parts.append(f"--- {segment.phase}\n{dialogue.whole(segment.ids)}")

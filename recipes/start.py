@@ -1,6 +1,6 @@
-"""Starts a run's two halves, each with the starting weights or without: the policy and the rollout.
+"""Starts the two halves of a run, policy and rollout, with the starting weights or without.
 
-Each imports its own: that takes seconds, and not before `join` has prepared the environment.
+Each imports its backend only then: that takes seconds, and has to come after `join`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemo_r3.models.names import count_parameters
 from nemo_r3.refit import refit
 from nemo_r3.rollout.scheduler import Rollout
-from recipes.plan import Setup
+from recipes.setup import Setup
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def start_policy(setup: Setup, trains: bool = True, with_weights: bool = True) -> Policy:
-    """Builds this rank's shard of the policy; without weights, a checkpoint must be loaded next."""
+    """Builds this rank's shard of the policy; without weights, load a checkpoint next."""
     actor, millions = setup.config.actor, count_parameters(setup.arch) / 1e6
     layout = f"tensor_parallel={actor.tensor_parallel} pipeline_parallel={actor.pipeline_parallel}"
     setup.progress.say(f"loading the model: {millions:,.1f}M parameters, {layout}, ranks: {setup.world.size}")
@@ -28,7 +28,7 @@ def start_policy(setup: Setup, trains: bool = True, with_weights: bool = True) -
 
 
 def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
-    """Starts this rank's part of a vLLM engine; without weights, a refit must come before anything is sampled."""
+    """Starts this rank's part of a vLLM engine; without weights, refit before sampling."""
     setup.progress.say(f"starting vLLM: rollout.tensor_parallel={setup.config.rollout.tensor_parallel}")
     from nemo_r3.rollout.engine import Engine
 
@@ -37,7 +37,7 @@ def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
 
 
 def refit_if_behind(setup: Setup, policy: Policy, rollout: Rollout[Engine]) -> None:
-    """A refit, if the engine has no weights or older ones than the policy; every rank calls it."""
+    """Refits, if the engine has no weights or older ones than the policy; every rank calls this."""
     if rollout.engine.version != policy.version:
         setup.progress.during("refit")
         with setup.run.timed("refit"):

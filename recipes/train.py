@@ -1,6 +1,6 @@
 """The loop: reflect, retry, reward (arXiv 2505.24726).
 
-             refit                                   the policy's weights into vLLM, which has none or older ones
+             refit                                   the policy's weights into vLLM, if it has none or older ones
 failures -> reflections -> retries -> rewards        vLLM and the verifier, every rank's share
              group advantages -> one policy update   megatron-core, on the reflections' tokens only
 """
@@ -17,15 +17,15 @@ from nemo_r3.progress import Pace
 from recipes.bank import failure_source, is_mined, open_bank
 from recipes.counters import reason_to_stop
 from recipes.layers import Layers
-from recipes.metrics import measures, report_memory, speed, summary, versions
+from recipes.metrics import measures, report_memory, speed, summary
 from recipes.outcome import conclude, draw_curve
-from recipes.plan import join, plan
+from recipes.setup import join
 from recipes.start import refit_if_behind, start_policy, start_rollout
 
 
 def train(argv: Sequence[str]) -> None:
     """`python -m recipes.train CONFIG.yaml key=value ...`; the same command on the same directory resumes."""
-    setup = join(plan(argv))
+    setup = join(argv)
     from recipes import checkpoints  # megatron-core: after `join`
 
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
@@ -82,7 +82,6 @@ def train(argv: Sequence[str]) -> None:
         raise
     saver.finish()
     rollout.engine.end()
-    run.add_to_summary(versions=versions())
     conclude(setup, argv)
 
 

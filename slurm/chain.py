@@ -1,8 +1,8 @@
-"""A chain in Slurm: its batch scripts, its submission by submitit, what became of it.
+"""A chain of Slurm jobs: their batch scripts, their submission by submitit, and what became of them.
 
 <run.dir>/chain/chain.json          stages and their jobs
-                STAGE.code          how a stage ended: its exit code
-                jobs/JOB_0_log.out  what its job printed; beside it submitit's script and pickles
+                STAGE.code          a stage's exit code, once it has ended
+                jobs/JOB_0_log.out  what its job printed, beside submitit's script and pickles
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from slurm.job import sbatch_options
 from slurm.stage import Stage
 
 PYTHON = f"exec {shlex.quote(sys.executable)}"
-"""In the batch shell's place: Slurm's signals then reach the stage, which hands them on to train.sh."""
+"""Replaces the batch shell, so that Slurm's signals reach the stage, which passes them on to train.sh."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """A stage at every point of the sweep: one job, or one array.
+class JobArray:
+    """A stage at every point of the sweep: a job array, or a single job.
 
     Attributes:
-        stages: one for each point; one alone where the points share it.
+        stages: one for each point, or a single one that all points share.
         config: what each of the jobs asks of Slurm.
     """
 
@@ -49,29 +49,29 @@ class Step:
 
 
 def folder_of(run_dir: Path) -> Path:
-    """Where a run's chain is kept."""
+    """The directory of a run's chain."""
     return (run_dir / "chain").absolute()
 
 
-def parameters(step: Step, before: Step | None, job: str) -> dict[str, Any]:
-    """submitit's parameters of a step's jobs.
+def parameters(array: JobArray, before: JobArray | None, job: str) -> dict[str, Any]:
+    """submitit's parameters for an array.
 
     Args:
-        step: what is to be submitted.
-        before: the step that must have succeeded; None for the first.
-        job: its job.
+        array: what is to be submitted.
+        before: the array that must succeed first; None for the first one.
+        job: the job id of `before`.
 
     Raises:
         ConfigError: `cluster` has something that a chain cannot submit.
     """
-    config = step.config
+    config = array.config
     if not config.cluster.time_minutes:
-        raise ConfigError(f"stage {step.recipe}: cluster.time_minutes: the jobs of a chain need a time limit")
+        raise ConfigError(f"stage {array.recipe}: cluster.time_minutes: the jobs of a chain need a time limit")
     asked: dict[str, Any] = dict(sbatch_options(config))
-    asked |= {"job-name": f"{step.stages[0].folder.parent.name}-{step.recipe}", "requeue": True}
+    asked |= {"job-name": f"{array.stages[0].folder.parent.name}-{array.recipe}", "requeue": True}
     if before is not None:
-        # of two arrays an element waits for its own in the other
-        kind = "aftercorr" if len(step.stages) == len(before.stages) > 1 else "afterok"
+        # aftercorr: each element waits for its counterpart
+        kind = "aftercorr" if len(array.stages) == len(before.stages) > 1 else "afterok"
         asked |= {"dependency": f"{kind}:{job}", "kill-on-invalid-dep": "yes"}
     for option in config.cluster.options:
         name, equals, value = option.partition("=")
@@ -86,55 +86,55 @@ def parameters(step: Step, before: Step | None, job: str) -> dict[str, Any]:
     }
 
 
-def texts(steps: Sequence[Step]) -> str:
-    """The batch scripts, as `submit` would write them but for the jobs' ids."""
-    parts, before = [], None
-    for step in steps:
-        settings = parameters(step, before, f"{before.recipe.upper()}_JOB" if before else "")
-        jobs = step.stages[0].folder / "jobs"
+def batch_scripts(arrays: Sequence[JobArray]) -> str:
+    """The batch scripts that `submit` would write, except for the jobs' ids."""
+    scripts, before = [], None
+    for array in arrays:
+        settings = parameters(array, before, f"{before.recipe.upper()}_JOB" if before else "")
+        jobs = array.stages[0].folder / "jobs"
         command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(str(jobs))}"
-        count = len(step.stages) if len(step.stages) > 1 else None
-        parts += [
-            f"# --- {shlex.join(['slurm/train.sh', *stage.argv])}   RECIPE={step.recipe}" for stage in step.stages
+        count = len(array.stages) if len(array.stages) > 1 else None
+        scripts += [
+            f"# --- {shlex.join(['slurm/train.sh', *stage.argv])}   RECIPE={array.recipe}" for stage in array.stages
         ]
-        parts.append(_make_sbatch_string(command, jobs, map_count=count, **settings))
-        before = step
-    return "\n".join(parts)
+        scripts.append(_make_sbatch_string(command, jobs, map_count=count, **settings))
+        before = array
+    return "\n".join(scripts)
 
 
-def submit(steps: Sequence[Step]) -> str:
-    """Submits a chain; what was submitted, in words.
+def submit(arrays: Sequence[JobArray]) -> str:
+    """Submits a chain; returns what was submitted, in words.
 
     Raises:
         ConfigError: `cluster` has something that a chain cannot submit.
-        UserError: an earlier chain is under way there, or Slurm refuses a job; nothing stays submitted then.
+        UserError: an earlier chain is still active there, or Slurm refuses a job; then nothing stays submitted.
     """
-    folder = steps[0].stages[0].folder
+    folder = arrays[0].stages[0].folder
     submitted: list[tuple[Stage, str]] = []
-    texts(steps)  # what it refuses is refused before anything is submitted
+    batch_scripts(arrays)  # what it refuses is refused before anything is submitted
     refuse_another(folder)
     before, last = None, ""
-    for step in steps:
+    for array in arrays:
         try:
             executor = SlurmExecutor(folder / "jobs", python=PYTHON)
-            executor.update_parameters(**parameters(step, before, last))
+            executor.update_parameters(**parameters(array, before, last))
             with redirect_stderr(StringIO()):  # submitit prints what it raises
-                jobs = executor.submit_array(step.stages)
+                jobs = executor.submit_array(array.stages)
         except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
             if submitted:
                 ask("scancel", *(job for _, job in submitted))
-            raise UserError(f"Slurm refused {step.recipe}: {' '.join(str(error).split())}") from error
-        submitted += [(stage, job.job_id) for stage, job in zip(step.stages, jobs, strict=True)]
-        before, last = step, jobs[0].job_id.partition("_")[0]
+            raise UserError(f"Slurm refused {array.recipe}: {' '.join(str(error).split())}") from error
+        submitted += [(stage, job.job_id) for stage, job in zip(array.stages, jobs, strict=True)]
+        before, last = array, jobs[0].job_id.partition("_")[0]
     record(folder, submitted)
     return "\n".join(f"{stage.name}: job {job}" for stage, job in submitted)
 
 
 def refuse_another(folder: Path) -> None:
-    """Keeps two chains out of one run directory.
+    """Refuses a run directory whose chain is still active.
 
     Raises:
-        UserError: jobs of the chain there are still in the queue.
+        UserError: its jobs are in the queue.
     """
     jobs = {job for _, job in _read(folder) if job} if _file(folder).exists() else set()
     if jobs and (active := _queue().keys() & jobs):
@@ -145,7 +145,7 @@ def refuse_another(folder: Path) -> None:
 
 
 def record(folder: Path, submitted: Sequence[tuple[Stage, str]]) -> None:
-    """Writes down a new chain; of the one before nothing stays but its jobs' logs."""
+    """Writes down a new chain; of the one before, only the jobs' logs stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.code"):
         file.unlink()
@@ -154,30 +154,30 @@ def record(folder: Path, submitted: Sequence[tuple[Stage, str]]) -> None:
 
 
 def status(run_dir: Path) -> str:
-    """What became of each stage, a line each.
+    """What became of each stage, one line each.
 
     Raises:
         UserError: there is no chain.
     """
-    chain, lines, lost = _read(folder_of(run_dir)), [], dict[str, str]()
+    chain, rows, failed = _read(folder_of(run_dir)), [], dict[str, str]()
     queue = _queue() if any(job for _, job in chain) else {}
     for stage, job in chain:
-        said = queue.get(job) or _said(stage, job, lost.get(stage.point) or lost.get(""))
+        state = queue.get(job) or _outcome(stage, job, failed.get(stage.point) or failed.get(""))
         if job not in queue and stage.ended() != 0:
-            lost.setdefault(stage.point, stage.recipe)
-        lines.append((stage.name, job, said))
-    width = max(len(name) for name, _, _ in lines)
-    return "\n".join(f"{name:<{width}}  {job:>8}  {said}" for name, job, said in lines)
+            failed.setdefault(stage.point, stage.recipe)
+        rows.append((stage.name, job, state))
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(f"{name:<{width}}  {job:>8}  {state}" for name, job, state in rows)
 
 
-def _said(stage: Stage, job: str, lost: str | None) -> str:
-    """Of a stage whose job is not in the queue; `lost` is the stage before it that did not succeed."""
+def _outcome(stage: Stage, job: str, failed: str | None) -> str:
+    """How a stage ended whose job is not in the queue; `failed` is the earlier stage that did not succeed, if any."""
     code = stage.ended()
     if code == 0:
         return "done"
     log = stage.folder / "jobs" / f"{job}_0_log.out"
-    if code is None and lost:
-        return f"cancelled: {lost} did not succeed"
+    if code is None and failed:
+        return f"cancelled: {failed} did not succeed"
     if code is None and not job:
         return "did not run"
     if code is None:
@@ -187,7 +187,7 @@ def _said(stage: Stage, job: str, lost: str | None) -> str:
 
 
 def cancel(run_dir: Path) -> str:
-    """Cancels the stages that have not ended; which, in words.
+    """Cancels the stages that have not ended; returns which, in words.
 
     Raises:
         UserError: there is no chain.
@@ -201,7 +201,7 @@ def cancel(run_dir: Path) -> str:
 
 
 def _queue() -> dict[str, str]:
-    """The user's jobs that have not ended, each with what it does, in words."""
+    """The user's jobs that have not ended, by id, each with its state in words."""
     rows = [
         line.split("|") for line in ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R").splitlines()
     ]

@@ -1,4 +1,4 @@
-"""Slurm's commands: what they print, and patience with a controller that is too busy to answer."""
+"""Runs Slurm's commands, and retries them if the controller is too busy to answer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from nemo_r3.errors import UserError
 
 ATTEMPTS, PAUSE_SECONDS = 13, 20.0
-"""Four minutes of pauses: for a job that would end for good without an answer."""
+"""Four minutes of pauses, for a job that would end for good without an answer."""
 
 
 def ask(*command: str, attempts: int = 1) -> str:
-    """What a Slurm command prints.
+    """Runs a Slurm command; returns what it prints.
 
     Raises:
         UserError: there is no such command, or every attempt failed.

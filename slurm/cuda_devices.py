@@ -1,6 +1,6 @@
 """How many GPUs CUDA sees: `python3 -m slurm.cuda_devices` prints it, or says why CUDA does not start.
 
-The health check runs it in a process of its own, for CUDA may hang. It imports nothing but Python's own library.
+The health check runs this in a process of its own, because CUDA may hang. Only Python's own library is imported.
 """
 
 from __future__ import annotations

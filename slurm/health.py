@@ -1,6 +1,6 @@
-"""Whether a node can run its ranks: `python3 -m slurm.health LOGS GPUS DISK_GB SHM_GB`, once per node, before them.
+"""Checks a node before its ranks start: `python3 -m slurm.health LOGS GPUS DISK_GB SHM_GB`, once per node.
 
-Prints "host: fine" or "host: what is wrong"; needs omegaconf and PyYAML, and neither torch nor a GPU's libraries.
+Prints "host: fine" or "host: what is wrong"; needs omegaconf and PyYAML, but neither torch nor a GPU's libraries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GPU_SECONDS = 60
 
 
 def wrong_with_gpus(wanted: int) -> str:
-    """What is wrong with the node's GPUs; empty where nothing is."""
+    """What is wrong with the node's GPUs; empty if nothing is."""
     if not wanted:
         return ""
     try:
@@ -34,7 +34,7 @@ def wrong_with_gpus(wanted: int) -> str:
 
 
 def wrong_with_cuda(wanted: int) -> str:
-    """What keeps CUDA from the node's GPUs; empty where nothing does. A rank would go on without them, on the CPU."""
+    """Why CUDA cannot use the node's GPUs; empty if it can."""
     command = [sys.executable, "-m", "slurm.cuda_devices"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GPU_SECONDS)
@@ -48,7 +48,7 @@ def wrong_with_cuda(wanted: int) -> str:
 
 
 def wrong_with_disk(logs: Path, wanted_gb: float) -> str:
-    """What is wrong with the run directory as this node sees it; empty where nothing is."""
+    """What is wrong with the run directory as this node sees it; empty if nothing is."""
     probe = logs / f".health_{socket.gethostname()}"
     try:
         probe.write_text("written by the health check\n")
@@ -59,7 +59,7 @@ def wrong_with_disk(logs: Path, wanted_gb: float) -> str:
 
 
 def wrong_with_shm(wanted_gb: float) -> str:
-    """What is wrong with shared memory, which NCCL and data loaders use; empty where nothing is."""
+    """What is wrong with shared memory, which NCCL uses; empty if nothing is."""
     return _short_of(Path("/dev/shm"), wanted_gb, "cluster.min_shm_gb")
 
 
@@ -69,9 +69,9 @@ def _short_of(where: Path, wanted_gb: float, setting: str) -> str:
 
 
 def main(logs: str, gpus: str, disk_gb: str, shm_gb: str) -> int:
-    """Prints the verdict; 1 where the node is not fit."""
-    found = (wrong_with_gpus(int(gpus)), wrong_with_disk(Path(logs), float(disk_gb)), wrong_with_shm(float(shm_gb)))
-    wrong = "; ".join(text for text in found if text)
+    """Prints the verdict; returns 1 if the node is not fit."""
+    checks = (wrong_with_gpus(int(gpus)), wrong_with_disk(Path(logs), float(disk_gb)), wrong_with_shm(float(shm_gb)))
+    wrong = "; ".join(text for text in checks if text)
     print(f"{os.environ['SLURMD_NODENAME']}: {wrong or FINE}")
     return 1 if wrong else 0
 

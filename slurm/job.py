@@ -1,8 +1,8 @@
-"""What slurm/train.sh asks of Python: `python3 -m slurm.job VERB ...`; no torch, so it runs on a login or batch host.
+"""The part of slurm/train.sh that is in Python: `python3 -m slurm.job VERB ...`, without torch, on any host.
 
-print CONFIG.yaml key=value ...       the sbatch line that fits a config
+print CONFIG.yaml key=value ...       prints the sbatch line that fits a config
 begin CONFIG.yaml key=value ...       in a job: refuses an allocation that does not fit, prints shell assignments
-end CODE CONFIG.yaml key=value ...    in a job, after srun: says how the slice ended, and requeues the job or not
+end CODE CONFIG.yaml key=value ...    in a job, after srun: says how the slice ended, and may requeue the job
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HIDES_GPUS = {
     "SLURM_GPU_BIND": "--gpu-bind",
     "SLURM_NTASKS_PER_GPU": "--ntasks-per-gpu",
 }
-"""What sbatch sets for options with which a task sees its own GPU alone."""
+"""Variables that sbatch sets for options with which a task sees only its own GPU."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Allocation:
         restarts: how often it was requeued.
         nodes: number of nodes.
         tasks: tasks per node.
-        gpus: GPUs per node; None where Slurm was not asked for any.
+        gpus: GPUs per node; None if Slurm was not asked for any.
     """
 
     job: str
@@ -49,10 +49,10 @@ class Allocation:
 
 
 def read_allocation(environ: Mapping[str, str]) -> Allocation:
-    """The job's allocation, as sbatch describes it to the batch script.
+    """The job's allocation, from the batch script's environment.
 
     Raises:
-        ConfigError: the ranks could not be laid out on it.
+        ConfigError: ranks cannot be laid out on it.
     """
     tasks = environ["SLURM_TASKS_PER_NODE"] if "SLURM_NTASKS" in environ else "1"
     if not (even := re.fullmatch(r"(\d+)(\(x\d+\))?", tasks)):
@@ -71,10 +71,10 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
 
 
 def ranks_per_node(config: Config, got: Allocation) -> int:
-    """How many ranks a node runs, once allocation and config agree.
+    """How many ranks a node runs.
 
     Raises:
-        ConfigError: what the job has, and what the config or the layout wants.
+        ConfigError: the job has not what the config or the layout wants.
     """
     cluster = config.cluster
     if got.nodes != cluster.nodes and (cluster.nodes > 1 or cluster.gpus_per_node):
@@ -98,7 +98,7 @@ def ranks_per_node(config: Config, got: Allocation) -> int:
 
 
 def sbatch_options(config: Config) -> dict[str, str | int]:
-    """sbatch's options for a config, but for those of `cluster.options`; what is absent Slurm decides."""
+    """sbatch's options for a config, except `cluster.options`; Slurm decides about those that are absent."""
     cluster = config.cluster
     asked: dict[str, str | int] = {
         "job-name": Path(config.run.dir).name,
@@ -122,7 +122,7 @@ def sbatch_line(config: Config, argv: Sequence[str]) -> str:
 
 
 def resource_warning(config: Config) -> str:
-    """A warning about GPUs asked for without cores or memory; empty where there is nothing to warn of."""
+    """A warning if GPUs are asked for without cores or memory; empty if they are not."""
     cluster = config.cluster
     asked = {"cluster.cpus_per_task": cluster.cpus_per_task, "cluster.memory_gb": cluster.memory_gb}
     unasked = [f"{name}=0" for name, value in asked.items() if not value]
@@ -141,7 +141,7 @@ def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:
     tasks = ranks if cluster.launcher == "srun" else 1
     step = [f"--ntasks={got.nodes * tasks}", f"--ntasks-per-node={tasks}"]
     cpus = cluster.cpus_per_task or int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) * got.tasks // ranks
-    if cpus:  # srun does not take it from sbatch
+    if cpus:  # srun does not inherit it from sbatch
         step.append(f"--cpus-per-task={cpus * ranks // tasks}")
     logs = slices.logs_of(config, got.job, got.restarts)
     health = [logs, got.gpus or 0, f"{cluster.min_disk_gb:g}", f"{cluster.min_shm_gb:g}"]
@@ -160,7 +160,7 @@ def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:
 
 
 def _container(config: Config, job: str) -> list[str]:
-    """srun's options; with a name, a node imports the image for the health check and has it for the ranks."""
+    """srun's options; the name lets a node import the image once, for both the health check and the ranks."""
     cluster, here = config.cluster, os.getcwd()
     if not cluster.container:
         return []
@@ -182,7 +182,7 @@ def assignments(values: Mapping[str, str | list[str]]) -> str:
 
 
 def begin(config: Config) -> None:
-    """Prints the assignments of a slice that may start, and makes its log directory."""
+    """Begins a slice: makes its log directory and prints the shell assignments."""
     got = read_allocation(os.environ)
     values = launch(config, got)
     slices.begin(config, got.job, got.restarts)
@@ -192,7 +192,7 @@ def begin(config: Config) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a verb; its exit code."""
+    """Runs a verb; returns its exit code."""
     verb, *rest = argv
     try:
         if verb == "print":

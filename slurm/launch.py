@@ -5,9 +5,8 @@ python -m slurm.launch CONFIG.yaml key=value ... [--cluster FILE.yaml] [--sweep 
 python -m slurm.launch status RUN_DIR
 python -m slurm.launch cancel RUN_DIR
 
-Every stage is a job (of a sweep: an array of jobs) that Slurm starts when the one before has succeeded. submitit writes
-and submits the batch scripts; what they run is slurm/train.sh, so that every stage is checked, saved and requeued as a
-training is.
+Every stage is a job (in a sweep, a job array) that Slurm starts when the one before has succeeded. submitit writes and
+submits the batch scripts; they run slurm/train.sh, so every stage is checked, saved and requeued like a training.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ from nemo_r3.config.cluster import ClusterConfig
 from nemo_r3.config.schema import Layer, build
 from nemo_r3.errors import ConfigError, UserError
 from slurm import chain
-from slurm.chain import Step
+from slurm.chain import JobArray
 from slurm.job import resource_warning
 from slurm.stage import STAGES, Stage
 
 SHARED = {"actor", "algo", "evaluate", "seed", "train"}
-"""What may be swept over one failure bank: it does not depend on these."""
+"""A failure bank does not depend on these sections, so all points of a sweep over them share one."""
 OWN = {"run.dir", "failures.path"}
-"""What each point of a sweep has its own of, or shares."""
+"""What cannot be swept: each point has its own, or all share one."""
 
 
-def steps_of(args: argparse.Namespace) -> list[Step]:
+def job_arrays(args: argparse.Namespace) -> list[JobArray]:
     """The chain that a command line asks for, checked.
 
     Raises:
         ConfigError: which stage, setting or file is wrong.
     """
-    facts = _facts(args.cluster) if args.cluster else []
-    base = [args.config[0], *facts, *args.config[1:]]
+    cluster = _cluster_settings(args.cluster) if args.cluster else []
+    base = [args.config[0], *cluster, *args.config[1:]]
     config = load(base)
     points = _points(args.sweep)
     keys = {key for point in points for key in point}
     shares = all(key.partition(".")[0] in SHARED for key in keys)
-    steps = []
+    arrays = []
     recipes = [
         recipe for recipe in STAGES[STAGES.index(args.first) :] if recipe != "mine" or config.failures.source == "bank"
     ]
@@ -63,8 +62,8 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         configs = [_checked(recipe, argv) for argv in argvs.values()]
         folder = chain.folder_of(Path(config.run.dir))
         stages = (Stage(recipe, label, tuple(argv), folder) for label, argv in argvs.items())
-        steps.append(Step(tuple(stages), configs[0]))
-    return steps
+        arrays.append(JobArray(tuple(stages), configs[0]))
+    return arrays
 
 
 def _checked(recipe: str, argv: Sequence[str]) -> Config:
@@ -78,11 +77,11 @@ def _checked(recipe: str, argv: Sequence[str]) -> Config:
     return config
 
 
-def _facts(path: str) -> list[str]:
-    """A cluster's file as settings.
+def _cluster_settings(path: str) -> list[str]:
+    """A cluster's file as key=value settings.
 
     Raises:
-        ConfigError: it cannot be read, or holds other things than `cluster`'s settings.
+        ConfigError: it cannot be read, or holds anything but settings of `cluster`.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -95,7 +94,7 @@ def _facts(path: str) -> list[str]:
 
 
 def _points(sweep: Sequence[str]) -> list[dict[str, str]]:
-    """Every combination of a sweep's values; one without settings where there is no sweep."""
+    """Every combination of a sweep's values; without a sweep, one empty combination."""
     axes = {}
     for text in sweep:
         key, equals, values = text.partition("=")
@@ -118,7 +117,7 @@ def _label(point: dict[str, str]) -> str:
 
 
 def _settings(config: Config, point: dict[str, str], shares: bool) -> list[str]:
-    """A point's settings: its own run directory below the chain's, and the bank that all share where they can."""
+    """A point's settings, with its own run directory below the chain's, and the shared bank if it can be shared."""
     if not point:
         return []
     bank = [f"failures.path={config.failures.path}"] if shares else []
@@ -140,19 +139,19 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def here(steps: Sequence[Step]) -> None:
-    """Runs a chain on this machine. Exits with a stage's code where that is not 0."""
-    stages = [stage for step in steps for stage in step.stages]
+def run_here(arrays: Sequence[JobArray]) -> None:
+    """Runs a chain on this machine. Exits with the code of the first stage that fails."""
+    stages = [stage for array in arrays for stage in array.stages]
     chain.refuse_another(stages[0].folder)
     chain.record(stages[0].folder, [(stage, "") for stage in stages])
-    for step in steps:
-        for stage in step.stages:
+    for array in arrays:
+        for stage in array.stages:
             print(f"--- {stage.name}", flush=True)
-            stage.run_here(ranks=step.config.cluster.gpus_per_node or 1)
+            stage.run_here(ranks=array.config.cluster.gpus_per_node or 1)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; its exit code."""
+    """Runs the command; returns its exit code."""
     try:
         if argv and argv[0] in ("status", "cancel"):
             if len(argv) != 2:
@@ -162,16 +161,16 @@ def main(argv: Sequence[str]) -> int:
             print(chain.status(Path(argv[1])) if argv[0] == "status" else chain.cancel(Path(argv[1])))
             return 0
         args = parser().parse_args(argv)
-        steps = steps_of(args)
-        warnings = () if args.local else dict.fromkeys(resource_warning(step.config) for step in steps)
+        arrays = job_arrays(args)
+        warnings = () if args.local else dict.fromkeys(resource_warning(array.config) for array in arrays)
         for warning in filter(None, warnings):
             print(warning, file=sys.stderr)
         if args.dry_run:
-            print(chain.texts(steps))
+            print(chain.batch_scripts(arrays))
         elif args.local:
-            here(steps)
+            run_here(arrays)
         else:
-            print(chain.submit(steps))
+            print(chain.submit(arrays))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Slices of a run: a job's life from one (re)start to the next, how it ended, and whether it gets another.
+"""Slices of a run: a slice is a job from one (re)start to the next. How one ended, and whether another follows.
 
 <run.dir>/slurm.json             what must outlive a slice: faults, failures per host, progress at its start
 <run.dir>/logs/JOB_RESTART/      health.log, rank_N.log, rank_N.exit ("code host seconds") of one slice
@@ -22,34 +22,34 @@ from nemo_r3.files import write_whole
 from slurm.commands import ATTEMPTS, ask
 
 FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
-"""Exit codes of `recipes.train`: done; an error the user must fix; stopped on request, saved. Any other is a fault."""
+"""Exit codes of a recipe: done; an error that the user must fix; stopped on request, saved. Any other is a fault."""
 FAULT = 1
 TIMED_OUT = 124
 """Exit code of timeout(1), around the health check."""
 FINE = "fine"
 HOST_FAILURES = 2
-"""A host with so many failures is excluded."""
+"""A host with this many failures is excluded."""
 IDLE_SLICES = 2
-"""So many slices in a row without a checkpoint or mined shard end the job."""
+"""This many slices in a row without a checkpoint or mined shard end the job."""
 NOT_THE_HOSTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
-"""Signals of Slurm, train.sh, a person and nemo_r3's own watchdog: dying of one says nothing about the host."""
+"""Signals from Slurm, train.sh, a person and our own watchdog: dying of one says nothing about the host."""
 DEVICE_ERROR = re.compile(
     "(?:CUDA error|Cuda failure).*(ECC error|NVLink error|busy or unavailable|no CUDA-capable device|unknown error|"
     "system not yet initialized|hardware error)"
 )
-"""Errors of a GPU itself, in the words of CUDA and, after "Cuda failure", NCCL; not those that a program causes."""
+"""Errors of a GPU itself, not of a program, in the words of CUDA and (after "Cuda failure") NCCL."""
 ERROR_LINE = re.compile(r"(\[rank ?\d+\]:? ?)?(error: |([a-zA-Z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt)\b)")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What `slurm.json` keeps.
+    """The content of `slurm.json`.
 
     Attributes:
-        job: the job that wrote it; another one restarts the counts.
-        faults: slices of this job that ended in a fault, since the run last made progress.
+        job: the job that wrote it; for another job, `faults` and `idle` start again.
+        faults: slices of this job that ended in a fault since the run last made progress.
         idle: slices in a row that were stopped without progress.
-        progress: newest checkpoint's step and number of mined shards when the slice began.
+        progress: the newest checkpoint's step and the number of mined shards when the slice began.
         hosts: failures by host, of all jobs on this run directory, since it last made progress.
     """
 
@@ -71,7 +71,7 @@ class End:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from an end: the record to keep, whether the job runs again, and the reason in words."""
+    """What follows from a slice's end: the record to keep, whether to requeue the job, and why."""
 
     record: Record
     requeue: bool
@@ -79,7 +79,7 @@ class Verdict:
 
 
 def logs_of(config: Config, job: str, restarts: int) -> Path:
-    """Where a slice's logs lie."""
+    """A slice's log directory."""
     return Path(config.run.dir, "logs", f"{job}_{restarts}")
 
 
@@ -100,7 +100,7 @@ def begin(config: Config, job: str, restarts: int) -> None:
 
 
 def end(config: Config, environ: Mapping[str, str], code: int) -> int:
-    """Says how a slice ended, in one place, and requeues the job where that helps.
+    """Says how a slice ended, and requeues the job if that helps.
 
     Returns:
         The batch script's exit code.
@@ -122,7 +122,7 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
 
 
 def state_of(job: str) -> str:
-    """The job's state; RUNNING if Slurm does not say: one requeue too many does less harm than none."""
+    """The job's state; RUNNING if Slurm does not answer, because one requeue too many does less harm than none."""
     try:
         return ask("squeue", "--noheader", f"--jobs={job}", "--format=%T", attempts=ATTEMPTS).strip()
     except UserError as error:
@@ -148,7 +148,7 @@ def read_end(logs: Path, code: int, hosts: list[str], health_minutes: int) -> En
         return End(FAULT, f"{silent} (cluster.setup, cluster.container?); see the lines above")
     sick = {host: answers.get(host, late or "no answer to the health check") for host in hosts}
     sick = {host: cause for host, cause in sick.items() if cause != FINE}
-    if sick:  # what all nodes of several share is nobody's fault
+    if sick:  # a fault that all of several nodes share is no node's own
         blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()
         return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
     failed = sorted((at, rank, code, host) for rank, code, host, at in _exits(logs) if code)
@@ -166,7 +166,7 @@ def read_end(logs: Path, code: int, hosts: list[str], health_minutes: int) -> En
 
 
 def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]) -> Verdict:
-    """Whether a job gets another slice. Faults, and the failures of hosts, count since the last progress."""
+    """Whether a job gets another slice. Faults and failures of hosts are counted since the last progress."""
     if progress != record.progress:
         record = replace(record, faults=0, idle=0, hosts={})
     if ended.code == FINISHED:
@@ -193,10 +193,10 @@ def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]
 
 
 def requeue(job: str, bad_hosts: list[str]) -> None:
-    """Puts the job back in the queue, without hosts that failed again and again."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing ends this script, but not before the hosts are excluded
+    """Puts the job back in the queue, without hosts that failed repeatedly."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing ends this script, which must exclude the hosts first
     ask("scontrol", "requeue", job, attempts=ATTEMPTS)
-    if bad_hosts:  # beside those of --exclude; Slurm takes a new list from a pending job only
+    if bad_hosts:  # added to those of --exclude; Slurm lets only a pending job change the list
         shown = re.search(r"\bExcNodeList=(\S+)", ask("scontrol", "show", "job", job, attempts=ATTEMPTS))
         others = [shown[1]] if shown and shown[1] != "(null)" else []
         excluded = f"ExcNodeList={','.join([*others, *bad_hosts])}"
@@ -211,14 +211,14 @@ def progress_of(config: Config) -> tuple[int, int]:
 
 
 def read_record(config: Config) -> Record:
-    """The run's record; a new one where there is none.
+    """The run's record; a new one if there is none.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        found = json.loads(_file(config).read_text())
-        return Record(**found | {"progress": tuple(found["progress"])})
+        fields = json.loads(_file(config).read_text())
+        return Record(**fields | {"progress": tuple(fields["progress"])})
     except FileNotFoundError:
         return Record()
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -246,10 +246,10 @@ def _log(logs: Path, rank: int) -> Path:
 
 
 def _host_trouble(logs: Path, rank: int, code: int) -> str:
-    """What a rank died of, if a broken host may be the reason: a signal or a GPU's own error; empty otherwise."""
+    """What a rank died of, if a broken host may have caused it: a signal or a GPU's own error; otherwise empty."""
     if number := _signal(code):
         return "" if number in NOT_THE_HOSTS else number.name
-    return next((found[1] for line in _lines(_log(logs, rank)) if (found := DEVICE_ERROR.search(line))), "")
+    return next((match[1] for line in _lines(_log(logs, rank)) if (match := DEVICE_ERROR.search(line))), "")
 
 
 def _signal(code: int) -> signal.Signals | None:

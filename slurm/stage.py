@@ -1,4 +1,4 @@
-"""`Stage`: one recipe of a chain, as submitit runs it in a job, or as a laptop runs it."""
+"""`Stage`: one recipe of a chain, run by submitit in a job, or directly on this machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Stage:
 
     Attributes:
         recipe: of STAGES.
-        point: the sweep's settings that it has, such as "actor.lr=1e-6,seed=2"; empty outside of a sweep, and for
-            the mining that all points share.
+        point: its settings of the sweep, such as "actor.lr=1e-6,seed=2"; empty without a sweep, or if all points share
+            the stage.
         argv: CONFIG.yaml key=value ...
-        folder: the chain's directory, where the stage says how it ended.
+        folder: the chain's directory, where the stage leaves its exit code.
     """
 
     recipe: str
@@ -38,10 +38,7 @@ class Stage:
         return f"{self.recipe} {self.point}" if self.point else self.recipe
 
     def __call__(self) -> None:
-        """Runs in a job, on the batch host, in its batch script's place: train.sh lays out, checks, saves and requeues.
-
-        A requeued job begins here again. Exits with the recipe's code.
-        """
+        """Runs train.sh in a job, on the batch host. A requeued job begins here again. Exits with the recipe's code."""
         environment = os.environ | {"RECIPE": self.recipe}
         self._end_file.unlink(missing_ok=True)
         process = subprocess.Popen(["bash", "slurm/train.sh", *self.argv], env=environment)
@@ -54,14 +51,14 @@ class Stage:
         self._end(process.wait())
 
     def run_here(self, ranks: int) -> None:
-        """Runs on this machine, its output on this console. Exits with the recipe's code where that is not 0."""
+        """Runs on this machine, with output on this console. Exits with the recipe's code if that is not 0."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         command = [sys.executable, *launcher, "-m", f"recipes.{self.recipe}", *self.argv]
         self._end_file.unlink(missing_ok=True)
         self._end(subprocess.run(command, check=False).returncode)
 
     def ended(self) -> int | None:
-        """The exit code; None where it has not ended, or never began."""
+        """The exit code; None if it has not ended, or never began."""
         return int(self._end_file.read_text()) if self._end_file.exists() else None
 
     @property

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import cast
 
 from nemo_r3.config import Config
-from nemo_r3.failures import Bank
+from nemo_r3.failures.bank import Bank
+from nemo_r3.failures.stamp import Stamp
 from nemo_r3.files import _locks
-from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
-from nemo_r3.stamp import Stamp
-from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD = 4
 """Problems of a shard, once `failures.SHARD_PROBLEMS` is patched; `bank`'s engine is then given one shard at once."""
@@ -37,16 +36,16 @@ class Scripted:
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
-    ) -> list[Attempted]:
+    ) -> list[Attempt]:
         self.asked += len(problems)
         self.steps.add(step)
         return [attempt(problem, sample, sample < self.passes) for problem in problems for sample in range(samples)]
 
 
-def attempt(problem: Problem, sample: int, passed: bool) -> Attempted:
+def attempt(problem: Problem, sample: int, passed: bool) -> Attempt:
     segment = Segment(Phase.ATTEMPT, (7, 8, 2), (-0.5, -0.25, -0.125), 0)
     context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
-    return Attempted(problem, sample, context, Answer(segment, "7 8", "stop"), passed)
+    return Attempt(problem, sample, context, Answer(segment, "7 8", "stop"), passed)
 
 
 def problems(count: int) -> list[Problem]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from paper_models import shape
 
 from nemo_r3 import capacity
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.memory import GIB
-from nemo_r3.models import shape
 
 
 def config_of(tensor_parallel: int = 1, pipeline_parallel: int = 1, offload: bool = False) -> Config:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_r3.config import load
-from slurm.launch import parser, steps_of
+from slurm.launch import job_arrays, parser
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -47,7 +47,7 @@ def test_a_verb_exists_and_its_settings_load(words: list[str], monkeypatch: pyte
     if words[place] != "slurm.launch":
         load(words[place + 1 :])
     elif words[place + 1] not in ("status", "cancel"):
-        assert steps_of(parser().parse_args(words[place + 1 :]))
+        assert job_arrays(parser().parse_args(words[place + 1 :]))
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if "slurm/train.sh" in words], ids=" ".join)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from nemo_r3.evaluate import RESAMPLING_STEP, as_json, difference, differences, measure, rate, scores
-from nemo_r3.rollout.scheduler import Attempted
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 
 def answer(phase: Phase, cut: bool = False) -> Answer:
@@ -29,15 +28,15 @@ class Model:
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
-    ) -> list[Attempted]:
+    ) -> list[Attempt]:
         return [self._attempt(problem, step, greedy) for problem in problems]
 
-    def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempted:
+    def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempt:
         assert step < 0, "the random numbers of training steps"
         number = int(problem.id)
         first = answer(Phase.ATTEMPT, cut=number % 3 == 0)
         passed = number % self.resampled == 0 if step == RESAMPLING_STEP else number % self.first[greedy] > 0
-        return Attempted(problem, 0, Trajectory((Segment(Phase.TASK, (1,)), first.segment)), first, passed)
+        return Attempt(problem, 0, Trajectory((Segment(Phase.TASK, (1,)), first.segment)), first, passed)
 
     def reflect_and_retry(
         self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False
@@ -123,7 +122,7 @@ def test_an_attempt_without_tokens_is_no_failure_to_reflect_on() -> None:
     class NoRoom(Model):
         """Has no room for problem 0."""
 
-        def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempted:
+        def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempt:
             found = super()._attempt(problem, step, greedy)
             unsampled = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room")
             return found if problem.id != "0" else replace(found, answer=unsampled, passed=False)

@@ -9,9 +9,8 @@ import pytest
 from first_answers import ALONE, Scripted, attempt, bank, mine, problems
 
 from nemo_r3.errors import UserError
-from nemo_r3.failures import BankSource, OnlineSource
-from nemo_r3.rollout.scheduler import Attempted
-from nemo_r3.types import Problem
+from nemo_r3.failures.source import BankSource, OnlineSource
+from nemo_r3.types import Attempt, Problem
 
 
 def source(path: Path, failures: int, count: int) -> BankSource:
@@ -47,7 +46,7 @@ def test_a_bank_smaller_than_a_step_is_refused(tmp_path: Path) -> None:
 
 def test_the_online_source_asks_until_it_has_enough_failures() -> None:
     class EveryThird(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], step: int, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], step: int, **__: object) -> list[Attempt]:
             self.asked += len(asked)
             self.steps.add(step)
             return [attempt(problem, 0, int(problem.id[1:]) % 3 != 0) for problem in asked]
@@ -63,7 +62,7 @@ def test_the_online_source_asks_until_it_has_enough_failures() -> None:
 
 def test_the_online_source_asks_no_problem_twice_in_a_step() -> None:
     class EveryTenth(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempt]:
             self.asked += len(asked)
             return [attempt(problem, 0, int(problem.id[1:]) % 10 != 0) for problem in asked]
 

@@ -14,20 +14,19 @@ from typing import Any, cast
 import pytest
 from first_answers import ALONE, SHARD, STAMP, Scripted, attempt, bank, mine, problems, read
 
-from nemo_r3 import failures
 from nemo_r3.errors import UserError
-from nemo_r3.failures import BankSource
+from nemo_r3.failures import bank as bank_module
+from nemo_r3.failures.source import BankSource
+from nemo_r3.failures.stamp import Stamp
+from nemo_r3.failures.tally import Tally
 from nemo_r3.files import _locks
-from nemo_r3.rollout.scheduler import Attempted
 from nemo_r3.runtime import World
-from nemo_r3.stamp import Stamp
-from nemo_r3.tally import Tally
-from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Phase, Problem, Segment, Trajectory
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "SHARD_PROBLEMS", SHARD)
+    monkeypatch.setattr(bank_module, "SHARD_PROBLEMS", SHARD)
 
 
 def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
@@ -43,12 +42,12 @@ def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
 
 def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
     class Cut(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *more: Any, **settings: Any) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *more: Any, **settings: Any) -> list[Attempt]:
             attempts = super().first_attempts(asked, *more, **settings)
             return [replace(it, answer=replace(it.answer, finish_reason=self.reason(it))) for it in attempts]
 
         @staticmethod
-        def reason(attempt: Attempted) -> str:
+        def reason(attempt: Attempt) -> str:
             return "length" if attempt.problem.id == "p0" or attempt.passed else "stop"
 
     bank(tmp_path).mine(Cut(passes=1), problems(4))
@@ -75,7 +74,7 @@ def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, caps
 
 def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None:
     class Killed(Scripted):
-        def first_attempts(self, *args: Any, **kwargs: Any) -> list[Attempted]:
+        def first_attempts(self, *args: Any, **kwargs: Any) -> list[Attempt]:
             if self.asked:
                 raise KeyboardInterrupt
             return super().first_attempts(*args, **kwargs)
@@ -98,7 +97,7 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     tmp_path: Path, ranks: int, tensor_parallel: int, rounds: list[int]
 ) -> None:
     class Counting(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *more: Any, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *more: Any, **__: object) -> list[Attempt]:
             found.append(len(asked))
             return super().first_attempts(asked, *more)
 
@@ -106,7 +105,7 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     many = problems(3 * SHARD + 1)
     world = cast(World, SimpleNamespace(**vars(ALONE) | {"size": ranks}))
     wide = bank(tmp_path / "wide", world=world)
-    wide._rollout.tensor_parallel = tensor_parallel
+    wide._config.rollout.tensor_parallel = tensor_parallel
     wide.mine(Counting(), many)
     assert found == rounds
     assert wide.tally() == Tally(2 * len(many), len(many))
@@ -118,7 +117,7 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
 
 def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> None:
     class Interrupted(Scripted):
-        def first_attempts(self, *args: object, **kwargs: object) -> list[Attempted]:
+        def first_attempts(self, *args: object, **kwargs: object) -> list[Attempt]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -167,9 +166,9 @@ def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
 
 def test_a_bank_without_failures_says_why(tmp_path: Path) -> None:
     class NoRoom(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempt]:
             answer = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room")
-            return [Attempted(problem, n, Trajectory(), answer, False) for problem in asked for n in range(2)]
+            return [Attempt(problem, n, Trajectory(), answer, False) for problem in asked for n in range(2)]
 
     def why(name: str, **settings: object) -> str:
         with pytest.raises(UserError, match="holds no failures, so there is nothing to reflect on: ") as caught:
@@ -204,7 +203,7 @@ def test_only_problems_that_are_solved_seldom_enough_are_let_through(
     class ByNumber(Scripted):
         """Passes as many of the answers to a problem as its number says."""
 
-        def first_attempts(self, asked: Sequence[Problem], _: int, samples: int, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], _: int, samples: int, **__: object) -> list[Attempt]:
             return [attempt(it, sample, sample < int(it.id[1:])) for it in asked for sample in range(samples)]
 
     found = bank(tmp_path, max_solve_rate=most, samples_per_problem=4)
@@ -264,13 +263,13 @@ def test_all_ranks_draw_what_rank_0_reads(tmp_path: Path) -> None:
 
 def test_a_bank_that_is_read_stays_on_the_disk(tmp_path: Path) -> None:
     class Long(Scripted):
-        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempted]:
+        def first_attempts(self, asked: Sequence[Problem], *_: object, **__: object) -> list[Attempt]:
             return [long_attempt(problem, sample) for problem in asked for sample in range(2)]
 
-    def long_attempt(problem: Problem, sample: int) -> Attempted:
+    def long_attempt(problem: Problem, sample: int) -> Attempt:
         segment = Segment(Phase.ATTEMPT, tuple(range(1000, 1400)), (-0.5,) * 400, 0)
         context = Trajectory((Segment(Phase.TASK, (1, 5)), segment))
-        return Attempted(problem, sample, context, Answer(segment, "7", "stop"), passed=False)
+        return Attempt(problem, sample, context, Answer(segment, "7", "stop"), passed=False)
 
     bank(tmp_path).mine(Long(), problems(100))
     tracemalloc.start()
@@ -301,7 +300,7 @@ def test_rows_hold_ids_and_text(tmp_path: Path) -> None:
 def test_a_rejected_attempt_without_tokens_is_no_failure() -> None:
     problem = problems(1)[0]
     task = Trajectory((Segment(Phase.TASK, (1, 5)),))
-    unsampled = Attempted(problem, 0, task, Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room"), False)
+    unsampled = Attempt(problem, 0, task, Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room"), False)
     assert not unsampled.is_failure
     assert not attempt(problem, 0, passed=True).is_failure
     assert attempt(problem, 0, passed=False).is_failure

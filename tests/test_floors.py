@@ -36,8 +36,6 @@ FLOORS = {
     "nemo_r3.failures": 4,
     "nemo_r3.progress": 0,
     "nemo_r3.report": 4,
-    "nemo_r3.stamp": 4,
-    "nemo_r3.tally": 4,
     "nemo_r3.run_directory": 4,
     "recipes": 5,
     "slurm": 6,

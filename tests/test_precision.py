@@ -12,13 +12,14 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from paper_models import NAMES, shape
 
 from nemo_r3 import precision
 from nemo_r3.actor.model import transformer_config
 from nemo_r3.actor.spec import resolve_layer_spec
 from nemo_r3.config import ActorConfig, Config, ConfigError, load
 from nemo_r3.config.schema import leaves
-from nemo_r3.models import FAMILIES, Architecture, shape, shapes
+from nemo_r3.models import FAMILIES, Architecture
 from nemo_r3.precision import PRECISIONS, Machine, advice, check, matrix_dimensions, precision_of, prepare, without_fp8
 
 BF16 = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, "bf16": True, "fp16": False}
@@ -219,7 +220,7 @@ def test_rollouts_that_do_not_divide() -> None:
     check(config_of(quantization="fp8_per_tensor"), odd, H100)  # what no product sums over need not divide
 
 
-@pytest.mark.parametrize("model", shapes())
+@pytest.mark.parametrize("model", NAMES)
 def test_what_runs(model: str) -> None:
     """The paper's models, on the chips that are made for it."""
     for machine, names in ((H100, {*PRECISIONS} - {"mxfp8"}), (B200, {*PRECISIONS} - {"fp8-blockwise"})):

@@ -79,7 +79,7 @@ def test_without_a_sign_of_life_the_stacks_are_shown_and_the_process_ends() -> N
 TASK = """
 import time
 from nemo_r3 import signals, tasks
-from nemo_r3.config import DialogueConfig, TaskConfig
+from nemo_r3.config.task import DialogueConfig, TaskConfig
 signals.LOOK = 0.1
 import nemo_r3.tasks.countdown, endless  # takes a busy machine seconds
 with signals.watched(2.0):

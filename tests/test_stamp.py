@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_r3.stamp import Stamp, differences, hash_of
+from nemo_r3.failures.stamp import Stamp, differences, hash_of
 from nemo_r3.types import Problem
 
 STAMP = Stamp("m0", "p0", "countdown", "v1", "d0", 1.0, 24, 2)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_r3.rollout.scheduler import Attempted
-from nemo_r3.tally import Tally, written
-from nemo_r3.types import Answer, Phase, Problem, Segment, Trajectory
+from nemo_r3.failures.tally import Tally, show
+from nemo_r3.types import Answer, Attempt, Phase, Problem, Segment, Trajectory
 
 
 @pytest.mark.parametrize(
@@ -33,6 +32,6 @@ def test_a_tally_in_words(tally: Tally, line: str, doubt: str) -> None:
 def test_an_example_is_a_problem_with_its_answer_and_verdict() -> None:
     problem, answer = Problem("p0", "problem 0", {}), Answer(Segment(Phase.ATTEMPT, (7, 8, 2)), "7 8", "stop")
     assert (
-        written(Attempted(problem, 0, Trajectory(()), answer, False)).split()
+        show(Attempt(problem, 0, Trajectory(()), answer, False)).split()
         == "problem problem 0 answer 7 8 verdict failed".split()
     )

@@ -101,7 +101,7 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
     sizes = SMALL if small else FULL
     asked = prompts(sizes, arch.vocab_size)
     sample(engine, asked, sizes[2])  # compiles, and is not counted
-    engine.forget()
+    engine.reset_prefix_cache()
     sampled, seconds = sample(engine, asked, sizes[2])
     found = {"tokens_per_second": len(asked) * sizes[2] / seconds, "prob_error": gap(policy, asked, sampled)}
     slept, freed, refitted = [], [], []

@@ -1,10 +1,10 @@
-"""Core attention of every layer: exact attention over rows in which a group's context lies only once.
+"""Core attention of every layer: exact attention over packed rows that hold a group's context only once.
 
-    own      every context, branch and whole sequence attends to itself, causally
-    context  the branches attend to all of their context, all branches of a group in one call and without a mask
-    merged   by the two log-sum-exps into one softmax
+1. Every context, branch and whole sequence attends to itself, causally.
+2. The branches attend to all of their context: all branches of a group in one call, without a mask.
+3. The two results are merged into one softmax by their log-sum-exps.
 
-The context's keys are read once per group, and no mask of queries x keys exists.
+The context's keys are read once per group, and there is no mask of queries x keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Packed(PackedSeqParams):
 
     Attributes:
         layout: of the microbatch.
-        cos: [tokens, 1, turning channels / 2] of each token's rotary angles.
+        cos: [tokens, 1, rotary channels / 2] of each token's rotary angles.
         sin: the same.
     """
 
@@ -39,13 +39,13 @@ class Packed(PackedSeqParams):
 
 
 def packed(layout: Layout, rotary: Rotary, dtype: torch.dtype) -> Packed:
-    """What goes with a microbatch of this layout."""
+    """The `Packed` of a microbatch with this layout."""
     cos, sin = rotary.waves(layout.positions, dtype)
     return Packed(qkv_format="thd", layout=layout, cos=cos, sin=sin)
 
 
 class SharedContextAttention(nn.Module):
-    """Rotary positions and attention inside the layout of a microbatch.
+    """Rotary positions, then attention in the layout of a microbatch.
 
     Takes query [tokens, heads, head_dim] and key, value [tokens, kv_heads, head_dim] of this tensor-parallel rank,
     and `Packed`; returns [tokens, heads * head_dim].
@@ -81,11 +81,10 @@ class _SharedContext(torch.autograd.Function):
         kernel = kernel_for(query)
         query, key, value = rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
         out, lse = kernel.forward(query, key, value, Parts(layout.parts, layout.parts, causal=True))
-        if layout.families:
+        if layout.shared:
             branch, context = layout.branch_tokens, layout.context_tokens
-            found = kernel.forward(query[branch], key[context], value[context], _to_context(layout))
-            merged_out, merged_lse = fused(merge, out)((out[branch], lse[:, branch]), found)
-            out[branch], lse[:, branch] = merged_out, merged_lse
+            to_context = kernel.forward(query[branch], key[context], value[context], _to_context(layout))
+            out[branch], lse[:, branch] = fused(merge, out)((out[branch], lse[:, branch]), to_context)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
         ctx.layout = layout
         return out
@@ -97,9 +96,9 @@ class _SharedContext(torch.autograd.Function):
         layout, kernel = ctx.layout, kernel_for(query)
         own = Parts(layout.parts, layout.parts, causal=True)
         d_query, d_key, d_value = kernel.backward(grad, query, key, value, out, lse, own)
-        if layout.families:
+        if layout.shared:
             branch, context = layout.branch_tokens, layout.context_tokens
-            found = kernel.backward(
+            to_context = kernel.backward(
                 grad[branch],
                 query[branch],
                 key[context],
@@ -108,9 +107,9 @@ class _SharedContext(torch.autograd.Function):
                 lse[:, branch],
                 _to_context(layout),
             )
-            d_query[branch] += found[0]
-            d_key[context] += found[1]
-            d_value[context] += found[2]
+            d_query[branch] += to_context[0]
+            d_key[context] += to_context[1]
+            d_value[context] += to_context[2]
         return rotate(d_query, cos, -sin), rotate(d_key, cos, -sin), d_value, None, None, None
 
 
@@ -119,31 +118,31 @@ def _to_context(layout: Layout) -> Parts:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first channels of each head [tokens, heads, head_dim] by the tokens' angles, in two halves.
+    """Rotates the first channels of each head [tokens, heads, head_dim] by the tokens' angles, in two halves.
 
-    Linear in `heads`; with -sin it is the transpose, which a gradient passes through.
+    Linear in `heads`; with -sin it is the transpose, and so the gradient.
     """
     if heads.is_cuda:
-        return fused(_turned, heads)(heads, cos, sin)
+        return fused(_rotated, heads)(heads, cos, sin)
     half = cos.shape[-1]
     halves = [half, half, heads.shape[-1] - 2 * half]
-    turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
-    (first, second, rest), into = heads.split(halves, -1), turned.split(halves, -1)
+    rotated = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    (first, second, rest), into = heads.split(halves, -1), rotated.split(halves, -1)
     torch.mul(first, cos, out=into[0]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=into[1]).addcmul_(first, sin)
     into[2].copy_(rest)
-    return turned
+    return rotated
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` as torch.compile takes it: nothing is written into a part of a tensor."""
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` for torch.compile, without writes into parts of a tensor."""
     half = cos.shape[-1]
     first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two outputs over disjoint keys, with their log-sum-exps, into one over all of them.
+    """Merges attention over two disjoint sets of keys into attention over both.
 
     Args:
         one: output [tokens, heads, head_dim] and log-sum-exp [heads, tokens].

@@ -1,6 +1,6 @@
-"""Saves and loads the policy: checkpoints written whole or not at all (`manifest.py`), loadable at another layout.
+"""Saves and loads the policy. A checkpoint is written whole or not at all (`manifest.py`) and loads at any layout.
 
-No generator state is kept: every step is seeded by (seed, step), see `runtime.seed_generators`.
+It holds no generator state: every step is seeded by (seed, step), see `runtime.seed_generators`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +40,6 @@ from nemo_r3.actor.manifest import (
 from nemo_r3.actor.optimizer import restore_schedule, schedule_state
 from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
-from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World, is_collective
 
@@ -54,7 +53,7 @@ class Saving:
     Attributes:
         world: all ranks.
         directory: the run's `checkpoints`.
-        manifest: what the checkpoint will say of itself, but for its files.
+        manifest: the checkpoint's manifest without its `files`.
         strategy: writes the shards.
     """
 
@@ -65,12 +64,12 @@ class Saving:
 
     @property
     def writing(self) -> Path:
-        """What has been written so far."""
+        """The directory while it is being written."""
         return self.directory / WRITING
 
     @property
     def final(self) -> Path:
-        """What it will be."""
+        """The checkpoint that it will be."""
         return step_path(self.directory, self.manifest["step"])
 
 
@@ -88,8 +87,8 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
         policy: on every rank, at work until the shards are written, or with `background` until this returns.
         directory: the run's `checkpoints`, on a file system that all ranks see.
         step: the training step that is done.
-        state: the loop's own counters (JSON), given back by `load`.
-        background: the policy may change before `finish`; costs a copy in host memory of what this rank writes.
+        state: the loop's own counters (JSON), which `load` returns.
+        background: let the policy change before `finish`; costs a copy of what this rank writes, in host memory.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -115,7 +114,7 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
 
 @cuda_stand_in()
 def finish(saving: Saving, keep: int) -> Path:
-    """Waits for the shards of all ranks, then makes the checkpoint count and removes all but the newest `keep`.
+    """Waits for the shards of all ranks, publishes the checkpoint and removes all but the newest `keep`.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -125,8 +124,8 @@ def finish(saving: Saving, keep: int) -> Path:
         _wait_for_shards(saving)
         saving.strategy.finish()
         sums = {name: total for part in world.gather(saving.strategy.sums) for name, total in part.items()}
-        rest = sorted(set(_names(saving.writing, world)) - set(sums))
-        sums |= _file_sums(saving.writing, rest, world)
+        names: list[str] = world.broadcast([file.name for file in saving.writing.iterdir()])
+        sums |= _file_sums(saving.writing, sorted(set(names) - set(sums)), world)
         if UNREADABLE in sums.values():
             raise OSError(errno.EIO, "what was written cannot be read back")
         if world.is_main:
@@ -138,7 +137,7 @@ def finish(saving: Saving, keep: int) -> Path:
 
 
 def _wait_for_shards(saving: Saving) -> None:
-    """Waits until every rank has written, however long that takes, as long as the files grow.
+    """Waits until every rank has written, for as long as the files grow.
 
     Raises:
         OSError: nothing was written for run.timeout_minutes.
@@ -156,7 +155,7 @@ def _wait_for_shards(saving: Saving) -> None:
 
 @contextmanager
 def _explained(saving: Saving) -> Iterator[None]:
-    """Sweeps up after a save that fails, and says what stands."""
+    """Cleans up after a failed save, and says in the error what the newest good checkpoint is."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
@@ -172,80 +171,18 @@ def _explained(saving: Saving) -> Iterator[None]:
         ) from error
 
 
-class Saver:
-    """Saves a run's policy again and again, as `config.train` says."""
-
-    def __init__(self, policy: Policy, directory: Path, config: TrainConfig, make_room: Callable[[], None]) -> None:
-        """Writes nothing yet.
-
-        Args:
-            policy: on every rank.
-            directory: the run's `checkpoints`.
-            config: when to save, how many checkpoints to keep, and whether to write them in the background.
-            make_room: makes room on the device for the policy at work.
-        """
-        self._policy, self._directory, self._config, self._make_room = policy, directory, config, make_room
-        self._saving: Saving | None = None
-        self._begun = time.monotonic()
-
-    def is_due(self, step: int) -> bool:
-        """Whether `step` is to be saved; every rank calls this after the step, and all of them hear the same."""
-        config = self._config
-        if step % config.save_every == 0 or step == config.steps:
-            return True
-        if not config.save_minutes:
-            return False
-        return bool(self._policy.world.broadcast(time.monotonic() - self._begun >= 60 * config.save_minutes))
-
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Begins a save, after the end of the one before; in the foreground it ends it too.
-
-        Returns:
-            The checkpoint, which counts once its save has ended.
-
-        Raises:
-            UserError: either of them cannot be written.
-        """
-        self.finish()
-        self._begun = time.monotonic()
-        background = self._config.save_in_background
-        self._make_room()
-        with self._policy.at_work():
-            self._saving = saving = begin(self._policy, self._directory, step, state, background)
-            if not background:
-                self.finish()
-        return saving.final
-
-    def finish_if_written(self) -> None:
-        """Every rank calls this between steps: a save that all of them have written counts from now on."""
-        if self._saving is not None and all(self._policy.world.gather(self._saving.strategy.is_written())):
-            self.finish()
-
-    def finish(self) -> None:
-        """Waits for the save that is under way, if there is one."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            finish(saving, self._config.keep_checkpoints)
-
-
 def _is_fault(error: BaseException) -> bool:
-    """Whether a save failed because a rank, the network or a GPU did: nothing that a user could fix.
+    """Whether a save failed because of a rank, the network or a GPU: nothing that a user could fix.
 
-    torch's writer in C++ raises a bare RuntimeError for a full disk, and so does gloo for a lost rank.
+    The type does not tell: for a full disk torch's writer raises a bare RuntimeError, as gloo does for a lost rank.
     """
     return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or is_collective(error)
-
-
-def _names(directory: Path, world: World) -> list[str]:
-    """The directory's files as rank 0 sees them."""
-    names: list[str] = world.broadcast(sorted(file.name for file in directory.iterdir()))
-    return names
 
 
 def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str, str]:
     """SHA-256 of files, or UNREADABLE, the same on every rank.
 
-    Each reads what the rank of its number wrote: those pages are in its cache, or will be wanted next.
+    Each rank reads the files that the rank of its number wrote: they may be in its page cache, or are read next.
     """
     own = {}
     for name in names:
@@ -304,35 +241,35 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     with policy.at_work():
         signals.alive()
         try:
-            found = dist_checkpointing.load(_sharded_state(policy), str(checkpoint))
+            state = dist_checkpointing.load(_sharded_state(policy), str(checkpoint))
         except CheckpointException as error:
             raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
-        policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
+        policy.module.load_state_dict(state["model"] | _norm_state(policy.module))
         if policy.optimizer is not None:
             set_step(policy.optimizer, manifest["version"])
     if policy.optimizer is not None:
-        restore_schedule(policy.schedule, found["schedule"])
+        restore_schedule(policy.schedule, state["schedule"])
     policy.version = manifest["version"]
     return manifest
 
 
 def _manifest_on_rank_0(checkpoint: Path, world: World) -> dict[str, Any]:
-    """The manifest, and files of the sizes it says, as rank 0 sees them: for a moment another rank may not.
+    """The manifest, once the files have the sizes it says, as rank 0 sees them: other ranks may see them later.
 
     Raises:
         DamagedError: on every rank alike.
     """
 
     def read() -> dict[str, Any]:
-        found = read_manifest(checkpoint)
-        check_sizes(checkpoint, found["files"])
-        return found
+        manifest = read_manifest(checkpoint)
+        check_sizes(checkpoint, manifest["files"])
+        return manifest
 
     return world.on_main(read)
 
 
 def _described(policy: Policy) -> dict[str, Any]:
-    """The model's shape as JSON gives it back."""
+    """The model's shape as a manifest gives it back."""
     described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
     return described
 
@@ -366,12 +303,12 @@ def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _norm_state(module: Any) -> dict[str, Any]:
-    """What `weights_of` left out, as it is."""
+    """What `weights_of` leaves out."""
     return {name: part for name, part in module.state_dict().items() if name == NORM_STATE}
 
 
 def _sharded_state(policy: Policy) -> dict[str, Any]:
-    """What this rank writes to a checkpoint, and a load fills."""
+    """What this rank writes to a checkpoint, and what loading fills."""
     model = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": _data_parallel_group()})
     if policy.optimizer is None:
         return {"model": model}

@@ -1,7 +1,7 @@
-"""Writes a checkpoint's shards in threads of this process.
+"""`ThreadedSave`: writes a checkpoint's shards in threads of this process.
 
-megatron-core's own writer starts a manager by importing the main module again and forks one process per file. Here
-vLLM's engine and its threads live in the same process, where importing twice takes long and forking can hang.
+megatron-core's own writer starts a process that imports the main module again, and forks one process per file. With
+vLLM's engine and its threads in the same process, importing twice is slow and forking can hang.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """megatron-core's torch_dist format: `save` plans, threads write a file each, `finish` completes.
 
     Attributes:
-        sums: SHA-256 of the files that this rank has written, by name; UNREADABLE where one could not be read back.
+        sums: SHA-256 of the files that this rank has written, by name; UNREADABLE if one could not be read back.
     """
 
     def __init__(self, copies: bool) -> None:
@@ -51,7 +51,9 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         request = self.async_save(sharded_state_dict, Path(checkpoint_dir), **strategy)
         if request.async_fn is not None:
             _, buckets, results = request.async_fn_args
-            on_cpu = FileSystemWriterAsync.preload_tensors(buckets, False)  # not to pinned memory, which stays
+            on_cpu = FileSystemWriterAsync.preload_tensors(
+                buckets, False
+            )  # not in pinned memory, which torch would keep
             self._files = [Path(bucket[0]) for bucket in buckets]
             self._work = request.async_fn.args[0], _copied(on_cpu, buckets) if self._copies else on_cpu, results
         self._finish = request.finalize_fns
@@ -66,7 +68,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         return sum(file.stat().st_size for file in self._files if file.exists())
 
     def finish(self) -> None:
-        """Waits until every rank has written; every rank learns of any rank's failure.
+        """Waits until every rank has written; every rank hears of any rank's failure.
 
         Raises:
             CheckpointException: a rank could not write.
@@ -85,12 +87,12 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         try:
             with ThreadPoolExecutor(len(buckets)) as pool:
                 results.put(dict(enumerate(pool.map(write, range(len(buckets)), buckets))))
-        except Exception as error:  # noqa: BLE001  of a thread: `finish` raises it on every rank
+        except Exception as error:  # noqa: BLE001  this is a thread: `finish` raises the error on every rank
             results.put(error)
         self._work = None  # frees the copies
 
     def _write_file(self, transforms: list[Any], number: int, bucket: Any) -> Any:
-        """Returns what megatron-core's writer says of a file."""
+        """Writes and hashes a file; returns what megatron-core's writer returns for it."""
         results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         pending: queue.Queue[int] = queue.Queue()
         pending.put(number)
@@ -103,15 +105,15 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 
 def _origin(error: Exception) -> Exception:
-    """The file system's error that caused one of torch's zip writer, which says only where it stands in the file."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__context__
-    return found or error
+    """The file system's error behind one of torch's zip writer, which itself names only a position in the file."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def _copied(buckets: list[Any], sources: list[Any]) -> list[Any]:
-    """Buckets whose tensors share no memory with those of the run; what came from a GPU is a copy already."""
+    """Buckets whose tensors share no memory with the run's; what came from a GPU is a copy already."""
     copies = []
     for (*names, (texts, tensors)), (*_, (_, originals)) in zip(buckets, sources, strict=True):
         pairs = zip(tensors, originals, strict=True)

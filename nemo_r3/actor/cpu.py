@@ -1,8 +1,8 @@
-"""What megatron-core's CUDA-only call sites need where there is no CUDA. Nothing here runs on a GPU machine.
+"""Lets megatron-core run without CUDA. Nothing here does anything on a GPU machine.
 
 megatron-core writes `device="cuda"`, asks `torch.cuda` for its RNG and streams, and compares tensor types with
-"torch.cuda.FloatTensor". `prepare()` replaces the `torch.cuda` functions once; `cuda_stand_in()` turns device
-names and type strings around while megatron-core runs, and only then, so vLLM never sees it.
+"torch.cuda.FloatTensor". `prepare()` replaces the `torch.cuda` functions once; `cuda_stand_in()` redirects device
+names and type strings only while megatron-core runs, so that vLLM never sees it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ KEPT_BYTES = 32 * 2**20
 
 
 class _Stream:
-    """Takes the place of torch.cuda.Stream: on a CPU everything is already in order."""
+    """Replaces torch.cuda.Stream: on a CPU everything is in order already."""
 
-    def __init__(self, *_: object, **__: object) -> None:
-        """Takes what torch.cuda.Stream takes."""
+    def __init__(self, *_: object, **__: object) -> None: ...
 
     def wait_stream(self, other: object) -> None:
         """Nothing to wait for."""
@@ -38,7 +37,7 @@ class _Stream:
 
 
 class _CudaNamesToCpu(TorchFunctionMode):
-    """Sends tensors that ask for "cuda" to the CPU, and names CPU tensor types as CUDA's."""
+    """Makes tensors that ask for "cuda" on the CPU, and gives CPU tensor types the names of CUDA's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -62,7 +61,7 @@ def _is_cuda(device: object) -> bool:
 
 @functools.cache
 def prepare() -> None:
-    """Replaces what megatron-core calls of `torch.cuda`; does nothing where CUDA is available."""
+    """Replaces the functions of `torch.cuda` that megatron-core calls; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
     _keep_freed_memory()
@@ -118,17 +117,14 @@ def give_back_freed_memory() -> None:
 
 @contextmanager
 def cuda_stand_in() -> Iterator[None]:
-    """A block, or with `@` a function, in which megatron-core may say "cuda"; does nothing where CUDA is available."""
+    """A block (or decorated function) in which megatron-core may say "cuda"; does nothing where CUDA is available."""
     with nullcontext() if torch.cuda.is_available() else _CudaNamesToCpu():
         yield
 
 
 def on_any_device_stream(iterator: Iterator[R]) -> Iterator[R]:
     """Advances an iterator that calls megatron-core inside `cuda_stand_in()`, and yields outside of it."""
-    while True:
-        with cuda_stand_in():
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
+    done: Any = object()
+    advance = cuda_stand_in()(next)
+    while (item := advance(iterator, done)) is not done:
         yield item

@@ -1,6 +1,6 @@
-"""One pass of microbatches through the pipeline: from token ids to what a loss needs of the trained tokens.
+"""`Pipeline`: runs microbatches through the stages, from token ids to log-probabilities, and back.
 
-Microbatch -> Trunk (1F1B over the stages) -> hidden states, of which the targets' sources
+Microbatch -> Trunk (1F1B over the stages) -> hidden states at the targets' sources
            -> vocab-parallel head -> log-probabilities and entropies -> loss
 """
 
@@ -28,12 +28,12 @@ from nemo_r3.algo.packing import Microbatch
 from nemo_r3.models import Architecture
 
 LossFunction = Callable[[Microbatch, Tensor, Tensor], tuple[Tensor, Any]]
-"""(microbatch, log-probabilities [trained], entropies [trained]) -> (scalar loss, anything to return)."""
+"""(microbatch, log-probabilities [trained], entropies [trained]) -> (scalar loss, what `run` is to return)."""
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Runs microbatches through this rank's stage.
+class Pipeline:
+    """Runs microbatches through this rank's stage, together with the other stages.
 
     Attributes:
         trunk: this stage.
@@ -51,13 +51,13 @@ class Pass:
         """Runs every microbatch; `loss` is called on the last stage.
 
         Args:
-            model: the trunk, in its gradient buffers where it trains.
+            model: the trunk, wrapped in its gradient buffers if it trains.
             microbatches: the same number on every rank.
             loss: of one microbatch.
             train: whether to run backward too.
 
         Returns:
-            What `loss` returned beside its scalar, one per microbatch; empty on the other stages.
+            The second value that `loss` returned for each microbatch; empty except on the last stage.
         """
 
         def forward_step(stream: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -69,13 +69,13 @@ class Pass:
 
             def on_last_stage(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
                 scalar, result = loss(microbatch, *self._head(microbatch, hidden))
-                # megatron-core would divide gradients by the token count here; ours are already normalised
+                # the token count that megatron-core would divide gradients by: ours are already normalised
                 return scalar, torch.zeros((), dtype=torch.int64, device=scalar.device), result
 
             return hidden, on_last_stage
 
         with torch.set_grad_enabled(train):
-            found: list[Any] = get_forward_backward_func()(
+            results: list[Any] = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(microbatches),
                 model=[model],
@@ -84,7 +84,7 @@ class Pass:
                 micro_batch_size=1,
                 forward_only=not train,
             )
-        return found
+        return results
 
     def _head(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the targets from hidden states [tokens (/ tensor_parallel), 1, hidden]."""

@@ -1,4 +1,4 @@
-"""Chains of elementwise operations as one kernel on CUDA, where each of them would read and write all its tensors."""
+"""`fused`: chains of elementwise operations as one CUDA kernel, which reads and writes its tensors only once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ Result = TypeVar("Result")
 
 
 def fused(function: Callable[Arguments, Result], like: Tensor) -> Callable[Arguments, Result]:
-    """The function, compiled where `like` is on a GPU; it keeps intermediate results in float32 there.
+    """The function, compiled if `like` is on a GPU, for any number of tokens; intermediate results are float32 there.
 
-    For any number of tokens. Past torch's recompile limit, which one model never reaches, torch warns and runs it
-    eagerly.
+    Past torch's recompile limit, which one model never reaches, torch warns and runs it eagerly.
     """
     return _compiled(function) if like.is_cuda else function
 

@@ -1,10 +1,9 @@
-"""The head on trained positions: log-probabilities and entropies without a tensor of all tokens x vocabulary.
+"""The LM head at trained positions: log-probabilities and entropies without a tensor of all tokens x vocabulary.
 
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
-The first chunk's logits, of which there are the most, are kept for backward, which recomputes the others: memory does
-not grow with the number of tokens.
-Logits keep the weights' dtype; what is done with them is float32, and on CUDA compiled.
+Only the first chunk's logits, the largest, are kept for backward, which recomputes the others: memory does not grow
+with the number of tokens. Logits have the weights' dtype; all that follows is float32, and compiled on CUDA.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from nemo_r3.actor.fused import fused
 
 CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
-"""Logits of one chunk. On CUDA the weight's gradient is read and written once per chunk, so chunks are large there."""
+"""Logits per chunk. On CUDA the weight's gradient is read and written once per chunk, so chunks are large there."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Columns:
 
     Attributes:
         start: its first column.
-        count: its real columns; rows of the weight beyond are padding.
-        group: the tensor-parallel ranks; None where there is only this one.
+        count: number of its columns; further rows of the weight are padding.
+        group: the tensor-parallel ranks; None if there is only this one.
     """
 
     start: int
@@ -58,8 +57,8 @@ def target_logprobs(
         [trained] float32 log-probabilities with gradient, and [trained] float32 entropies (nats) without; the same on
         every tensor-parallel rank. The gradient of `hidden` is this rank's share, to be summed over the ranks.
     """
-    found: tuple[Tensor, Tensor] = _TargetLogprobs.apply(hidden, weight, targets, temperature, columns)
-    return found
+    outputs: tuple[Tensor, Tensor] = _TargetLogprobs.apply(hidden, weight, targets, temperature, columns)
+    return outputs
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -70,12 +69,12 @@ class _TargetLogprobs(torch.autograd.Function):
         real = weight[: columns.count]
         local = targets - columns.start
         chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))  # the same on every rank, as padding counts
-        found, kept = [], hidden.new_empty(0)
+        chunks, kept = [], hidden.new_empty(0)
         for number, (part, index) in enumerate(zip(hidden.split(chunk), local.split(chunk), strict=True)):
             logits = part @ real.t()
             kept = kept if number else logits
-            found.append(_forward_chunk(logits, index, temperature, columns))
-        logprobs, entropies, totals = (torch.cat(parts) for parts in zip(*found, strict=True))
+            chunks.append(_forward_chunk(logits, index, temperature, columns))
+        logprobs, entropies, totals = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         ctx.save_for_backward(hidden, weight, local, totals, kept)
         ctx.temperature, ctx.columns, ctx.chunk = temperature, columns, chunk
         ctx.mark_non_differentiable(entropies)
@@ -109,7 +108,7 @@ class _TargetLogprobs(torch.autograd.Function):
 def _forward_chunk(
     logits: Tensor, local: Tensor, temperature: float, columns: Columns
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a chunk of logits [tokens, columns], over all ranks: log-probabilities, entropies and log-sum-exps."""
+    """Log-probabilities, entropies and log-sum-exps [tokens] over all ranks, from logits [tokens, columns]."""
     held, places = _own_columns(local, columns)
     peak, total, weighted = fused(_softmax_sums, logits)(logits, temperature)
     largest = peak.clone()
@@ -124,7 +123,7 @@ def _forward_chunk(
 
 
 def _softmax_sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits / temperature, [tokens] float32: the largest; with it taken off, the sums of exp and exp * logit."""
+    """[tokens] float32 each, of logits / temperature: the largest; without it, the sums of exp and of exp * logit."""
     scaled = logits.float() / temperature
     largest = scaled.amax(-1)
     scaled.sub_(largest[:, None])
@@ -134,14 +133,14 @@ def _softmax_sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 
 
 def _softmax_times(logits: Tensor, total: Tensor, scale: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / temperature) * scale, given the log-sum-exps; like logits."""
+    """softmax(logits / temperature) * scale in the logits' dtype, given their log-sum-exps."""
     scaled = (logits.float() / temperature).sub_(total[:, None])
     return scaled.exp_().mul_(scale[:, None]).to(logits.dtype)
 
 
 def _own_columns(local: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-    """[tokens, 1] whether the target is among this rank's columns, and its column, clamped to a valid one otherwise.
+    """[tokens, 1] each: whether this rank has the target's column, and that column, clamped to a valid one otherwise.
 
-    Not filtered: to select tokens by a mask, the host would have to wait for the device.
+    Nothing is filtered out: to select tokens by a mask, the host would have to wait for the device.
     """
     return ((local >= 0) & (local < columns.count))[:, None], local.clamp(0, columns.count - 1)[:, None]

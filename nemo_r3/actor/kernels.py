@@ -1,4 +1,4 @@
-"""Variable-length attention that also says its log-sum-exp, so that parts of one softmax can be merged.
+"""Variable-length attention that also returns its log-sum-exp, so that parts of one softmax can be merged.
 
 All kernels take query [query tokens, heads, head_dim], key and value [key tokens, kv_heads, head_dim]; part i of the
 queries attends to part i of the keys. The log-sum-exp (nats) is [heads, query tokens], float32. The gradient takes the
@@ -19,7 +19,7 @@ from torch import Tensor
 from nemo_r3.algo.layout import Bounds
 
 LENGTH_STEP = 8
-"""Parts are batched together if their lengths round up to the same multiple of this."""
+"""Parts whose lengths round up to the same multiple of this are batched together."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Batch:
     """Parts of similar length, side by side.
 
     Attributes:
-        places: [parts, longest] int64; after a part's end it repeats its last token.
+        places: [parts, longest] int64, each token's place; the last one is repeated after a part's end.
         inside: [parts, longest] bool, False after a part's end.
     """
 
@@ -94,9 +94,9 @@ class CpuFlash:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
         for queries, keys in _batches(parts):
-            found = run(_take(query, queries), _take(key, keys), _take(value, keys), 0.0, parts.causal)
-            _put(found[0], out, queries)
-            _put(found[1], lse, queries)
+            batch = run(_take(query, queries), _take(key, keys), _take(value, keys), 0.0, parts.causal)
+            _put(batch[0], out, queries)
+            _put(batch[1], lse, queries)
         return out, lse.t()
 
     def backward(
@@ -110,17 +110,18 @@ class CpuFlash:
             k, v = _take(key, keys), _take(value, keys)
             if isinstance(queries, Batch):
                 g = g * queries.inside[:, None, :, None]
-            starved = len(k) * k.shape[1] < torch.get_num_threads()  # the operator is parallel over parts and heads
-            if starved:
+            # the operator is parallel over parts and key/value heads
+            too_few = len(k) * k.shape[1] < torch.get_num_threads()
+            if too_few:
                 k, v = _per_head(k, q), _per_head(v, q)
-            found = run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
-            for gradient, into, batch in zip(found, gradients, (queries, keys, keys), strict=True):
-                _put(_per_kv_head(gradient, into) if starved else gradient, into, batch)
+            computed = run(g, q, k, v, o, s.contiguous(), 0.0, parts.causal)
+            for gradient, into, batch in zip(computed, gradients, (queries, keys, keys), strict=True):
+                _put(_per_kv_head(gradient, into) if too_few else gradient, into, batch)
         return gradients[0], gradients[1], gradients[2]
 
 
 def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:
-    """Queries and keys of one call each; padding a part is valid only under a causal mask."""
+    """The queries and keys of each call; only under a causal mask may parts be padded, and so batched."""
     if parts.causal:
         return zip(_alike(parts.queries), _alike(parts.keys), strict=True)
     return ((slice(*query), slice(*key)) for query, key in zip(parts.queries.spans, parts.keys.spans, strict=True))
@@ -128,7 +129,7 @@ def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:
 
 @lru_cache(8)  # every layer of a microbatch asks for the same
 def _alike(bounds: Bounds) -> list[slice | Batch]:
-    """All parts, batched by length: a slice is a part with no other of its length."""
+    """All parts, batched by length; a part without others of its length is a slice."""
     spans: dict[int, list[tuple[int, int]]] = {}
     for start, end in bounds.spans:
         spans.setdefault(-(-(end - start) // LENGTH_STEP), []).append((start, end))
@@ -147,9 +148,9 @@ def _take(tensor: Tensor, batch: slice | Batch) -> Tensor:
     return picked.transpose(1, 2)
 
 
-def _put(found: Tensor, into: Tensor, batch: slice | Batch) -> None:
-    """[parts, heads, longest, ...] -> their places in [tokens, heads, ...]."""
-    rows = found.transpose(1, 2)
+def _put(values: Tensor, into: Tensor, batch: slice | Batch) -> None:
+    """Writes [parts, heads, longest, ...] to their places in [tokens, heads, ...]."""
+    rows = values.transpose(1, 2)
     if isinstance(batch, slice):
         into[batch] = rows[0]
     else:
@@ -180,7 +181,7 @@ class CudaFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
             grad.contiguous(),
             query,
             key,
@@ -196,11 +197,11 @@ class CudaFlash:
             no_dropout,
             torch.empty((), dtype=torch.uint64, device=query.device),
         )
-        return found
+        return gradients
 
 
 class Plain:
-    """The formulas as they stand, any device and dtype: slow, and what the others are compared with."""
+    """The formulas as they stand, for any device and dtype; slow, but the others are tested against it."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """See `Kernel`."""
@@ -219,15 +220,16 @@ class Plain:
         queries = _cut_all((grad, query, out), parts.queries)
         sums = (lse[None, :, start:end, None] for start, end in parts.queries.spans)
         keys = _cut_all((key, value), parts.keys)
-        found = []
+        gradients = []
         for (g, q, o), s, (k, v) in zip(queries, sums, keys, strict=True):
             probabilities = torch.exp(_scores(q, k, parts.causal) - s)
             inner = g @ _per_head(v, q).transpose(-1, -2) - (g * o).sum(-1, keepdim=True)
             scored = probabilities * inner / math.sqrt(q.shape[-1])
             d_key = _per_kv_head(scored.transpose(-1, -2) @ q, k)
             d_value = _per_kv_head(probabilities.transpose(-1, -2) @ g, v)
-            found.append((scored @ _per_head(k, q), d_key, d_value))
-        return _join([f[0] for f in found]), _join([f[1] for f in found]), _join([f[2] for f in found])
+            gradients.append((scored @ _per_head(k, q), d_key, d_value))
+        d_queries, d_keys, d_values = (_join(list(parts)) for parts in zip(*gradients, strict=True))
+        return d_queries, d_keys, d_values
 
 
 def _per_head(tensor: Tensor, query: Tensor) -> Tensor:

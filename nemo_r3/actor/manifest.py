@@ -1,11 +1,11 @@
-"""What can be said and done about a checkpoint without loading it.
+"""Checkpoints as directories: finding, checking, publishing and removing them, without loading any.
 
     checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer, schedule
                 manifest.json  written last: format, step, weights version, model shape, which of longrope's factors,
                                the other files' sizes and SHA-256, and the loop's own counters
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
-A checkpoint counts while it has its manifest. Nothing here needs torch: Slurm's batch script has none.
+Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm's batch script lacks.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FIELDS = {
     **dict.fromkeys(("architecture", "files", "state"), dict),
     **dict.fromkeys(("rope", "model"), str),
 }
-"""What a manifest has, and of which type."""
+"""The fields of a manifest, and their types."""
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not what was saved; the one before may be."""
+    """A checkpoint that is not what was saved; the one before it may be."""
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -65,7 +65,7 @@ def latest_step(directory: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """A checkpoint's manifest.
 
     Raises:
         DamagedError: it is no complete checkpoint.
@@ -115,7 +115,7 @@ def check_sizes(checkpoint: Path, files: Mapping[str, tuple[int, str]]) -> None:
 
 
 def check_sums(checkpoint: Path, files: Mapping[str, tuple[int, str]], sums: Mapping[str, str]) -> None:
-    """Refuses a checkpoint with an altered file: `sums` is what its files have, by name.
+    """Refuses a checkpoint with an altered file; `sums` are the SHA-256 of its files by name.
 
     Raises:
         DamagedError: naming the file.
@@ -138,7 +138,7 @@ def is_sound(checkpoint: Path) -> bool:
 
 
 def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) -> None:
-    """Writes the manifest of the save under way and moves it into place: from here on the checkpoint counts.
+    """Writes the manifest of the save under way and moves it into place: from then on the checkpoint counts.
 
     Args:
         directory: a run's `checkpoints`.
@@ -167,7 +167,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Renames a damaged checkpoint to damaged_step_..., which no longer counts."""
+    """Renames a damaged checkpoint to damaged_step_..., so that it no longer counts."""
     aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)

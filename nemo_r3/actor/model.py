@@ -1,4 +1,4 @@
-"""Builds this rank's shard of the policy: parallel groups, TransformerConfig, GPTModel."""
+"""Builds this rank's shard of the policy: parallel groups, TransformerConfig, `Trunk`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def transformer_config(
         # weights are loaded, never drawn
         use_cpu_initialization=not on_cuda,
         perform_initialization=False,
-        # fusions: on where they pay; Apex's, which `sum_gradients_in_place` does without, and a CPU's are off
+        # fusions: on where they pay; off on a CPU, and where they need Apex (`sum_gradients_in_place` needs none)
         bias_activation_fusion=on_cuda,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -79,7 +79,7 @@ def transformer_config(
 
 
 class Trunk(GPTModel):  # type: ignore[misc]
-    """A stage of the policy that ends in hidden states: `head.py` computes logits, and only where they are needed."""
+    """A stage of the policy that ends in hidden states; `head.py` computes logits where they are needed."""
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """[tokens (/ tensor_parallel under sequence parallel), 1, hidden_size], on every stage."""
@@ -113,9 +113,9 @@ def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
 
 
 def sum_gradients_in_place(model: nn.Module) -> None:
-    """Has Transformer Engine's products add weights' gradients to the float32 sums themselves.
+    """Makes Transformer Engine's layers add their weights' gradients to the float32 sums themselves.
 
-    megatron-core's switch for it is refused by its own embedding and head where there is no Apex.
+    megatron-core has a switch for that, but without Apex its own embedding and head refuse it.
     """
     parts: Iterator[Any] = model.modules()
     for part in parts:

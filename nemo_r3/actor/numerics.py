@@ -1,6 +1,6 @@
-"""What rounding to FP8 costs each layer, and layers that are taken out of it.
+"""What rounding to FP8 costs each layer, and how a layer leaves FP8.
 
-Watched are the operands of a layer's four matrices: inputs, weights, and the gradients of outputs, rounded as the
+The operands of a layer's four matrices are watched: inputs, weights, and the gradients of outputs, rounded as the
 recipe rounds them (without FP8: as `fp8-tensorwise` would).
 """
 
@@ -31,14 +31,14 @@ Key = tuple[int, str, str]
 
 
 @dataclass
-class Tally:
-    """What one operand's numbers were, over microbatches and ranks.
+class Rounding:
+    """What rounding did to one operand, summed over microbatches and ranks.
 
     Attributes:
         amax: the largest magnitude.
-        numbers: how many were not zero.
-        underflows: of these, rounded to zero.
-        saturated: of these, beyond the largest of the format.
+        numbers: how many numbers were not zero.
+        underflows: how many of these were rounded to zero.
+        saturated: how many of these exceeded the format's largest number.
         error: sum of squares of what rounding changed.
         square: sum of squares of the numbers.
     """
@@ -50,8 +50,8 @@ class Tally:
     error: float = 0.0
     square: float = 0.0
 
-    def add(self, other: Tally) -> None:
-        """Takes in another part of the same operand."""
+    def add(self, other: Rounding) -> None:
+        """Adds another part of the same operand."""
         self.amax = math.nan if math.isnan(self.amax + other.amax) else max(self.amax, other.amax)
         self.numbers += other.numbers
         self.underflows += other.underflows
@@ -60,7 +60,7 @@ class Tally:
         self.square += other.square
 
     def shares(self) -> dict[str, float]:
-        """`amax`; `underflow` and `saturation`, shares of the numbers; `error`, relative (Frobenius)."""
+        """`amax`; `underflow` and `saturation` as shares of the numbers; `error`, relative (Frobenius)."""
         numbers, square = max(self.numbers, 1.0), self.square or 1.0
         return {
             "amax": self.amax,
@@ -79,12 +79,12 @@ class LayerWatch:
         self._recipe = recipe
         edge, end = (recipe.edges if recipe is not None else trunk.config.num_layers), trunk.config.num_layers
         self._plain = {number for number in self._layers if number < edge or number >= end - edge}
-        self._tallies: dict[Key, Tally] = {}
+        self._roundings: dict[Key, Rounding] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Tallies what passes through the layers where gradients are on, as long as it lasts."""
-        self._tallies = {}
+        """Measures what passes through the layers inside this block, wherever gradients are on."""
+        self._roundings = {}
         handles = [
             layer.get_submodule(matrix).register_forward_hook(partial(self._seen, number, matrix))
             for number, layer in self._layers.items()
@@ -96,23 +96,23 @@ class LayerWatch:
             for handle in handles:
                 handle.remove()
 
-    def found(self, world: World) -> list[dict[str, Any]]:
-        """A row per layer, matrix and operand of all ranks: these, `fp8`, and `Tally.shares`; every rank calls it.
+    def rows(self, world: World) -> list[dict[str, Any]]:
+        """What was measured on all ranks: a row per layer, matrix and operand, with `Rounding.shares` and `fp8`.
 
-        The padding of packed rows is among the inputs, as it is for a recipe's scales.
+        Every rank calls this. The padding of packed rows counts among the inputs, as it does for a recipe's scales.
         """
-        whole: dict[Key, Tally] = {}
-        for part in world.gather(self._tallies):
-            for key, tally in part.items():
-                whole.setdefault(key, Tally()).add(tally)
+        whole: dict[Key, Rounding] = {}
+        for part in world.gather(self._roundings):
+            for key, rounding in part.items():
+                whole.setdefault(key, Rounding()).add(rounding)
         plain = {number for part in world.gather(self._plain) for number in part}
         return [
-            {"layer": layer, "matrix": matrix, "operand": operand, "fp8": layer not in plain} | tally.shares()
-            for (layer, matrix, operand), tally in sorted(whole.items())
+            {"layer": layer, "matrix": matrix, "operand": operand, "fp8": layer not in plain} | rounding.shares()
+            for (layer, matrix, operand), rounding in sorted(whole.items())
         ]
 
     def leave_fp8(self, layers: Collection[int]) -> None:
-        """Has these layers multiply in BF16 from now on; those of other stages are theirs."""
+        """Makes these layers multiply in BF16 from now on; a stage takes care of its own."""
         from transformer_engine.pytorch import fp8_autocast
 
         for number in set(layers) & set(self._layers) - self._plain:
@@ -124,7 +124,7 @@ class LayerWatch:
         if not torch.is_grad_enabled():
             return
         self._take((number, matrix, "input"), module, _normalised(module, inputs[0]))
-        if (number, matrix, WEIGHT) not in self._tallies:
+        if (number, matrix, WEIGHT) not in self._roundings:
             self._take((number, matrix, WEIGHT), module, module.weight)
         product = output[0] if isinstance(output, tuple) else output
         product.register_hook(partial(self._take, (number, matrix, "gradient"), module))
@@ -138,17 +138,17 @@ class LayerWatch:
             held, place = OPERANDS[operand]
             scale = module.fp8_meta[held].scale[place]
         tile = recipe.weight_tile if operand == WEIGHT else recipe.tile
-        tally = self._tallies.setdefault(key, Tally())
-        tally.add(rounding(tensor.detach(), dtype, tile, recipe.powers_of_two, scale))
+        measured = measure_rounding(tensor.detach(), dtype, tile, recipe.powers_of_two, scale)
+        self._roundings.setdefault(key, Rounding()).add(measured)
 
 
-def rounding(
+def measure_rounding(
     tensor: Tensor,
     dtype: torch.dtype,
     tile: Tile | None = None,
     powers_of_two: bool = False,
     scale: Tensor | None = None,
-) -> Tally:
+) -> Rounding:
     """What rounding to an FP8 format does to a tensor.
 
     Args:
@@ -172,11 +172,11 @@ def rounding(
         back, filled = _there_and_back(numbers, scales, dtype), numbers != 0
         counts = (filled, filled & (back == 0), (numbers * scales).abs() > largest * (1 + 1e-6))
         sums += torch.stack([count.sum() for count in counts] + [((back - numbers) ** 2).sum(), (numbers**2).sum()])
-    return Tally(float(amax), *sums.tolist())
+    return Rounding(float(amax), *sums.tolist())
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
-    """A float32 tensor [.., columns] as it comes back from an FP8 format; `tile` as in `rounding`."""
+    """A float32 tensor [.., columns] as it comes back from an FP8 format; `tile` as in `measure_rounding`."""
     rows, largest = tensor.reshape(-1, tensor.shape[-1]), torch.finfo(dtype).max
     scales = _scale(rows.abs().amax(), largest) if tile is None else _spread(rows, tile, largest)
     return _there_and_back(rows, scales, dtype).view_as(tensor)

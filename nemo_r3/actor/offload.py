@@ -1,10 +1,10 @@
-"""Optimizer state in host memory, and gradient buffers freed, between two updates.
+"""`Offload`: between updates, optimizer state in host memory and gradient buffers freed.
 
     rollout, refit                 update, save, load
     state on the host  --restore-->  state on the device, gradients allocated  --park-->  state on the host
 
-megatron-core's own `offload_to_cpu` also moves fp32 weights, which the model shares with its optimizer, and leaves
-them as copies; here storages are emptied and filled again in place, so every view of them stays what it was.
+megatron-core's own `offload_to_cpu` also moves the fp32 weights that model and optimizer share, and splits them into
+two copies. Here storages are emptied and filled again in place, so every view of them stays valid.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, UntypedStorage, nn
 
 PIECE = 32 * 2**20
-"""Bytes of a host buffer's pieces: torch rounds each pinned allocation up to a power of two."""
+"""Bytes per piece of a host buffer: torch rounds each pinned allocation up to a power of two."""
 
 
 class HostBuffer:
     """Room in host memory for the bytes of one tensor, pinned if the tensor is on a GPU."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
-        """Allocates; nothing is copied."""
         self.nbytes = nbytes
         sizes = (min(PIECE, nbytes - start) for start in range(0, nbytes, PIECE))
         self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
@@ -48,14 +47,13 @@ class HostBuffer:
 
 
 class Offload:
-    """Where the optimizer state of one rank is: on the device, or parked on the host.
+    """Moves one rank's optimizer state between the device and the host.
 
-    Main weights and moments move bit for bit. A host buffer is pinned where the device is a GPU and kept for the next
-    time; gradient buffers come back as zeros.
+    Main weights and moments move bit for bit; gradient buffers come back as zeros. Host buffers are kept for the next
+    time.
     """
 
     def __init__(self, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
-        """Nothing moves before `park`."""
         self._model, self._optimizer = model, optimizer
         self._hosts: dict[int, HostBuffer] = {}
         self._parked: list[tuple[UntypedStorage, HostBuffer]] = []
@@ -63,7 +61,7 @@ class Offload:
         self._away = False
 
     def park(self) -> None:
-        """Moves the state to the host and frees the gradient buffers; nothing where that is done already."""
+        """Moves the state to the host and frees the gradient buffers, unless that is already done."""
         if self._away:
             return
         self._away = True
@@ -84,7 +82,7 @@ class Offload:
             storage.resize_(0)
 
     def restore(self) -> None:
-        """Brings the state back to the device; nothing where it is there."""
+        """Brings the state back to the device, unless it is there."""
         if not self._away:
             return
         self._away = False
@@ -98,14 +96,14 @@ class Offload:
 
     @property
     def host_bytes(self) -> int:
-        """Size of the host buffers, which stay when the state is on the device."""
+        """Size of the host buffers, which stay while the state is on the device."""
         return sum(host.nbytes for host in self._hosts.values())
 
 
 def forget_fp8_weights(module: nn.Module) -> None:
     """Frees the FP8 copies of weights that Transformer Engine keeps from one microbatch to the next.
 
-    megatron-core makes them again in the first microbatch of every pass.
+    It makes them again in the first microbatch of every pass.
     """
     for part in module.modules():
         if (copies := getattr(part, "_fp8_workspaces", None)) is not None:
@@ -134,7 +132,7 @@ def _gradient_storages(model: DistributedDataParallel) -> list[UntypedStorage]:
 
 
 def _own_storages(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Iterator[UntypedStorage]:
-    """The optimizer's storages that hold something, each once, but for those with the model's own weights."""
+    """The optimizer's non-empty storages, each once, without those that hold the model's own weights."""
     seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     for tensor in state_tensors(optimizer):
         storage = tensor.untyped_storage()

@@ -20,8 +20,8 @@ from nemo_r3.precision import Precision, precision_of
 def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     """Gradient buffers over the data-parallel ranks, reduced in fp32.
 
-    Each bucket is reduced as soon as the last microbatch's backward pass has filled it. Parameters are gathered at once
-    after the step: the next refit reads them all.
+    Each bucket is reduced as soon as the last microbatch's backward pass has filled it. Parameters are gathered right
+    after the step, because the next refit reads them all.
     """
     settings = DistributedDataParallelConfig(
         **precision_of(config).gradient_fields(),
@@ -60,7 +60,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
 
 
 def _start_adam_state(adam: AdamW) -> None:
-    """Allocates torch AdamW's moments: a checkpoint may be written before the first step, and vLLM measures memory."""
+    """Allocates torch AdamW's moments: a checkpoint may precede the first step, and vLLM measures free memory."""
     for parameter in (p for group in adam.param_groups for p in group["params"]):
         adam.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -72,7 +72,7 @@ def _start_adam_state(adam: AdamW) -> None:
 def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
     """Linear warm-up from lr / warm-up steps (a first step at 0 would be wasted), then a cosine to `actor.lr_min`.
 
-    A checkpoint's horizon wins over the config's, so a run that is resumed with more `train.steps` keeps its curve.
+    A checkpoint's horizon wins over the config's: a run that is resumed with more `train.steps` keeps its curve.
     """
     actor = config.actor
     horizon = actor.lr_decay_steps or max(config.train.steps, 1)

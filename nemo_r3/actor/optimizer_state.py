@@ -1,9 +1,9 @@
-"""The optimizer's state in a checkpoint: every rank writes, and reads back in place, what it holds of it.
+"""The optimizer's state in a checkpoint: every rank writes its own part, and reads it back in place.
 
-The distributed optimizer cuts its buffers into equal parts wherever that falls within a parameter. Here a rank's part
-of a parameter becomes at most three rectangles of the whole tensor: the end of a row, rows, the beginning of a row.
-torch's checkpoint format takes any rectangles and reads any others from them, so another layout can load it.
-megatron-core's own way first gathers the parameters: up to 36 bytes of host memory for each, on one rank.
+The distributed optimizer cuts its buffers into equal parts, which may end within a parameter. A rank's part of a
+parameter becomes at most three rectangles of the whole tensor here: the end of a row, whole rows, the beginning of a
+row. torch's checkpoint format stores any rectangles and can read any others from them, so any layout can load it.
+megatron-core's own way gathers whole parameters first, which takes one rank up to 36 bytes of host memory for each.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def sharded_state(optimizer: MegatronOptimizer, weights: Mapping[str, Any]) -> list[ShardedTensor]:
-    """This rank's main weights and moments as parts of a checkpoint: what a load writes into them, they are.
+    """This rank's main weights and moments as parts of a checkpoint, which share the optimizer's memory.
 
     Args:
         optimizer: on every rank.
         weights: the model's sharded state.
     """
-    found, _ = extract_sharded_tensors_and_factories(weights)
-    by_parameter = {weight.data: weight for weight in nested_values(found)}
+    tensors, _ = extract_sharded_tensors_and_factories(weights)
+    by_parameter = {weight.data: weight for weight in nested_values(tensors)}
     return [
         part
-        for one in optimizer.chained_optimizers
-        for parameter in getattr(one, "model_param_gbuf_map", ())  # a stage may have no parameters
-        for part in _parts(one, parameter, by_parameter[parameter])
+        for chained in optimizer.chained_optimizers
+        for parameter in getattr(chained, "model_param_gbuf_map", ())  # a stage may have no parameters
+        for part in _parts(chained, parameter, by_parameter[parameter])
     ]
 
 
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Tells Adam how many steps its moments have seen.
 
-    torch keeps that by parameter; Transformer Engine by group, and not before its first step.
+    torch's keeps that per parameter; Transformer Engine's per group, and only after its first step.
     """
-    for one in optimizer.chained_optimizers:
-        if one.optimizer is None:
+    for chained in optimizer.chained_optimizers:
+        if chained.optimizer is None:
             continue
-        for state in one.optimizer.state.values():
+        for state in chained.optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(step)
-        for group in one.optimizer.param_groups:
+        for group in chained.optimizer.param_groups:
             group["step"] = step
 
 
@@ -73,7 +73,7 @@ def _parts(optimizer: DistributedOptimizer, parameter: Tensor, weight: Any) -> I
 
 
 def _part(piece: ShardedTensor, name: str, flat: Tensor, offset: Sequence[int], size: Sequence[int]) -> ShardedTensor:
-    """A state's rectangle of a piece: `flat` is its [count] numbers, `offset` where it begins in the piece."""
+    """A rectangle of one state: `flat` are its [count] numbers, `offset` is where it begins in the piece."""
     outer = piece.prepend_axis_num  # megatron-core stores equal layers as one tensor with a leading axis
     within = (*(0,) * outer, *offset)
     shape = (*(1,) * outer, *size)
@@ -91,11 +91,11 @@ def _part(piece: ShardedTensor, name: str, flat: Tensor, offset: Sequence[int], 
 
 
 def rectangles(first: int, end: int, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offsets and sizes of the rectangles that hold elements `first` to `end` of a row-major tensor, in their order.
+    """Offsets and sizes of the rectangles that hold elements `first` to `end` of a row-major tensor, in order.
 
     Args:
         first: index of the first element.
-        end: index after the last one; nothing if it is not above `first`.
+        end: index after the last one; if it is not above `first`, there are none.
         shape: [length] or [rows, width].
     """
     if first >= end:

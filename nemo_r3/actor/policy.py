@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_r3 import memory
 from nemo_r3.actor import cpu, stream
-from nemo_r3.actor.forward import Pass
+from nemo_r3.actor.forward import Pipeline
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
@@ -27,7 +27,7 @@ from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.scales import find_scales
 from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance
-from nemo_r3.algo.batch import refuse_untrained_weight
+from nemo_r3.algo.batch import check_loss_weights
 from nemo_r3.algo.objective import METRICS, Objective
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
@@ -56,8 +56,8 @@ class Policy:
             config: the run's settings.
             world: all ranks.
             trains: False leaves out gradients, optimizer, reference and FP8, for scoring and exporting.
-            with_weights: False leaves the weights to `checkpoint.load`, which must come first; not where it trains,
-                as the reference is made of them.
+            with_weights: False leaves the weights to `checkpoint.load`, which must come first; a policy that trains
+                needs them for its reference.
 
         Raises:
             ConfigError: the checkpoint does not exist or does not fit its config.json.
@@ -86,7 +86,7 @@ class Policy:
                 self.optimizer = build_optimizer(self.model, config, precision_of(config))
                 self.schedule = build_schedule(self.optimizer, config)
         rotary = Rotary.of(self.arch.rope, config.rollout.max_model_len, world.device)
-        self._pass = Pass(self.module, self.arch, rotary, config.rollout.temperature)
+        self._pipeline = Pipeline(self.module, self.arch, rotary, config.rollout.temperature)
         self._objective = Objective(config.algo)
         has_reference = trains and config.algo.kl_beta
         self._reference = Reference(self.module, config.actor.offload_optimizer) if has_reference else None
@@ -95,7 +95,7 @@ class Policy:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Optimizer state and gradients on the device, as long as it lasts; then the memory goes to the engine."""
+        """Holds optimizer state and gradients on the device inside this block; then hands the memory to the engine."""
         if self._offload is not None:
             self._offload.restore()
         try:
@@ -104,7 +104,7 @@ class Policy:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Hands memory to the engine: FP8 copies of the weights, and with an offload optimizer state and gradients."""
+        """Hands memory to the engine: FP8 copies of the weights, and if offloaded, optimizer state and gradients."""
         if self._offload is not None:
             self._offload.park()
         forget_fp8_weights(self.module)
@@ -114,25 +114,25 @@ class Policy:
         """One optimizer step on the batch.
 
         Returns:
-            `loss`, `kl`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`, and
-            `skipped`: 1.0 when the weights were left alone, because the gradient was NaN or Inf or the correction
-            rejected every token. How far the rollout is off: `token_mult_prob_error`, `rollout_kl`,
-            `importance_ratio` and `importance_outliers` (a share), `nonfinite_tokens`. `update_flops`: the
-            model's own on all ranks, the reference's pass with them, without recompute and padding.
+            `loss`, `kl`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`;
+            `skipped`: 1.0 if the weights stayed as they were, because the gradient was NaN or Inf or the correction
+            rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
+            `importance_ratio`, `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's
+            on all ranks, including the reference's pass, without recompute and padding.
 
         Raises:
             RuntimeError: a token that must not be trained has weight.
         """
-        refuse_untrained_weight(batch, self.config.algo)
+        check_loss_weights(batch, self.config.algo)
         microbatches, flops = self._microbatches(batch.rows)
         with stream.on(self._stream), self.at_work(), cpu.cuda_stand_in():
             memory.reserve(self._working_bytes)
-            resting = memory.restart_peak()
+            before = memory.restart_peak()
             if self._lacks_scales:
                 find_scales(self.module, self.world, partial(self._accumulate, microbatches[:1]))
                 self._lacks_scales = False
             sums = self._accumulate(microbatches)
-            self._working_bytes = memory.peak() - resting  # the optimizer's step needs less
+            self._working_bytes = memory.peak() - before  # the optimizer's step needs less
             lr = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
         tokens = max(sums["tokens"], 1.0)
@@ -155,9 +155,12 @@ class Policy:
         }
 
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
-        """Leaves the step's gradient in the buffers; returns the step's `METRICS`."""
+        """Accumulates the step's gradient in the buffers; returns the step's `METRICS`."""
         assert self.optimizer is not None, "a policy that does not train"
-        reference = self._reference_logprobs(microbatches) if self._reference is not None else {}
+        reference: dict[tuple[int, ...], Tensor] = {}
+        if self._reference is not None:
+            with self._reference.swapped_in():
+                reference = self._score(microbatches)
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -165,15 +168,15 @@ class Policy:
         def loss(microbatch: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
             return self._objective(logprobs, microbatch.targets, reference.get(microbatch.rows), entropies)
 
-        sums = self._sum(self._pass.run(self.model, microbatches, loss, train=True))
-        if 0 < sums["kept"] < sums["counted"]:  # what is rejected leaves the denominators of the whole step
+        sums = self._sum(self._pipeline.run(self.model, microbatches, loss, train=True))
+        if 0 < sums["kept"] < sums["counted"]:  # rejected tokens leave the denominators of the whole step
             scale = sums["counted"] / sums["kept"]
             self.model.scale_gradients(scale)
             sums |= {name: sums[name] * scale for name in ("loss", "kl")}
         return sums
 
     def _step(self, finite: bool) -> float:
-        """Clips, steps and advances the schedule unless the gradient is NaN or Inf; returns the gradient norm."""
+        """Clips, steps and advances the schedule; returns the gradient norm, or NaN if the step is skipped."""
         assert self.optimizer is not None
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -185,7 +188,7 @@ class Policy:
         return grad_norm
 
     def held(self) -> dict[str, int]:
-        """Bytes of this rank by holder; what is offloaded counts as the host's."""
+        """Bytes that this rank holds, by what they are for; what is offloaded counts as the host's."""
         away = " on the host" if self._offload is not None else ""
         weights = sum(parameter.nbytes for parameter in self.module.parameters())
         assert self.optimizer is not None, "a policy that does not train"
@@ -200,11 +203,11 @@ class Policy:
         }
 
     def describe_schedule(self) -> str:
-        """Where the learning rate ends; a resumed run keeps the horizon it began with."""
+        """When the learning rate reaches its end; a resumed run keeps the horizon it began with."""
         return f"the learning rate reaches {self.config.actor.lr_min:g} after {self.schedule.lr_decay_steps} updates"
 
     def updates_left(self) -> float:
-        """How many more updates have a learning rate above 0; an update that is skipped does not count."""
+        """How many more updates have a learning rate above 0; skipped updates do not count."""
         if self.config.actor.lr_min:
             return math.inf
         return max(int(self.schedule.lr_decay_steps - self.schedule.num_steps), 0)
@@ -220,16 +223,16 @@ class Policy:
         """
         rows = [_scored_row(ids) for ids in sequences]
         microbatches, _ = self._microbatches(rows)
-        parts: dict[int, Tensor] = {}
+        own: dict[int, Tensor] = {}
         with cpu.cuda_stand_in():
-            found = self._score(microbatches)
-        for microbatch, logprobs in zip(microbatches, found, strict=False):
-            lengths = [len(rows[row]) - 1 for row in microbatch.rows]
-            parts.update(zip(microbatch.rows, logprobs.cpu().split(lengths), strict=True))
+            scores = self._score(microbatches)
+        for numbers, logprobs in scores.items():
+            lengths = [len(rows[number]) - 1 for number in numbers]
+            own.update(zip(numbers, logprobs.cpu().split(lengths), strict=True))
         merged: dict[int, Tensor] = {}
-        for part in self.world.gather(parts):
+        for part in self.world.gather(own):
             merged.update(part)
-        return [merged[row] for row in range(len(rows))]
+        return [merged[number] for number in range(len(rows))]
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
         """Streams the weights under their Hugging Face names; every rank iterates to the end, in lockstep."""
@@ -238,7 +241,7 @@ class Policy:
     # microbatches and log-probabilities
 
     def _microbatches(self, rows: Sequence[Row]) -> tuple[list[Microbatch], float]:
-        """This rank's share, and the FLOPs of training on all of it: a shared context counts once, padding never."""
+        """This rank's microbatches, and the FLOPs of training on all rows: shared contexts once, without padding."""
         actor = self.config.actor
         if not actor.shared_context:
             rows = [replace(row, shared=0) for row in rows]
@@ -249,34 +252,28 @@ class Policy:
         flops = sum(balance.flops(piece) for rank in dealt for pieces in rank for piece in pieces)
         return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], flops
 
-    def _score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-        """Log-probabilities [trained] of each microbatch's targets, on the last stage."""
+    def _score(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
+        """Log-probabilities [trained] of the targets, by each microbatch's rows; empty except on the last stage."""
 
-        def scored(_: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+        def keep_logprobs(_: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
             return logprobs.sum(), logprobs
 
         self.model.eval()
-        found = self._pass.run(self.model, microbatches, scored, train=False)
+        scores = self._pipeline.run(self.model, microbatches, keep_logprobs, train=False)
         self.model.train()
-        return found
+        return {microbatch.rows: logprobs for microbatch, logprobs in zip(microbatches, scores, strict=False)}
 
-    def _sum(self, found: Sequence[Tensor]) -> dict[str, float]:
-        """Sums the last stages' metrics over microbatches and data-parallel ranks, each rank counted once."""
+    def _sum(self, metrics: Sequence[Tensor]) -> dict[str, float]:
+        """Sums the last stages' metrics over microbatches and data-parallel ranks."""
         total = torch.zeros(len(METRICS), dtype=torch.float64, device=self.world.device)
-        if found and parallel_state.get_tensor_model_parallel_rank() == 0:
-            total += torch.stack(list(found)).sum(0)
+        if metrics and parallel_state.get_tensor_model_parallel_rank() == 0:  # all of a tensor-parallel group are alike
+            total += torch.stack(list(metrics)).sum(0)
         dist.all_reduce(total)
         return dict(zip(METRICS, total.tolist(), strict=True))
 
-    def _reference_logprobs(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
-        """The starting model's log-probabilities of the trained tokens, by the microbatch's rows."""
-        assert self._reference is not None
-        with self._reference.swapped_in():
-            found = self._score(microbatches)
-        return {microbatch.rows: logprobs for microbatch, logprobs in zip(microbatches, found, strict=False)}
-
 
 def _scored_row(ids: Sequence[int]) -> Row:
+    """A row whose tokens are all targets."""
     count = len(ids)
     zeros = [0.0] * count
     return Row(ids, (), (), zeros, [1.0] * count, zeros)

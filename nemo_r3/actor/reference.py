@@ -1,4 +1,4 @@
-"""The starting model, kept as a copy of its weights that takes the model's place for one pass."""
+"""`Reference`: the starting model, a copy of its weights that replaces the policy's for one pass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nemo_r3.actor.offload import HostBuffer
 
 
 class Reference:
-    """The weights a module has now: on its device, or on the host, from where every pass copies them."""
+    """A copy of the weights that a module has now, on its device, or on the host, to be copied back for every pass."""
 
     def __init__(self, module: nn.Module, on_host: bool) -> None:
-        """Copies this rank's weights; `on_host` only moves those of a GPU."""
+        """Copies this rank's weights; `on_host` matters only for a GPU's."""
         self._module = module
         weights = [parameter.detach() for parameter in module.parameters()]
         self._kept = [HostBuffer.of(it) if on_host and it.device.type == "cuda" else it.clone() for it in weights]
@@ -27,7 +27,7 @@ class Reference:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The module has the starting weights inside this block, and its own again afterwards."""
+        """Gives the module the starting weights inside this block."""
         parameters = list(self._module.parameters())
         current = [parameter.data for parameter in parameters]
         for parameter, kept in zip(parameters, self._kept, strict=True):

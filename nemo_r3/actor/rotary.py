@@ -1,4 +1,4 @@
-"""Rotary angles from a `Rope`: the same float32 operations, in the same order, as in transformers and vLLM."""
+"""Rotary angles from a `Rope`, by the same float32 operations in the same order as in transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_r3.models.rope import Llama3, LongRope, Rope
 
 @dataclass(frozen=True)
 class Rotary:
-    """How fast each pair of channels turns, for all positions of all sequences.
+    """How fast each pair of channels rotates.
 
     Attributes:
         frequencies: [dim / 2] float32, radians per position.
@@ -25,7 +25,7 @@ class Rotary:
 
     @classmethod
     def of(cls, rope: Rope, max_model_len: int, device: torch.device) -> Rotary:
-        """For sequences of up to `max_model_len` tokens; the length matters to longrope alone."""
+        """For sequences of up to `max_model_len` tokens; only longrope depends on the length."""
         wavelengths = rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
         match rope.scaling:
             case None:

@@ -1,6 +1,6 @@
-"""The scales that delayed scaling takes from what came before: whether it has any, and how a checkpoint keeps them.
+"""The scales of FP8's delayed scaling, which come from earlier passes: finding the first ones, and checkpointing them.
 
-Transformer Engine pickles them, and refuses to read what it has pickled; here they are safetensors.
+Transformer Engine pickles them and then refuses to load pickles; here they are safetensors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ KEPT = ("scale", "amax_history")
 
 
 def keep_scales(module: Any, delayed: bool) -> None:
-    """Has Transformer Engine's layers give and take their scales as bytes of safetensors.
+    """Makes Transformer Engine's layers save and load their scales as bytes of safetensors.
 
     Args:
         module: the policy's modules.
-        delayed: whether its recipe is delayed scaling; under another one no scales are given, and given ones not taken.
+        delayed: whether the recipe is delayed scaling; any other saves no scales, and ignores those in a checkpoint.
     """
     recipe = get_fp8_recipe(module.config) if delayed else None
     for part in module.modules():
@@ -35,10 +35,10 @@ def keep_scales(module: Any, delayed: bool) -> None:
 
 
 def find_scales(module: Any, world: World, accumulate: Callable[[], object]) -> None:
-    """Delayed scaling begins with passes whose gradient is thrown away, unless a checkpoint brought its scales.
+    """Runs two passes whose gradients are thrown away, unless a checkpoint brought the scales.
 
-    With scales of 1 gradients round to zero. The first pass sees those that come from the residual stream, the
-    second, which no longer loses them, what is behind.
+    With the initial scales of 1, gradients round to zero. The first pass sees the gradients of the residual stream; the
+    second no longer loses these, and sees what is behind them.
 
     Args:
         module: the policy's modules.
@@ -57,19 +57,20 @@ def _knows_scales(module: Any) -> bool:
 
 
 def _scales(part: Any) -> Tensor:
-    """[bytes] uint8 on the CPU; none before the first step."""
-    found = {name: tensor.cpu() for name, tensor in _tensors(part)}
-    return torch.frombuffer(bytearray(save(found)), dtype=torch.uint8) if found else torch.empty(0, dtype=torch.uint8)
+    """[bytes] uint8 on the CPU; empty before the first step."""
+    tensors = {name: tensor.cpu() for name, tensor in _tensors(part)}
+    content = bytearray(save(tensors) if tensors else b"")
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 
 def _take(part: Any, recipe: Any, state: Tensor) -> None:
     if recipe is None or not state.numel():
         return
-    part.fp8_meta |= {"recipe": recipe, "num_gemms": 1}  # a layer of ours multiplies by one matrix
+    part.fp8_meta |= {"recipe": recipe, "num_gemms": 1}  # each of our layers multiplies by one matrix
     part.init_fp8_meta_tensors(recipe)
-    found = load(state.cpu().numpy().tobytes())
+    saved = load(state.cpu().numpy().tobytes())
     for name, tensor in _tensors(part):
-        tensor.copy_(found[name])
+        tensor.copy_(saved[name])
 
 
 def _tensors(part: Any) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The layer spec: which modules a transformer layer is made of, on each platform."""
+"""The layer spec: which modules a transformer layer is made of, with Transformer Engine and without."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from nemo_r3.precision import Precision
 
 
 def resolve_layer_spec(asked: str, precision: Precision, on_cuda: bool) -> str:
-    """ "te" or "local" for `actor.layer_spec`. Transformer Engine multiplies fp32 in TF32, so auto leaves it out there.
+    """Resolves `actor.layer_spec` to "te" or "local".
+
+    auto leaves out Transformer Engine for fp32, which it would multiply in TF32.
 
     Raises:
         ConfigError: Transformer Engine is needed and cannot be imported, or has no GPU to run on.

@@ -1,9 +1,9 @@
 """Weights in and out of this rank's shard, through the family's two-way name table.
 
-`load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep:
-for each row of the table the ranks of the owning pipeline stage hand their parts to their peers in the other stages,
-then every stage gathers the full tensor from its tensor-parallel ranks. So only parts travel between stages, which are
-on other nodes, and no rank ever holds more than one full parameter beside its shard.
+`load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep: for each
+row of the table, the ranks of the owning pipeline stage send their parts to their peers in the other stages, then every
+stage gathers the full tensor from its tensor-parallel ranks. Between stages, which may be on different nodes, only
+parts travel, and no rank ever holds more than one full parameter beside its shard.
 """
 
 from __future__ import annotations

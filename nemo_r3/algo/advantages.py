@@ -1,4 +1,4 @@
-"""Group advantages, and the shuffled-reward control."""
+"""Group advantages, and shuffled rewards as a control."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def group_advantages(rewards: Sequence[float], kind: Advantage) -> list[float]:
 
 
 def is_mixed(rewards: Sequence[float]) -> bool:
-    """Whether a group can teach anything: its rewards are not all the same."""
+    """Whether a group can teach anything: its rewards are not all equal."""
     return min(rewards) != max(rewards)
 
 
 def shuffled(rewards: Sequence[Sequence[float]], seed: int) -> list[list[float]]:
-    """Each group's own rewards dealt at random: a control that must not learn, with as many mixed groups as without."""
+    """Each group's rewards in random order: a control that must not learn, with just as many mixed groups."""
     draw = random.Random(seed)
     return [draw.sample(group, len(group)) for group in rewards]

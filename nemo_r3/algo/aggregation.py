@@ -1,8 +1,8 @@
-"""How tokens share a step's loss, and what is left of the shares once tokens are rejected.
+"""How tokens share a step's loss, and how the shares change when tokens are rejected.
 
-`token_weights` knows the whole step and carries its denominators. Rejection is seen one microbatch at a time: within a
-sequence the weights are mended at once (`kept_weights`), the step's denominators at its end, when every microbatch of
-every rank has told its `denominators`: loss and gradient times sum(counted) / sum(kept).
+`token_weights` sees the whole step, so its weights carry the denominators. Rejection is known only per microbatch:
+within a sequence the weights are corrected at once (`kept_weights`), but the step's denominators only at its end, when
+the `denominators` of all microbatches and ranks are known: loss and gradient times sum(counted) / sum(kept).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Aggregation(StrEnum):
-    """The weight of a token of sequence i, of N sequences with len_i trained tokens each."""
+    """The weight of a token of sequence i, among N sequences with len_i trained tokens each."""
 
     SEQUENCE_MEAN = "sequence_mean"  # 1 / (N * len_i): mean over sequences of the mean over tokens
     TOKEN_MEAN = "token_mean"  # 1 / sum of len_i: mean over all tokens
@@ -28,11 +28,11 @@ def token_weights(lengths: Sequence[int], kind: Aggregation, limit: int) -> list
 
     Args:
         lengths: [sequences] trained tokens of each, at least 1.
-        kind: how they share.
-        limit: the most trained tokens that a sequence can have; LIMIT_MEAN alone divides by it.
+        kind: how tokens share the loss.
+        limit: the most trained tokens that a sequence can have; only LIMIT_MEAN uses it.
 
     Returns:
-        [sequences] the weight that all tokens of the sequence have.
+        [sequences] the weight of each token of the sequence.
     """
     if kind == Aggregation.SEQUENCE_MEAN:
         return [1 / (len(lengths) * length) for length in lengths]
@@ -45,17 +45,17 @@ def token_weights(lengths: Sequence[int], kind: Aggregation, limit: int) -> list
 
 
 Kept = Tensor | slice
-"""Which tokens are left: [tokens] bool, or `EVERY`; both pick them by indexing."""
+"""Which tokens are not rejected: [tokens] bool, or `EVERY`; either is an index."""
 EVERY = slice(None)
-"""All of them, without asking: to index by a mask, the host waits until the device has computed it."""
+"""All of them; to index by a mask instead, the host would have to wait until the device has computed it."""
 
 
 def kept_weights(weights: Tensor, kept: Kept, sequences: Tensor, kind: Aggregation) -> Tensor:
-    """Weights of the kept tokens, as if the rejected ones of their sequences had never been.
+    """Weights of the kept tokens, as if the rejected ones of their sequences did not exist.
 
     Args:
         weights: [tokens] of `token_weights`.
-        kept: which are.
+        kept: which tokens are kept.
         sequences: [tokens] int64, never decreasing.
         kind: how the weights were made.
 
@@ -68,9 +68,9 @@ def kept_weights(weights: Tensor, kept: Kept, sequences: Tensor, kind: Aggregati
 
 
 def denominators(kept: Kept, sequences: Tensor, kind: Aggregation) -> tuple[Tensor, Tensor]:
-    """This microbatch's part of the step's denominator, (before, after) its rejected tokens are taken out.
+    """This microbatch's part of the step's denominator, (with, without) its rejected tokens.
 
-    Tokens for TOKEN_MEAN; for the others sequences, which leave when none of their tokens is kept.
+    TOKEN_MEAN counts tokens; the others count sequences, except those without any kept token.
     """
     of = _tokens if kind == Aggregation.TOKEN_MEAN else _runs
     return of(sequences), of(sequences[kept])
@@ -85,7 +85,7 @@ def _runs(sequences: Tensor) -> Tensor:
 
 
 def sequence_means(values: Tensor, sequences: Tensor) -> Tensor:
-    """At each token the mean over its sequence's tokens; summed in a fixed order, so alike on every rank.
+    """At each token, the mean over its sequence's tokens; summed in a fixed order, so the same on every rank.
 
     Args:
         values: [tokens] float.

@@ -1,19 +1,18 @@
-"""Rows -> data-parallel ranks -> microbatches, so that every rank computes for about as long.
+"""Deals rows to data-parallel ranks and their microbatches, so that all ranks compute for about as long.
 
-    groups --cut to the token budget--> pieces --costliest onto the lightest--> ranks --move what helps--> ranks
-    a rank's pieces --costliest onto the lightest--> microbatches, equally many on every rank
+1. Each group is cut into pieces within the token budget. A piece is some rows of a group, which share its context.
+2. Pieces go to ranks: the costliest piece first, to the rank with the least to do; then rows move from the slowest rank
+   to the fastest while that helps. Moving only some rows of a piece repeats its context.
+3. A rank's pieces go to its microbatches the same way; all ranks have equally many.
 
-A piece is some rows of a group that share its context. It may be cut in two, which repeats the context: worth it when
-the slowest rank gets faster by it.
-
-Without a pipeline the fewest microbatches are the best. In a pipeline every stage but one waits while it fills and
-drains, so several dealings are tried, from few large microbatches to many small ones, and the fastest is taken.
+Without a pipeline, the fewest microbatches are best. A pipeline idles while it fills and drains, so several ways are
+tried, from few large microbatches to many small ones, and the fastest is taken.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_r3.algo.packing import trained_tokens
@@ -23,16 +22,16 @@ Piece = tuple[int, ...]
 """Numbers of rows that share one context."""
 
 Dealt = list[list[list[Piece]]]
-"""Pieces by [rank][microbatch]; all ranks have equally many microbatches, some maybe empty."""
+"""Pieces by [rank][microbatch]; all ranks have equally many microbatches, some of which may be empty."""
 
 MICROBATCHES_PER_STAGE = 4
-"""With as many microbatches per stage, a pipeline is idle for less than a fifth of its time."""
+"""With this many microbatches per stage, a pipeline is idle for less than a fifth of the time."""
 
 LEAST_TOKENS = 2048
-"""Mean tokens that more microbatches must leave to each; fewer would be too little work for a GPU."""
+"""Mean tokens that a microbatch must have for more of them to be tried; fewer are too little work for a GPU."""
 
 CUTS = (1, 2, 4, 8)
-"""In a pipeline, groups are cut to the budget divided by each of these; smaller pieces repeat contexts more often."""
+"""In a pipeline, budgets divided by each of these are tried; smaller pieces repeat contexts more often."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Cost:
 
     Attributes:
         per_token: of an input token in the layers' matrices.
-        per_pair: of a query token and a key token it attends to, in all layers.
+        per_pair: of a pair of a query token and a key token that it attends to, in all layers.
         per_target: of a trained token in the head.
     """
 
@@ -52,7 +51,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A row's tokens: shared with its group, of its own, and trained."""
+    """How many of a row's tokens are shared with its group, its own, and trained."""
 
     shared: int
     own: int
@@ -60,7 +59,7 @@ class _Measured:
 
 
 class Balance:
-    """Deals rows; a function of its arguments alone, so every rank finds the same.
+    """Deals rows; depends on nothing but its arguments, so every rank gets the same.
 
     Example: ``Balance(rows, Cost(2, 0, 0), budget=8192).deal(ranks=4)``
     """
@@ -69,7 +68,7 @@ class Balance:
         """Measures the rows.
 
         Args:
-            rows: rows of one group lie together and share their context; rows with `shared` 0 stand alone.
+            rows: the rows of a group are adjacent and share their context, unless their `shared` is 0.
             cost: what is balanced.
             budget: tokens that a microbatch may hold.
 
@@ -101,24 +100,29 @@ class Balance:
         return min((fewest, *smaller), key=lambda dealt: self.time(dealt, stages))
 
     def time(self, dealt: Dealt, stages: int) -> float:
-        """How long the slowest rank takes, in FLOPs: all of its microbatches pass one stage, the longest the others."""
+        """The slowest rank's time, in FLOPs: all its microbatches through one stage, the longest through the others."""
         costs = [[sum(map(self.flops, pieces)) for pieces in microbatches] for microbatches in dealt]
         return max(sum(rank) + (stages - 1) * max(rank) for rank in costs)
 
     def _deal(self, longest: int, ranks: int, wanted: int) -> Dealt:
-        """Cuts groups to pieces of `longest` tokens; fewer microbatches than `wanted` if those would be small or empty,
-        more if they would exceed the budget."""
+        """Deals pieces of at most `longest` tokens to about `wanted` microbatches per rank.
+
+        To fewer, if those would be small or empty; to more, if they would exceed the budget.
+        """
         cut = [piece for members in self._groups for piece in self._cut(members, longest)]
-        dealt = [self._costliest_first(held) for held in self._deal_to_ranks(cut, ranks)]
-        tokens = max(sum(map(self.tokens, pieces)) for pieces in dealt)
-        fillable = min(max(map(len, dealt)), tokens // LEAST_TOKENS)
+        by_rank = [
+            sorted(held.values(), key=lambda piece: (-self.flops(piece), piece))
+            for held in self._deal_to_ranks(cut, ranks)
+        ]
+        tokens = max(sum(map(self.tokens, pieces)) for pieces in by_rank)
+        fillable = min(max(map(len, by_rank)), tokens // LEAST_TOKENS)
         count = max(1, -(-tokens // self._budget), min(wanted, fillable))
-        while (
-            len(filled := [fill for pieces in dealt if (fill := self._deal_to_microbatches(pieces, count)) is not None])
-            < ranks
-        ):
+        while True:
+            dealt = [self._deal_to_microbatches(pieces, count) for pieces in by_rank]
+            fitting = [microbatches for microbatches in dealt if microbatches is not None]
+            if len(fitting) == ranks:
+                return fitting
             count += 1
-        return filled
 
     def tokens(self, piece: Piece) -> int:
         """Tokens that a piece takes in a microbatch."""
@@ -135,7 +139,7 @@ class Balance:
         return cost.per_token * self.tokens(piece) + cost.per_pair * pairs + cost.per_target * targets
 
     def _cut(self, members: Sequence[int], longest: int) -> list[Piece]:
-        """Cuts a group into the fewest pieces of `longest` tokens, or of a longer row, that its rows fill in order."""
+        """Cuts a group, in order, into pieces of at most `longest` tokens, or of one longer row."""
         pieces: list[Piece] = []
         for number in members:
             longer = (*pieces[-1], number) if pieces else (number,)
@@ -146,7 +150,7 @@ class Balance:
         return pieces
 
     def _deal_to_ranks(self, pieces: Sequence[Piece], ranks: int) -> list[dict[int, Piece]]:
-        """What each rank holds of every piece, by the piece's number."""
+        """What each rank gets of the pieces, by the piece's number."""
         held: list[dict[int, Piece]] = [{} for _ in range(ranks)]
         loads = [(0.0, rank) for rank in range(ranks)]
         for number in sorted(range(len(pieces)), key=lambda n: (-self.flops(pieces[n]), n)):
@@ -158,7 +162,7 @@ class Balance:
         return held
 
     def _improve(self, held: list[dict[int, Piece]]) -> bool:
-        """Moves rows from the slowest rank to the fastest, if that makes the slower of the two faster."""
+        """Moves rows from the slowest rank to the fastest if the slower of the two gets faster; whether it did."""
         loads = [sum(map(self.flops, pieces.values())) for pieces in held]
         slow, fast = loads.index(max(loads)), loads.index(min(loads))
         best, move = loads[slow] * 0.999, None
@@ -179,11 +183,8 @@ class Balance:
             del held[slow][number]
         return True
 
-    def _costliest_first(self, held: Mapping[int, Piece]) -> list[Piece]:
-        return sorted(held.values(), key=lambda piece: (-self.flops(piece), piece))
-
     def _deal_to_microbatches(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:
-        """Costliest first onto the lightest of `count` microbatches with room; None if one has no room."""
+        """Deals pieces, costliest first, each to the lightest of `count` microbatches with room; None if none has."""
         filled: list[list[Piece]] = [[] for _ in range(count)]
         loads, tokens = [0.0] * count, [0] * count
         for piece in pieces:

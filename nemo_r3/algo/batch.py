@@ -1,4 +1,4 @@
-"""Groups -> `UpdateBatch`: advantages, which groups are left out, and which tokens carry the loss."""
+"""Groups -> `UpdateBatch`: advantages, which groups are dropped, and which tokens carry the loss."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nemo_r3.types import Group, Phase, Row, Segment, Trajectory, UpdateBatch
 def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBatch:
     """The rows of one optimizer step.
 
-    A group whose rewards are all equal has no advantage to give: it leaves the update, unless `algo.keep_equal_groups`,
-    and is counted. The rows that stay share the loss as `algo.loss` aggregates (GRPO: 1 / rows each, evenly over the
-    row's trained tokens), so the loss is the same however the step is cut into microbatches and ranks.
+    A group whose rewards are all equal has no advantages: it is dropped and counted, unless `algo.keep_equal_groups`.
+    The other rows share the loss as `algo.loss` aggregates it (GRPO: 1 / rows each, evenly over the row's trained
+    tokens), so the loss does not depend on how the step is cut into microbatches and ranks.
 
     Args:
         groups: this step's rollouts, the same on every rank.
-        config: loss, phases, masking, the shuffled-reward control, and the token limits of the rollout.
-        seed: of that control.
+        config: the run's settings.
+        seed: of `algo.shuffle_rewards`.
     """
     algo, loss = config.algo, loss_named(config.algo.loss)
     rewards = [group.rewards for group in groups]
@@ -78,13 +78,13 @@ def token_limit(config: Config) -> int:
 
 
 def up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajectory:
-    """The trajectory cut after its last trained segment: what follows never enters a row."""
+    """The trajectory up to its last trained segment; nothing after that enters a row."""
     last = max((i for i, segment in enumerate(trajectory.segments) if _trained(segment, phases)), default=-1)
     return Trajectory(trajectory.segments[: last + 1])
 
 
 def shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]) -> int:
-    """How many leading tokens all trajectories have in common, before the first segment that any of them trains."""
+    """How many leading tokens all trajectories share, up to the first segment that is trained."""
     columns = zip(*(trajectory.segments for trajectory in trajectories), strict=False)
     alike = takewhile(
         lambda column: column.count(column[0]) == len(column) and not _trained(column[0], phases), columns
@@ -97,7 +97,7 @@ def shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase])
 def build_row(
     trajectory: Trajectory, phases: Collection[Phase], advantage: float, weight: float, group: int, shared: int
 ) -> Row:
-    """One training sequence, each of whose trained tokens has this advantage and weight."""
+    """One training sequence; each of its trained tokens has this advantage and weight."""
     ids: list[int] = []
     kinds: list[Phase] = []
     sampled: list[bool] = []
@@ -120,11 +120,11 @@ def _trained(segment: Segment, phases: Collection[Phase]) -> bool:
     return segment.sampled and segment.phase in phases and len(segment.ids) > 0
 
 
-def refuse_untrained_weight(batch: UpdateBatch, config: AlgoConfig) -> None:
-    """The last gate before an optimizer step.
+def check_loss_weights(batch: UpdateBatch, config: AlgoConfig) -> None:
+    """The last check before an optimizer step.
 
     Raises:
-        RuntimeError: a token of a phase that is not trained, or one that vLLM did not sample, has weight.
+        RuntimeError: a token that vLLM did not sample, or of a phase that is not trained, carries loss.
     """
     phases = frozenset(Phase(phase) for phase in config.trained_phases)
     for number, row in enumerate(batch.rows):

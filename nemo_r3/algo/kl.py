@@ -12,9 +12,9 @@ def kl(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
     Args:
         logprobs: [tokens] of the policy, float32, with gradient.
         reference: [tokens] of the frozen reference.
-        estimator: "k2" or "k3" (GRPO's). Over the policy's samples the mean of k3 is KL(policy || reference), that of
-            k2 only nearly. As terms of a loss they are the other way round: k2's mean gradient is that of
-            KL(policy || reference), k3's that of KL(reference || policy). k1 is no choice: its mean gradient is 0.
+        estimator: "k2" or "k3" (GRPO's). Over the policy's samples, the mean of k3 is KL(policy || reference), that of
+            k2 only nearly. As a term of a loss it is the other way round: k2's mean gradient is that of
+            KL(policy || reference), k3's that of KL(reference || policy). k1 is not offered: its mean gradient is 0.
 
     Returns:
         [tokens] float32.

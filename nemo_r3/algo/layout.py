@@ -3,8 +3,8 @@
     [ context ][ context ] [ branch ][ branch ][ branch ] [ branch ][ branch ] [ sequence ]
       0 .. c-1   0 .. d-1    c ..      c ..      c ..       d ..      d ..       0 ..          positions
 
-Every part attends to itself, causally, and a branch to its context too: what it would see in a row of its own. All
-contexts lie together, and so do all branches, so that neither has to be picked out.
+Every part attends to itself, causally, and a branch also to its context: all that it would see in a row of its own. All
+contexts are contiguous, and so are all branches, so either can be taken as a slice.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Bounds:
 
     @cached_property
     def tensor(self) -> Tensor:
-        """[parts + 1] int32, as variable-length kernels want it; the host does not wait until it is on a GPU."""
+        """[parts + 1] int32, as variable-length kernels want it; the host does not wait for the copy to a GPU."""
         cuts = torch.tensor(self.cuts, dtype=torch.int32)
         return (cuts.pin_memory() if self.device.type == "cuda" else cuts).to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
-class Family:
-    """A context and its branches.
+class SharedContext:
+    """Lengths of a context and of its branches.
 
     Attributes:
-        context: tokens of the context.
-        branches: tokens of all its branches together.
+        context: number of tokens of the context.
+        branches: number of tokens of all its branches together.
     """
 
     context: int
@@ -60,12 +60,12 @@ class Layout:
 
     Attributes:
         cuts: where contexts, branches and whole sequences begin, in this order, and where the last one ends.
-        families: contexts with branches, in the order of both; whole sequences belong to none.
-        positions: [tokens] int64; a branch's continue its context's.
+        shared: the contexts that have branches, in the order of both.
+        positions: [tokens] int64; a branch's positions continue its context's.
     """
 
     cuts: tuple[int, ...]
-    families: tuple[Family, ...]
+    shared: tuple[SharedContext, ...]
     positions: Tensor
 
     @cached_property
@@ -75,23 +75,23 @@ class Layout:
 
     @cached_property
     def branches(self) -> Bounds:
-        """The branches' tokens of each family, within `branch_tokens`."""
-        return self._end_to_end([family.branches for family in self.families])
+        """The branches of each shared context, within `branch_tokens`."""
+        return self._end_to_end([shared.branches for shared in self.shared])
 
     @cached_property
     def contexts(self) -> Bounds:
-        """The context's tokens of each family, within `context_tokens`."""
-        return self._end_to_end([family.context for family in self.families])
+        """Each shared context, within `context_tokens`."""
+        return self._end_to_end([shared.context for shared in self.shared])
 
     @property
     def branch_tokens(self) -> slice:
-        """All branches' tokens."""
+        """The tokens of all branches."""
         start = self.contexts.cuts[-1]
         return slice(start, start + self.branches.cuts[-1])
 
     @property
     def context_tokens(self) -> slice:
-        """All contexts' tokens."""
+        """The tokens of all shared contexts."""
         return slice(0, self.contexts.cuts[-1])
 
     def _end_to_end(self, lengths: list[int]) -> Bounds:

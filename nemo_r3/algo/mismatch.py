@@ -1,4 +1,4 @@
-"""The gap between the engine that sampled and the actor that trains, measured and (if asked) corrected."""
+"""The mismatch between vLLM, which samples, and the actor, which trains: measured, and on request corrected."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BOUNDS = {"none": (0.0, math.inf), "tis": (0.0, 2.0), "icepop": (0.5, 5.0), "seq
 """Each correction's own `algo.mismatch_low` and `algo.mismatch_high`."""
 
 OUTLIER = (0.5, 2.0)
-"""An importance ratio beyond these is an outlier, whichever correction there is."""
+"""An importance ratio beyond these is an outlier, whatever the correction."""
 
 LOG_RATIO_LIMIT = 20.0
-"""Ratios stay within e^-20 and e^20 (verl's limit), far from what any useful token has and from float32's overflow."""
+"""Ratios stay within e^-20 and e^20 (verl's limit): beyond any useful token's, and short of float32's overflow."""
 
 
 def prob_error(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def ratios(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
 
 
 def outside(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """[tokens] bool: the ratio is not within `OUTLIER`; a NaN is not, either."""
+    """[tokens] bool: the ratio is beyond `OUTLIER`, or NaN."""
     log_ratio = logprobs - rollout_logprobs
     return ~((log_ratio >= math.log(OUTLIER[0])) & (log_ratio <= math.log(OUTLIER[1])))
 
@@ -47,22 +47,22 @@ def outside(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
 def correct(
     logprobs: Tensor, rollout_logprobs: Tensor, sequences: Tensor, kind: str, low: float, high: float
 ) -> tuple[Tensor, Kept]:
-    """What importance sampling makes of the policy loss at each token, by ratio = p_actor / p_vllm.
+    """Importance-sampling factors of the policy loss at each token, from ratio = p_actor / p_vllm.
 
-    - "none": nothing.
+    - "none": the factor is 1.
     - "tis": the factor is min(ratio, high) (https://fengyao.notion.site/off-policy-rl).
     - "icepop": the factor is the ratio; a token is rejected unless low <= ratio <= high (arXiv 2510.18855).
     - "sequence_mask": the factor is the ratio; a sequence is rejected unless the geometric mean of its tokens'
       ratios is within low and high.
 
-    Bounds are compared as logarithms, which never overflow. A NaN is kept: it must stop the step, not leave it.
+    Bounds are compared as logarithms, which never overflow. NaN is kept, so that it stops the step.
 
     Args:
         logprobs: [tokens] float of the actor.
         rollout_logprobs: [tokens] of vLLM.
         sequences: [tokens] int64, never decreasing.
         kind: `algo.mismatch_correction`.
-        low: above 0 (of no concern to "none" and "tis").
+        low: above 0; "none" and "tis" ignore it.
         high: above low.
 
     Returns:

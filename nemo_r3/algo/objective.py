@@ -19,23 +19,23 @@ METRICS = (
     *("loss", "kl", "prob_error", "rollout_kl", "ratio", "outliers", "nonfinite", "entropy"),
     *("tokens", "counted", "kept", "rejected"),
 )
-"""What an `Objective` sums, so that the sums of microbatches and data-parallel ranks add up:
+"""What an `Objective` returns as sums, which add up over microbatches and data-parallel ranks:
 
-- loss: the scalar, KL included, and kl: the KL alone, weighted like the loss and without `algo.kl_beta`. At the end
-  of a step both, and the gradient, are multiplied by counted / kept.
-- prob_error, rollout_kl, ratio, entropy: over all trained tokens, the rejected ones too; / tokens is the mean.
-- outliers: trained tokens whose importance ratio is beyond `mismatch.OUTLIER`; nonfinite: whose log-probability is NaN
-  or Inf.
+- loss: the scalar, including the KL; kl: the KL alone, weighted like the loss but without `algo.kl_beta`. At the end of
+  a step both, and the gradient, are multiplied by counted / kept.
+- prob_error, rollout_kl, ratio, entropy: over all trained tokens, including rejected ones; divided by tokens, means.
+- outliers: trained tokens whose importance ratio is beyond `mismatch.OUTLIER`.
+- nonfinite: trained tokens whose log-probability is NaN or Inf.
 - tokens: trained tokens; rejected: those of them that `algo.mismatch_correction` rejected.
-- counted, kept: the loss's denominator before and after rejection (tokens or sequences, as the loss aggregates).
-  Where kept is 0, so are loss, kl and gradient.
+- counted, kept: the loss's denominator with and without rejected tokens (tokens or sequences, as the loss aggregates).
+  If kept is 0, so are loss, kl and gradient.
 """
 
 
 class Objective:
     """The loss that `algo` describes, made once per run.
 
-    One update per rollout: the old policy is the current one, all ratios are 1, and no loss's clip acts.
+    There is one update per rollout, so the old policy is the current one: all ratios are 1, and no loss clips anything.
     """
 
     def __init__(self, algo: AlgoConfig) -> None:
@@ -50,14 +50,14 @@ class Objective:
     def __call__(
         self, logprobs: Tensor, targets: Targets, reference: Tensor | None, entropy: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss and sums of a microbatch; it may be empty, and all its tokens may be rejected.
+        """Loss and sums of a microbatch, which may be empty or have all its tokens rejected.
 
-        Where nothing is rejected the host does not wait for the device: it goes on to the backward pass.
+        If nothing can be rejected, the host does not wait for the device before the backward pass.
 
         Args:
             logprobs: [trained] float32 of the policy, with gradient.
             targets: its trained tokens.
-            reference: [trained] of the frozen reference; None exactly where `algo.kl_beta` is 0.
+            reference: [trained] of the frozen reference; None if `algo.kl_beta` is 0.
             entropy: [trained] of the policy's distributions, without gradient.
 
         Returns:

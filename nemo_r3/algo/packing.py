@@ -1,4 +1,4 @@
-"""Rows -> microbatches: sequences laid end to end, with a group's context only once."""
+"""Rows -> microbatches: sequences packed end to end, a group's context only once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_r3.algo.layout import Family, Layout
+from nemo_r3.algo.layout import Layout, SharedContext
 from nemo_r3.algo.targets import Targets
 from nemo_r3.types import Row
 
@@ -41,12 +41,12 @@ class Microbatch:
 
 
 def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) -> Microbatch:
-    """Lays pieces as `Layout` shows; a last dummy sequence without targets fills up to a multiple of `multiple`.
+    """Packs pieces as `Layout` shows; a last dummy sequence without targets pads to a multiple of `multiple`.
 
     Args:
         rows: of the batch.
-        pieces: numbers of rows. Rows of one piece share its context: they are of one group. A row on its own is
-            laid whole.
+        pieces: numbers of rows. The rows of a piece are of one group and share its context; a row on its own is a whole
+            sequence.
         multiple: the token count is padded to a positive multiple of this.
     """
     ids: list[int] = []
@@ -54,38 +54,44 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
     cuts = [0]
     sources: dict[int, list[int]] = {}
 
-    def lay(tokens: Sequence[int], first: int) -> int:
-        """Returns the place of the last token laid."""
+    def add(tokens: Sequence[int], first_position: int) -> int:
+        """Returns the place of the last token."""
         if tokens:
             ids.extend(tokens)
-            positions.extend(range(first, first + len(tokens)))
+            positions.extend(range(first_position, first_position + len(tokens)))
             cuts.append(len(ids))
         return len(ids) - 1
 
-    def lay_after(context: int, last: int, piece: Sequence[int]) -> None:
+    def add_context(context: int, piece: Sequence[int]) -> int:
+        return add(rows[piece[0]].ids[:context], 0)
+
+    def add_branches(context: int, last: int, piece: Sequence[int]) -> None:
         for number in piece:
             before = len(ids) - context - 1
-            lay(rows[number].ids[context:-1], context)
-            # a token is predicted by the one before it: for a branch's first, the context's last
+            add(rows[number].ids[context:-1], context)
+            # a token is predicted by the one before it: a branch's first by the context's last
             sources[number] = [last if place <= context else before + place for place in trained(rows[number])]
 
-    families: list[tuple[Family, Sequence[int]]] = []
-    alone: list[tuple[Family, Sequence[int]]] = []
+    shared: list[tuple[SharedContext, Sequence[int]]] = []
+    alone: list[tuple[int, Sequence[int]]] = []
     for piece in pieces:
         context = rows[piece[0]].shared if len(piece) > 1 else 0
         branches = sum(len(rows[number]) - 1 - context for number in piece)
-        (families if context and branches else alone).append((Family(context, branches), piece))
-    ends = [lay(rows[piece[0]].ids[: family.context], 0) for family, piece in families]
-    for (family, piece), last in zip(families, ends, strict=True):
-        lay_after(family.context, last, piece)
-    for family, piece in alone:
-        lay_after(family.context, lay(rows[piece[0]].ids[: family.context], 0), piece)
-    lay([0] * (-len(ids) % multiple or (0 if ids else multiple)), 0)
+        if context and branches:
+            shared.append((SharedContext(context, branches), piece))
+        else:
+            alone.append((context, piece))
+    ends = [add_context(lengths.context, piece) for lengths, piece in shared]
+    for (lengths, piece), last in zip(shared, ends, strict=True):
+        add_branches(lengths.context, last, piece)
+    for context, piece in alone:
+        add_branches(context, add_context(context, piece), piece)
+    add([0] * (-len(ids) % multiple or (0 if ids else multiple)), 0)
     order = [number for piece in pieces for number in piece]
     return Microbatch(
         rows=tuple(order),
         ids=_tensor(ids, len(ids), np.int64),
-        layout=Layout(tuple(cuts), tuple(family for family, _ in families), _tensor(positions, len(ids), np.int64)),
+        layout=Layout(tuple(cuts), tuple(lengths for lengths, _ in shared), _tensor(positions, len(ids), np.int64)),
         targets=_targets([rows[number] for number in order], [place for number in order for place in sources[number]]),
     )
 
@@ -106,24 +112,24 @@ def _targets(rows: Sequence[Row], sources: Sequence[int]) -> Targets:
 
 
 def trained(row: Row) -> list[int]:
-    """Places of the row's tokens that carry loss; the first token has no predecessor and is never one."""
+    """Places of the row's tokens that carry loss; never the first one, which nothing predicts."""
     return list(_of_trained(row, range(len(row))))
 
 
 def trained_tokens(row: Row) -> int:
-    """How many places `trained` finds."""
+    """How many tokens of the row carry loss."""
     weights = row.loss_weights[1:]
     return len(weights) - weights.count(0.0)
 
 
 def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Tensor:
-    """[count]; torch's own way of reading a list takes four times as long.
+    """[count]; four times as fast as torch's own way of reading a list.
 
-    Cloned: freeing a numpy buffer needs the interpreter's lock, and a thread of autograd or gloo may do it at exit.
+    Cloned, because a thread of autograd or gloo may free it at exit, and freeing a numpy buffer needs Python's lock.
     """
     return torch.from_numpy(np.fromiter(values, dtype, count)).clone()
 
 
 def _of_trained(row: Row, values: Sequence[Value]) -> Iterator[Value]:
-    """Those of the row's values that belong to tokens which carry loss, so never the first one's."""
+    """The values of the row's tokens that carry loss."""
     return compress(values[1:], row.loss_weights[1:])

@@ -1,4 +1,4 @@
-"""`Targets`: the tokens of a microbatch that carry loss, and all that a loss needs to know of them."""
+"""`Targets`: the tokens of a microbatch that carry loss, and all that a loss needs to know about them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Targets:
     """The trained tokens of a microbatch, sequence after sequence.
 
     Attributes:
-        sources: [trained] int64, place in the microbatch of the hidden state that predicts the token; the first tokens
-            of all reflections of a group have the same one.
+        sources: [trained] int64, place in the microbatch of the hidden state that predicts the token; the same for the
+            first tokens of all reflections of a group.
         ids: [trained] int64, the tokens.
         sequences: [trained] int64, which sequence of the microbatch each belongs to: from 0, never decreasing. A
             sequence is never split over microbatches.
         advantages: [trained] float32.
-        weights: [trained] float32, share of the token in the step's loss, never 0.
+        weights: [trained] float32, the token's share in the step's loss, never 0.
         rollout_logprobs: [trained] float32, vLLM's log-probabilities (nats).
     """
 

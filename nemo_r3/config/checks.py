@@ -1,4 +1,4 @@
-"""Checks between settings that need no model and no hardware; limits of one setting stand in its `option()`."""
+"""Checks of settings against each other, without model or hardware; a single setting's limits are in its `option()`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def lengths_that_fit(config: Config, room: int) -> str:
-    """Settings to try, as in "; try rollout.max_model_len=512 ...", for dialogues of at most `room` tokens."""
+    """A hint for an error, "; try rollout.max_model_len=512 ...": settings for dialogues of at most `room` tokens."""
     lengths = {"max_model_len": room}
     if _sampled(config) >= room:  # half for the answers, an eighth for the reflection, the rest for what is asked
         lengths |= {"max_answer_tokens": max(room // 4, 1), "max_reflection_tokens": max(room // 8, 1)}
@@ -83,7 +83,7 @@ def _check_method(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    """A setting that the chosen loss or correction would ignore; their own defaults are in nemo_r3.algo."""
+    """Refuses settings that the chosen loss or correction would ignore; their defaults are in nemo_r3.algo."""
     algo = config.algo
     ignored = {
         "loss=rloo": ("advantage_std",),
@@ -111,7 +111,7 @@ def _check_cluster(config: Config) -> None:
 
 
 def _check_arithmetic(config: Config) -> None:
-    """What needs no machine to be refused; the rest is in nemo_r3.precision."""
+    """Refuses what needs no look at the machine; nemo_r3.precision does the rest."""
     actor, quantization = config.actor, config.rollout.quantization
     if "fp8" in actor.precision and actor.layer_spec == "local":
         raise ConfigError(f"actor.precision: {actor.precision} needs Transformer Engine's layers: not layer_spec=local")
@@ -121,9 +121,9 @@ def _check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.quantization: {quantization} quantises bf16 weights; actor.precision=fp32 rolls out in fp32"
         )
-    if config.train.on_drift == "bf16" and "fp8" not in actor.precision:
+    if config.train.on_mismatch == "bf16" and "fp8" not in actor.precision:
         raise ConfigError(
-            f"train.on_drift: bf16 takes layers out of FP8, and actor.precision={actor.precision} has none"
+            f"train.on_mismatch: bf16 takes layers out of FP8, and actor.precision={actor.precision} has none"
         )
 
 

@@ -1,4 +1,4 @@
-"""`drill`: how often `recipes.drill` and `recipes.soak` kill a run."""
+"""`drill`: how often `recipes.drill` and `recipes.soak` interrupt a run."""
 
 from dataclasses import dataclass
 

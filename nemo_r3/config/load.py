@@ -25,16 +25,16 @@ USAGE = (
     "configs/quickstart.yaml run.dir=runs/mine train.steps=10`; docs/config.md lists all settings"
 )
 OF_A_TASK = (("task", "options"), ("dialogue", "task"))
-"""Sections and keys that mean something to one task alone: its options, and its wording with its {placeholders}."""
+"""Sections and keys that belong to one task: its options, and its wording with {placeholders}."""
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError)
 
 
 def load(argv: Sequence[str]) -> Config:
     """The config of a command line `[CONFIG.yaml, key=value, ...]`.
 
-    Defaults, then the file that CONFIG.yaml `extends:`, then CONFIG.yaml, then the arguments; empty
-    `run.dir` and `failures.path` are filled in. Where one of them names another task than those before it, what they
-    set for theirs is left out, see `OF_A_TASK`.
+    Defaults, then the file that CONFIG.yaml `extends:`, then CONFIG.yaml, then the arguments; empty `run.dir` and
+    `failures.path` are filled in. If one of these names another task than those before it, their settings for that
+    earlier task are dropped, see `OF_A_TASK`.
 
     Raises:
         ConfigError: in one line, what is wrong and what is allowed.
@@ -55,7 +55,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _fill(config: Config, path: Path) -> None:
-    """Settings whose default follows from other ones; ~ in paths."""
+    """Fills in settings whose default follows from others, and ~ in paths."""
     config.run.dir = expanduser(config.run.dir) or str(Path("runs", path.stem))
     config.failures.path = expanduser(config.failures.path) or str(Path(config.run.dir, "failures"))
     config.evaluate.checkpoint = expanduser(config.evaluate.checkpoint)
@@ -76,8 +76,8 @@ def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 def _of_one_task(places: Sequence[Sequence[Layer]]) -> list[Layer]:
-    """The layers of all places in order, without what they set for another task than the one that is named last."""
-    found: list[Layer] = []
+    """The layers of all places in order, without settings for a task other than the one named last."""
+    merged: list[Layer] = []
     current, since = "", 0
     for layers in places:
         sections = [layer.values["task"] for layer in layers if isinstance(layer.values.get("task"), dict)]
@@ -85,10 +85,10 @@ def _of_one_task(places: Sequence[Sequence[Layer]]) -> list[Layer]:
         name = names[-1] if names else current or (TaskConfig().name if sections else "")
         if name != current:
             if current:
-                found[since:] = [_without(layer, OF_A_TASK) for layer in found[since:]]
-            current, since = name, len(found)
-        found += layers
-    return found
+                merged[since:] = [_without(layer, OF_A_TASK) for layer in merged[since:]]
+            current, since = name, len(merged)
+        merged += layers
+    return merged
 
 
 def _without(layer: Layer, keys: Sequence[tuple[str, str]]) -> Layer:
@@ -118,7 +118,7 @@ def _read(path: Path, named_by: str) -> dict[Any, Any]:
 
 
 def _broken(error: Exception) -> str:
-    """What is wrong with a file: ":line: reason"."""
+    """What is wrong with a YAML file: ":line: reason"."""
     mark = getattr(error, "problem_mark", None)
     return f"{f':{mark.line + 1}' if mark else ''}: broken YAML: {_reason(error)}"
 
@@ -128,7 +128,7 @@ def _reason(error: Exception) -> str:
 
 
 def _override(argument: str) -> Layer:
-    """One `key=value` argument; the value is YAML without comments, and nothing after the = is empty text."""
+    """One `key=value` argument; the value is YAML without comments, and no value is empty text."""
     key, equals, value = argument.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"{show(argument)}: expected key=value, as in train.steps=10")
@@ -145,6 +145,6 @@ def _override(argument: str) -> Layer:
 
 
 def _comment(value: str) -> str:
-    """What YAML would leave out at the end of a value."""
+    """What YAML would drop as a comment at the end of a value."""
     ends = [token.end_mark.index for token in yaml.scan(value) if token.end_mark.index > token.start_mark.index]
     return value[max(ends, default=0) :].strip()

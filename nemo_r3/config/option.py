@@ -1,4 +1,4 @@
-"""`option`: a dataclass field with what is allowed in it, so that a default and its limits live in one place."""
+"""`option`: a dataclass field with its limits, so that these are in the same place as the default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def option(
     """A config field.
 
     Args:
-        default: the one place where this setting's default lives.
+        default: of the setting; nothing else sets one.
         help: one line for docs/config.md.
         factory: makes a mutable default instead.
         choices: the only values allowed (of each element, for a list).

@@ -10,7 +10,7 @@ from nemo_r3.config.tree import Config
 
 
 def diff_for_resume(old: Config, new: Config) -> list[str]:
-    """What differs between a run's config and the one it is resumed with, and must not: "key: old -> new".
+    """The forbidden differences between a run's config and the one it is resumed with: "key: old -> new".
 
     Settings marked `resume=True` (layout, train.steps, paths, logging) may differ.
     """

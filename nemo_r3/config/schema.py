@@ -1,8 +1,8 @@
-"""`build`: plain mappings checked against a dataclass, merged over its defaults and made into an object.
+"""`build`: checks plain mappings against a dataclass and merges them over its defaults.
 
     mappings (YAML, key=value) -> unknown keys, types, limits -> OmegaConf structured merge -> dataclasses
 
-Serves the config tree and, through `build(Options, ...)`, each task's own options.
+It makes the config tree and each task's own options.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Layer:
     """Settings from one place.
 
     Attributes:
-        values: nested mappings, as YAML holds them.
-        source: put before an error in these values ("configs/a.yaml: "); empty for the command line.
+        values: nested mappings, as from YAML.
+        source: prefix of errors in these values ("configs/a.yaml: "); empty for the command line.
     """
 
     values: Mapping[Any, Any]
@@ -58,12 +58,12 @@ def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
 
 
 def build(schema: type[T], layers: Iterable[Layer], prefix: str = "") -> T:
-    """An object of a dataclass: its defaults, then the layers in order; a later one wins.
+    """An object of a dataclass: its defaults, overridden by the layers in order.
 
     Args:
         schema: the dataclass.
         layers: what differs from the defaults.
-        prefix: dotted key of the whole, for messages ("task.options").
+        prefix: dotted key of the dataclass, for messages ("task.options").
 
     Raises:
         ConfigError: a key, a type or a value that the dataclass does not allow.
@@ -81,7 +81,7 @@ def build(schema: type[T], layers: Iterable[Layer], prefix: str = "") -> T:
 
 
 def _checked(schema: type, values: Mapping[Any, Any], prefix: str, known: list[str]) -> dict[str, Any]:
-    """The values, all of them allowed, without the empty sections."""
+    """The values, once they are checked, without empty sections."""
     members, checked = _members(schema), {}
     for name, value in values.items():
         key = _join(prefix, str(name))
@@ -121,7 +121,7 @@ def _allowed(value: Any, limits: Mapping[str, Any]) -> bool:
 
 
 def describe_limits(limits: Mapping[str, Any]) -> str:
-    """What `option()` allows, in words; empty where anything goes."""
+    """What `option()` allows, in words; empty if anything is."""
     choices, low, high, above = (limits.get(name) for name in ("choices", "low", "high", "above"))
     if choices is not None:
         return "one of " + ", ".join(str(choice) for choice in choices)
@@ -152,7 +152,7 @@ def show(value: Any) -> str:
 
 
 def _check_plain(key: str, value: Any) -> None:
-    """Refuse what OmegaConf would replace or reject later: a config says what it means."""
+    """Refuses values that OmegaConf would replace or reject later."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             if not isinstance(name, str):
@@ -187,7 +187,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _quote_hint(value: Any, hint: Any) -> str:
-    """A hint for a text that YAML took for something else."""
+    """A hint about text that YAML took for something else."""
     wants_text = hint is str or (_is_union(hint) and str in get_args(hint))
     return "; put quotes inside the value to keep it text" if wants_text and value is not None else ""
 

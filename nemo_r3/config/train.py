@@ -34,16 +34,16 @@ class TrainConfig:
     max_skipped_steps: int = option(
         5, low=1, help="stop after this many updates in a row that were skipped (NaN or Inf gradient)", resume=True
     )
-    drift_warn: float = option(
+    mismatch_warn: float = option(
         1.05, low=1.0, help="warn of a step whose token_mult_prob_error, actor against vLLM, is above this", resume=True
     )
-    drift_stop: float = option(1.1, low=1.0, help="a step above this counts against max_drift_steps", resume=True)
-    max_drift_steps: int = option(10, low=1, help="stop after this many such steps in a row", resume=True)
-    on_drift: str = option(
+    mismatch_stop: float = option(1.1, low=1.0, help="a step above this counts against max_mismatch_steps", resume=True)
+    max_mismatch_steps: int = option(10, low=1, help="stop after this many such steps in a row", resume=True)
+    on_mismatch: str = option(
         "stop",
         choices=("stop", "bf16"),
-        help="after max_drift_steps: stop the run, or switch the quarter of the FP8 layers with the largest FP8 error "
-        "to BF16 and restart the count, until none is left",
+        help="after max_mismatch_steps: stop the run, or switch the quarter of the FP8 layers with the largest FP8 "
+        "error to BF16 and restart the count, until none is left",
         resume=True,
     )
     layers_every: int = option(

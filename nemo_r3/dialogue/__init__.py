@@ -3,9 +3,9 @@
     [system, user turn, generation prompt] sampled [close, user turn, generation prompt] sampled ...
      `-- text, tokenised once -----------'          `-- text, tokenised once ---------'
 
-Text comes from the model's own chat template; sampled ids are never decoded and tokenised again, so a longer
-trajectory begins with exactly the ids of the shorter one. What a template would do to an answer's text is found out
-at set-up by rendering marked turns. No torch, no vLLM.
+Text comes from the model's own chat template. Sampled ids are never decoded and tokenised again, so a longer trajectory
+begins with exactly the ids of the shorter one. Whether a template allows that is found out at set-up, by rendering
+marked turns. No torch, no vLLM.
 """
 
 from nemo_r3.dialogue.tokenizer import read_tokenizer

@@ -12,7 +12,7 @@ from nemo_r3.config.task import DialogueConfig
 from nemo_r3.errors import ConfigError, UserError
 
 DATE = "26 Jul 2024"
-"""Templates that print today's date get this one (Llama 3's own default): contexts must not change overnight."""
+"""The date for templates that print today's (it is Llama 3's own default): contexts must not change overnight."""
 
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
@@ -44,10 +44,10 @@ class Tokenizer(Protocol):
 
 
 class ChatTemplate:
-    """Renders dialogues that end in a user's turn, with the generation prompt after it.
+    """Renders dialogues that end with a user's turn and the generation prompt.
 
     Attributes:
-        setting: the key that says which template this is; error messages begin with it.
+        setting: the setting that chose this template; error messages begin with it.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DialogueConfig) -> None:
@@ -77,10 +77,10 @@ class ChatTemplate:
         self._options = {"date_string": DATE, **config.template_options}
 
     def render(self, turns: Sequence[str], tools: Sequence[Tool] = ()) -> str:
-        """The text of user and assistant turns in alternation, after the system turn, with the generation prompt.
+        """The text of alternating user and assistant turns, after the system turn, with the generation prompt.
 
         Raises:
-            jinja2.TemplateError: the template does not want such a dialogue.
+            jinja2.TemplateError: the template refuses such a dialogue.
         """
         messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": turn} for i, turn in enumerate(turns)]
         if self._system is not None:

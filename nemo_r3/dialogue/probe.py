@@ -1,11 +1,11 @@
-"""`objection`: what a chat template would do to a dialogue, found out by rendering marked turns.
+"""`objection`: finds out, by rendering marked turns, whether sampled ids can be spliced into a chat template.
 
     opening + answer one + close(user two) + answer two + close(user three) + ...
 
-A template may be used when every dialogue renders like this: then sampled ids can stand in the answers' places. Two
-differences between how a template asks for an answer and how it shows a past one are harmless, because what was asked
-and sampled is what stays: white space before a past answer (Mistral; the model samples it), and an empty thought in
-the generation prompt that past answers lose (Qwen3 with enable_thinking: false).
+They can if every dialogue renders like this, so that ids can replace the answers. Two differences between the prompt
+for an answer and the rendering of a past one are harmless, because prompt and sampled ids stay as they were: white
+space before a past answer (Mistral; the model samples it), and an empty thought in the generation prompt that past
+answers lose (Qwen3 with enable_thinking: false).
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ PROBLEM = Problem("probe", USER[0], {}, (TOOL,))
 
 
 def objection(template: ChatTemplate, tools: Sequence[Tool] = ()) -> str | None:
-    """Why sampled answers could not be kept as they are: what the template does to a dialogue; None if they can.
+    """Why sampled answers could not be kept as they are; None if they can.
 
     Args:
-        template: that would be used.
-        tools: `TOOL` asks about dialogues whose first turn offers tools, and later turns do not name them again.
+        template: to be used.
+        tools: `(TOOL,)` for dialogues whose first turn offers tools; later turns do not repeat them.
     """
     try:
         return next(_objections(template, tools), None)
@@ -67,7 +67,7 @@ def after_answer(rendered: str) -> str:
 
 
 def _objections(template: ChatTemplate, tools: Sequence[Tool]) -> Iterator[str]:
-    """Every check in turn; a later one relies on the earlier ones having found nothing."""
+    """The checks, one after the other; each relies on the earlier ones having passed."""
     first = template.render(USER[:1], tools)
     if tools and not (FUNCTION in first and PARAMETER in first):
         yield "does not show the tools"
@@ -105,11 +105,11 @@ def _alternate(count: int) -> list[str]:
 
 
 def _lost(rendered: str, answer: str) -> Iterator[str]:
-    found = rendered.count(answer)
-    if found == 1:
+    count = rendered.count(answer)
+    if count == 1:
         return
     start = answer[: answer.index("]]") + 2]
     if start not in rendered:
         yield "drops an earlier answer; the failed answer must stay in context"
-    how = "repeats" if found > 1 else "trims or rewrites"
+    how = "repeats" if count > 1 else "trims or rewrites"
     yield f"{how} the text of an answer; sampled ids could not be kept"

@@ -1,4 +1,4 @@
-"""`read_tokenizer`: the tokenizer of a checkpoint, or one line that says why there is none."""
+"""`read_tokenizer`: the tokenizer of a checkpoint, or a one-line error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemo_r3.dialogue.chat_template import Tokenizer
 from nemo_r3.errors import UserError, describe
 
 FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tiktoken")
-"""At least one of these is in a checkpoint with a tokenizer; without any, transformers makes an empty one."""
+"""A checkpoint with a tokenizer has one of these; without any, transformers would make an empty tokenizer."""
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

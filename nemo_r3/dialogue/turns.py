@@ -25,14 +25,14 @@ class Dialogue:
     Attributes:
         tools: how a problem's tools are offered: "template" (as the model's own template shows them) or "plain" (in
             the user's turn, see `dialogue.tools_text`).
-        end_of_turn: ids that end an assistant's turn, sorted: the tokenizer's, the checkpoint's, the template's.
-        fingerprint: changes when the text, template, tools or stop tokens around a first answer do; banks store it.
+        end_of_turn: ids that end an assistant's turn, sorted: the tokenizer's, the checkpoint's and the template's.
+        fingerprint: changes with the text, template, tools or stop tokens around a first answer; banks store it.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, config: DialogueConfig, wording: Wording, stop_ids: Iterable[int] = ()
     ) -> None:
-        """Cuts the chat template into pieces.
+        """Checks the chat template and finds its end of a turn.
 
         Args:
             tokenizer: with the chat template of the model.
@@ -41,8 +41,8 @@ class Dialogue:
             stop_ids: the checkpoint's further end-of-turn ids, see `stop_token_ids`.
 
         Raises:
-            UserError: there is no chat template, or one in which an answer would not stay what was sampled.
-            ConfigError: a setting that the chat template cannot do.
+            UserError: there is no chat template, or it would not keep answers as they were sampled.
+            ConfigError: a setting that the chat template cannot fulfil.
         """
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, config)
@@ -81,8 +81,8 @@ class Dialogue:
         """Closes the turn that was sampled last and adds a user turn and the generation prompt.
 
         Args:
-            trajectory: ends with a sampled segment. If that one ends with the template's end-of-turn token, the
-                template's own is left out; if not (it was cut at the token limit), the template closes the turn.
+            trajectory: ends with a sampled segment. If the last token is not the template's end-of-turn token, because
+                the turn was cut at the token limit, that token is added.
             text: what the user says.
         """
         last = trajectory.segments[-1]
@@ -107,7 +107,7 @@ class Dialogue:
         return self._pieces[text]
 
     def _way_to_offer(self, asked: str) -> str:
-        """`dialogue.tools`, decided: the template's way, if it has one that leaves earlier turns in their places."""
+        """Resolves `dialogue.tools`: the template's way, if it has one that leaves earlier turns unchanged."""
         if asked == "plain":
             return asked
         reason = objection(self._template, (TOOL,))

@@ -11,7 +11,6 @@ from nemo_r3.models.fingerprint import fingerprint
 from nemo_r3.models.location import EMBEDDED, model_path
 
 FAMILIES = (llama, mistral, phi3, qwen2, qwen3)
-SHAPES = Path(__file__).parent / "shapes"
 
 __all__ = [
     "EMBEDDED",
@@ -20,8 +19,6 @@ __all__ = [
     "check_layout",
     "fingerprint",
     "model_path",
-    "shape",
-    "shapes",
 ]
 
 
@@ -45,19 +42,3 @@ def architecture_of(path: Path) -> Architecture:
                 raise ConfigError(f"model.path: config.json of {path}: {error}") from error
     known = ", ".join(family.HF_CLASS for family in FAMILIES)
     raise ConfigError(f"model.path: {path} is a {classes[0]}; supported: {known}")
-
-
-def shapes() -> tuple[str, ...]:
-    """Names of the models whose config.json is shipped, without weights: those of arXiv 2505.24726."""
-    return tuple(sorted(file.stem for file in SHAPES.glob("*.json")))
-
-
-def shape(name: str) -> Architecture:
-    """The architecture of a shipped shape.
-
-    Raises:
-        ConfigError: there is no such shape.
-    """
-    if name not in shapes():
-        raise ConfigError(f"no shape is called {name!r} (there are: {', '.join(shapes())})")
-    return architecture_of(SHAPES / f"{name}.json")

@@ -32,9 +32,9 @@ class Architecture:
         rope: the rotary positions.
         tied: whether the head shares the embedding's weight.
         qkv_bias: whether the query, key and value projections have a bias.
-        qk_norm: whether every head's query and key pass an RMSNorm before they are turned.
+        qk_norm: whether every head's query and key pass an RMSNorm before they are rotated.
         fused: whether the checkpoint holds query, key and value in one tensor, and gate and up in another.
-        window: most recent tokens that a token sees in the sliding layers; None where all layers see all.
+        window: how many recent tokens a token sees in sliding-window layers; None if there are none.
     """
 
     family: str
@@ -79,16 +79,16 @@ def read_hf_config(path: Path) -> dict[str, Any]:
 
 
 def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
-    """What nearly every config.json says in the same words.
+    """An architecture from the fields that nearly every config.json has.
 
     Args:
         hf: config.json.
         family: the module of nemo_r3.models that reads it.
-        traits: what this family says otherwise or beyond; it takes precedence.
+        traits: what is different in this family; takes precedence.
 
     Raises:
-        ConfigError: a field that makes no model, biases or an activation that the actor does not have, or unsupported
-            rotary positions. `architecture_of` puts the file before the message.
+        ConfigError: an invalid field, biases or an activation that the actor lacks, or unsupported rotary positions;
+            `architecture_of` puts the file before the message.
         KeyError: a field is missing.
     """
     for key in ("attention_bias", "mlp_bias"):
@@ -125,10 +125,10 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
 
 
 def check_layout(config: Config, arch: Architecture) -> None:
-    """Refuses layouts that this model cannot be cut into, before any weight is read.
+    """Refuses layouts into which this model cannot be cut, before any weight is read.
 
     Raises:
-        ConfigError: naming the key, its value and what would divide.
+        ConfigError: naming the key, its value and what would fit.
     """
     actor, rollout = config.actor, config.rollout
 

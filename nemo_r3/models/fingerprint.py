@@ -1,4 +1,4 @@
-"""Telling checkpoints apart without reading all of their weights."""
+"""`fingerprint`: tells checkpoints apart without reading all of their weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE_BYTES = 65536
 def fingerprint(path: Path, arch: Architecture) -> str:
     """A hash of the model's shape and of its weight files' sizes, headers and samples of their bytes.
 
-    The same for a copy elsewhere; different after any training step, since a step moves all weights.
+    The same for a copy elsewhere; different after any training step, because a step changes all weights.
     """
     digest = hashlib.sha256(json.dumps(asdict(arch), sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""What training on a model costs, counted from its shape (arXiv 2104.04473, section 5.1), and what chips can do."""
+"""FLOPs of training and sampling, counted from a model's shape (arXiv 2104.04473, section 5.1), and peaks of GPUs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def training_cost(arch: Architecture) -> Cost:
 
 
 def rollout_flops(arch: Architecture, groups: Iterable[Group]) -> float:
-    """FLOPs of sampling groups where a cache keeps all keys and values: of each group's context once, of what follows
-    it once per reflection, and of the head for each sampled token."""
+    """FLOPs of sampling groups with a KV cache: each group's context counts once, what follows it once per reflection,
+    and the head once per sampled token."""
     cost, total = training_cost(arch), 0.0
     for group in groups:
         shared = _shared(group.reflections[0])
@@ -44,7 +44,7 @@ def _shared(reflection: Reflection) -> int:
     return sum(len(segment.ids) for segment in reflection.trajectory.segments[:own])
 
 
-PEAKS = (  # dense, of NVIDIA's data sheets; a name holds the first of these that it contains
+PEAKS = (  # dense, from NVIDIA's data sheets; the first part that a GPU's name contains counts
     ("H100 PCIe", 756e12, 1513e12),
     ("H100 NVL", 835e12, 1671e12),
     ("H100", 989e12, 1979e12),

@@ -1,4 +1,4 @@
-"""Where the starting checkpoint lies: the embedded one, a directory, or a snapshot of the Hugging Face hub."""
+"""Where the starting checkpoint is: the embedded one, a directory, or a snapshot from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from nemo_r3.errors import ConfigError
 EMBEDDED = Path(__file__).parents[1] / "assets" / "countdown_tiny"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What is taken from the hub: weights (never pickled ones), configs and tokenizers."""
+"""What is downloaded from the hub: weights (never pickled ones), configs and tokenizers."""
 
 
 def model_path(config: Config) -> Path:
     """The directory of the starting checkpoint that `model.path` names.
 
-    A hub name comes from the local cache of huggingface_hub, and is downloaded where it is not there yet; processes
-    that ask together wait for one download.
+    A hub name is looked up in the local cache of huggingface_hub, and downloaded if it is not there; processes that ask
+    together wait for one download.
 
     Raises:
-        ConfigError: a hub name that is neither cached nor to be had.
+        ConfigError: a hub name that is neither cached nor can be downloaded.
     """
     name = config.model.path
     path = Path(expanduser(name))

@@ -3,8 +3,7 @@
     Hugging Face tensors  --pieces, merge-->  every rank's part of a megatron tensor
                           <------split------  one full megatron tensor  <--join--
 
-All of them only copy and reorder, and what they give together is what they were given: a checkpoint survives the
-round trip bit for bit.
+All of them only copy and reorder numbers, so a checkpoint survives the round trip bit for bit.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class NameRow:
     Attributes:
         megatron: parameter name with the global layer number, as the local layer spec names it.
         hf: the Hugging Face names it holds, in the order of `merge`.
-        kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab". The names of
-            "qkv" and "gate_up" may be one: the tensor in which a family has fused them, one after the other.
-        cut: the axis that tensor parallelism cuts; None where every rank holds the whole.
+        kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab". "qkv" and
+            "gate_up" may have a single name: of the tensor in which a family has fused them, one after the other.
+        cut: the axis that tensor parallelism cuts; None if every rank holds the whole.
         layer: the global layer it belongs to; None for embedding, final norm and head.
     """
 
@@ -43,14 +42,14 @@ class NameRow:
 
 
 def rows(arch: Architecture) -> list[NameRow]:
-    """The rows of a decoder, in a fixed order that every rank iterates alike."""
-    found = [NameRow(EMBEDDING, ("model.embed_tokens.weight",), "vocab", 0)]
+    """The rows of a decoder, in the same order on every rank."""
+    table = [NameRow(EMBEDDING, ("model.embed_tokens.weight",), "vocab", 0)]
     for layer in range(arch.num_layers):
-        found += _layer_rows(arch, layer)
-    found.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
+        table += _layer_rows(arch, layer)
+    table.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
     if not arch.tied:
-        found.append(NameRow(HEAD, ("lm_head.weight",), "vocab", 0))
-    return found
+        table.append(NameRow(HEAD, ("lm_head.weight",), "vocab", 0))
+    return table
 
 
 def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
@@ -77,7 +76,7 @@ def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
 
 
 def fused_norm_name(name: str) -> str:
-    """The name a parameter has under the Transformer-Engine spec, which folds norms into the next matrix."""
+    """The name that a parameter has with Transformer Engine's layers, which fold norms into the next matrix."""
     return name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight").replace(
         "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
     )
@@ -86,7 +85,7 @@ def fused_norm_name(name: str) -> str:
 def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple[str, Index]]:
     """Which parts of a row's Hugging Face tensors tensor-parallel rank `rank` of `size` holds.
 
-    Names, and indices into the tensors, in the order of `merge`. A fused tensor has one for each of the tensors that it
+    Names, and indices into the tensors, in the order of `merge`. A fused tensor has one index for each tensor that it
     is made of. The vocabulary's may end beyond the tensor, as slices may.
     """
     if row.cut is None:
@@ -95,12 +94,12 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
     lengths = {"qkv": [query, key, key], "gate_up": [arch.ffn_hidden_size] * 2}.get(row.kind)
     lengths = lengths or [full_shape(row, arch, size)[row.cut]]
     fused = len(row.hf) < len(lengths)
-    found = []
+    indexed = []
     for number, length in enumerate(lengths):
         start = rank * (length // size) + (sum(lengths[:number]) if fused else 0)
         index = *[slice(None)] * row.cut, slice(start, start + length // size)
-        found.append((row.hf[0 if fused else number], index))
-    return found
+        indexed.append((row.hf[0 if fused else number], index))
+    return indexed
 
 
 def merge(row: NameRow, pieces: Sequence[Tensor], arch: Architecture, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Rope`: what a config.json says of its rotary positions ; `actor/rotary.py` computes them. No torch."""
+"""`Rope`: the rotary positions that a config.json describes; `actor/rotary.py` computes them. No torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nemo_r3.errors import ConfigError, in_one_line
 
 @dataclass(frozen=True)
 class Llama3:
-    """Llama 3.1's scaling: slow channels turn `factor` times slower, fast ones as before, those between in between.
+    """Llama 3.1's scaling: slow channels rotate `factor` times slower, fast ones as before, the others in between.
 
     Attributes:
         factor: how many times longer the context became.
-        low_freq_factor: channels that turn less often than this within the original context are slow.
-        high_freq_factor: channels that turn more often than this within the original context are fast.
+        low_freq_factor: channels with fewer rotations than this within the original context are slow.
+        high_freq_factor: channels with more rotations than this within the original context are fast.
         original_positions: the context before scaling, in tokens.
     """
 
@@ -30,11 +30,11 @@ class Llama3:
 
 @dataclass(frozen=True)
 class LongRope:
-    """Phi-3's scaling (arXiv 2402.13753): every channel has a factor of its own, and one set of factors per regime.
+    """Phi-3's scaling (arXiv 2402.13753): every channel has a factor of its own, and there are two sets of factors.
 
     Attributes:
-        short: factors [dim / 2] of models that never see more than `original_positions` tokens.
-        long: factors [dim / 2] of the others, for all of their positions.
+        short: factors [dim / 2] for sequences that never exceed `original_positions` tokens.
+        long: factors [dim / 2] for others, at all of their positions.
         original_positions: the context before scaling, in tokens.
         magnitude: what cosines and sines are multiplied by, in both regimes.
     """
@@ -51,8 +51,8 @@ class Rope:
 
     Attributes:
         theta: base of the wavelengths.
-        dim: how many channels of a head turn; those after them do not.
-        scaling: how they were stretched to a longer context; None where they were not.
+        dim: how many channels of a head rotate; those after them do not.
+        scaling: how they were stretched to a longer context; None if they were not.
     """
 
     theta: float
@@ -60,9 +60,9 @@ class Rope:
     scaling: Llama3 | LongRope | None = None
 
     def regime(self, max_model_len: int) -> str:
-        """Which factors turn sequences of up to `max_model_len` tokens: "short" or "long"; "only" without a choice.
+        """Which factors apply to sequences of up to `max_model_len` tokens: "short" or "long"; "only" without a choice.
 
-        vLLM's rule: one set of factors for all positions of all sequences, as its cache of turned keys needs it.
+        vLLM's rule: one set of factors for all positions of all sequences, because its cache holds rotated keys.
         transformers goes by the length of the sequence at hand.
         """
         if not isinstance(self.scaling, LongRope):
@@ -81,12 +81,12 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, theta: float = 10000.0) -> R
     Raises:
         ConfigError: a scaling that the actor does not compute, or values that make none.
     """
-    found = {"rope_theta": theta, "partial_rotary_factor": 1.0} | _settings(hf)
-    share = positive_number(found, "partial_rotary_factor")
+    settings = {"rope_theta": theta, "partial_rotary_factor": 1.0} | _settings(hf)
+    share = positive_number(settings, "partial_rotary_factor")
     dim = int(head_dim * share)
     if share > 1 or dim % 2 or not dim:
         raise ConfigError(f"partial_rotary_factor={share:g} of a head's {head_dim} channels makes no pairs")
-    return Rope(positive_number(found, "rope_theta"), dim, _read_scaling(hf, found, dim))
+    return Rope(positive_number(settings, "rope_theta"), dim, _read_scaling(hf, settings, dim))
 
 
 def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,40 +102,43 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     return outer | inner | original
 
 
-def _read_scaling(hf: Mapping[str, Any], found: Mapping[str, Any], dim: int) -> Llama3 | LongRope | None:
-    kind = found.get("rope_type", found.get("type", "default"))
+def _read_scaling(hf: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> Llama3 | LongRope | None:
+    kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return None
     if kind == "llama3":
-        low, high = positive_number(found, "low_freq_factor"), positive_number(found, "high_freq_factor")
+        low, high = positive_number(settings, "low_freq_factor"), positive_number(settings, "high_freq_factor")
         if not low < high:
             raise ConfigError(f"rope's low_freq_factor={low:g} is not below high_freq_factor={high:g}")
         return Llama3(
-            positive_number(found, "factor"), low, high, positive_integer(found, "original_max_position_embeddings")
+            positive_number(settings, "factor"),
+            low,
+            high,
+            positive_integer(settings, "original_max_position_embeddings"),
         )
     if kind in ("longrope", "su"):  # its first name
-        return _read_longrope(hf, found, dim)
+        return _read_longrope(hf, settings, dim)
     raise ConfigError(f"rope type {kind!r} is not supported (only 'default', 'llama3' and 'longrope')")
 
 
-def _read_longrope(hf: Mapping[str, Any], found: Mapping[str, Any], dim: int) -> LongRope:
-    original = positive_integer(found, "original_max_position_embeddings")
+def _read_longrope(hf: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> LongRope:
+    original = positive_integer(settings, "original_max_position_embeddings")
     stretch = hf["max_position_embeddings"] / original
     for key in ("attention_factor", "short_mscale", "long_mscale"):
-        if found.get(key) is not None:
+        if settings.get(key) is not None:
             raise ConfigError(f"longrope's {key} is not supported: transformers and vLLM differ about it")
-    if found.get("factor", stretch) != stretch:
+    if settings.get("factor", stretch) != stretch:
         raise ConfigError(
-            f"longrope's factor={found['factor']} is not supported: only {stretch:g}, which is "
+            f"longrope's factor={settings['factor']} is not supported: only {stretch:g}, which is "
             "max_position_embeddings / original_max_position_embeddings and what vLLM takes"
         )
-    short, long = (_factors(found, key, dim // 2) for key in ("short_factor", "long_factor"))
+    short, long = (_factors(settings, key, dim // 2) for key in ("short_factor", "long_factor"))
     magnitude = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return LongRope(short, long, original, magnitude)
 
 
-def _factors(found: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
-    factors = found[key]
+def _factors(settings: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    factors = settings[key]
     if not isinstance(factors, list) or len(factors) != count:
         raise ConfigError(f"longrope's {key} must be a list of {count} numbers, one per turning pair")
     return tuple(_positive(factor, key) for factor in factors)

@@ -1,4 +1,4 @@
-"""`HFTensors`: the weights of a Hugging Face checkpoint, one tensor at a time, and what is wrong with them."""
+"""`HFTensors`: reads and checks the weights of a Hugging Face checkpoint, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from nemo_r3.models.names import Index
 class HFTensors:
     """Reads parts of single tensors of a Hugging Face checkpoint directory (safetensors, one file or many).
 
-    For a `with` statement. A file stays open, and mapped into memory, until another one is read: a checkpoint's tensors
-    lie in the order of its layers, and what was read of all files would count as this process's memory.
+    For a `with` statement. Only one file is open and mapped into memory at a time, because what was read of mapped
+    files counts as this process's memory; a checkpoint's files are in the order of its layers.
     """
 
     def __init__(self, path: Path) -> None:
         """Finds out which file holds which tensor.
 
         Raises:
-            ConfigError: there are no safetensors, or no such list can be read.
+            ConfigError: there are no safetensors, or their index cannot be read.
         """
         self.path = path
         self._file = ""
@@ -70,7 +70,7 @@ class HFTensors:
                         )
 
     def read(self, name: str, index: Index) -> Tensor:
-        """What `index` selects of a tensor, on the CPU: a view of the mapped file, which is read where it is used.
+        """What `index` selects of a tensor, on the CPU: a view of the mapped file, read only when it is used.
 
         Raises:
             ConfigError: it is missing, or its file cannot be read.

@@ -4,8 +4,7 @@
       |                      ^------------ once per update; sleep and wake do nothing on a CPU ----------'
       `-- without weights ---'
 
-An engine is never stopped: vLLM's shutdown destroys the default process group, which the actor still needs. It lives
-as long as its process.
+An engine lives as long as its process: vLLM's shutdown would destroy the default process group, which the actor needs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs, SampleLogprobs
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
@@ -35,27 +33,26 @@ from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling
 
 SHARED_MEMORY = Path("/dev/shm")
 KV_BLOCK = 32
-"""Tokens per block of vLLM's KV cache on a CPU. Only whole blocks of a shared context are reused: with vLLM's 128, G
+"""Tokens per block of vLLM's KV cache on a CPU. Only whole blocks of a shared context are reused: with vLLM's 128, the
 reflections on a short task would share nothing."""
 CPU_BATCHED_TOKENS = 4096
-"""Most tokens of one forward pass on a CPU; prompts are never cut there, so at least a whole dialogue."""
+"""Most tokens of a forward pass on a CPU, if a whole dialogue has no more: prompts are never chunked there."""
 GPU_BATCHED_TOKENS = 8192
-"""Most tokens of one forward pass on a GPU, where prompts may be cut. vLLM's own choice is 2048 for a bare engine; its
-`LLM` takes 16384 on an H100."""
+"""Most tokens of a forward pass on a GPU, where prompts may be chunked. vLLM's own choice is 2048 for a bare engine;
+its `LLM` takes 16384 on an H100."""
 NO_WEIGHTS = -1
-"""The version of an engine that has none: it started without, or slept."""
+"""The version of an engine without weights: it started without any, or has slept."""
 
 
 class Engine:
     """One rank's part of a vLLM engine. All ranks of an engine make the same calls in the same order.
 
     Attributes:
-        version: version of the weights in use; NO_WEIGHTS while there are none.
+        version: version of the weights in use, or NO_WEIGHTS.
         max_model_len: most tokens of a prompt and its completion together.
     """
 
     def __init__(self, llm: LLMEngine, arch: Architecture, max_model_len: int, version: int) -> None:
-        """See `start`."""
         self.version = version
         self.max_model_len = max_model_len
         self._llm = llm
@@ -70,8 +67,8 @@ class Engine:
 
         Args:
             config: the run's settings.
-            model_dir: Hugging Face checkpoint; its tokenizer is not read. Its weights are version 0.
-            with_weights: False does not read them: the engine sleeps, where it can, until a refit brings some. One
+            model_dir: Hugging Face checkpoint, whose weights are version 0; its tokenizer is not read.
+            with_weights: False leaves them unread: the engine sleeps, if it can, until a refit brings some. An engine
                 that quantises reads them all the same.
 
         Raises:
@@ -81,11 +78,11 @@ class Engine:
         assert dist.is_initialized(), "runtime.start comes before Engine.start"
         rollout, arch = config.rollout, architecture_of(model_dir)
         with HFTensors(model_dir) as checkpoint:
-            checkpoint.check(arch)  # vLLM would say the same in a traceback
+            checkpoint.check(arch)  # vLLM's own error would be a traceback
         on_cuda = not current_platform.is_cpu()
         if not on_cuda and rollout.tensor_parallel > 1:
             _remove_stale_memory(rollout.tensor_parallel)
-        # vLLM makes quantised weights while it reads them: only tried with weights that are read
+        # vLLM quantises weights as it reads them; starting it without any is untested
         reads = with_weights or rollout.quantization != "none"
         args = arguments(config, model_dir, arch, on_cuda, reads)
         # a tied head has no weight of its own; `load` itself checks that nothing is missing
@@ -114,7 +111,7 @@ class Engine:
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             stop_token_ids=list(sampling.stop_ids),
-            ignore_eos=True,  # stop_ids is the whole list, whatever the checkpoint's own files name
+            ignore_eos=True,  # stop_ids has it, and all others
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -129,17 +126,22 @@ class Engine:
             RuntimeError: the engine has no weights; `load` comes first.
         """
         self._refuse_without_weights()
-        return [self._completion(output) for output in self._llm.step() if output.finished]
+        finished = [(output.request_id, output.outputs[0]) for output in self._llm.step() if output.finished]
+        return [
+            self._completion(request_id, turn.token_ids, turn.logprobs, str(turn.finish_reason))
+            for request_id, turn in finished
+        ]
 
-    def leave(self) -> list[Completion]:
-        """Ends all requests that are under way; returns what they have sampled so far, perhaps nothing."""
-        left = []
+    def abort(self) -> list[Completion]:
+        """Aborts all unfinished requests; returns what they have sampled so far, perhaps nothing."""
+        aborted = []
         for state in list(self._llm.output_processor.request_states.values()):
             rows, detokenizer = state.logprobs_processor, state.detokenizer
             assert rows is not None and detokenizer is not None, "a request that samples"
-            left.append(self._sampled(state.external_req_id, detokenizer.output_token_ids, rows.logprobs, UNFINISHED))
-        self._llm.abort_request([completion.request_id for completion in left])
-        return left
+            ids, request_id = detokenizer.output_token_ids, state.external_req_id
+            aborted.append(self._completion(request_id, ids, rows.logprobs, UNFINISHED))
+        self._llm.abort_request([completion.request_id for completion in aborted])
+        return aborted
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """[length - 1] log-probabilities (nats, temperature 1) of ids[1:], each given those before it.
@@ -166,9 +168,9 @@ class Engine:
         All ranks of an engine, and those that take part in the iterator's collectives, consume it in lockstep.
 
         Args:
-            weights: (Hugging Face name, full tensor) of every tensor of the checkpoint, in any order; grouped by layer
-                they need the least memory. vLLM keeps references until a layer is complete, so a tensor must not be
-                overwritten while the iterator goes on.
+            weights: (Hugging Face name, full tensor) of every tensor of the checkpoint, in any order; layer by layer
+                takes the least memory. vLLM keeps references until a layer is complete, so the iterator must not
+                overwrite a tensor that it has yielded.
             version: version of these weights.
 
         Raises:
@@ -182,10 +184,10 @@ class Engine:
             raise RuntimeError(f"refit: {len(missing)} tensors were not sent, e.g. {min(missing)}")
         if current_platform.is_cpu():
             self._repack_head()
-        self.forget()
+        self.reset_prefix_cache()
         self.version = version
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Drops the prefix cache.
 
         Raises:
@@ -195,13 +197,13 @@ class Engine:
             raise RuntimeError("the prefix cache could not be reset and would serve old weights' keys")
 
     def sleep(self) -> None:
-        """Gives weights and KV cache back to the GPU; `load` must follow `wake`. Nothing on a CPU."""
+        """Frees the GPU memory of weights and KV cache; `load` must follow `wake`. Does nothing on a CPU."""
         if self._can_sleep and not self._llm.is_sleeping():
             self._llm.sleep(level=2)
             self.version = NO_WEIGHTS
 
     def wake(self, *tags: str) -> None:
-        """Takes memory back: "weights" before `load`, "kv_cache" after it. Nothing where it did not sleep."""
+        """Takes memory back: "weights" before `load`, "kv_cache" after it. Does nothing if the engine is awake."""
         if self._can_sleep and self._llm.is_sleeping():
             self._llm.wake_up(list(tags))
 
@@ -220,19 +222,15 @@ class Engine:
 
     def _refuse_without_weights(self) -> None:
         if self.version == NO_WEIGHTS:
-            raise RuntimeError("the engine started without weights or has slept: load must bring it some first")
+            raise RuntimeError("the engine started without weights or has slept: it needs a refit first")
 
-    def _completion(self, output: RequestOutput) -> Completion:
-        turn = output.outputs[0]
-        return self._sampled(output.request_id, turn.token_ids, turn.logprobs, str(turn.finish_reason))
-
-    def _sampled(self, request: str, ids: Sequence[int], rows: SampleLogprobs | None, reason: str) -> Completion:
+    def _completion(self, request: str, ids: Sequence[int], rows: SampleLogprobs | None, reason: str) -> Completion:
         assert isinstance(rows, FlatLogprobs) and len(rows) == len(ids), f"{len(ids)} tokens without log-probabilities"
         logprobs = tuple(rows.logprobs[start] for start in rows.start_indices)  # the sampled token comes first
         return Completion(request, tuple(ids), logprobs, reason, self.version)
 
     def _repack_head(self) -> None:
-        """A tied head on a CPU keeps a packed copy of the old embedding, which vLLM's reload does not renew."""
+        """On a CPU, vLLM keeps a packed copy of a tied head, which a reload does not renew."""
 
         def repack(model: torch.nn.Module) -> None:
             for module in model.modules():
@@ -243,7 +241,7 @@ class Engine:
 
 
 def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool, reads: bool) -> EngineArgs:
-    """What vLLM is told; one that does not read the checkpoint's weights makes some up.
+    """vLLM's arguments; without `reads` it makes weights up instead of reading the checkpoint's.
 
     On a GPU its scheduler is a step ahead of what has been sampled, by its own choice. It waits for each step's result
     in turn, so that all ranks of an engine still run the same steps (`EngineCore.step_with_batch_queue`).
@@ -278,13 +276,14 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
 
 
 def _noting(weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same weights, with their names added to `seen` as they pass."""
     for name, tensor in weights:
         seen.add(name)
         yield name, tensor
 
 
 def _cpu_cache_bytes(config: Config, arch: Architecture) -> int:
-    """Bytes of one rank's KV cache: its share of `rollout.cpu_kv_cache_gb`, but no more than can be filled."""
+    """Bytes of one rank's KV cache: its share of `rollout.cpu_kv_cache_gb`, but no more than it can use."""
     rollout, ways = config.rollout, config.rollout.tensor_parallel
     heads = -(-arch.num_kv_heads // ways)
     token = 2 * arch.num_layers * heads * arch.head_dim * precision_of(config).dtype.itemsize
@@ -293,7 +292,7 @@ def _cpu_cache_bytes(config: Config, arch: Architecture) -> int:
 
 
 def _remove_stale_memory(ranks: int) -> None:
-    """Removes the shared memory in which a killed CPU engine's ranks met: vLLM names it by their numbers alone."""
+    """Removes the shared memory that a killed CPU engine left: vLLM names it after nothing but the ranks."""
     first = dist.get_rank() // ranks * ranks
     name = f"[{'-'.join(str(rank) for rank in range(first, first + ranks))}]-cpushm_"
     for file in SHARED_MEMORY.iterdir():

@@ -1,4 +1,4 @@
-"""Which engine does what: work dealt statically, results collected on every rank."""
+"""`Fleet`: deals work to the engines, statically, and collects their results on every rank."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_r3.runtime import World
 T = TypeVar("T")
 
 STEPS_BETWEEN_VOTES = 16
-"""Engine steps, a few hundred milliseconds, between two questions whether the ranks of an engine were asked to stop."""
+"""Every so many engine steps, a few hundred milliseconds, the ranks of an engine ask each other whether to stop."""
 
 
 class Fleet:
-    """The engines of a run: engine e is made of ranks e * tensor_parallel and the next ones.
+    """The engines of a run; each is made of `tensor_parallel` consecutive ranks.
 
     Attributes:
         world: all ranks.
@@ -41,12 +41,12 @@ class Fleet:
         """The engine that this rank belongs to."""
         return self.world.rank // self.tensor_parallel
 
-    def mine(self, costs: Sequence[int]) -> list[int]:
+    def own_items(self, costs: Sequence[int]) -> list[int]:
         """The items that this rank's engine works on, in ascending order."""
         return deal(costs, self.engines)[self.index]
 
     def asked_to_stop(self) -> bool:
-        """Whether this rank's engine should leave what it does; its ranks call this before each step, and all agree."""
+        """Whether this rank's engine should stop; its ranks call this before each step, and all hear the same."""
         if self.tensor_parallel == 1:
             return signals.noted() is not None
         self._steps += 1
@@ -57,26 +57,26 @@ class Fleet:
         return bool(asked)
 
     def collect(self, done: Mapping[int, T], count: int) -> list[T]:
-        """What every engine has done, by item, on every rank.
+        """The results of all engines, in the order of the items, on every rank.
 
         Args:
-            done: item -> result, of this rank's engine; not all of its items where it was asked to stop.
+            done: item -> result of this rank's engine; incomplete if it was asked to stop.
             count: number of items of all engines together.
 
         Raises:
             Stopped: an engine was asked to stop.
         """
         self.world.leave_if_asked()
-        speaks = self.world.rank % self.tensor_parallel == 0
+        is_first = self.world.rank % self.tensor_parallel == 0  # all ranks of an engine have the same results
         merged: dict[int, T] = {}
-        for part in self.world.gather(dict(done) if speaks else {}):
+        for part in self.world.gather(dict(done) if is_first else {}):
             merged.update(part)
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[item] for item in range(count)]
 
 
 def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
-    """Items -> hands of about the same total cost, each in ascending order; the same everywhere.
+    """Items -> hands of about the same total cost, each in ascending order; the same on every rank.
 
     Example: ``deal([5, 1, 1, 3], 2)`` is ``[[0], [1, 2, 3]]``
     """

@@ -1,4 +1,4 @@
-"""How one turn is sampled, what comes back, and where its randomness comes from. No vLLM, no torch."""
+"""What a request asks of an engine, what comes back, and where its randomness comes from. No vLLM, no torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Protocol
 from nemo_r3.config.rollout import RolloutConfig
 
 UNFINISHED = "unfinished"
-"""Finish reason of a request that was left before its turn had ended."""
+"""Finish reason of a request that was aborted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The sampling of one request; always from the whole distribution (no top_p, no top_k).
+    """How a request is sampled: always from the whole distribution (no top_p, no top_k).
 
     Attributes:
         temperature: logits are divided by it; 0 takes the likeliest token.
-        max_tokens: most tokens to sample, the end-of-turn token included.
-        stop_ids: tokens that end the turn; the one that does is the last of its tokens.
-        seed: of the request's own random numbers: the same in any engine, and after a resume. None for temperature 0.
+        max_tokens: most tokens to sample, including the end-of-turn token.
+        stop_ids: tokens that end the turn; the one that did is its last token.
+        seed: of the request's own random numbers, which are the same in any engine and after a resume; None for
+            temperature 0.
     """
 
     temperature: float
@@ -37,8 +38,8 @@ class Completion:
     Attributes:
         request_id: as it was added.
         ids: [length] sampled token ids.
-        logprobs: [length] their log-probabilities in nats at the request's temperature.
-        finish_reason: "stop" or "length"; "unfinished" if the request was aborted before.
+        logprobs: [length] their log-probabilities in nats, at the request's temperature.
+        finish_reason: "stop", "length" or UNFINISHED.
         version: the version of the weights that sampled it.
     """
 
@@ -71,11 +72,11 @@ class Sampler(Protocol):
         """Samples one token for as many requests as fit; returns those that finished with it."""
         ...
 
-    def leave(self) -> list[Completion]:
-        """Ends all requests that are under way; returns what they have sampled so far, perhaps nothing."""
+    def abort(self) -> list[Completion]:
+        """Aborts all unfinished requests; returns what they have sampled so far, perhaps nothing."""
         ...
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Drops what is cached of earlier prompts."""
         ...
 
@@ -90,5 +91,5 @@ def request_seed(seed: int, step: int, problem_id: str, sample: int, phase: str)
 
 
 def is_deterministic(rollout: RolloutConfig, on_cuda: bool) -> bool:
-    """Whether a step done again has to give the same turns: `rollout.deterministic`; where it is unset, on CPUs."""
+    """Whether a repeated step has to give the same turns: `rollout.deterministic`; if unset, on CPUs only."""
     return rollout.deterministic if rollout.deterministic is not None else not on_cuda

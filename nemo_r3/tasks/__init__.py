@@ -10,7 +10,7 @@ and may have
     Options                a dataclass: the settings under `task.options`
     WORDING: Wording       its own words for the three user turns; {problem} is a problem's text
 
-A task that words its problems itself has, instead of the functions,
+A task that words its own problems has, instead of the functions,
 
     build(options, wording)       -> Task
     Options, WORDING              as above
@@ -107,10 +107,7 @@ def _own() -> list[str]:
 
 
 def _near(name: str) -> str:
-    """A hint at the task that was meant: one of this package, or a file where `name` leads from the working directory.
-
-    "./sorting.py" means "sorting".
-    """
+    """A hint at the task that was meant: one of this package, or a file: "./sorting.py" means "sorting"."""
     *folders, leaf = name.removesuffix(".py").removeprefix("./").replace("/", ".").split(".")
     files = [".".join([*folders, file.stem]) for file in sorted(Path(*folders).glob("*.py"))]
     near = get_close_matches(".".join([*folders, leaf]), [*_own(), *files], n=1)

@@ -1,4 +1,4 @@
-"""`FunctionTask`: a task made of two functions of a user's module, `problems` and `verify`, which are checked here."""
+"""`FunctionTask`: a task made of the two functions `problems` and `verify` of a user's module, which it checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_r3.types import Problem
 PLACEHOLDERS = ("problem",)
 SPLITS = ("train", "test")
 HELPERS_VERSION = 2
-"""Of `nemo_r3.tasks.arithmetic` and `.latex`; raise it when they change a verdict."""
+"""Version of `nemo_r3.tasks.arithmetic` and `.latex`; raise it when they change a verdict."""
 
 
 class FunctionTask:
@@ -34,8 +34,8 @@ class FunctionTask:
         Args:
             module: has `problems(split)`, or `problems(split, options)` where there are options, and `verify(problem,
                 text)`.
-            options: an object of the module's Options; None where it has none.
-            wording: its task turn is the text of a problem, `{problem}`, and perhaps words around it.
+            options: an object of the module's Options; None if it has none.
+            wording: its task turn has the problem's text as `{problem}`.
 
         Raises:
             ConfigError: there are no problems, or they cannot be used.
@@ -83,10 +83,10 @@ class FunctionTask:
         return verdict
 
     def _compare_splits(self) -> None:
-        """Refuses a test split whose problems are all training problems under other ids; warns of one with some.
+        """Warns of test problems that are training problems under other ids.
 
         Raises:
-            ConfigError: nothing would be held out.
+            ConfigError: all of them are, so nothing is held out.
         """
         known = {_asked(problem) for problem in self._splits["train"]}
         again = [problem.id for problem in self._splits["test"] if _asked(problem) in known]
@@ -99,16 +99,16 @@ class FunctionTask:
 
     def _read(self, split: str, options: tuple[Any, ...]) -> tuple[Problem, ...]:
         """The problems of a split in the words of the task turn."""
-        found: dict[str, Problem] = {}
+        problems: dict[str, Problem] = {}
         with user_code(f"{self.name}.problems({split!r})", "; it must give the problems of that split"):
             for problem in self._module.problems(split, *options):
                 self._check(split, problem)
-                if problem.id in found:
+                if problem.id in problems:
                     raise ConfigError(f"task.name: {self.name}: problems({split!r}) gives the id {problem.id!r} twice")
-                found[problem.id] = replace(problem, text=fill(self.wording.task, {"problem": problem.text}))
-        if not found:
+                problems[problem.id] = replace(problem, text=fill(self.wording.task, {"problem": problem.text}))
+        if not problems:
             raise ConfigError(f"task.name: {self.name}: problems({split!r}) gives no problems")
-        return tuple(found.values())
+        return tuple(problems.values())
 
     def _check(self, split: str, problem: Any) -> None:
         where = f"task.name: {self.name}: problems({split!r})"
@@ -143,7 +143,7 @@ def _survives_json(value: Any) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether tokenizers and files can take a text: Python's may hold one half of a surrogate pair."""
+    """Whether a text can be encoded: Python's may hold one half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -163,9 +163,9 @@ def _warn(text: str) -> None:
 
 
 def _version(module: ModuleType, options: Any) -> str:
-    """Changes with the module's code, its options and what verifiers are made of: a verdict may then change.
+    """Changes with the module's code, its options and our helpers, any of which may change a verdict.
 
-    `nemo_r3.stamp` says which of them it was.
+    `nemo_r3.failures.stamp` says which of them changed.
     """
     source = Path(str(module.__file__)).read_bytes()
     try:

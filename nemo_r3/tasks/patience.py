@@ -1,7 +1,7 @@
-"""`said_if_slow`: a call of a user's function that takes long is named on standard error while it goes on.
+"""`said_if_slow`: warns on standard error while a call of a user's function takes long.
 
-A thread looks at the clock. It cannot while a call keeps Python's lock, as a regular expression does that backtracks
-without end: such a call uses the processor, and then the kernel's timer of processor time interrupts it for the look.
+A thread looks at the clock. It cannot while the call holds Python's lock, as a regular expression that backtracks
+endlessly does; but such a call uses the processor, so the kernel's timer of processor time interrupts it for a look.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ LOOK = 1.0
 """Seconds between two looks at the call under way."""
 
 _seconds = 10.0
-"""How long a call may take before it is named; doubles each time: a verifier that is always slow is named seldom."""
+"""How long a call may take before a warning; doubles each time, so that a slow verifier is warned of only rarely."""
 _call: tuple[float, str, str] | None = None
-"""When the call under way began, what works, and on what."""
+"""When the current call began, what runs, and on what."""
 
 
 @contextmanager
 def said_if_slow(what: str, where: str) -> Iterator[None]:
-    """Runs its block, which calls a user's function, and says once if that has been working for 10 s.
+    """Warns once if its block, which calls a user's function, takes longer than 10 s.
 
     Args:
         what: the function, such as "doubles.verify".
-        where: what it works on, as in "on an answer to problem 'double-7'".
+        where: what it works on, such as "on an answer to problem 'double-7'".
     """
     global _call
     timed = _start_looking()
@@ -46,7 +46,7 @@ def said_if_slow(what: str, where: str) -> Iterator[None]:
 
 @cache
 def _start_looking() -> bool:
-    """Starts the thread; whether the timer may be set, which would end a process that does not handle its signal."""
+    """Starts the thread; returns whether the timer's signal is handled, since it would kill the process otherwise."""
     threading.Thread(target=_look_again_and_again, daemon=True).start()
     if threading.current_thread() is not threading.main_thread():
         return False

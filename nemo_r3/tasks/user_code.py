@@ -1,4 +1,4 @@
-"""`user_code`: runs a part of a user's task module; whatever it raises becomes one line that names the place."""
+"""`user_code`: runs part of a user's task module, and turns what it raises into one line that names the place."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from nemo_r3.errors import UserError, describe
 
 NOT_THE_USERS = (str(Path(__file__).parents[1]) + "/", str(Path(importlib.__file__).parent) + "/", "<frozen ")
-"""How the files of nemo_r3 and of Python's import begin: the first frame outside them is in the user's module."""
+"""Prefixes of the files of nemo_r3 and of Python's import: the first frame outside them is in the user's module."""
 
 
 @contextmanager
 def user_code(what: str, remedy: str) -> Iterator[None]:
-    """Runs its block, which calls a user's module, and goes back to the working directory if that left it.
+    """Runs its block, which calls a user's module, and restores the working directory.
 
     Args:
         what: the part that runs, such as "doubles.verify".
-        remedy: follows the place in the message.
+        remedy: ends the message.
 
     Raises:
         UserError: the block raised, or called sys.exit; a UserError of its own says enough and stays as it is.

@@ -1,7 +1,7 @@
-"""`Worker`: a function called in a process of its own, within limits of time and memory.
+"""`Worker`: calls a function in a process of its own, within limits of time and memory.
 
-For verifiers built on libraries that may hang or fill the memory on what a model wrote, such as sympy: a signal or a
-thread stops Python between two of its instructions, never within a single long one; a process can always be ended.
+For verifiers whose libraries may hang or fill the memory on what a model wrote, such as sympy: a signal or a thread can
+stop Python only between two of its instructions, but a process can always be killed.
 
     Worker("module:function")(*arguments)   --JSON line-->   python -m nemo_r3.tasks.worker module:function
                                             <--JSON line--
@@ -24,24 +24,22 @@ START_SECONDS = 120.0
 
 
 class Worker:
-    """Calls a function of some module elsewhere; its process starts with the first call and again after it was ended.
+    """Calls a function in another process, which starts with the first call, and again after it was killed.
 
     Example: ``Worker("nemo_r3.tasks.latex.comparison:compare", seconds=2)(r"\\frac{1}{2}", "0.5")``
+
+    Args:
+        function: "module:function"; what it takes and returns must be JSON.
+        seconds: of wall time for a call.
+        megabytes: of address space for the process.
     """
 
     def __init__(self, function: str, seconds: float = 5.0, megabytes: int = 2048) -> None:
-        """Names the function; nothing runs yet.
-
-        Args:
-            function: "module:function"; what it takes and returns must be JSON.
-            seconds: of wall time for a call.
-            megabytes: of address space for the process.
-        """
         self._function, self._seconds, self._megabytes = function, seconds, megabytes
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns, or None where it ran out of time or memory.
+        """What the function returns, or None if it ran out of time or memory.
 
         Raises:
             UserError: the function raised, or its module cannot be imported.
@@ -103,7 +101,7 @@ def serve(function: str, megabytes: int) -> None:
             reply = {"returned": call(*json.loads(line))}
         except MemoryError:
             return
-        except Exception as error:  # whatever it is, the caller hears of it
+        except Exception as error:  # the caller hears of any
             reply = {"raised": describe(error)}
         print(json.dumps(reply), file=answers, flush=True)
 

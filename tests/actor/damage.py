@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, latest, read_manifest
 from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.saver import Saver
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 
@@ -133,7 +134,7 @@ def written_late_by_rank_1(lab: Lab, policy: Policy) -> dict[str, Any]:
     """When a save in the background counts: the directory before any rank, one and both of them have written."""
     directory = lab.home / "late"
     config = TrainConfig(keep_checkpoints=1, save_in_background=True)
-    saver = checkpoint.Saver(policy, directory, config, lambda: None)
+    saver = Saver(policy, directory, config, lambda: None)
     found: dict[str, Any] = {}
 
     def look(name: str) -> None:
@@ -155,7 +156,7 @@ def written_late_by_rank_1(lab: Lab, policy: Policy) -> dict[str, Any]:
     return found
 
 
-def wait_until_written(saver: checkpoint.Saver) -> None:
+def wait_until_written(saver: Saver) -> None:
     """Returns after ten seconds at the latest."""
     end = time.monotonic() + 10
     while saver._saving is not None and not saver._saving.strategy.is_written() and time.monotonic() < end:

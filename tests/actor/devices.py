@@ -53,7 +53,7 @@ def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
     watch = LayerWatch(policy.module, None)
     with watch.watching():
         metrics.append(policy.update(batch_of()))
-    found["layers"] = len(watch.found(lab.world))
+    found["layers"] = len(watch.rows(lab.world))
     home = lab.home / f"devices-{layout}-{kind}"
     checkpoint.save(policy, home, 2, {}, keep=1)
     checkpoint.load(again, latest(home))

@@ -124,7 +124,7 @@ class Lab:
         watch = LayerWatch(policy.module, None)
         with watch.watching():
             metrics = [policy.update(batch_of())]
-        found["layers"] = watch.found(self.world)
+        found["layers"] = watch.rows(self.world)
         metrics.append(policy.update(batch_of()))
         found["buckets"] = sum(len(buffer.buckets) for buffer in policy.model.buffers)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
@@ -188,11 +188,11 @@ class Lab:
         """Largest differences from transformers; the last entry: a lone sequence, for which other ranks have no row."""
         errors = {}
         for temperature in TEMPERATURES:
-            policy._pass = replace(policy._pass, temperature=temperature)
+            policy._pipeline = replace(policy._pipeline, temperature=temperature)
             expected = [self.expected[f"{kind} {temperature} {number}"] for number in range(len(LENGTHS))]
             errors[f"{temperature}"] = largest_gap(policy.score(sequences()), expected)
             errors[f"{temperature} alone"] = largest_gap(policy.score(sequences()[3:4]), expected[3:4])
-        policy._pass = replace(policy._pass, temperature=0.7)
+        policy._pipeline = replace(policy._pipeline, temperature=0.7)
         return errors
 
     def export_facts(self, policy: Policy, kind: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     watch = LayerWatch(policy.module, precision_of(policy.config).fp8)
     with watch.watching():
         metrics.append(policy.update(batch()))
-    found = {"scores": scores, "products": products, "layers": watch.found(lab.world), "nan": lab.nan(policy)}
+    found = {"scores": scores, "products": products, "layers": watch.rows(lab.world), "nan": lab.nan(policy)}
     home = lab.home / f"te-{layout}-{name}"
     checkpoint.save(policy, home, 2, {}, keep=1)
     checkpoint.load(again, latest(home))

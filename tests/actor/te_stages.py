@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_r3 import precision
 from nemo_r3.config import Config
-from nemo_r3.models import Architecture, shape
+from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.precision import PRECISIONS, precision_of
 
+SHAPES = Path(__file__).parents[1] / "shapes"
 META = torch.device("meta")
 METADATA = {"singleton_local_shards": False}
 
@@ -119,7 +121,7 @@ def main(model: str, tensor_parallel: str, pipeline_parallel: str, name: str) ->
     config = Config()
     config.actor.tensor_parallel, config.actor.pipeline_parallel = int(tensor_parallel), int(pipeline_parallel)
     config.actor.sequence_parallel, config.actor.precision = int(tensor_parallel) > 1, name
-    recipe, arch = PRECISIONS[name].fp8, shape(model)
+    recipe, arch = PRECISIONS[name].fp8, architecture_of(SHAPES / f"{model}.json")
     assert recipe is not None
     pretend_gpu((10, 0) if name == "mxfp8" else (9, 0))
     precision.prepare(config, arch)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 from safetensors.torch import load_file
 
-from nemo_r3.actor import checkpoint
+from nemo_r3.actor import checkpoint, saver
 from nemo_r3.actor.policy import Policy
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
@@ -174,27 +174,27 @@ def test_a_save_is_given_up_once_its_files_no_longer_grow(tmp_path: Path, sizes:
 
 def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 59.0, 60.0, 61.0, 120.0, 121.0])
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(saver.time, "monotonic", lambda: next(clock))
     config = TrainConfig(steps=7, save_every=3, save_minutes=1.0)
-    saver, _ = pretended(monkeypatch, config)
-    assert [saver.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
-    saver.save(2, {})
-    assert [saver.is_due(step) for step in (4, 5)] == [False, True], "a minute since the last save began"
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: 1e9)
+    saves, _ = pretended(monkeypatch, config)
+    assert [saves.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
+    saves.save(2, {})
+    assert [saves.is_due(step) for step in (4, 5)] == [False, True], "a minute since the last save began"
+    monkeypatch.setattr(saver.time, "monotonic", lambda: 1e9)
     config.save_minutes = 0.0
-    assert [saver.is_due(step) for step in (1, 2, 3)] == [False, False, True]
+    assert [saves.is_due(step) for step in (1, 2, 3)] == [False, False, True]
 
 
 def test_a_save_in_the_background_ends_before_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    saver, done = pretended(monkeypatch, TrainConfig(save_in_background=True))
+    saves, done = pretended(monkeypatch, TrainConfig(save_in_background=True))
     for step in (1, 2):
-        saver.save(step, {})
-    saver.finish()
-    saver.finish()
+        saves.save(step, {})
+    saves.finish()
+    saves.finish()
     assert done == ["begin 1", "finish 1", "begin 2", "finish 2"]
 
 
-def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[checkpoint.Saver, list[str]]:
+def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[saver.Saver, list[str]]:
     """A saver that writes nothing, and what it has done."""
     done: list[str] = []
 
@@ -202,7 +202,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[che
         done.append(f"begin {step}")
         return SimpleNamespace(step=step, final=directory)
 
-    monkeypatch.setattr(checkpoint, "begin", begin)
-    monkeypatch.setattr(checkpoint, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
+    monkeypatch.setattr(saver, "begin", begin)
+    monkeypatch.setattr(saver, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
     policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item), at_work=nullcontext)
-    return checkpoint.Saver(cast(Policy, policy), Path(), config, lambda: None), done
+    return saver.Saver(cast(Policy, policy), Path(), config, lambda: None), done

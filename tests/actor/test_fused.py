@@ -29,7 +29,7 @@ def calls(tokens: int) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
     return [
         (head._softmax_sums, (logits, 0.7)),
         (head._softmax_times, (logits, normal(tokens) + 9, normal(tokens), 0.7)),
-        (attention._turned, (heads, *waves)),
+        (attention._rotated, (heads, *waves)),
         (attention.merge, ((heads, sums[0]), (other, sums[1]))),
     ]
 
@@ -52,9 +52,9 @@ def test_on_a_cpu_nothing_is_compiled() -> None:
 
 
 def test_what_is_compiled_turns_as_what_is_not() -> None:
-    [arguments] = [arguments for function, arguments in calls(5) if function is attention._turned]
+    [arguments] = [arguments for function, arguments in calls(5) if function is attention._rotated]
     heads, cos, sin = (tensor.double() for tensor in arguments)
-    torch.testing.assert_close(attention._turned(heads, cos, sin), attention.rotate(heads, cos, sin))
+    torch.testing.assert_close(attention._rotated(heads, cos, sin), attention.rotate(heads, cos, sin))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_r3.actor import numerics
-from nemo_r3.actor.numerics import Tally, rounded, rounding
+from nemo_r3.actor.numerics import Rounding, measure_rounding, rounded
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -33,12 +33,12 @@ def test_rounding_costs_what_it_is_said_to_cost(tile: numerics.Tile | None) -> N
     tensor = numbers(6, 10)
     back = rounded(tensor, E5M2, tile)
     assert back.shape == tensor.shape
-    assert rounding(tensor, E5M2, tile).error == pytest.approx(((back - tensor) ** 2).sum().item(), rel=1e-5)
+    assert measure_rounding(tensor, E5M2, tile).error == pytest.approx(((back - tensor) ** 2).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(E4M3, 3), (E5M2, 2)])
 def test_the_error_is_that_of_the_format(dtype: torch.dtype, bits: int) -> None:
-    found = rounding(numbers(64, 96), dtype).shares()
+    found = measure_rounding(numbers(64, 96), dtype).shares()
     assert found["amax"] == numbers(64, 96).abs().max().item()
     assert found["underflow"] < 1e-3 and found["saturation"] == 0
     uniform = 2.0**-bits / math.sqrt(12) / 1.5  # half a unit in the last place at most, around 1.5
@@ -48,9 +48,9 @@ def test_the_error_is_that_of_the_format(dtype: torch.dtype, bits: int) -> None:
 def test_what_an_outlier_does_to_a_tensor_and_to_its_tile() -> None:
     tensor = numbers(256, 256)
     tensor[3, 5] = 1e8
-    whole = rounding(tensor, E4M3).shares()
+    whole = measure_rounding(tensor, E4M3).shares()
     assert whole["underflow"] > 0.99 and whole["error"] < 1e-3, "nearly all of the norm is the outlier"
-    row, block = (rounding(tensor, E4M3, tile).shares()["underflow"] for tile in ((1, 128), (128, 128)))
+    row, block = (measure_rounding(tensor, E4M3, tile).shares()["underflow"] for tile in ((1, 128), (128, 128)))
     assert row == pytest.approx(127 / 256**2, rel=0.05)
     assert block == pytest.approx((128**2 - 1) / 256**2, rel=0.05)
 
@@ -58,35 +58,40 @@ def test_what_an_outlier_does_to_a_tensor_and_to_its_tile() -> None:
 def test_tiles_at_the_edges_are_smaller() -> None:
     tensor = numbers(5, 7)
     tensor[4, 6] = 1e6
-    assert rounding(tensor, E4M3, (2, 3)).shares()["underflow"] == 0, "it is alone in its tile"
+    assert measure_rounding(tensor, E4M3, (2, 3)).shares()["underflow"] == 0, "it is alone in its tile"
 
 
 def test_a_scale_of_earlier_steps_may_saturate() -> None:
     tensor = torch.tensor([[1.0, 2.0, 3.0, -4.0]])
-    found = rounding(tensor, E4M3, scale=torch.tensor(448 / 2.0)).shares()
+    found = measure_rounding(tensor, E4M3, scale=torch.tensor(448 / 2.0)).shares()
     assert found["saturation"] == 0.5
     assert found["error"] == pytest.approx(math.sqrt((1 + 4) / 30))
 
 
 def test_scales_of_powers_of_two_keep_such_numbers_as_they_are() -> None:
     tensor = torch.tensor([[1.0, 0.75, 0.5]])
-    assert rounding(tensor, E4M3, (1, 32), powers_of_two=True).error == 0
+    assert measure_rounding(tensor, E4M3, (1, 32), powers_of_two=True).error == 0
     tensor = numbers(16, 64)
-    assert rounding(tensor, E4M3, (1, 32), powers_of_two=True).shares()["saturation"] == 0
+    assert measure_rounding(tensor, E4M3, (1, 32), powers_of_two=True).shares()["saturation"] == 0
 
 
 @pytest.mark.parametrize("tile", [None, (1, 128), (128, 128)])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, tile: numerics.Tile | None) -> None:
-    whole = rounding(numbers(300, 200), E5M2, tile)
+    whole = measure_rounding(numbers(300, 200), E5M2, tile)
     monkeypatch.setattr(numerics, "CHUNK", 1000)
-    parts = rounding(numbers(300, 200), E5M2, tile)
+    parts = measure_rounding(numbers(300, 200), E5M2, tile)
     assert (parts.numbers, parts.underflows, parts.amax) == (whole.numbers, whole.underflows, whole.amax)
     assert parts.error == pytest.approx(whole.error, rel=1e-6)
 
 
 def test_zeros_cost_nothing_and_nan_is_seen() -> None:
-    assert rounding(torch.zeros(4, 4), E4M3).shares() == {"amax": 0, "underflow": 0, "saturation": 0, "error": 0}
-    broken, tally = rounding(torch.tensor([[1.0, math.nan]]), E4M3), Tally()
-    for part in (rounding(numbers(2, 2), E4M3), broken, rounding(numbers(2, 2), E4M3)):
-        tally.add(part)
-    assert math.isnan(tally.shares()["amax"]) and math.isnan(tally.shares()["error"])
+    assert measure_rounding(torch.zeros(4, 4), E4M3).shares() == {
+        "amax": 0,
+        "underflow": 0,
+        "saturation": 0,
+        "error": 0,
+    }
+    broken, sums = measure_rounding(torch.tensor([[1.0, math.nan]]), E4M3), Rounding()
+    for part in (measure_rounding(numbers(2, 2), E4M3), broken, measure_rounding(numbers(2, 2), E4M3)):
+        sums.add(part)
+    assert math.isnan(sums.shares()["amax"]) and math.isnan(sums.shares()["error"])

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from paper_models import shape
 
-from nemo_r3.models import Architecture, names, shape
+from nemo_r3.models import Architecture, names
 from nemo_r3.models.names import full_shape, rows
 
 pytest.importorskip("transformer_engine", reason="Transformer Engine cannot be imported", exc_type=ImportError)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_r3.algo.batch import build_update, refuse_untrained_weight
+from nemo_r3.algo.batch import build_update, check_loss_weights
 from nemo_r3.config import AlgoConfig, Config, RolloutConfig
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
@@ -69,7 +69,7 @@ def test_a_row_ends_with_its_reflection_and_only_that_has_weight() -> None:
         ["task"] * 3 + ["attempt"] * 2 + ["request"] * 2 + ["reflection"] * 4
     )
     assert list(first.sampled) == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 4
-    refuse_untrained_weight(batch, AlgoConfig())
+    check_loss_weights(batch, AlgoConfig())
 
 
 REWARDS = st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4)
@@ -211,9 +211,9 @@ def test_reflection_and_retry_can_be_trained_together() -> None:
     row = batch.rows[0]
     assert list(row.ids)[-3:] == [50, 60, 61] and trained_ids(batch, 0) == [40, 41, 42, 43, 60, 61]
     assert [weight for weight in row.loss_weights if weight] == pytest.approx([0.5 / 6] * 6)
-    refuse_untrained_weight(batch, config.algo)
+    check_loss_weights(batch, config.algo)
     with pytest.raises(RuntimeError, match="phase retry"):
-        refuse_untrained_weight(batch, AlgoConfig())
+        check_loss_weights(batch, AlgoConfig())
 
 
 def test_a_reflection_that_was_never_sampled_makes_no_row() -> None:
@@ -234,14 +234,14 @@ def test_the_gate_names_the_token_that_must_not_be_trained(position: int, expect
     weights[position] = 0.25
     rows = (batch.rows[0], replace(batch.rows[1], loss_weights=weights))
     with pytest.raises(RuntimeError, match=expected):
-        refuse_untrained_weight(replace(batch, rows=rows), AlgoConfig())
+        check_loss_weights(replace(batch, rows=rows), AlgoConfig())
 
 
 def test_the_gate_refuses_a_reflection_that_vllm_did_not_sample() -> None:
     batch = build_update([group_of([1, 0])], with_algo(), 0)
     row = replace(batch.rows[0], sampled=[False] * len(batch.rows[0]))
     with pytest.raises(RuntimeError, match="reflection .not sampled by vLLM"):
-        refuse_untrained_weight(replace(batch, rows=(row,)), AlgoConfig())
+        check_loss_weights(replace(batch, rows=(row,)), AlgoConfig())
 
 
 def test_the_gate_lets_negative_and_nan_weights_no_more_through() -> None:
@@ -249,4 +249,4 @@ def test_the_gate_lets_negative_and_nan_weights_no_more_through() -> None:
     for weight in (-0.1, float("nan")):
         weights = [weight, *list(batch.rows[0].loss_weights)[1:]]
         with pytest.raises(RuntimeError):
-            refuse_untrained_weight(replace(batch, rows=(replace(batch.rows[0], loss_weights=weights),)), AlgoConfig())
+            check_loss_weights(replace(batch, rows=(replace(batch.rows[0], loss_weights=weights),)), AlgoConfig())

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_r3.algo.layout import Family
+from nemo_r3.algo.layout import SharedContext
 from nemo_r3.algo.packing import pack, trained
 from nemo_r3.types import Row
 
@@ -67,7 +67,7 @@ def test_a_group_lays_its_context_once() -> None:
     assert packed.ids.tolist() == [0, 1, 2, 3, 4, 1005, 1006, 3005, 3006, 3007]  # the last tokens are only targets
     assert packed.layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
     assert packed.layout.cuts == (0, 5, 7, 10)
-    assert packed.layout.families == (Family(5, 5),)
+    assert packed.layout.shared == (SharedContext(5, 5),)
     assert (packed.layout.context_tokens, packed.layout.branch_tokens) == (slice(0, 5), slice(5, 10))
     assert (packed.layout.branches.cuts, packed.layout.contexts.cuts) == ((0, 5), (0, 5))
     # the context's last token predicts the first token of rows 0 and 2; row 1's only token is not left out either
@@ -79,7 +79,7 @@ def test_contexts_lie_before_branches_and_branches_before_whole_rows() -> None:
     rows = [*group_of(3, [2, 3], 0, 0), *group_of(5, [4], 1, 2), *group_of(2, [3, 2], 2, 3)]
     packed = pack(rows, [[0, 1], [2], [3, 4]], 1)
     layout, places = packed.layout, packed.ids.tolist()
-    assert layout.families == (Family(3, 3), Family(2, 3)) and layout.cuts == (0, 3, 5, 6, 8, 10, 11, 19)
+    assert layout.shared == (SharedContext(3, 3), SharedContext(2, 3)) and layout.cuts == (0, 3, 5, 6, 8, 10, 11, 19)
     assert places[layout.context_tokens] == [0, 1, 2, 0, 1]
     assert places[layout.branch_tokens] == [1003, 2003, 2004, 4002, 4003, 5002]
     assert places[11:] == [0, 1, 2, 3, 4, 3005, 3006, 3007]
@@ -89,13 +89,13 @@ def test_contexts_lie_before_branches_and_branches_before_whole_rows() -> None:
 
 def test_a_row_on_its_own_is_laid_whole() -> None:
     packed = pack(group_of(5, [3, 1, 4], 0, 0), [[0]], 1)
-    assert packed.layout.families == () and packed.layout.cuts == (0, 7)
+    assert packed.layout.shared == () and packed.layout.cuts == (0, 7)
     assert packed.layout.positions.tolist() == list(range(7))
 
 
 def test_one_token_reflections_share_a_context_that_nothing_follows() -> None:
     packed = pack(group_of(4, [1, 1], 0, 0), [[0, 1]], 1)
-    assert packed.layout.families == () and packed.layout.cuts == (0, 4)
+    assert packed.layout.shared == () and packed.layout.cuts == (0, 4)
     assert packed.targets.sources.tolist() == [3, 3] and packed.targets.ids.tolist() == [1004, 2004]
 
 

@@ -147,7 +147,7 @@ def test_a_training_says_how_it_went() -> None:
 @pytest.mark.slow
 def test_a_training_that_gives_up_has_failed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="token_mult_prob_error was above"):
-        training.run("bf16", True, tmp_path, "train.drift_stop=1", "train.max_drift_steps=1")
+        training.run("bf16", True, tmp_path, "train.mismatch_stop=1", "train.max_mismatch_steps=1")
 
 
 def test_a_trainings_summary_is_of_its_first_and_last_steps() -> None:

@@ -42,7 +42,7 @@ def load_with(folder: Path, *overrides: str) -> Config:
             ["actor.precision: fp8-delayed", "layer_spec=local"],
         ),
         (["actor.precision=mxfp8", "actor.layer_spec=local"], ["actor.precision: mxfp8", "layer_spec=local"]),
-        (["train.on_drift=bf16"], ["train.on_drift: bf16", "actor.precision=bf16"]),
+        (["train.on_mismatch=bf16"], ["train.on_mismatch: bf16", "actor.precision=bf16"]),
         (["actor.precision=fp32", "actor.layer_spec=te"], ["actor.precision: fp32", "TF32", "actor.layer_spec=te"]),
         (
             ["actor.precision=fp32", "rollout.quantization=fp8_per_block"],
@@ -73,7 +73,7 @@ def test_refused_together(tmp_path: Path, overrides: list[str], keys: list[str])
         ["algo.mismatch_correction=icepop", "algo.mismatch_low=0.1", "algo.mismatch_high=1.5"],
         ["actor.lr=0"],
         ["actor.precision=fp8-blockwise", "rollout.quantization=fp8_per_block"],
-        ["actor.precision=fp8-blockwise", "train.on_drift=bf16"],
+        ["actor.precision=fp8-blockwise", "train.on_mismatch=bf16"],
         ["actor.precision=bf16", "actor.layer_spec=te", "rollout.quantization=fp8_per_tensor"],
     ],
 )

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from paper_models import shape
 
 from nemo_r3.config import Config, load
-from nemo_r3.models import check_layout, shape
+from nemo_r3.models import check_layout
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = sorted(CONFIGS.glob("*-*.yaml"), key=lambda path: path.name)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from nemo_r3.config import ConfigError, Layer, build, option
+from nemo_r3.config.option import option
+from nemo_r3.config.schema import Layer, build
+from nemo_r3.errors import ConfigError
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_r3.config import Config, RolloutConfig
 from nemo_r3.errors import UserError
-from nemo_r3.tally import Tally
+from nemo_r3.failures.tally import Tally
 from recipes.bank import bank_rows, problems_to_mine
 
 

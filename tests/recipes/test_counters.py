@@ -12,11 +12,11 @@ from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Se
 from recipes.counters import Counters, reason_to_stop
 from recipes.metrics import summary
 
-CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_drift_steps=2)
+CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
 FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "skipped": 0.0}
 EMPTY = {"loss": None, "groups_used": 0.0, "token_mult_prob_error": None}
 SKIPPED = FINE | {"skipped": 1.0}
-DRIFTED = FINE | {"token_mult_prob_error": 1.2}
+MISMATCHED = FINE | {"token_mult_prob_error": 1.2}
 
 
 def group(*rewards: float) -> Group:
@@ -37,10 +37,10 @@ def walk(*steps: dict[str, float | None]) -> Counters:
 
 
 def test_counts_are_of_steps_in_a_row() -> None:
-    assert walk(EMPTY, SKIPPED, DRIFTED) == Counters(step=3, cursor=24, drift_steps=1)
-    assert walk(DRIFTED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2)
+    assert walk(EMPTY, SKIPPED, MISMATCHED) == Counters(step=3, cursor=24, mismatch_steps=1)
+    assert walk(MISMATCHED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2)
     assert walk(FINE | {"groups_used": 0.0}).empty_steps == 1, "algo.keep_equal_groups leaves a loss, but only the KL's"
-    assert walk(FINE | {"token_mult_prob_error": math.nan}).drift_steps == 1, "NaN is no small drift"
+    assert walk(FINE | {"token_mult_prob_error": math.nan}).mismatch_steps == 1, "NaN is no small mismatch"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_counts_are_of_steps_in_a_row() -> None:
     [
         (EMPTY, "2 steps in a row had no group with both outcomes (train.max_empty_steps=2)"),
         (SKIPPED, "2 updates in a row were skipped (train.max_skipped_steps=2)"),
-        (DRIFTED, "above train.drift_stop=1.1 in 2 steps in a row (train.max_drift_steps=2)"),
+        (MISMATCHED, "above train.mismatch_stop=1.1 in 2 steps in a row (train.max_mismatch_steps=2)"),
     ],
 )
 def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float | None], said: str) -> None:
@@ -74,9 +74,9 @@ def test_a_run_with_nothing_to_train_on_says_how_retries_ended(groups: list[Grou
     assert f"{ended} 'say\\nabc' to problem 'sort-1' (Sort abc.)" in reason
 
 
-def test_drift_is_warned_of_in_the_steps_line() -> None:
+def test_a_mismatch_is_warned_of_in_the_steps_line() -> None:
     metrics = {"retry_success": 0.5, "grad_norm": 1.0, "kl": 0.0, "reflection_tokens": 9.0, "truncated": 0.0} | FINE
     metrics |= {"speed/rollout_tokens": 100.0}
-    assert "DRIFT" not in summary(metrics, Config(train=CONFIG))
+    assert "MISMATCH" not in summary(metrics, Config(train=CONFIG))
     line = summary(metrics | {"token_mult_prob_error": 1.07}, Config(train=CONFIG))
-    assert "DRIFT: token_mult_prob_error 1.070 > train.drift_warn=1.05" in line
+    assert "MISMATCH: token_mult_prob_error 1.070 > train.mismatch_warn=1.05" in line

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launch import QUICKSTART, SMALL, run
 
-from recipes.drill import differences
+from recipes.fault_injection import differences
 
 
 def a_run(path: Path, steps: list[int], reward: float = 0.5) -> Path:

@@ -107,9 +107,9 @@ def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same
 
 @pytest.mark.slow
 def test_a_run_that_gives_up_ends_the_save_under_way(bank: Path, tmp_path: Path) -> None:
-    drift = ("train.drift_stop=1", "train.max_drift_steps=1")  # float32's own noise is above it
+    mismatch = ("train.mismatch_stop=1", "train.max_mismatch_steps=1")  # float32's own noise is above it
     save = ("train.save_every=1", "train.save_in_background=true")
-    settings = [QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={tmp_path}", *drift, *save]
+    settings = [QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={tmp_path}", *mismatch, *save]
     said = run("train", *settings, succeed=False)
     assert said.returncode == 2
     checkpoint = tmp_path / "checkpoints" / "step_000001"

@@ -62,7 +62,7 @@ class Run:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **train: Any) -> None:
         self.config = Config()
         self.config.actor.precision = "fp8-tensorwise"
-        for name, value in ({"max_drift_steps": 2, "on_drift": "bf16", "layers_every": 0} | train).items():
+        for name, value in ({"max_mismatch_steps": 2, "on_mismatch": "bf16", "layers_every": 0} | train).items():
             setattr(self.config.train, name, value)
         self.logged: dict[int, Any] = {}
         self.said: list[str] = []
@@ -84,38 +84,38 @@ class Run:
         setup: Any = SimpleNamespace(config=self.config, world=world, run=run, progress=progress)
         return Layers(setup, trunk, counters)
 
-    def step(self, layers: Layers, counters: Counters, drift: float) -> Counters:
+    def step(self, layers: Layers, counters: Counters, mismatch: float) -> Counters:
         with layers.watched(counters):
             self.layers(torch.randn(5, 8)).sum().backward()
-        metrics = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": drift}
+        metrics = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": mismatch}
         return layers.move_worst_to_bf16(counters.after(counters.step + 1, 0, metrics, self.config.train))
 
 
 def test_a_record_is_made_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(monkeypatch, on_drift="stop", layers_every=3)
+    run = Run(monkeypatch, on_mismatch="stop", layers_every=3)
     layers, counters = run.begin(Counters()), Counters()
     for _ in range(7):
-        counters = run.step(layers, counters, drift=1.5)
+        counters = run.step(layers, counters, mismatch=1.5)
     assert list(run.logged) == [3, 6] and all(len(rows) == 8 * 4 * 3 for rows in run.logged.values())
-    assert counters.drift_steps == 7 and not run.left, "on_drift=stop leaves the end to `reason_to_stop`"
+    assert counters.mismatch_steps == 7 and not run.left, "on_mismatch=stop leaves the end to `reason_to_stop`"
 
 
-def test_drift_costs_a_quarter_of_the_fp8_layers_after_a_quarter_and_then_the_run(
+def test_mismatches_cost_a_quarter_of_the_fp8_layers_after_a_quarter_and_then_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(monkeypatch)
     layers, counters = run.begin(Counters()), Counters()
-    assert run.step(layers, counters, drift=1.0) == replace(counters, step=1) and not run.logged, (
+    assert run.step(layers, counters, mismatch=1.0) == replace(counters, step=1) and not run.logged, (
         "sound steps are not watched"
     )
     counts = []
     while reason_to_stop(counters, run.config.train, None, ()) is None:
-        counters = run.step(layers, counters, drift=1.5)
+        counters = run.step(layers, counters, mismatch=1.5)
         counts.append(len(counters.bf16_layers))
     assert counts == [0, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6], "layers 1 to 6 are FP8 at first"
     assert counters.bf16_layers == sorted(run.left) == [1, 2, 3, 4, 5, 6]
     assert all(row["fp8"] == (row["layer"] in (1, 2, 3, 4, 5, 6)) for row in run.logged[2])
-    assert len(run.said) == 5 and all("multiply in BF16 (train.on_drift=bf16)" in line for line in run.said)
+    assert len(run.said) == 5 and all("multiply in BF16 (train.on_mismatch=bf16)" in line for line in run.said)
     resumed = Run(monkeypatch)
     resumed.begin(counters)
     assert resumed.left == counters.bf16_layers

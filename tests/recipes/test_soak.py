@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launch import ROOT, run
 
-from recipes.drill import untimed
+from recipes.fault_injection import untimed
 from recipes.soak import State, Tally, next_kind, rows_lost
 
 

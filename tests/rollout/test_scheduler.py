@@ -45,7 +45,7 @@ class Scripted:
         self.tokenizer, self.texts = tokenizer, iter(texts)
         self.waiting: list[str] = []
         self.limits: list[int] = []
-        self.forgotten = 0
+        self.resets = 0
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.waiting.append(request_id)
@@ -55,11 +55,11 @@ class Scripted:
         ids = tuple(self.tokenizer.encode(next(self.texts), add_special_tokens=False))
         return [Completion(self.waiting.pop(0), ids, (-1.0,) * len(ids), "stop", 0)]
 
-    def leave(self) -> list[Completion]:
+    def abort(self) -> list[Completion]:
         return []
 
-    def forget(self) -> None:
-        self.forgotten += 1
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
 
 
 def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
@@ -74,4 +74,4 @@ def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits()
     assert [reflection.solves for reflection in group.reflections] == [True, False]
     assert group.rewards == [0.0, 1.0]
     assert engine.limits == [5, 9, 9, 5, 5]
-    assert engine.forgotten == 2, "what is cached does not depend on what came before"
+    assert engine.resets == 2, "what is cached does not depend on what came before"

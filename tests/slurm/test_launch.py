@@ -23,7 +23,7 @@ from launch import QUICKSTART, SMALL
 
 from nemo_r3.config import Config, load
 from slurm import chain
-from slurm.launch import SHARED, main, parser, steps_of
+from slurm.launch import SHARED, job_arrays, main, parser
 from slurm.stage import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -123,8 +123,8 @@ def test_a_clusters_file_is_taken_to_the_letter(tmp_path: Path) -> None:
     }
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(facts))
     wanted = [QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", "--cluster", f"{tmp_path}/here.yaml"]
-    (step, *_) = steps_of(parser().parse_args(wanted))
-    found = load(step.stages[0].argv).cluster
+    (array, *_) = job_arrays(parser().parse_args(wanted))
+    found = load(array.stages[0].argv).cluster
     assert {name: getattr(found, name) for name in facts} == facts
 
 

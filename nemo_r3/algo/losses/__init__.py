@@ -1,7 +1,7 @@
 """Policy losses, one file each, found by the name in `algo.loss`.
 
-A file gives the loss of a token; the paper's loss is the sum over tokens of weight * policy_loss, with the weights of
-its AGGREGATION, and the advantages of its ADVANTAGE.
+A file gives the loss of a token. The whole loss is the sum over tokens of weight * policy_loss, with the weights that
+its AGGREGATION gives and the advantages that its ADVANTAGE gives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Loss(Protocol):
     Attributes:
         AGGREGATION: how tokens share the loss.
         ADVANTAGE: what rewards are measured against.
-        CLIP: the paper's (low, high): a ratio is cut to [1 - low, 1 + high]; None where nothing is clipped.
+        CLIP: the paper's (low, high): ratios are clipped to [1 - low, 1 + high]; None if nothing is clipped.
     """
 
     AGGREGATION: Aggregation
@@ -40,10 +40,10 @@ class Loss(Protocol):
 
         Args:
             logprobs: [tokens] of the policy, with gradient.
-            old_logprobs: [tokens] of the policy before this step's first update, without.
+            old_logprobs: [tokens] of the policy before this step's first update, without gradient.
             advantages: [tokens] of each token's sequence.
-            sequences: [tokens] int64, the sequence of each token: never decreasing, and each sequence whole.
-            clip: low and high; None exactly where CLIP is.
+            sequences: [tokens] int64, the sequence of each token: never decreasing, each sequence whole.
+            clip: low and high; None if CLIP is.
 
         Returns:
             [tokens] of the type of `logprobs`.

@@ -1,13 +1,14 @@
-"""`Tally`: how the first answers of a failure bank fared, and what that says about the task, in words."""
+"""`Tally`: how the first answers of a failure bank fared, and what that says about the task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from nemo_r3.config import Config
 from nemo_r3.errors import in_one_line
-from nemo_r3.rollout.scheduler import NO_ROOM, Attempted
+from nemo_r3.types import NO_ROOM, Attempt
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Tally:
 
     @property
     def truncated_share(self) -> float:
-        """Of all; 0 where there are none."""
+        """The share of answers that were cut; 0 if there are none."""
         return self.truncated / self.asked if self.asked else 0.0
 
     def line(self, problems: int) -> str:
@@ -37,7 +38,7 @@ class Tally:
         return f"{self.passed} of {self.asked} {what} {'solved' if what == 'problems' else 'right'} at first try"
 
     def doubt(self) -> str:
-        """What to ask oneself where all answers fared alike; empty where they did not."""
+        """A question to ask if all answers fared alike; empty if they did not."""
         if not self.asked or self.no_room == self.asked or 0 < self.passed < self.asked:
             return ""
         if self.passed:
@@ -45,7 +46,7 @@ class Tally:
         return "every answer failed: are they too hard, or does verify reject right answers?"
 
     def why_no_failures(self, config: Config) -> str:
-        """Why a bank with these answers has nothing to reflect on; a bank of an older nemo_r3 has not counted them."""
+        """Why a bank with these answers has nothing to reflect on; one of an older nemo_r3 has no counts."""
         longest, most = config.rollout.max_model_len, config.failures.max_solve_rate
         counts = {
             "passed": self.passed,
@@ -59,25 +60,26 @@ class Tally:
         )
 
 
-def tally(attempts: Iterable[Attempted]) -> Tally:
+def tally(attempts: Sequence[Attempt]) -> Tally:
     """Counts first answers."""
-    found = list(attempts)
     return Tally(
-        asked=len(found),
-        passed=sum(attempt.passed for attempt in found),
-        no_room=sum(attempt.answer.finish_reason == NO_ROOM for attempt in found),
-        truncated=sum(attempt.answer.truncated for attempt in found),
+        asked=len(attempts),
+        passed=sum(attempt.passed for attempt in attempts),
+        no_room=sum(attempt.answer.finish_reason == NO_ROOM for attempt in attempts),
+        truncated=sum(attempt.answer.truncated for attempt in attempts),
     )
 
 
-def total(counts: Iterable[Mapping[str, int]]) -> Tally:
-    """The sum of tallies, each as the mapping that JSON keeps of it."""
-    found = [Tally(**count) for count in counts]
-    return Tally(*(sum(getattr(one, field.name) for one in found) for field in fields(Tally)))
+def total(tallies: Iterable[Mapping[str, int]]) -> Tally:
+    """The sum of tallies, as JSON keeps them."""
+    counts: Counter[str] = Counter()
+    for counted in tallies:
+        counts.update(counted)
+    return Tally(**counts)
 
 
-def written(attempt: Attempted) -> str:
-    """An attempt in a line each for problem, answer and verdict."""
+def show(attempt: Attempt) -> str:
+    """An attempt in three lines: problem, answer, verdict."""
     return (
         f"  problem  {in_one_line(attempt.problem.text)}\n  answer   {in_one_line(attempt.answer.text)}\n"
         f"  verdict  {'passed' if attempt.passed else 'failed'}"

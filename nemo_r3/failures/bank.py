@@ -1,4 +1,4 @@
-"""Where failed first attempts come from: a bank mined once (as in the paper), or the current policy.
+"""`Bank`: failed first attempts on disk, mined once from the starting model, as in the paper.
 
 failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; and the shards' SHA-256 sums
 failures/shard_00000.jsonl  the rejected answers to a fixed slice of the problems, written whole: mining resumes
@@ -8,37 +8,33 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from nemo_r3.actor.manifest import sum_of
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.failures.stamp import Stamp, differences
+from nemo_r3.failures.tally import Tally, tally, total
 from nemo_r3.files import take_lock, write_whole
 from nemo_r3.progress import Progress
-from nemo_r3.rollout.scheduler import Attempted, Rollout
+from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
-from nemo_r3.stamp import Stamp, differences
-from nemo_r3.tally import Tally, tally, total
-from nemo_r3.types import Answer, Failure, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
 MINED_BATCHES = 4
-"""Full batches that each engine is given at once; after them it runs half empty until the longest answers end."""
+"""Full batches that each engine is given at once: near their end it runs half empty, until the longest answers end."""
 COMPARED_ROWS = 8
-"""How many answers of a foreign bank must read, token by token, as the text beside them."""
-ONLINE_ROUNDS = 50
-"""How many batches of problems `OnlineSource` tries before it concludes that the policy solves them all."""
+"""How many answers of a foreign bank are decoded and compared with their text."""
 
 
 class BankRow(NamedTuple):
-    """Where a failure stands in a bank. All failures of a large bank would fill the memory."""
+    """Where a failure is in a bank: all failures of a large bank would fill the memory."""
 
     shard: Path
     offset: int
@@ -58,36 +54,33 @@ class BankRow(NamedTuple):
 
 
 class Bank:
-    """A directory of mined failures. Rank 0 reads and writes it; on a shared file system ranks may see different files.
+    """A directory of mined failures. Only rank 0 touches it: on a shared file system, ranks may see different files.
 
     All ranks call `check`, `mine`, `tally` and `read` together.
+
+    Args:
+        config: the run's settings.
+        stamp: what its answers depend on.
+        world: all ranks.
+        decode: gives the text of an answer's ids, see `Dialogue.decode`.
 
     Attributes:
         example: the first answer that this process mined, if any.
     """
 
     def __init__(self, config: Config, stamp: Stamp, world: World, decode: Callable[[Sequence[int]], str]) -> None:
-        """Names the bank; nothing is read yet.
-
-        Args:
-            config: the run's settings.
-            stamp: what its answers depend on.
-            world: all ranks.
-            decode: gives the text of an answer's ids, see `Dialogue.decode`.
-        """
         self.path = Path(config.failures.path)
-        self.example: Attempted | None = None
-        self._whole, self._config, self._rollout = config, config.failures, config.rollout
-        self._stamp, self._world, self._decode = stamp, world, decode
+        self.example: Attempt | None = None
+        self._config, self._stamp, self._world, self._decode = config, stamp, world, decode
         self._index = self.path / "bank.json"
         self._tallies: dict[str, dict[str, int]] = {}
 
     def check(self) -> bool:
-        """Whether the bank is complete; one that is missing, half mined or without one of its shards is not.
+        """Whether the bank is complete, and not missing, half mined or lacking a shard.
 
         Raises:
-            UserError: it was mined from another model, task, verifier, dialogue or sampling, or by an older nemo_r3;
-                or it is accepted as foreign and holds token ids of another tokenizer.
+            UserError: it was mined with another model, task, verifier, dialogue or sampling, or by an older nemo_r3; or
+                it is accepted as foreign but holds token ids of another tokenizer.
         """
         return self._world.on_main(self._is_complete)
 
@@ -97,11 +90,10 @@ class Bank:
                 raise UserError(f"failures.path: {self.path} has shards but no bank.json to say whose; remove them")
             return False
         index = self._read_index()
-        found, wanted = index["stamp"], vars(self._stamp)
-        differing = differences(found, wanted)
+        differing = differences(index["stamp"], vars(self._stamp))
         lost = [name for name in index["shards"] if not (self.path / name).exists()]
         complete = bool(index["complete"]) and not lost
-        if differing and not (self._config.allow_foreign and complete):
+        if differing and not (self._config.failures.allow_foreign and complete):
             raise UserError(
                 f"failures.path: {self.path} was mined with another {', '.join(differing)}; mine a new bank at another "
                 "failures.path, or accept this one, if it is complete, with failures.allow_foreign=true"
@@ -124,9 +116,9 @@ class Bank:
     def mine(self, rollout: Rollout, problems: Sequence[Problem], progress: Progress | None = None) -> None:
         """Samples first answers to the problems and keeps every one that the verifier rejects.
 
-        As many shards are asked at once as keep all engines busy; a process that ends loses what it was asking.
+        Shards are mined in batches that keep all engines busy; a process that dies loses only the current batch.
         """
-        samples = self._config.samples_per_problem
+        samples = self._config.failures.samples_per_problem
         starts = range(0, len(problems), SHARD_PROBLEMS)
         parts = {f"shard_{i:05d}.jsonl": problems[start : start + SHARD_PROBLEMS] for i, start in enumerate(starts)}
         mined: dict[str, str] = {}
@@ -159,10 +151,10 @@ class Bank:
         self._world.barrier()
 
     def _shards_at_once(self) -> int:
-        """As few as give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""
-        engines = self._world.size // self._rollout.tensor_parallel
-        prompts = MINED_BATCHES * engines * self._rollout.max_num_seqs
-        return math.ceil(prompts / (SHARD_PROBLEMS * self._config.samples_per_problem))
+        """The fewest shards that give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""
+        rollout = self._config.rollout
+        prompts = MINED_BATCHES * (self._world.size // rollout.tensor_parallel) * rollout.max_num_seqs
+        return math.ceil(prompts / (SHARD_PROBLEMS * self._config.failures.samples_per_problem))
 
     def read(self) -> list[BankRow]:
         """All failures that `failures.max_solve_rate` lets through, in the order of the problems, on every rank.
@@ -174,7 +166,7 @@ class Bank:
         if not rows:
             raise UserError(
                 f"failures.path: the bank {self.path} holds no failures, so there is nothing to reflect on: "
-                + self.tally().why_no_failures(self._whole)
+                + self.tally().why_no_failures(self._config)
             )
         return rows
 
@@ -197,11 +189,11 @@ class Bank:
                     offset += len(line)
 
     def _lets_through(self, line: bytes) -> bool:
-        most = self._config.max_solve_rate
+        most = self._config.failures.max_solve_rate
         return most == 1.0 or json.loads(line)["solve_rate"] <= most
 
     def _mined_before(self) -> dict[str, str]:
-        """The shards that earlier processes mined, by name, with the SHA-256 of their content."""
+        """The shards that earlier processes mined: name -> SHA-256."""
         index = self._read_index() if self._index.exists() else {"shards": {}, "tallies": {}}
         mined, self._tallies = index["shards"], index["tallies"]
         for name in [name for name in mined if not (self.path / name).exists()]:
@@ -212,7 +204,7 @@ class Bank:
     def _read_index(self) -> dict[str, Any]:
         try:
             index = json.loads(self._index.read_text())
-            found = {name: index[name] for name in ("stamp", "complete")}
+            read = {name: index[name] for name in ("stamp", "complete")}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
         if "shards" not in index:
@@ -220,15 +212,15 @@ class Bank:
                 f"failures.path: {self.path} was mined by an older nemo_r3, and its bank.json does not say what its "
                 "shards hold; remove it or name another failures.path to mine a new bank"
             )
-        return found | {"shards": index["shards"], "tallies": index.get("tallies", {})}
+        return read | {"shards": index["shards"], "tallies": index.get("tallies", {})}
 
     def _write_index(self, **entries: Any) -> None:
         entries |= {"tallies": self._tallies}
         write_whole(self._index, json.dumps({"stamp": vars(self._stamp), **entries}, indent=1) + "\n")
 
 
-def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
-    """The bank's rows: rejected answers that have tokens to reflect on."""
+def _rows(attempts: Sequence[Attempt], samples: int) -> list[dict[str, Any]]:
+    """The bank's rows, one for each failure among the attempts."""
     rows = []
     for first in range(0, len(attempts), samples):
         answers = attempts[first : first + samples]
@@ -237,7 +229,7 @@ def _rows(attempts: Sequence[Attempted], samples: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(attempt: Attempted, solve_rate: float) -> dict[str, Any]:
+def _row(attempt: Attempt, solve_rate: float) -> dict[str, Any]:
     answer = attempt.answer
     return {
         "problem_id": attempt.problem.id,
@@ -265,99 +257,3 @@ def _failure(row: Mapping[str, Any]) -> Failure:
     segment = Segment(Phase.ATTEMPT, tuple(row["attempt_ids"]), tuple(row["attempt_logprobs"]), row["weights_version"])
     answer = Answer(segment, row["attempt"], row["finish_reason"])
     return Failure(problem, Trajectory((task, segment)), answer, row["sample"])
-
-
-class Source(Protocol):
-    """Gives each training step its failures.
-
-    Attributes:
-        cursor: how far it has come; a checkpoint keeps it.
-    """
-
-    cursor: int
-
-    def draw(self, step: int) -> list[Failure]:
-        """The failures of a step, the same on every rank."""
-        ...
-
-
-class BankSource:
-    """Walks through a bank in a new seeded order each epoch; what is left at an epoch's end is dropped."""
-
-    def __init__(self, rows: Sequence[BankRow], count: int, seed: int, world: World) -> None:
-        """Gives `count` failures a step.
-
-        Raises:
-            UserError: the bank is smaller than a step.
-        """
-        if len(rows) < count:
-            raise UserError(
-                f"failures.path: the bank holds {len(rows)} failures, fewer than train.failures_per_step={count}; "
-                "mine more problems or samples, or lower it"
-            )
-        self.cursor = 0
-        self._rows, self._count, self._seed, self._world = rows, count, seed, world
-
-    def draw(self, step: int) -> list[Failure]:
-        """The next `count` failures, as rank 0 reads them; `step` does not matter."""
-        epoch, place = divmod(self.cursor, len(self._rows) // self._count)
-        order = epoch_order(len(self._rows), self._seed, epoch)
-        self.cursor += 1
-        drawn = order[place * self._count : (place + 1) * self._count]
-        return self._world.on_main(lambda: [self._rows[i].load() for i in drawn])
-
-
-class OnlineSource:
-    """Draws first attempts from the current policy and keeps those it fails."""
-
-    def __init__(self, rollout: Rollout, problems: Sequence[Problem], count: int, seed: int) -> None:
-        """Gives `count` failures a step, from as many problems as that takes.
-
-        Raises:
-            UserError: there is no problem to ask.
-        """
-        if not problems:
-            raise UserError("failures.source=online: the task has no training problems; lower task.options.test_size")
-        self.cursor = 0
-        self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
-
-    def draw(self, step: int) -> list[Failure]:
-        """Asks batch after batch of problems, none of them twice, until `count` answers were rejected.
-
-        Raises:
-            UserError: too few were, over many batches or all problems.
-        """
-        failures: list[Failure] = []
-        asked: set[int] = set()
-        for _ in range(ONLINE_ROUNDS):
-            if not (batch := self._next_unasked(asked)):
-                break
-            asked.update(batch)
-            attempts = self._rollout.first_attempts([self._problems[i] for i in batch], step)
-            failures += [attempt.failure for attempt in attempts if attempt.is_failure]
-            if len(failures) >= self._count:
-                return failures[: self._count]
-        raise UserError(
-            f"failures.source=online: {len(asked)} first answers gave {len(failures)} failures, "
-            f"fewer than train.failures_per_step={self._count}; the policy solves this task already, or its "
-            f"problems do not fit rollout.max_model_len ({len(self._rollout.too_long)} of them)"
-        )
-
-    def _next_unasked(self, asked: Set[int]) -> list[int]:
-        """The next `count` problems, by their index, that are not among those asked; fewer where fewer are left."""
-        chosen: list[int] = []
-        while len(chosen) < min(self._count, len(self._problems) - len(asked)):
-            epoch, place = divmod(self.cursor, len(self._problems))
-            problem = epoch_order(len(self._problems), self._seed, epoch)[place]
-            self.cursor += 1
-            if problem not in asked and problem not in chosen:
-                chosen.append(problem)
-        return chosen
-
-
-@lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The seeded order in which an epoch visits `count` items."""
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)

@@ -1,8 +1,6 @@
-"""From a command line to joined ranks, refusing what cannot work before any weight is read.
+"""`join`: from a command line to joined ranks, refusing what cannot work before any weight is read.
 
-    CONFIG.yaml key=value ... -> plan: settings, task, model, checked -> join: ranks, device, run directory, tokenizer
-
-Checking a plan needs neither torch nor transformers, which take seconds to import: `join` imports what needs them.
+CONFIG.yaml key=value ... -> settings, task, model: checked -> ranks, device, run directory, tokenizer -> Setup
 """
 
 from __future__ import annotations
@@ -11,29 +9,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from nemo_r3 import capacity, precision, runtime, signals, tasks
 from nemo_r3 import config as configuration
-from nemo_r3 import signals, tasks
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
 from nemo_r3.progress import Progress
+from nemo_r3.rollout import environment
+from nemo_r3.run_directory import RunDirectory
+from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
-
-if TYPE_CHECKING:
-    from nemo_r3.run_directory import RunDirectory
-    from nemo_r3.runtime import World
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that has been checked but not begun."""
-
-    config: Config
-    task: Task
-    arch: Architecture
-    model: Path
 
 
 @dataclass(frozen=True)
@@ -61,43 +49,28 @@ class Setup:
     progress: Progress
 
 
-def plan(argv: Sequence[str]) -> Plan:
-    """Reads the command line and refuses what can be refused without torch.
+def join(argv: Sequence[str], trains: bool = True) -> Setup:
+    """Checks the command line and joins the ranks; from here on every rank makes the same calls.
+
+    megatron-core (with Transformer Engine) and vLLM read the environment when they are imported. It is prepared here,
+    so whatever imports them, such as `recipes.checkpoints`, is imported after this call.
+
+    Args:
+        argv: CONFIG.yaml key=value ...
+        trains: whether there will be updates; without any, FP8 is not needed.
 
     Raises:
-        ConfigError: naming the key, its value and what is allowed.
+        ConfigError: a setting is wrong; ranks, model and layout do not fit each other, or a training run does not fit
+            its machines.
+        UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its chat
+            template cannot be used.
     """
     config = configuration.load(argv)
     with signals.watched(60 * config.run.timeout_minutes):  # a user's task may hang
         task = tasks.load(config.task, config.dialogue)
-    path = model_path(config)
-    arch = architecture_of(path)
+    model = model_path(config)
+    arch = architecture_of(model)
     check_layout(config, arch)
-    return Plan(config, task, arch, path)
-
-
-def join(plan: Plan, trains: bool = True) -> Setup:
-    """Joins the ranks; from here on every rank makes the same calls.
-
-    megatron-core (with Transformer Engine) and vLLM read the process's environment when they are imported. It is
-    prepared here: what imports them, such as `recipes.checkpoints`, is imported after this call.
-
-    Args:
-        plan: of the run.
-        trains: whether there will be updates; a run without any needs no FP8.
-
-    Raises:
-        ConfigError: ranks, model and layout do not fit each other, or a training run does not fit its machines.
-        UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its template
-            cannot be used.
-    """
-    import torch
-
-    from nemo_r3 import capacity, precision, runtime
-    from nemo_r3.rollout import environment
-    from nemo_r3.run_directory import RunDirectory
-
-    config, task, arch, model = plan.config, plan.task, plan.arch, plan.model
     environment.prepare(config, torch.cuda.is_available())
     world = runtime.start(config)
     precision.prepare(config if trains else precision.without_fp8(config), arch)

@@ -1,0 +1,58 @@
+"""`Stamp`: what the answers in a failure bank depend on, and how two stamps differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_r3.types import Problem
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a bank's answers depend on.
+
+    Attributes:
+        model: fingerprint of the checkpoint that answered.
+        problems: `hash_of` the problems that were asked: another split, text or right answer is another bank.
+        task: its name.
+        verifier: its version and settings.
+        dialogue: fingerprint of template and wording.
+        temperature: of the answers.
+        max_answer_tokens: of the answers.
+        samples_per_problem: answers drawn for each problem.
+    """
+
+    model: str
+    problems: str
+    task: str
+    verifier: str
+    dialogue: str
+    temperature: float
+    max_answer_tokens: int
+    samples_per_problem: int
+
+
+def differences(stamp: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How a bank's stamp, as JSON keeps it, differs from the wanted one, in words."""
+    return [_difference(key, stamp.get(key), wanted[key]) for key in wanted if stamp.get(key) != wanted[key]]
+
+
+def hash_of(problems: Iterable[Problem]) -> str:
+    """A hash that changes with any problem's id, text, data or tools, and with their order."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.id, problem.text, problem.data, problem.tools]).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    """One difference; for a user's verifier, whose stamp is "name code options helpers", which of these changed."""
+    before, after = str(old).split(" "), str(new).split(" ")
+    if key != "verifier" or not len(before) == len(after) == 4 or before[0] != after[0]:
+        return f"{key} {old!r} != {new!r}"
+    parts = ("", f"the file {after[0].replace('.', '/')}.py has", "task.options have", "nemo_r3.tasks has")
+    return f"verifier ({next(part for part, a, b in zip(parts, before, after, strict=True) if a != b)} changed since)"

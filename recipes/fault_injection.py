@@ -1,0 +1,186 @@
+"""Training runs that are started, interrupted and compared: what the drill and the soak have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nemo_r3 import signals
+from nemo_r3.actor.manifest import WRITING
+from nemo_r3.config import Config
+from nemo_r3.errors import UserError
+from nemo_r3.run_directory import MEASURED
+
+PATIENCE = 5.0
+"""A run counts as hung after this many times the duration of the undisturbed one."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run in processes of its own.
+
+    Attributes:
+        argv: CONFIG.yaml and settings, as on the command line.
+        ranks: number of processes; with more than one, torchrun starts them.
+        path: the run directory.
+    """
+
+    argv: Sequence[str]
+    ranks: int
+    path: Path
+
+    @property
+    def writing(self) -> Path:
+        """The checkpoint that is being written."""
+        return self.path / "checkpoints" / WRITING
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Starts the run in its own process group; its output is appended to <path>.log."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        settings = [f"run.dir={self.path}", f"failures.path={self.path}/failures"]
+        with Path(f"{self.path}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *(launcher if self.ranks > 1 else []), "-m", "recipes.train", *self.argv, *settings],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def finish(self) -> float:
+        """Runs to the end; returns the seconds that took.
+
+        Raises:
+            UserError: the run failed.
+        """
+        begun = time.monotonic()
+        if code := self.start().wait():
+            raise UserError(f"{self.path} ended with code {code} although nothing disturbed it; see {self.path}.log")
+        return time.monotonic() - begun
+
+    def interrupt(self, number: signal.Signals, waits: Sequence[Path | float], patience: float) -> tuple[int, float]:
+        """Starts the run and sends it a signal after some waits, unless it finishes first.
+
+        Args:
+            number: SIGKILL, or SIGUSR1 to make the run save and stop.
+            waits: one after the other: until the run has written this path, or this many seconds.
+            patience: seconds after which the run counts as hung.
+
+        Returns:
+            The run's exit code, and how many seconds it ran.
+
+        Raises:
+            UserError: it hung, or ended with an unexpected code.
+        """
+        process, begun, now = self.start(), time.monotonic(), time.time()
+
+        def wait_until(happened: Callable[[], bool]) -> None:
+            while process.poll() is None and not happened():
+                if time.monotonic() - begun > patience:
+                    raise UserError(f"the run hangs: it was not over after {patience:.0f} s; see {self.path}.log")
+                time.sleep(0.002)
+
+        try:
+            for wait in waits:
+                if isinstance(wait, Path):
+                    wait_until(partial(is_newer, wait, now))
+                else:
+                    wait_until(partial(_is_past, time.monotonic() + wait))
+            if process.poll() is None:
+                _send(process.pid, self.ranks, number)
+            wait_until(lambda: False)
+        except BaseException:  # an error, or we ourselves are stopped: leave no run behind
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        code = process.returncode
+        # torchrun itself ends with 1 when its ranks stop
+        stopped = signals.STOPPED if self.ranks == 1 else 1
+        if code not in (0, stopped if number is signal.SIGUSR1 else -number):
+            raise UserError(f"the run ended with code {code} after {number.name}; see {self.path}.log")
+        return code, time.monotonic() - begun
+
+
+def ranks_of(config: Config) -> int:
+    """How many ranks the config needs on this machine.
+
+    Raises:
+        UserError: rollouts are not deterministic, so even two undisturbed runs differ.
+    """
+    asked, actor = config.rollout.deterministic, config.actor
+    if asked is False or (asked is None and torch.cuda.is_available()):
+        raise UserError(f"rollout.deterministic: {asked}: two runs would differ anyway; a drill needs true")
+    return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel
+
+
+def _send(process: int, ranks: int, number: signal.Signals) -> None:
+    """Sends SIGKILL to the launcher and all ranks, or SIGUSR1 to the ranks alone, once they all have a handler for it.
+
+    torchrun would die of SIGUSR1 and kill the ranks.
+    """
+    if number is signal.SIGKILL:
+        os.killpg(process, number)
+        return
+    try:
+        while len(pids := _ranks(process, ranks)) < ranks or not all(_handles(pid, number) for pid in pids):
+            time.sleep(0.01)
+        for pid in pids:
+            os.kill(pid, number)
+    except (FileNotFoundError, ProcessLookupError):
+        return  # it has finished
+
+
+def _ranks(process: int, ranks: int) -> list[int]:
+    """Process ids of the ranks: the launcher's children, if there is a launcher."""
+    if ranks == 1:
+        return [process]
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _handles(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal; True for a zombie, which needs none."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return "Z" in status["State"] or bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def is_newer(file: Path, than: float) -> bool:
+    """Whether a file or directory was changed after a time of `time.time()`."""
+    try:
+        return file.stat().st_mtime > than
+    except FileNotFoundError:
+        return False
+
+
+def _is_past(moment: float) -> bool:
+    return time.monotonic() >= moment
+
+
+def differences(whole: Path, killed: Path, steps: int) -> list[str]:
+    """How the killed run differs from the undisturbed one, a line each; none if they are the same."""
+    differing = []
+    ours, theirs = (untimed(path / "metrics.jsonl") for path in (killed, whole))
+    if [line["step"] for line in ours] != list(range(1, steps + 1)):
+        differing.append(f"metrics.jsonl has the steps {[line['step'] for line in ours]}")
+    differing += [f"metrics of step {b['step']}: {a} != {b}" for a, b in zip(ours, theirs, strict=False) if a != b]
+    for folder, pattern in (("failures", "shard_*.jsonl"), ("rollouts", "step_*.jsonl")):
+        names = {file.name for path in (whole, killed) for file in (path / folder).glob(pattern)}
+        for name in sorted(names):
+            one, other = (path / folder / name for path in (whole, killed))
+            if not (one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()):
+                differing.append(f"{folder}/{name}")
+    return differing
+
+
+def untimed(file: Path) -> list[dict[str, object]]:
+    """A run's metrics by step, without times and other measurements; a last line that was cut short is left out."""
+    text = file.read_text() if file.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]
