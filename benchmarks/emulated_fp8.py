@@ -130,10 +130,10 @@ def train(name: str, arguments: Sequence[str]) -> None:
         environment.prepare = prepared
         training(arguments)
 
-    from nemo_r3 import runtime
+    from nemo_r3 import entry
 
     sys.argv = [sys.argv[0], *arguments]
-    runtime.main(emulating)
+    entry.main(emulating)
 
 
 def run(seed: int, precision: str, home: Path, more: Sequence[str] = ()) -> list[dict[str, Any]]:

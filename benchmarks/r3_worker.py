@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.worker import Channel, Stopwatch
 from benchmarks.workload import Context, Workload, wording
-from nemo_r3 import runtime
+from nemo_r3 import entry, runtime
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
@@ -200,5 +200,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    entry.main(main)
     sys.exit()

@@ -1,17 +1,13 @@
-"""The process that runs a recipe: ranks, device, seeds, and how it ends."""
+"""The ranks of a run: how they meet, their devices and their seeds."""
 
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import random
-import signal
 import socket
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +18,6 @@ import torch.distributed as dist
 
 from nemo_r3 import signals
 from nemo_r3.config import Config, check_world
-from nemo_r3.config.load import USAGE
 from nemo_r3.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -31,11 +26,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 ROUTES = Path("/proc/net/route")
-DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
-)
-"""Errors of files and directories that a user can fix."""
 
 
 @dataclass(frozen=True)
@@ -241,64 +231,6 @@ def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
 
 
-def main(recipe: Callable[[Sequence[str]], None]) -> None:
-    """Runs a recipe with the command line's arguments. A `UserError` becomes one line and exit code 2; a stop, code 75.
-
-    Every failure leaves through os._exit: at shutdown, Python would run vLLM's exit hooks, which wait for ranks that
-    are themselves waiting in a collective.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # `recipes` set it for the time of its imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        if sys.argv[1:2] in (["--help"], ["-h"]):
-            print(f"{sys.modules[recipe.__module__].__doc__}\n{USAGE}")
-        else:
-            recipe(sys.argv[1:])
-    except UserError as error:
-        _leave(f"error: {error}", 2)
-    except signals.Stopped as error:
-        _leave(f"{error}: the same command goes on from what is saved", signals.STOPPED)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
-    except Exception as error:  # noqa: BLE001  the last frame of the process
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            where = error.filename or "writing failed"
-            _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", 2)
-        if is_collective(error):
-            _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
-        _leave(traceback.format_exc(), 1)
-    sys.stdout.flush()
-
-
 def is_collective(error: BaseException) -> bool:
     """Whether a collective failed. gloo raises a bare RuntimeError, recognised by the path in its message."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
-def _of_another_rank(error: Exception) -> str:
-    """The message for a failed collective, whose cause is in another rank's log, not in this one's stack."""
-    first_line = str(error).partition("\n")[0]
-    if "connectFullMesh" in first_line:
-        message = (
-            "the ranks cannot connect to each other: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network "
-            "interface that the nodes share, under Slurm in cluster.setup"
-        )
-    elif "timed out" in first_line.lower() or "timeout" in first_line.lower():
-        message = "a collective waited for another rank until run.timeout_minutes; the stacks of all ranks say why"
-    else:
-        message = "another rank has ended, which ends this one; that one's message says why"
-    return f"{message} ({first_line})"
-
-
-def _leave(message: str, code: int, follows: bool = False) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    if follows or (rank and code != signals.STOPPED):
-        signals.restore_defaults()
-        time.sleep(
-            3
-        )  # the rank with the cause speaks first; an error of all ranks is printed by rank 0, which ends them
-    if rank:
-        message = f"[rank {rank}] {message}"
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    os._exit(code)

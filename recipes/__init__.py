@@ -9,7 +9,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is firs
 # read then, too: a thread without work sleeps, where by default it spins and takes the core from Python and others
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # a verb is being found: Ctrl-C ends it without a traceback of torch's import, until `runtime.main` says more
+    # a verb is being found: Ctrl-C ends it without a traceback of torch's import, until `entry.main` says more
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sys.argv[0] == "-m" and importlib.util.find_spec("torch") is None:
     print(

@@ -14,7 +14,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGUSR1
 
 from nemo_r3 import config as configuration
-from nemo_r3 import runtime
+from nemo_r3 import entry
 from nemo_r3.errors import UserError
 from recipes.fault_injection import PATIENCE, Launch, differences, ranks_of
 
@@ -51,4 +51,4 @@ def drill(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(drill)
+    entry.main(drill)

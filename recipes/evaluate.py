@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_r3 import runtime
+from nemo_r3 import entry
 from nemo_r3.evaluate import as_json, differences, measure, scores
 from nemo_r3.refit import refit
 from nemo_r3.report import table
@@ -49,4 +49,4 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(evaluate)
+    entry.main(evaluate)

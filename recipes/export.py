@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_r3 import capacity, runtime
+from nemo_r3 import capacity, entry
 from nemo_r3 import config as configuration
 from nemo_r3.errors import UserError
 from nemo_r3.model_card import has_results, model_card
@@ -72,4 +72,4 @@ def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    runtime.main(export)
+    entry.main(export)

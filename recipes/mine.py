@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_r3 import runtime
+from nemo_r3 import entry
 from nemo_r3.errors import UserError
 from recipes.bank import bank_rows, open_bank
 from recipes.setup import join
@@ -25,4 +25,4 @@ def mine(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(mine)
+    entry.main(mine)

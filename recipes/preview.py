@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_r3 import runtime
+from nemo_r3 import entry
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.failures.bank import MINING_STEP
 from nemo_r3.failures.tally import tally
@@ -57,4 +57,4 @@ def written(dialogue: Dialogue, trajectory: Trajectory, judged: Sequence[tuple[A
 
 
 if __name__ == "__main__":
-    runtime.main(preview)
+    entry.main(preview)

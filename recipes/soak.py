@@ -17,7 +17,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGUSR1
 
 from nemo_r3 import config as configuration
-from nemo_r3 import runtime
+from nemo_r3 import entry
 from nemo_r3.actor.manifest import complete, is_sound, latest_step
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
@@ -155,4 +155,4 @@ def rows_lost(shard: Path, whole: Path) -> int:
 
 
 if __name__ == "__main__":
-    runtime.main(soak)
+    entry.main(soak)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from nemo_r3 import runtime, signals
+from nemo_r3 import entry, runtime, signals
 from nemo_r3.algo.batch import build_update
 from nemo_r3.errors import UserError
 from nemo_r3.progress import Pace
@@ -86,4 +86,4 @@ def train(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(train)
+    entry.main(train)

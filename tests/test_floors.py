@@ -23,6 +23,7 @@ FLOORS = {
     "nemo_r3.models": 2,
     "nemo_r3.precision": 2,
     "nemo_r3.runtime": 2,
+    "nemo_r3.entry": 2,
     "nemo_r3.memory": 2,
     "nemo_r3.signals": 1,
     "nemo_r3.actor": 3,

@@ -1,13 +1,10 @@
-"""How a recipe's process ends, and which launches are refused."""
+"""Which launches are refused, what ranks share, and what seeds them."""
 
 from __future__ import annotations
 
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -19,111 +16,6 @@ from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.runtime import World
-
-SCRIPT = """
-__doc__ = "What this recipe is for."
-import atexit
-import os
-import signal
-import sys
-from pathlib import Path
-
-from nemo_r3 import runtime
-
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # as recipes/__init__.py has it while modules are imported
-from nemo_r3.errors import ConfigError
-
-def recipe(arguments):
-    print("said before", end="")
-    if arguments == ["mend"]:
-        raise ConfigError("model.path: mend me")
-    if arguments == ["bug"]:
-        raise ZeroDivisionError("a bug")
-    if arguments == ["interrupt"]:
-        raise KeyboardInterrupt
-    if arguments == ["ctrl-c"]:
-        signal.raise_signal(signal.SIGINT)
-    assert arguments == ["well", "x=1"]
-
-home, children = Path(sys.argv[1]), {}
-ways = ["0 mend", "1 mend", "0 bug", "0 interrupt", "0 ctrl-c", "0 --help", "0 well x=1"]
-for rank, *arguments in map(str.split, ways):
-    name = f"{arguments[0]} {rank}"
-    child = os.fork()  # importing torch once is enough
-    if child == 0:
-        for number, stream in ((1, "out"), (2, "err")):
-            os.dup2(os.open(home / f"{name}.{stream}", os.O_CREAT | os.O_WRONLY), number)
-        os.environ["RANK"] = rank
-        sys.argv[1:] = arguments
-        atexit.register(print, "exit hook", file=sys.stderr)
-        runtime.main(recipe)
-        sys.exit()
-    children[child] = name
-for child, name in children.items():
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    (home / f"{name}.code").write_text(str(code))
-"""
-
-
-@pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each way to end."""
-    home = tmp_path_factory.mktemp("ends")
-    subprocess.run([sys.executable, "-c", SCRIPT, str(home)], timeout=300, check=True)
-    return {
-        file.stem: (int(file.read_text()), *(file.with_suffix(f".{end}").read_text() for end in ("out", "err")))
-        for file in home.glob("*.code")
-    }
-
-
-def test_an_error_the_user_can_mend_is_one_line_and_code_2(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["mend 0"] == (2, "said before", "error: model.path: mend me\n")
-
-
-def test_another_rank_says_who_it_is(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["mend 1"] == (2, "said before", "[rank 1] error: model.path: mend me\n")
-
-
-def test_a_bug_shows_its_traceback_and_code_1(ends: dict[str, tuple[int, str, str]]) -> None:
-    code, _, errors = ends["bug 0"]
-    assert code == 1
-    assert errors.startswith("Traceback") and errors.rstrip().endswith("ZeroDivisionError: a bug")
-    assert "exit hook" not in errors, "failures must not run vLLM's exit hooks"
-
-
-def test_an_interrupt_is_one_word(ends: dict[str, tuple[int, str, str]]) -> None:
-    for end in ("interrupt 0", "ctrl-c 0"):
-        assert ends[end][0] == 130 and ends[end][2] == "interrupted\n"
-
-
-def test_help_shows_a_command_and_where_the_settings_are(ends: dict[str, tuple[int, str, str]]) -> None:
-    code, said, errors = ends["--help 0"]
-    assert (code, errors) == (0, "exit hook\n") and "python -m recipes.train" in said and "docs/config.md" in said
-    assert said.startswith("What this recipe is for.\n"), "the docstring of the recipe's module"
-
-
-INTERRUPTED = """
-import signal, sys
-{prepare}
-sys.argv[0] = "-m"  # as where Python looks for the verb
-import recipes
-signal.raise_signal(signal.SIGINT)
-print("went on")
-"""
-
-
-@pytest.mark.parametrize(
-    ("prepare", "code", "said"),
-    [("", -signal.SIGINT, ""), ("signal.signal(signal.SIGINT, signal.SIG_IGN)", 0, "went on\n")],
-)
-def test_ctrl_c_while_a_verb_is_imported_ends_it_without_a_traceback(prepare: str, code: int, said: str) -> None:
-    command = [sys.executable, "-c", INTERRUPTED.format(prepare=prepare)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
-
-
-def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["well 0"] == (0, "said before", "exit hook\n")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from pretended_gpu import pretend
 from rejection import rejection
 from shared import shared_and_separate
 
-from nemo_r3 import runtime
+from nemo_r3 import entry
 from nemo_r3.actor import checkpoint
 
 
@@ -109,4 +109,4 @@ def probe(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(probe)
+    entry.main(probe)

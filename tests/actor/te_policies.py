@@ -23,7 +23,7 @@ from pretended_gpu import pretend, storages  # noqa: E402
 from pretended_te import PRODUCTS, pretend_te  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from nemo_r3 import precision, runtime  # noqa: E402
+from nemo_r3 import entry, precision  # noqa: E402
 from nemo_r3.actor import checkpoint  # noqa: E402
 from nemo_r3.actor.manifest import latest  # noqa: E402
 from nemo_r3.actor.numerics import LayerWatch  # noqa: E402
@@ -115,4 +115,4 @@ def te_policies(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(te_policies)
+    entry.main(te_policies)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from nemo_r3 import runtime
+from nemo_r3 import entry
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.train import train
 
@@ -46,4 +46,4 @@ def take_broken_engine(rollout: Rollout, engine, dialogue, task, config, world, 
 
 how = sys.argv.pop(1)
 Rollout.__init__ = take_broken_engine
-runtime.main(train)
+entry.main(train)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_r3 import config as configuration
-from nemo_r3 import runtime
+from nemo_r3 import entry, runtime
 from nemo_r3.refit import refit
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Sampling
@@ -118,4 +118,4 @@ def batch(sampled: list[tuple[list[int], list[float], int]]) -> UpdateBatch:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    entry.main(main)
