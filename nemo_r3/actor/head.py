@@ -2,8 +2,8 @@
 
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
-Only the first chunk's logits, the largest, are kept for backward, which recomputes the others: memory does not grow
-with the number of tokens. Logits have the weights' dtype; all that follows is float32, and compiled on CUDA.
+Forward ends with the first chunk, the largest, and keeps its logits for backward, which recomputes the others: memory
+does not grow with the number of tokens. Logits have the weights' dtype; all that follows is float32, and compiled on CUDA.
 """
 
 from __future__ import annotations
@@ -69,13 +69,12 @@ class _TargetLogprobs(torch.autograd.Function):
         real = weight[: columns.count]
         local = targets - columns.start
         chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(weight))  # the same on every rank, as padding counts
-        chunks, kept = [], hidden.new_empty(0)
-        for number, (part, index) in enumerate(zip(hidden.split(chunk), local.split(chunk), strict=True)):
+        chunks = []
+        for part, index in reversed(list(zip(hidden.split(chunk), local.split(chunk), strict=True))):
             logits = part @ real.t()
-            kept = kept if number else logits
             chunks.append(_forward_chunk(logits, index, temperature, columns))
-        logprobs, entropies, totals = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        ctx.save_for_backward(hidden, weight, local, totals, kept)
+        logprobs, entropies, totals = (torch.cat(parts[::-1]) for parts in zip(*chunks, strict=True))
+        ctx.save_for_backward(hidden, weight, local, totals, logits)
         ctx.temperature, ctx.columns, ctx.chunk = temperature, columns, chunk
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies

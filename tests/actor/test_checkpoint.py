@@ -202,7 +202,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[sav
         done.append(f"begin {step}")
         return SimpleNamespace(step=step, final=directory)
 
-    monkeypatch.setattr(saver, "begin", begin)
-    monkeypatch.setattr(saver, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
+    monkeypatch.setattr(checkpoint, "begin", begin)
+    monkeypatch.setattr(checkpoint, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
     policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item), at_work=nullcontext)
     return saver.Saver(cast(Policy, policy), Path(), config, lambda: None), done

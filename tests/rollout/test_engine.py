@@ -86,7 +86,7 @@ def test_prompts_are_cut_on_a_gpu_only(engine: dict[str, Any]) -> None:
 def test_an_engine_that_slept_has_no_weights_until_it_is_given_some(engine: dict[str, Any]) -> None:
     found = engine["asleep"]
     assert (found["version"], found["slept"], found["woken"]) == (-1, [2], [[["weights"]]])
-    assert "has slept: load must bring it some first" in found["refused"]
+    assert "has slept: it needs a refit first" in found["refused"]
 
 
 def test_greedy_takes_the_likeliest_token(engine: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def test_a_stopped_step_continues_after_its_tokens(engine: dict[str, Any]) -> No
 
 def test_an_engine_that_sleeps_cannot_sample_and_is_awake_at_the_end(engine: dict[str, Any]) -> None:
     sleep = engine["sleep"]
-    assert sleep["asleep"] == ["kv_cache", "weights"] and "load must bring it some first" in sleep["refused"]
+    assert sleep["asleep"] == ["kv_cache", "weights"] and "it needs a refit first" in sleep["refused"]
     assert sleep["loaded"] == [["kv_cache"], 7] and sleep["end"] == []
 
 
