@@ -158,16 +158,18 @@ def cpu_problem(config: Config, size: Size, ranks: int, free: float) -> str | No
     """Why `ranks` ranks without GPUs cannot share a node with `free` bytes of host memory, or None.
 
     Activations and the KV cache come on top, and in a save's foreground copies of what are parts of larger tensors: the
-    weights, and the state of the feed-forward layers' gate and up.
+    weights, and the state of the feed-forward layers' gate and up. What is offloaded stays in its buffers during an
+    update, too.
     """
+    actor = size.at_work + (size.optimizer if config.actor.offload_optimizer else 0.0)
     engine = size.model / config.rollout.tensor_parallel
     copy = size.saved if config.train.save_in_background else 0.0
-    if ranks * (size.at_work + engine + copy) <= free:
+    if ranks * (actor + engine + copy) <= free:
         return None
     copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
     return (
         f"{socket.gethostname()} has {free / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
-        f"({ranks} here) needs {size.at_work / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
+        f"({ranks} here) needs {actor / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
         "share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
         "(algo.kl_beta=0), or use a machine with more memory"
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,8 +63,13 @@ class Launch:
         Raises:
             UserError: the run failed.
         """
-        begun = time.monotonic()
-        if code := self.start().wait():
+        process, begun = self.start(), time.monotonic()
+        try:
+            code = process.wait()
+        except BaseException:  # we ourselves are stopped: leave no run behind
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        if code:
             raise UserError(f"{self.path} ended with code {code} although nothing disturbed it; see {self.path}.log")
         return time.monotonic() - begun
 
@@ -96,7 +102,7 @@ class Launch:
                 else:
                     wait_until(partial(_is_past, time.monotonic() + wait))
             if process.poll() is None:
-                _send(process.pid, self.ranks, number)
+                _send(process, self.ranks, number)
             wait_until(lambda: False)
         except BaseException:  # an error, or we ourselves are stopped: leave no run behind
             os.killpg(process.pid, signal.SIGKILL)
@@ -121,21 +127,22 @@ def ranks_of(config: Config) -> int:
     return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel
 
 
-def _send(process: int, ranks: int, number: signal.Signals) -> None:
+def _send(process: subprocess.Popen[bytes], ranks: int, number: signal.Signals) -> None:
     """Sends SIGKILL to the launcher and all ranks, or SIGUSR1 to the ranks alone, once they all have a handler for it.
 
     torchrun would die of SIGUSR1 and kill the ranks.
     """
     if number is signal.SIGKILL:
-        os.killpg(process, number)
+        os.killpg(process.pid, number)
         return
-    try:
-        while len(pids := _ranks(process, ranks)) < ranks or not all(_handles(pid, number) for pid in pids):
+    with suppress(FileNotFoundError, ProcessLookupError):  # a rank has finished
+        while process.poll() is None:
+            pids = _ranks(process.pid, ranks)
+            if len(pids) >= ranks and all(_handles(pid, number) for pid in pids):
+                for pid in pids:
+                    os.kill(pid, number)
+                return
             time.sleep(0.01)
-        for pid in pids:
-            os.kill(pid, number)
-    except (FileNotFoundError, ProcessLookupError):
-        return  # it has finished
 
 
 def _ranks(process: int, ranks: int) -> list[int]:

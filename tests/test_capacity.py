@@ -116,20 +116,21 @@ def test_ranks_share_the_memory_of_their_own_node_and_all_hear_what_any_lacks(
 
 
 @pytest.mark.parametrize(
-    ("tensor", "ranks", "background", "free", "expected"),
+    ("tensor", "ranks", "background", "offload", "free", "expected"),
     [
-        (1, 1, False, 32, None),
-        (1, 1, False, 31, "31.0 GiB .*1 here. needs 28.8 for the actor, 2.9 for vLLM's weights: share"),
-        (1, 1, True, 50, "2.9 for vLLM's weights and 20.1 for what train.save_in_background=true copies"),
-        (2, 2, False, 35, None),
-        (1, 2, False, 35, "2 here. needs 20.1 for the actor"),
+        (1, 1, False, False, 32, None),
+        (1, 1, False, False, 31, "31.0 GiB .*1 here. needs 28.8 for the actor, 2.9 for vLLM's weights: share"),
+        (1, 1, True, False, 50, "2.9 for vLLM's weights and 20.1 for what train.save_in_background=true copies"),
+        (1, 1, False, True, 48, "needs 46.0 for the actor"),
+        (2, 2, False, False, 35, None),
+        (1, 2, False, False, 35, "2 here. needs 20.1 for the actor"),
     ],
 )
 def test_without_a_gpu_host_memory_holds_actor_and_engine(
-    tensor: int, ranks: int, background: bool, free: int, expected: str | None
+    tensor: int, ranks: int, background: bool, offload: bool, free: int, expected: str | None
 ) -> None:
     config = config_of(tensor)
-    config.train.save_in_background = background
+    config.train.save_in_background, config.actor.offload_optimizer = background, offload
     size = capacity.size_of(config, shape("qwen2.5-1.5b"), ranks)
     assert_is(capacity.cpu_problem(config, size, ranks, free * GIB), expected)
 

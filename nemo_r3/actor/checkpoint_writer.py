@@ -51,9 +51,8 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         request = self.async_save(sharded_state_dict, Path(checkpoint_dir), **strategy)
         if request.async_fn is not None:
             _, buckets, results = request.async_fn_args
-            on_cpu = FileSystemWriterAsync.preload_tensors(
-                buckets, False
-            )  # not in pinned memory, which torch would keep
+            # not in pinned memory, which torch would keep
+            on_cpu = FileSystemWriterAsync.preload_tensors(buckets, False)
             self._files = [Path(bucket[0]) for bucket in buckets]
             self._work = request.async_fn.args[0], _copied(on_cpu, buckets) if self._copies else on_cpu, results
         self._finish = request.finalize_fns

@@ -76,13 +76,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DamagedError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
     found = manifest if isinstance(manifest, dict) else {}
-    if wrong := sorted(name for name, kind in FIELDS.items() if not isinstance(found.get(name), kind)):
-        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it has no proper {', '.join(wrong)}; {WAY_OUT}")
-    if (form := found.get("format", 1)) != FORMAT:
+    wrong = sorted(name for name, kind in FIELDS.items() if not isinstance(found.get(name), kind))
+    form = found.get("format", FORMAT if wrong else 1)  # the first format did not say so; others may have other fields
+    if form != FORMAT:
         raise UserError(
             f"{checkpoint} has format {form}, and this version of nemo_r3 reads format {FORMAT}: continue or export "
             "the run with the version that wrote it; a new run can start from that export"
         )
+    if wrong:
+        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: it has no proper {', '.join(wrong)}; {WAY_OUT}")
     return found
 
 

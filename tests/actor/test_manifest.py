@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,14 +81,17 @@ def test_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
         read_manifest(unsaid)
 
 
-def test_another_version_s_checkpoint_is_no_damage(tmp_path: Path) -> None:
-    """It must not be set aside."""
-    manifest = read_manifest(saved(tmp_path))
-    del manifest["format"]  # which the first format did not have
-    (step_path(tmp_path, 1) / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(
-        UserError, match=r"step_000001 has format 1, and this version of nemo_r3 reads format 2: "
-    ) as caught:
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [({"format": None}, 1), ({"format": 3, "files": None, "shards": {}}, 3)],  # the first format did not say so
+)
+def test_another_version_s_checkpoint_is_no_damage(tmp_path: Path, change: dict[str, Any], number: int) -> None:
+    """It must not be set aside, even if its fields are others."""
+    manifest = read_manifest(saved(tmp_path)) | change
+    whole = {name: value for name, value in manifest.items() if value is not None}
+    (step_path(tmp_path, 1) / MANIFEST).write_text(json.dumps(whole))
+    expected = f"step_000001 has format {number}, and this version of nemo_r3 reads format 2: "
+    with pytest.raises(UserError, match=expected) as caught:
         read_manifest(step_path(tmp_path, 1))
     assert not isinstance(caught.value, DamagedError)
 
