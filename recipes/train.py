@@ -81,8 +81,8 @@ def train(argv: Sequence[str]) -> None:
         checkpoints.keep_turns(setup, rollout, counters.step + 1)
         raise
     saver.finish()
-    rollout.engine.end()
     conclude(setup, argv)
+    rollout.engine.end()
 
 
 if __name__ == "__main__":

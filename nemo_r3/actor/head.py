@@ -3,7 +3,7 @@
     hidden states at the sources --chunk by chunk--> logits of this rank's columns -> log-sum-exp over all ranks
 
 Forward ends with the first chunk, the largest, and keeps its logits for backward, which recomputes the others: memory
-does not grow with the number of tokens. Logits have the weights' dtype; all that follows is float32, and compiled on CUDA.
+does not grow with the number of tokens. Logits have the weights' dtype; all else is float32, and compiled on CUDA.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class _TargetLogprobs(torch.autograd.Function):
                 d_weight[: ctx.columns.count] += d_logits.t() @ part
             else:
                 torch.mm(d_logits.t(), part, out=d_weight[: ctx.columns.count])
+            del logits, d_logits  # before the next chunk's are made
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 

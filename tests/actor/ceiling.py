@@ -16,7 +16,7 @@ from nemo_r3.types import UpdateBatch
 
 VOCAB = 150_000
 GROUPS = [(60, [256] * 8)]
-ROOM = 1_000 * 2**20
+ROOM = 900 * 2**20
 """Bytes that the update may add; float32 logits at its 2,048 trained positions alone take 1,170 MiB."""
 
 
