@@ -124,7 +124,7 @@ def finish(saving: Saving, keep: int) -> Path:
         _wait_for_shards(saving)
         saving.strategy.finish()
         sums = {name: total for part in world.gather(saving.strategy.sums) for name, total in part.items()}
-        names: list[str] = world.broadcast([file.name for file in saving.writing.iterdir()])
+        names = world.broadcast([file.name for file in saving.writing.iterdir()] if world.is_main else [])
         sums |= _file_sums(saving.writing, sorted(set(names) - set(sums)), world)
         if UNREADABLE in sums.values():
             raise OSError(errno.EIO, "what was written cannot be read back")
