@@ -116,8 +116,6 @@ def start(config: Config) -> World:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     check_world(config, size)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core orders its overlaps by it
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
     on_cuda = _has_cuda(local)
     device = torch.device("cuda", local) if on_cuda else torch.device("cpu")
     if on_cuda:
@@ -127,7 +125,11 @@ def start(config: Config) -> World:
     signals.watch(timeout.total_seconds())
     _name_interface(size)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    store = None
+    if size == 1 and "MASTER_PORT" not in os.environ:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True, timeout=timeout)  # finds a free port
+        os.environ["MASTER_PORT"] = str(store.port)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     objects = dist.new_group(backend="gloo", timeout=timeout)
     assert objects is not None
     atexit.register(_end_groups)
@@ -211,12 +213,6 @@ def default_interface(routes: str) -> str | None:
     rows = [line.split() for line in routes.splitlines()[1:]]
     defaults = [(int(row[6]), row[0]) for row in rows if len(row) > 7 and row[1] == row[7] == "00000000"]
     return min(defaults)[1] if defaults else None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 def seed_generators(seed: int, step: int) -> None:
