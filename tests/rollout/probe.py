@@ -19,8 +19,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from parity import Parity
+from random_models import make_models
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
@@ -28,59 +29,10 @@ from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import architecture_of
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Completion, Sampling
-from nemo_r3.tasks.protocol import Wording
-from nemo_r3.types import Failure, Group, Problem, Trajectory
+from nemo_r3.types import Failure, Group, Trajectory
 
-CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 STOPS = range(4, 34)  # a random model hardly ever says <|end|>: with these one turn in a few ends early
 TEMPERATURE = 0.7
-
-
-class Parity:
-    """A task that any model solves half the time."""
-
-    name = "parity"
-    verifier = "parity-1"
-    wording = Wording("{text}", "What went wrong?", "Try again.")
-
-    def problems(self, split: str) -> list[Problem]:
-        return [Problem(f"p{i}", f"say {'one two three ' * (1 + 3 * (i % 3))}{i}", {}) for i in range(5)]
-
-    def verify(self, problem: Problem, text: str) -> bool:
-        return len(text) % 2 == 0
-
-
-def make_models(home: Path) -> None:
-    """Two tied Llamas, a and b, with 307 rows in the embedding: more than tokens, and a multiple of nothing."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["say one two three, what went wrong? try again"] * 5, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
-    fast.chat_template = CHAT
-    shape = LlamaConfig(
-        vocab_size=307,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-        eos_token_id=0,
-        pad_token_id=3,
-    )
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(shape).float().save_pretrained(home / name)
-        fast.save_pretrained(home / name)
 
 
 def settings(home: Path, tensor_parallel: int) -> Config:
