@@ -121,13 +121,22 @@ def submit(arrays: Sequence[JobArray]) -> str:
             with redirect_stderr(StringIO()):  # submitit prints what it raises
                 jobs = executor.submit_array(array.stages)
         except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
-            if submitted:
-                ask("scancel", *(job for _, job in submitted))
-            raise UserError(f"Slurm refused {array.recipe}: {' '.join(str(error).split())}") from error
+            left = _take_back([job for _, job in submitted])
+            raise UserError(f"Slurm refused {array.recipe}: {' '.join(str(error).split())}{left}") from error
         submitted += [(stage, job.job_id) for stage, job in zip(array.stages, jobs, strict=True)]
         before, last = array, jobs[0].job_id.partition("_")[0]
     record(folder, submitted)
     return "\n".join(f"{stage.name}: job {job}" for stage, job in submitted)
+
+
+def _take_back(jobs: Sequence[str]) -> str:
+    """Cancels jobs of a chain that is incomplete; says which are left, if Slurm refuses that too."""
+    try:
+        if jobs:
+            ask("scancel", *jobs)
+    except UserError as error:
+        return f"; cancel {' '.join(jobs)} yourself: {error}"
+    return ""
 
 
 def refuse_another(folder: Path) -> None:

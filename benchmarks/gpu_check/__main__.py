@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -141,8 +142,9 @@ def _gpu(asked: str = "name,driver_version") -> str:
 
 
 def _memory() -> float:
-    """GiB of the smallest GPU; 0 without one."""
-    return min((float(line) / 1024 for line in _gpu("memory.total").splitlines()), default=0.0)
+    """GiB of the smallest GPU; 0 without one, unlimited where nvidia-smi cannot tell ("[N/A]")."""
+    sizes = [line.strip() for line in _gpu("memory.total").splitlines()]
+    return min((float(size) / 1024 if size.isdecimal() else math.inf for size in sizes), default=0.0)
 
 
 def _wait(command: list[str], log: Path, limit: float) -> str:

@@ -41,6 +41,8 @@ def test_a_check_is_skipped_where_its_gpu_is_too_small(tmp_path: Path, monkeypat
     skipped = run(check, "cuda", small=False)
     assert skipped == {"status": "skipped", "seconds": 0.0, "reason": "needs 120 GiB on a GPU, found 80"}
     assert run(check, "cpu", small=False)["status"] == run(check, "cuda", small=True)["status"] == "failed"
+    smi.write_text("#!/bin/sh\necho '[N/A]'\n")  # as it answers on GPUs that share the host's memory
+    assert run(check, "cuda", small=False)["status"] == "failed"
 
 
 def test_a_check_that_fails_midway_says_what_it_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,17 @@ def test_a_chain_that_slurm_refuses_half_way_is_taken_back_and_the_refused_stage
     assert "has no chain" in launch("status", f"{tmp_path}/run").stderr
 
 
+def test_a_half_chain_that_cannot_be_taken_back_is_left_to_the_user_by_name(tmp_path: Path) -> None:
+    slurm = slurm_that_refuses(tmp_path, after=1)
+    (tmp_path / "scancel").write_text("#!/bin/sh\necho 'scancel: error: busy' >&2; exit 1\n")
+    done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", environment=slurm)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: Slurm refused train: sbatch: error: no controller; cancel 1 yourself: "
+        "`scancel 1` failed: scancel: error: busy\n"
+    )
+
+
 def test_a_later_stage_that_a_chain_cannot_submit_is_refused_before_the_first_is_submitted(tmp_path: Path) -> None:
     slurm = slurm_that_refuses(tmp_path, after=9)
     settings = (f"run.dir={tmp_path}/run", "cluster.time_minutes=60", "--train", "cluster.time_minutes=0")
