@@ -80,10 +80,10 @@ def _cutter(limit: int) -> Callable[[str], str]:
     """Cuts a text to `limit` characters, two thirds of them from its beginning, and says how long it is."""
 
     def cut(text: str) -> str:
-        text = visible(text)
-        if len(text) <= limit:
-            return text
-        head, tail = text[: limit * 2 // 3], text[len(text) - limit // 3 :]
+        if len(text) <= limit and len(shown := visible(text)) <= limit:
+            return shown
+        of_head, of_tail = limit * 2 // 3, limit // 3  # what is HIDDEN grows by being shown
+        head, tail = visible(text[:of_head])[:of_head], visible(text[-of_tail:])[-of_tail:]
         return f"{head}\n[... cut here: {len(text):,} characters in all ...]\n{tail}"
 
     return cut
