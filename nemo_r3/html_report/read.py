@@ -51,9 +51,10 @@ def read_run(config: Config) -> RunFiles:
     metrics = [line for line in read_lines(path / "metrics.jsonl", unread) if math.isfinite(number(line, "step"))]
     files = {file.stem.removeprefix("step_"): file for file in (path / "rollouts").glob("step_*.jsonl")}
     rollouts = {int(name): file for name, file in files.items() if name.isdecimal()}
+    config = _recorded(path / "config.yaml", unread) or config
     return RunFiles(
         path,
-        _recorded(path / "config.yaml", unread) or config,
+        config,
         sorted(metrics, key=lambda line: line["step"]),
         dict(sorted(rollouts.items())),
         _object(path / "summary.json", unread),
