@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from nemo_r3 import signals
 from nemo_r3.config.load import USAGE
 from nemo_r3.errors import UserError
-from nemo_r3.runtime import is_collective
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
@@ -45,6 +44,8 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "writing failed"
             _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", 2)
+        from nemo_r3.runtime import is_collective  # torch, which recipes.report does without
+
         if is_collective(error):
             _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)

@@ -33,7 +33,7 @@ BEFORE_A_RUN = {"failures", "logs", "chain", "slurm.json", "drill", "lost+found"
 """What may be in a directory before there is a run: from Slurm's scripts, a drill or a mount point."""
 NOTES = {".log", ".txt", ".out", ".err"}
 """Suffixes of files that a user may put there, such as the run's own output."""
-LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "tensorboard", "curve.png")
+LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "tensorboard", "curve.png", "report.html")
 """What belongs to the steps of one training."""
 
 

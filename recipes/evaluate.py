@@ -10,6 +10,7 @@ from nemo_r3.evaluate import as_json, differences, measure, scores
 from nemo_r3.refit import refit
 from nemo_r3.report import table
 from recipes.metrics import versions, warn_of_long_problems, warn_of_truncated_answers
+from recipes.outcome import report
 from recipes.setup import join
 from recipes.start import start_policy, start_rollout
 
@@ -46,6 +47,7 @@ def evaluate(argv: Sequence[str]) -> None:
     summary = run.add_to_summary(**entries, versions=versions())
     run.write_verdicts(problems, failures, verdicts)
     progress.say(table(summary))
+    report(setup)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What a training run shows: its learning curve, as it goes, and a line at its end."""
+"""What a run shows: its learning curve, as it goes, its report, and a line at its end."""
 
 from __future__ import annotations
 
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from nemo_r3.errors import UserError
+from nemo_r3.html_report import write_report
 from nemo_r3.report import curve, read_metrics
 from recipes.metrics import versions
 from recipes.setup import Setup
@@ -19,10 +21,23 @@ AT_EACH_END = 5
 def draw_curve(setup: Setup) -> None:
     """Draws the steps so far to curve.png; only warns if that fails."""
     if setup.world.is_main:
-        try:
+        with _only_a_warning("curve.png"):
             curve(setup.run.metrics, setup.run.path / "curve.png")
-        except Exception as error:  # noqa: BLE001  a picture must not end a run
-            print(f"warning: no curve.png: {error}", file=sys.stderr, flush=True)
+
+
+def report(setup: Setup) -> None:
+    """Writes the run so far to report.html and says where; only warns if that fails."""
+    if setup.world.is_main:
+        with _only_a_warning("report.html"):
+            setup.progress.say(f"report: {write_report(setup.config)}")
+
+
+@contextmanager
+def _only_a_warning(file: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  a picture must not end a run
+        print(f"warning: no {file}: {error}", file=sys.stderr, flush=True)
 
 
 def conclude(setup: Setup, argv: Sequence[str]) -> None:
@@ -32,6 +47,7 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
     if not setup.world.is_main or not config.train.steps:
         return
     draw_curve(setup)
+    report(setup)
     try:
         success = [line["retry_success"] for line in read_metrics(run.metrics)]
     except UserError:

@@ -35,6 +35,7 @@ FLOORS = {
     "nemo_r3.export": 4,
     "nemo_r3.model_card": 4,
     "nemo_r3.failures": 4,
+    "nemo_r3.html_report": 4,
     "nemo_r3.progress": 0,
     "nemo_r3.report": 4,
     "nemo_r3.run_directory": 4,

@@ -1,11 +1,11 @@
-"""`diff_for_resume`: the settings that a resumed run may not change."""
+"""`differing`: the settings that two configs do not share; `diff_for_resume`: those that a resumed run must."""
 
 from __future__ import annotations
 
 from functools import reduce
 from typing import Any
 
-from nemo_r3.config.schema import leaves, show
+from nemo_r3.config.schema import Leaf, leaves, show
 from nemo_r3.config.tree import Config
 
 
@@ -14,9 +14,17 @@ def diff_for_resume(old: Config, new: Config) -> list[str]:
 
     Settings marked `resume=True` (layout, train.steps, paths, logging) may differ.
     """
-    fixed = [leaf.key for leaf in leaves(Config) if not leaf.field.metadata["resume"]]
-    pairs = [(key, _get(old, key), _get(new, key)) for key in fixed]
-    return [f"{key}: {show(before)} -> {show(after)}" for key, before, after in pairs if before != after]
+    return [
+        f"{leaf.key}: {show(before)} -> {show(after)}"
+        for leaf, before, after in differing(old, new)
+        if not leaf.field.metadata["resume"]
+    ]
+
+
+def differing(old: Config, new: Config) -> list[tuple[Leaf, Any, Any]]:
+    """The settings whose values differ, with both values."""
+    compared = [(leaf, _get(old, leaf.key), _get(new, leaf.key)) for leaf in leaves(Config)]
+    return [(leaf, before, after) for leaf, before, after in compared if before != after]
 
 
 def _get(config: Config, key: str) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from nemo_r3.config import Config
-from recipes.outcome import change, conclude, draw_curve
+from nemo_r3.config.run import RunConfig
+from recipes.outcome import change, conclude, draw_curve, report
 
 
 def a_setup(path: Path, said: list[str], ranks: int = 1) -> Any:
@@ -19,7 +20,7 @@ def a_setup(path: Path, said: list[str], ranks: int = 1) -> Any:
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return SimpleNamespace(
         run=run,
-        config=Config(),
+        config=Config(run=RunConfig(dir=str(path))),
         world=SimpleNamespace(is_main=True, size=ranks),
         progress=SimpleNamespace(say=said.append),
     )
@@ -33,8 +34,9 @@ def test_a_finished_run_says_what_it_reached_and_what_comes_next(tmp_path: Path,
     said: list[str] = []
     conclude(a_setup(tmp_path, said, ranks), ["my.yaml", "run.dir=a b"])
     reached = "retry success 0.30 -> 0.80 (mean of the first and last 5 steps)"
-    assert said == [f"done: {reached}; curve: {tmp_path}/curve.png; next: {following}"]
-    assert (tmp_path / "curve.png").exists()
+    done = f"done: {reached}; curve: {tmp_path}/curve.png; next: {following}"
+    assert said == [f"report: {tmp_path}/report.html", done]
+    assert (tmp_path / "curve.png").exists() and (tmp_path / "report.html").exists()
 
 
 def test_few_steps_are_compared_by_halves() -> None:
@@ -45,5 +47,8 @@ def test_few_steps_are_compared_by_halves() -> None:
 def test_a_picture_that_cannot_be_drawn_is_only_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup = a_setup(tmp_path, [])
     (tmp_path / "curve.png").mkdir()
+    (tmp_path / "report.html").mkdir()
     draw_curve(setup)
-    assert "warning: no curve.png: cannot write" in capsys.readouterr().err
+    report(setup)
+    told = capsys.readouterr().err
+    assert "warning: no curve.png: cannot write" in told and "warning: no report.html: " in told

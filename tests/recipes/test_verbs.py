@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.metadata
 import json
 import math
@@ -20,6 +21,7 @@ from nemo_r3 import signals
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
+from nemo_r3.report import rates
 from nemo_r3.run_directory import MEASURED
 from nemo_r3.tasks import load as load_task
 from nemo_r3.types import Phase, Segment
@@ -152,6 +154,16 @@ def test_the_summary_has_before_and_after(trained: Path) -> None:
     assert {"rollout", "update", "refit"} <= summary["seconds"].keys()
     assert summary["versions"]["torch"] == importlib.metadata.version("torch")
     assert Path(summary["export"]).is_dir()
+
+
+def test_the_report_shows_what_was_written_and_what_was_measured(trained: Path, bank: Path) -> None:
+    of_evaluate = (trained / "report.html").read_text()
+    assert run("report", *settings(bank, trained)).stdout == f"report: {trained}/report.html\n"
+    summary = json.loads((trained / "summary.json").read_text())
+    best = max(lines(trained / "rollouts" / "step_000004.jsonl"), key=lambda row: row["advantage"])
+    for page in map(html.unescape, (of_evaluate, (trained / "report.html").read_text())):
+        assert "4 of 4 steps" in page and all(cell in page for row in rates(summary) for cell in row)
+        assert best["reflection"] in page and best["retry"] in page
 
 
 def test_an_answer_limit_that_is_too_low_is_seen(tmp_path: Path) -> None:

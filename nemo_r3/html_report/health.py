@@ -1,0 +1,120 @@
+"""What of a run's metrics deserves a look: steps that were marked, turns that were cut, and where the time went."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_r3.config.train import TrainConfig
+from nemo_r3.html_report.read import number
+
+Metrics = Sequence[Mapping[str, Any]]
+
+ENDS = 5
+"""How many steps are averaged at the beginning and at the end."""
+MOST_NAMED = 12
+SHARES = {
+    "attempts_truncated": "first answers cut at their limit",
+    "truncated": "reflections cut at their limit",
+    "retries_truncated": "retries cut at their limit",
+    "reflection_solves": "reflections that give the answer away",
+}
+SPEEDS = {
+    "speed/rollout_tokens": "tokens sampled per second, all ranks",
+    "speed/update_tflops": "TFLOP/s per rank, update",
+    "speed/update_mfu": "MFU, update",
+    "speed/rollout_mfu": "MFU, rollout",
+}
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Steps with something in common; `steps` names the first of them."""
+
+    what: str
+    count: int
+    steps: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share at the beginning, at the end, and where it was highest."""
+
+    what: str
+    first: float
+    last: float
+    highest: float
+    at: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Wall seconds of a phase, and the steps' mean and share of them; NaN for a phase that is not a step's."""
+
+    name: str
+    seconds: float
+    per_step: float
+    share: float
+
+
+def marked_steps(metrics: Metrics, config: TrainConfig) -> list[Marked]:
+    """What steps were marked with in the log, and how often; also steps that metrics.jsonl lacks."""
+    steps = [int(line["step"]) for line in metrics]
+    warn = config.mismatch_warn
+    found = {
+        f"MISMATCH: token_mult_prob_error above train.mismatch_warn={warn}": [
+            step for step, line in zip(steps, metrics, strict=True) if number(line, "token_mult_prob_error") > warn
+        ],
+        "update skipped: NaN or Inf in the gradient, or all tokens rejected": [
+            step for step, line in zip(steps, metrics, strict=True) if number(line, "skipped") > 0
+        ],
+        "nothing to train on: no group with both outcomes": [
+            step for step, line in zip(steps, metrics, strict=True) if math.isnan(number(line, "loss"))
+        ],
+        "not in metrics.jsonl": sorted(set(range(1, max(steps, default=0) + 1)) - set(steps)),
+    }
+    return [Marked(what, len(those), _named(those)) for what, those in found.items()]
+
+
+def shares(metrics: Metrics) -> list[Share]:
+    """SHARES at both ends of the run, without those that were not measured."""
+    rows = []
+    for name, what in SHARES.items():
+        known = [(number(line, name), int(line["step"])) for line in metrics if not math.isnan(number(line, name))]
+        if known:
+            values, (highest, at) = [value for value, _ in known], max(known, key=lambda pair: pair[0])
+            first, last = statistics.fmean(values[:ENDS]), statistics.fmean(values[-ENDS:])
+            rows.append(Share(what, first, last, highest, at))
+    return rows
+
+
+def phases(metrics: Metrics, summary: Mapping[str, Any]) -> list[Phase]:
+    """Where the time went: the phases of the logged steps, then those that only summary.json has."""
+    names = dict.fromkeys(key for line in metrics for key in line if key.startswith("time/"))
+    spent = {
+        name.removeprefix("time/"): [value for line in metrics if not math.isnan(value := number(line, name))]
+        for name in names
+        if not name.startswith("time/cpu_")
+    }
+    whole = sum(map(sum, spent.values())) or math.nan
+    of_steps = [Phase(name, sum(took), sum(took) / len(metrics), sum(took) / whole) for name, took in spent.items()]
+    others = summary.get("seconds", {})
+    return of_steps + [
+        Phase(name, number(took, "wall"), math.nan, math.nan) for name, took in others.items() if name not in spent
+    ]
+
+
+def speeds(metrics: Metrics) -> dict[str, float]:
+    """The median step's SPEEDS, by what they are."""
+    known = {
+        what: [value for line in metrics if not math.isnan(value := number(line, name))]
+        for name, what in SPEEDS.items()
+    }
+    return {what: statistics.median(values) for what, values in known.items() if values}
+
+
+def _named(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps[:MOST_NAMED])) + (", ..." if len(steps) > MOST_NAMED else "")

@@ -1,0 +1,113 @@
+"""`read_run`: what a run directory holds, be the run unfinished or some of its files lost or cut."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_r3.config import Config, load
+from nemo_r3.errors import ConfigError, UserError, in_one_line
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What was read of a run.
+
+    Attributes:
+        path: the run directory.
+        config: the settings recorded there, or else those that were given.
+        metrics: metrics.jsonl, one mapping per step, in the order of steps.
+        rollouts: the files of rollouts/ by step, in the order of steps.
+        summary: summary.json; empty if there is none.
+        bank: the failure bank's bank.json; empty if there is none.
+        unread: what could not be read, for people.
+    """
+
+    path: Path
+    config: Config
+    metrics: list[dict[str, Any]]
+    rollouts: dict[int, Path]
+    summary: dict[str, Any]
+    bank: dict[str, Any]
+    unread: list[str]
+
+
+def read_run(config: Config) -> RunFiles:
+    """Reads the run in `run.dir`, all but its rollouts.
+
+    Args:
+        config: what names the directory; its other settings count where none are recorded.
+
+    Raises:
+        UserError: the directory holds no run.
+    """
+    path, unread = Path(config.run.dir), list[str]()
+    if not any((path / name).exists() for name in ("metrics.jsonl", "rollouts", "summary.json", "failures/bank.json")):
+        raise UserError(f"run.dir: {path} holds nothing to report: no metrics, rollouts, evaluation or failure bank")
+    metrics = [line for line in read_lines(path / "metrics.jsonl", unread) if math.isfinite(number(line, "step"))]
+    files = {file.stem.removeprefix("step_"): file for file in (path / "rollouts").glob("step_*.jsonl")}
+    rollouts = {int(name): file for name, file in files.items() if name.isdecimal()}
+    config = _recorded(path / "config.yaml", unread) or config
+    return RunFiles(
+        path,
+        config,
+        sorted(metrics, key=lambda line: line["step"]),
+        dict(sorted(rollouts.items())),
+        _object(path / "summary.json", unread),
+        _object(Path(config.failures.path) / "bank.json", unread),
+        unread,
+    )
+
+
+def read_lines(file: Path, unread: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one per line; what cannot be read is counted in `unread`."""
+    if not file.exists():
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        unread.append(f"{file} ({error.strerror})")
+        return []
+    found = [value for value in map(_parsed, lines) if isinstance(value, dict)]
+    if damaged := len(lines) - len(found):
+        unread.append(f"{damaged} of the {len(lines)} lines of {file}")
+    return found
+
+
+def number(line: Mapping[str, Any], name: str) -> float:
+    """A metric; NaN if it is absent, null or no number."""
+    value = line.get(name)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _recorded(file: Path, unread: list[str]) -> Config | None:
+    try:
+        return load([str(file)]) if file.exists() else None
+    except ConfigError as error:
+        unread.append(f"{in_one_line(error)}; the settings below are those of the command line")
+        return None
+
+
+def _object(file: Path, unread: list[str]) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        value = _parsed(file.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        value = error.strerror
+    if isinstance(value, dict):
+        return value
+    unread.append(str(file))
+    return {}
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value; None if it is not one."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,146 @@
+"""Which of a run's dialogues are shown: of some steps, of some groups, the best and the worst reflections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_r3.html_report.read import number, read_lines
+
+STEPS = 10
+GROUPS = 6
+EQUAL_GROUPS = 2
+"""So many of a step's groups are shown, and so many of these have only passing or only failing retries."""
+REFLECTIONS = 16
+COMPARED = 3
+
+
+@dataclass(frozen=True)
+class Written:
+    """One reflection and its retry, as rollouts/ has them, and whether they were cut at their limits."""
+
+    reflection: str
+    retry: str
+    passed: bool
+    advantage: float
+    cut: bool
+    retry_cut: bool
+    solves: bool
+
+    @property
+    def tags(self) -> set[str]:
+        """What the page's filter selects by."""
+        tags = {"passed" if self.passed else "failed"}
+        return tags | ({"cut"} if self.cut or self.retry_cut else set()) | ({"solves"} if self.solves else set())
+
+
+@dataclass(frozen=True)
+class WrittenGroup:
+    """A failure and its reflections in the order of sampling; texts are empty where they were lost."""
+
+    number: int
+    problem_id: str
+    problem: str
+    attempt: str
+    reflections: list[Written]
+
+    @property
+    def passed(self) -> int:
+        """How many retries pass."""
+        return sum(it.passed for it in self.reflections)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some retries pass and some fail: only then does the group teach."""
+        return 0 < self.passed < len(self.reflections)
+
+    @property
+    def best(self) -> Written:
+        """The reflection with the highest advantage."""
+        return max(self.reflections, key=lambda it: it.advantage)
+
+    @property
+    def shown(self) -> list[Written]:
+        """The highest advantages first: all of a small group, the highest and the lowest of a large one."""
+        ordered = sorted(self.reflections, key=lambda it: -it.advantage)
+        if len(ordered) <= REFLECTIONS:
+            return ordered
+        return ordered[: REFLECTIONS // 2] + ordered[-REFLECTIONS // 2 :]
+
+    @property
+    def tags(self) -> set[str]:
+        """The tags of the reflections that are shown."""
+        return {tag for it in self.shown for tag in it.tags}
+
+
+@dataclass(frozen=True)
+class WrittenStep:
+    """A step's groups."""
+
+    step: int
+    groups: list[WrittenGroup]
+
+    @property
+    def shown(self) -> list[WrittenGroup]:
+        """At most GROUPS of them: mixed ones, and EQUAL_GROUPS or what is left of others."""
+        mixed = [group for group in self.groups if group.is_mixed]
+        equal = [group for group in self.groups if not group.is_mixed][: max(EQUAL_GROUPS, GROUPS - len(mixed))]
+        return sorted(mixed[: GROUPS - len(equal)] + equal, key=lambda group: group.number)
+
+    @property
+    def best(self) -> list[tuple[WrittenGroup, Written]]:
+        """The reflections with the highest advantages, each of another group."""
+        tops = sorted(self.groups, key=lambda group: -group.best.advantage)
+        return [(group, group.best) for group in tops[:COMPARED]]
+
+    @property
+    def first(self) -> list[tuple[WrittenGroup, Written]]:
+        """The first reflections of the first groups: a sample that nobody chose."""
+        return [(group, group.reflections[0]) for group in self.groups[:COMPARED]]
+
+
+def read_steps(rollouts: dict[int, Path], unread: list[str]) -> list[WrittenStep]:
+    """The steps to show: the first, the last and some evenly spaced ones between."""
+    steps = [WrittenStep(step, _groups(read_lines(rollouts[step], unread))) for step in spaced(list(rollouts), STEPS)]
+    return [step for step in steps if step.groups]
+
+
+def spaced(values: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the values, evenly spaced, with the first and the last."""
+    last = len(values) - 1
+    if last < count:
+        return list(values)
+    return [values[round(place * last / (count - 1))] for place in range(count)]
+
+
+def _groups(lines: Sequence[dict[str, Any]]) -> list[WrittenGroup]:
+    by_number: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        if isinstance(line.get("group"), int) and isinstance(line.get("reflection"), str):
+            by_number.setdefault(line["group"], []).append(line)
+    return [_group(number, own) for number, own in sorted(by_number.items())]
+
+
+def _group(number_: int, lines: list[dict[str, Any]]) -> WrittenGroup:
+    shared = next((line for line in lines if "problem" in line), {})
+    written = [
+        Written(
+            line["reflection"],
+            str(line.get("retry", "")),
+            number(line, "reward") > 0,
+            number(line, "advantage"),
+            line.get("finish_reason") == "length",
+            line.get("retry_finish_reason") == "length",
+            line.get("reflection_solves") is True,
+        )
+        for line in lines
+    ]
+    return WrittenGroup(
+        number_,
+        str(lines[0].get("problem_id", "")),
+        str(shared.get("problem", "")),
+        str(shared.get("attempt", "")),
+        written,
+    )

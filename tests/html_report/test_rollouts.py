@@ -1,0 +1,32 @@
+"""Which dialogues are shown."""
+
+from __future__ import annotations
+
+from nemo_r3.html_report.rollouts import GROUPS, REFLECTIONS, Written, WrittenGroup, WrittenStep, spaced
+
+
+def group(number: int, *rewards: int) -> WrittenGroup:
+    written = [
+        Written(f"{place}", "", bool(reward), reward - place / 1000, False, False, False)
+        for place, reward in enumerate(rewards)
+    ]
+    return WrittenGroup(number, "id", "problem", "attempt", written)
+
+
+def test_steps_are_spaced_with_both_ends() -> None:
+    assert spaced(list(range(1, 1001)), 4) == [1, 334, 667, 1000]
+    assert spaced([3, 5], 4) == [3, 5] and spaced([], 4) == []
+
+
+def test_mixed_groups_are_shown_first_but_not_alone() -> None:
+    mixed, failed = [group(number, 0, 1) for number in range(0, 20, 2)], [group(n, 0, 0) for n in range(1, 20, 2)]
+    assert [it.number for it in WrittenStep(1, mixed + failed).shown] == [0, 1, 2, 3, 4, 6]
+    assert len(WrittenStep(1, mixed[:1] + failed).shown) == GROUPS
+    assert len(WrittenStep(1, mixed).shown) == GROUPS
+
+
+def test_a_large_group_shows_both_ends() -> None:
+    large = group(0, *[0] * 30, *[1] * 2)
+    assert [it.reflection for it in large.shown][:3] == ["30", "31", "0"]
+    assert len(large.shown) == REFLECTIONS and large.shown[-1].reflection == "29"
+    assert large.best.reflection == "30"
