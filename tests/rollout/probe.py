@@ -338,6 +338,8 @@ def run_rollout(probe: Probe) -> dict[str, Any]:
     groups = probe.rollout.reflect_and_retry(failures, 1, 4)
     greedy = probe.rollout.first_attempts(probe.task.problems("train")[:1], 1, greedy=True)
     nothing = probe.rollout.reflect_and_retry([], 1, 4)
+    given = [group.reflections[0].answer for group in (*groups[1:], groups[0])]
+    donated = probe.rollout.retry_after(failures, given, 2)
     return {
         "failures": [[failure.id, list(failure.attempt.segment.ids)] for failure in failures],
         "reflections": [
@@ -348,6 +350,7 @@ def run_rollout(probe: Probe) -> dict[str, Any]:
         "order": [group.failure.id for group in groups],
         "greedy": [list(attempt.answer.segment.ids) for attempt in greedy],
         "nothing": nothing,
+        "donated": [[list(r.answer.segment.ids), list(r.retry.segment.ids), r.reward] for r in donated],
         "phases": [str(segment.phase) for segment in groups[0].reflections[0].trajectory.segments],
     }
 
