@@ -250,6 +250,7 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
     groups = probe.rollout.reflect_and_retry(failures, 1, 4)
     versions = {r.answer.segment.version for g in groups for r in g.reflections}
     return result | {
+        "donated": run_donated(probe),
         "events": events,
         "told": told,
         "logprob_error": max(sampled_errors(probe, groups)),
@@ -338,8 +339,6 @@ def run_rollout(probe: Probe) -> dict[str, Any]:
     groups = probe.rollout.reflect_and_retry(failures, 1, 4)
     greedy = probe.rollout.first_attempts(probe.task.problems("train")[:1], 1, greedy=True)
     nothing = probe.rollout.reflect_and_retry([], 1, 4)
-    given = [group.reflections[0].answer for group in (*groups[1:], groups[0])]
-    donated = probe.rollout.retry_after(failures, given, 2)
     return {
         "failures": [[failure.id, list(failure.attempt.segment.ids)] for failure in failures],
         "reflections": [
@@ -350,14 +349,21 @@ def run_rollout(probe: Probe) -> dict[str, Any]:
         "order": [group.failure.id for group in groups],
         "greedy": [list(attempt.answer.segment.ids) for attempt in greedy],
         "nothing": nothing,
-        "donated": [[list(r.answer.segment.ids), list(r.retry.segment.ids), r.reward] for r in donated],
         "phases": [str(segment.phase) for segment in groups[0].reflections[0].trajectory.segments],
     }
 
 
+def run_donated(probe: Probe) -> list[Any]:
+    """A retry on each failure after the reflection on the next one, which another engine may have sampled."""
+    groups = probe.rollout.reflect_and_retry(failures_of(probe), 1, 1)
+    donors = [group.reflections[0].answer for group in (*groups[1:], groups[0])]
+    retried = probe.rollout.retry_after([group.failure for group in groups], donors, 2)
+    return [[list(r.answer.segment.ids), list(r.retry.segment.ids), r.reward] for r in retried]
+
+
 def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     probe = Probe(home, tensor_parallel)
-    before = run_rollout(probe)
+    before = run_rollout(probe) | {"donated": run_donated(probe)}
     probe.load("b", 1)
     text = list(range(34, 234))
     scores = probe.score_error("b", text)
