@@ -51,7 +51,7 @@ Verdicts = dict[str, dict[str, list[bool]]]
 - within_two_resampled (sampled only): the first answer passes, or a second, independent one: the baseline for retries.
 - retry_success_fixed: the retry passes, on the starting model's sampled failures.
 - retry_success_donor (sampled only): on the same failures, a retry passes that sees the reflection on the next failure
-  instead (the last one that on the first): what any text would do. None of a lone failure.
+  instead (the last one that on the first): the baseline for its content. Empty if there is no other failure.
 - reflection_solves: the text of that retry's reflection passes, so it gives the answer away (not every leak does).
 - attempts_truncated, reflections_truncated, retries_truncated: the turn was cut at its token limit.
 """
@@ -156,7 +156,7 @@ def _within_two(attempts: Sequence[Attempt], seconds: Sequence[bool]) -> list[bo
 
 
 def scores(verdicts: Verdicts) -> Scores:
-    """The rate of each list of verdicts, and the two differences of `ADDS`."""
+    """The rate of each list of verdicts, and what each of `ADDS` adds to its control."""
     rates = {
         name: {mode: rate(sum(values), len(values)) for mode, values in modes.items()}
         for name, modes in verdicts.items()

@@ -363,7 +363,8 @@ def run_donated(probe: Probe) -> list[Any]:
 
 def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     probe = Probe(home, tensor_parallel)
-    before = run_rollout(probe) | {"donated": run_donated(probe)}
+    before = run_rollout(probe)
+    donated = run_donated(probe)
     probe.load("b", 1)
     text = list(range(34, 234))
     scores = probe.score_error("b", text)
@@ -372,6 +373,7 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
         "rank": probe.world.rank,
         "ahead": probe.engine._llm.engine_core.engine_core.batch_queue is not None,
         "before": before,
+        "donated": donated,
         "after": run_rollout(probe),
         "stopped": probe_stop(probe, failures_of(probe)) if tensor_parallel > 1 else None,
         "score_b": scores,
