@@ -19,6 +19,8 @@ EVALUATION_STEP = -1
 """The step in the seeds of evaluation requests; no training step has it, so evaluating never changes a run."""
 RESAMPLING_STEP = -2
 """The step in the seeds of second, independent first answers."""
+DONOR_STEP = -3
+"""The step in the seeds of retries after another failure's reflection."""
 Z95 = 1.959964
 
 
@@ -48,9 +50,16 @@ Verdicts = dict[str, dict[str, list[bool]]]
 - within_two: the first answer passes, or the retry after a reflection on it.
 - within_two_resampled (sampled only): the first answer passes, or a second, independent one: the baseline for retries.
 - retry_success_fixed: the retry passes, on the starting model's sampled failures.
+- retry_success_donor (sampled only): on the same failures, a retry passes that sees the reflection on the next failure
+  instead (the last one that on the first): the baseline for its content. Empty if there is no other failure.
 - reflection_solves: the text of that retry's reflection passes, so it gives the answer away (not every leak does).
 - attempts_truncated, reflections_truncated, retries_truncated: the turn was cut at its token limit.
 """
+ADDS = {
+    "reflection_adds": ("within_two_resampled", "within_two"),
+    "content_adds": ("retry_success_donor", "retry_success_fixed"),
+}
+"""A score -> the two verdicts that it is the difference of: a control, and what is measured against it."""
 
 
 def rate(passed: int, n: int) -> Rate:
@@ -117,6 +126,7 @@ def measure(
         if not greedy:
             again = rollout.first_attempts([failure.problem for failure in own[mode]], RESAMPLING_STEP)
             measured["within_two_resampled"] = _within_two(attempts, [attempt.passed for attempt in again])
+            measured["retry_success_donor"] = _passed(_after_donors(rollout, given, retried))
         for name, values in measured.items():
             verdicts.setdefault(name, {})[mode] = values
     return verdicts, own["sampled"]
@@ -125,6 +135,14 @@ def measure(
 def _reflected(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> list[Reflection]:
     groups = rollout.reflect_and_retry(failures, EVALUATION_STEP, group_size=1, greedy=greedy)
     return [group.reflections[0] for group in groups]
+
+
+def _after_donors(rollout: Rollout, failures: Sequence[Failure], reflections: Sequence[Reflection]) -> list[Reflection]:
+    """A retry on each failure after the reflection on the next one; none if there is no other."""
+    if len(failures) < 2:
+        return []
+    donors = [reflection.answer for reflection in (*reflections[1:], reflections[0])]
+    return rollout.retry_after(failures, donors, DONOR_STEP)
 
 
 def _passed(reflections: Sequence[Reflection]) -> list[bool]:
@@ -138,13 +156,16 @@ def _within_two(attempts: Sequence[Attempt], seconds: Sequence[bool]) -> list[bo
 
 
 def scores(verdicts: Verdicts) -> Scores:
-    """The rate of each list of verdicts, and what reflecting adds to resampling."""
+    """The rate of each list of verdicts, and what each of `ADDS` adds to its control."""
     rates = {
         name: {mode: rate(sum(values), len(values)) for mode, values in modes.items()}
         for name, modes in verdicts.items()
     }
-    pair = (verdicts[name]["sampled"] for name in ("within_two_resampled", "within_two"))
-    return rates | {"reflection_adds": {"sampled": difference(*pair)}}
+    adds = {
+        name: {"sampled": difference(verdicts[control]["sampled"], verdicts[measured]["sampled"])}
+        for name, (control, measured) in ADDS.items()
+    }
+    return rates | adds
 
 
 def differences(before: Verdicts, after: Verdicts) -> Scores:

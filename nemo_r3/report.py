@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ROWS = {
     "first_try": "first try",
     "retry_success_fixed": "second try on a failure",
+    "retry_success_donor": "another's reflection",
     "reflection_solves": "reflection as the answer",
     "within_two": "within two tries",
     "within_two_resampled": "within two, resampled",
@@ -30,7 +31,8 @@ WHEN = ("before", "after")
 NOTE = (
     "Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the\n"
     "paired difference. Second try and reflection are measured on the starting model's own failures, the\n"
-    "same ones before and after. Resampled: another first answer instead of a reflection and a retry."
+    "same ones before and after. Another's reflection: a second try that reads the reflection on another\n"
+    "failure. Resampled: another first answer instead of a reflection and a retry."
 )
 WIDTH = 100
 NONE = "-"

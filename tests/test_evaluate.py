@@ -6,12 +6,22 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from nemo_r3.evaluate import RESAMPLING_STEP, as_json, difference, differences, measure, rate, scores
+from nemo_r3.evaluate import (
+    DONOR_STEP,
+    EVALUATION_STEP,
+    RESAMPLING_STEP,
+    as_json,
+    difference,
+    differences,
+    measure,
+    rate,
+    scores,
+)
 from nemo_r3.types import Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 
-def answer(phase: Phase, cut: bool = False) -> Answer:
-    return Answer(Segment(phase, (1,), (-1.0,), 0), "x", "length" if cut else "stop")
+def answer(phase: Phase, token: int = 1, cut: bool = False) -> Answer:
+    return Answer(Segment(phase, (token,), (-1.0,), 0), "x", "length" if cut else "stop")
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,8 @@ class Model:
     """Fails at problems whose number is a multiple of (one when sampled, one when greedy), at either try.
 
     A second first answer passes where the number is a multiple of `resampled`. First answers are cut at multiples of 3,
-    reflections at those of 4, retries at those of 5; reflections at multiples of 6 hold the answer.
+    reflections at those of 4, retries at those of 5; reflections at multiples of 6 hold the answer. The token of
+    a reflection is its problem's number; a retry on another problem passes after it if that is a multiple of 4.
     """
 
     first: tuple[int, int]
@@ -46,8 +57,15 @@ class Model:
 
     def _reflection(self, failure: Failure, greedy: bool) -> Reflection:
         number = int(failure.problem.id)
-        turns = answer(Phase.REFLECTION, cut=number % 4 == 0), answer(Phase.RETRY, cut=number % 5 == 0)
+        turns = answer(Phase.REFLECTION, number, cut=number % 4 == 0), answer(Phase.RETRY, cut=number % 5 == 0)
         return Reflection(0, failure.context, *turns, float(number % self.second[greedy] > 0), number % 6 == 0)
+
+    def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
+        assert step == DONOR_STEP not in (EVALUATION_STEP, RESAMPLING_STEP), "the random numbers of other answers"
+        return [
+            Reflection(0, failure.context, donor, answer(Phase.RETRY), float(donor.segment.ids[0] % 4 == 0))
+            for failure, donor in zip(failures, reflections, strict=True)
+        ]
 
 
 CHOSEN = ("first_try", "retry_success_fixed", "within_two")
@@ -81,6 +99,28 @@ def test_the_second_try_is_compared_with_a_second_first_answer() -> None:
     # even numbers: reflecting fails at multiples of 6, resampling passes at those of 4, so 10 gained and 5 lost
     assert found["reflection_adds"] == {"sampled": difference([False] * 10 + [True] * 50, [True] * 55 + [False] * 5)}
     assert found["reflection_adds"]["sampled"].value == round(5 / 60, 4)
+
+
+def test_the_second_try_is_compared_with_one_after_the_next_failures_reflection() -> None:
+    problems = [Problem(str(i), "", {}) for i in range(60)]
+    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    numbers = [*range(0, 60, 2)]
+    assert [int(failure.problem.id) for failure in fixed] == numbers
+    donor = [number % 4 == 0 for number in [*numbers[1:], 0]]
+    assert verdicts["retry_success_donor"] == {"sampled": donor}
+    found = difference(donor, [number % 6 > 0 for number in numbers])
+    assert scores(verdicts)["content_adds"] == {"sampled": found}
+    after, _ = measure(Model(first=(60, 60), second=(20, 30)), problems, fixed)
+    assert after["retry_success_donor"] == {"sampled": donor}, "on the starting model's failures"
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_a_lone_failure_has_no_donor(failures: int) -> None:
+    verdicts, fixed = measure(Model(first=(2, 2), second=(6, 4)), [Problem(str(i), "", {}) for i in range(failures)])
+    assert len(fixed) == failures
+    found = as_json(scores(verdicts))
+    for name in ("retry_success_donor", "content_adds"):
+        assert (found[name]["sampled"]["value"], found[name]["sampled"]["n"]) == (None, 0)
 
 
 def test_reflections_that_hold_the_answer_and_cut_turns_are_counted() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -169,21 +170,11 @@ class Rollout(Generic[EngineT]):
         reflections: dict[int, dict[int, Reflection]] = {item: {} for item in own}
 
         def reflect(item: int, sample: int) -> _Turn:
-            failure, prompt = failures[item], prompts[item]
-
             def end(reflection: Answer) -> _Turn:
-                trajectory = prompt.then(reflection.segment)
-                solves = self._verify(failure.problem, reflection)
-                retry_prompt = self._dialogue.retry(trajectory) if reflection.segment.ids else None
+                keep = partial(reflections[item].__setitem__, sample)
+                return self._retry(failures[item], sample, prompts[item], reflection, keep)
 
-                def end_retry(retry: Answer) -> None:
-                    reward = float(self._verify(failure.problem, retry))
-                    whole = trajectory if retry_prompt is None else retry_prompt.then(retry.segment)
-                    reflections[item][sample] = Reflection(sample, whole, reflection, retry, reward, solves)
-
-                return _Turn(Phase.RETRY, retry_prompt, failure.id, sample, end_retry)
-
-            return _Turn(Phase.REFLECTION, prompt, failure.id, sample, end)
+            return _Turn(Phase.REFLECTION, prompts[item], failures[item].id, sample, end)
 
         turns = [reflect(item, sample) for item in own for sample in range(group_size)]
         self._run(turns, step, greedy, {Phase.REFLECTION: len(turns), Phase.RETRY: len(turns)})
@@ -193,6 +184,42 @@ class Rollout(Generic[EngineT]):
             if len(by_sample) == group_size
         }
         return self._fleet.collect(done, len(failures))
+
+    def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
+        """A retry on each failure after a reflection that was sampled elsewhere, on every rank.
+
+        Args:
+            failures: what to try again.
+            reflections: what to read before it, one per failure; their token ids are taken as they are.
+            step: part of every request's seed.
+
+        Raises:
+            Stopped: a signal asked to stop.
+        """
+        prompts = [self._dialogue.reflect(failure.context) for failure in failures]
+        own = self._fleet.own_items([len(prompt) for prompt in prompts])
+        done: dict[int, Reflection] = {}
+        turns = [
+            self._retry(failures[item], 0, prompts[item], reflections[item], partial(done.__setitem__, item))
+            for item in own
+        ]
+        self._run(turns, step, greedy=False, totals={Phase.RETRY: len(turns)})
+        return self._fleet.collect(done, len(failures))
+
+    def _retry(
+        self, failure: Failure, sample: int, prompt: Trajectory, reflection: Answer, keep: Callable[[Reflection], None]
+    ) -> _Turn:
+        """The retry that follows `prompt` and the reflection on it; `keep` takes what came of both."""
+        trajectory = prompt.then(reflection.segment)
+        solves = self._verify(failure.problem, reflection)
+        retry_prompt = self._dialogue.retry(trajectory) if reflection.segment.ids else None
+
+        def end(retry: Answer) -> None:
+            reward = float(self._verify(failure.problem, retry))
+            whole = trajectory if retry_prompt is None else retry_prompt.then(retry.segment)
+            keep(Reflection(sample, whole, reflection, retry, reward, solves))
+
+        return _Turn(Phase.RETRY, retry_prompt, failure.id, sample, end)
 
     def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, totals: dict[Phase, int]) -> None:
         """Samples turns and those that follow, until none is left or a signal asks to stop."""

@@ -142,6 +142,11 @@ def test_the_summary_has_before_and_after(trained: Path) -> None:
                 assert found["low"] <= found["value"] <= found["high"]
                 assert 0 < found["n"] <= 24
         assert summary[when]["within_two_resampled"]["sampled"]["n"] == 24
+        second, donor, adds = (
+            summary[when][name]["sampled"] for name in ("retry_success_fixed", "retry_success_donor", "content_adds")
+        )
+        assert second["n"] == donor["n"] == adds["n"] > 1
+        assert adds["value"] == pytest.approx(second["value"] - donor["value"], abs=2e-4)
         assert {"reflection_solves", "attempts_truncated", "retries_truncated"} <= summary[when].keys()
     assert summary["before"] != summary["after"]
     verdicts = json.loads((trained / "verdicts.json").read_text())

@@ -250,6 +250,7 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
     groups = probe.rollout.reflect_and_retry(failures, 1, 4)
     versions = {r.answer.segment.version for g in groups for r in g.reflections}
     return result | {
+        "donated": run_donated(probe),
         "events": events,
         "told": told,
         "logprob_error": max(sampled_errors(probe, groups)),
@@ -352,9 +353,18 @@ def run_rollout(probe: Probe) -> dict[str, Any]:
     }
 
 
+def run_donated(probe: Probe) -> list[Any]:
+    """A retry on each failure after the reflection on the next one, which another engine may have sampled."""
+    groups = probe.rollout.reflect_and_retry(failures_of(probe), 1, 1)
+    donors = [group.reflections[0].answer for group in (*groups[1:], groups[0])]
+    retried = probe.rollout.retry_after([group.failure for group in groups], donors, 2)
+    return [[list(r.answer.segment.ids), list(r.retry.segment.ids), r.reward] for r in retried]
+
+
 def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     probe = Probe(home, tensor_parallel)
     before = run_rollout(probe)
+    donated = run_donated(probe)
     probe.load("b", 1)
     text = list(range(34, 234))
     scores = probe.score_error("b", text)
@@ -363,6 +373,7 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
         "rank": probe.world.rank,
         "ahead": probe.engine._llm.engine_core.engine_core.batch_queue is not None,
         "before": before,
+        "donated": donated,
         "after": run_rollout(probe),
         "stopped": probe_stop(probe, failures_of(probe)) if tensor_parallel > 1 else None,
         "score_b": scores,

@@ -144,6 +144,7 @@ def test_ranks_and_engines_do_not_change_the_rollout(fleet: list[dict[str, Any]]
     for rank in fleet:
         for key, found in rank["before"].items():
             assert found == engine["rollout"][key], f"rank {rank['rank']}: {key}"
+        assert rank["donated"] == engine["rollout"]["donated"] != []
 
 
 def test_a_signal_to_one_rank_stops_all_ranks_of_its_engine_at_the_same_step(fleet: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,7 @@ from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Wording
-from nemo_r3.types import Problem
+from nemo_r3.types import NO_ROOM, Answer, Phase, Problem, Segment
 
 ROOT = Path(__file__).parents[2]
 ALONE = cast(
@@ -45,11 +46,13 @@ class Scripted:
         self.tokenizer, self.texts = tokenizer, iter(texts)
         self.waiting: list[str] = []
         self.limits: list[int] = []
+        self.prompts: list[list[int]] = []
         self.resets = 0
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.waiting.append(request_id)
         self.limits.append(sampling.max_tokens)
+        self.prompts.append(list(prompt_ids))
 
     def step(self) -> list[Completion]:
         ids = tuple(self.tokenizer.encode(next(self.texts), add_special_tokens=False))
@@ -62,12 +65,18 @@ class Scripted:
         self.resets += 1
 
 
-def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
+def scripted(*texts: str) -> tuple[Rollout[Scripted], Eight, Scripted, Dialogue]:
+    """A rollout whose engine says these texts, and what it is made of."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     config = load([str(ROOT / "configs" / "quickstart.yaml")])
     config.rollout.max_answer_tokens, config.rollout.max_reflection_tokens = 5, 9
-    task, engine = Eight(), Scripted(tokenizer, ["9", "8", "7", "9", "8"])
-    rollout = Rollout(engine, Dialogue(tokenizer, config.dialogue, task.wording), task, config, ALONE)
+    task, engine = Eight(), Scripted(tokenizer, texts)
+    dialogue = Dialogue(tokenizer, config.dialogue, task.wording)
+    return Rollout(engine, dialogue, task, config, ALONE), task, engine, dialogue
+
+
+def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
+    rollout, task, engine, _ = scripted("9", "8", "7", "9", "8")
     (attempt,) = rollout.first_attempts(task.problems("train"), 1)
     (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
     assert [reflection.answer.text for reflection in group.reflections] == ["8", "7"]
@@ -75,3 +84,21 @@ def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits()
     assert group.rewards == [0.0, 1.0]
     assert engine.limits == [5, 9, 9, 5, 5]
     assert engine.resets == 2, "what is cached does not depend on what came before"
+
+
+def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
+    rollout, task, engine, dialogue = scripted("9", "8", "7", "9", "8")
+    (attempt,) = rollout.first_attempts(task.problems("train"), 1)
+    (close,) = dialogue.end_of_turn
+    ended, cut, unasked = (
+        Answer(Segment(Phase.REFLECTION, ids, (-1.0,) * len(ids), 0), "8", reason)
+        for ids, reason in (((40, 41, close), "stop"), ((40, 41), "length"), ((), NO_ROOM))
+    )
+    failures = [replace(attempt.failure, sample=sample) for sample in range(3)]
+    found = rollout.retry_after(failures, [ended, cut, unasked], 1)
+    assert [reflection.retry.text for reflection in found] == ["8", "7", ""]
+    assert [reflection.reward for reflection in found] == [1.0, 0.0, 0.0]
+    asked = dialogue.reflect(attempt.context)
+    for prompt, reflection in zip(engine.prompts[1:], found, strict=False):
+        assert prompt[: len(asked) + 3] == [*asked.ids, 40, 41, close]
+        assert reflection.trajectory.ids == [*prompt, *reflection.retry.segment.ids]
