@@ -1,4 +1,4 @@
-"""Estimates whether a run fits its machines, before any weight is read.
+"""Estimates whether a run fits its machines, before any weight is read: in a run, and in a plan, so without torch.
 
 GPU    weights, gradients, optimizer state and reference, beside vLLM's share; activations are not counted
 host   what is being written to a checkpoint, and what is offloaded; without GPUs all of the actor and vLLM's weights
@@ -12,17 +12,17 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from nemo_r3.actor.manifest import WRITING, step_of
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.memory import GIB, show
 from nemo_r3.models import Architecture
 from nemo_r3.models.names import count_parameters
-from nemo_r3.precision import precision_of
-from nemo_r3.runtime import World
+from nemo_r3.units import GIB, show
+
+if TYPE_CHECKING:
+    from nemo_r3.runtime import World  # torch
 
 OWN_BYTES = 2 * GIB
 """Taken by CUDA, NCCL and kernels on each GPU."""
@@ -43,11 +43,39 @@ class Size:
     reference: float
     saved: float  # what it writes to a checkpoint, on average
     model: float  # the weights of the whole model, as an engine holds them
+    token: float  # a token's part of the KV cache, on each rank of an engine
 
     @property
     def at_work(self) -> float:
         """On the device during an update, without activations."""
         return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def offloaded(self) -> float:
+        """In host memory, with `actor.offload_optimizer`."""
+        return self.optimizer + self.reference
+
+
+@dataclass(frozen=True)
+class Node:
+    """One of the machines of a run.
+
+    Attributes:
+        name: what messages call it.
+        ranks: how many of the run's ranks it has.
+        gpu: bytes of each rank's GPU; 0 if there are none.
+        host: bytes of host memory for the run; infinite if nobody knows.
+    """
+
+    name: str
+    ranks: int
+    gpu: float
+    host: float
+
+
+def width_of(config: Config) -> int:
+    """Bytes of a weight, in the actor and in the engine."""
+    return 4 if config.actor.precision == "fp32" else 2
 
 
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
@@ -56,11 +84,12 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     ways, parameters = actor.tensor_parallel * actor.pipeline_parallel, count_parameters(arch)
     share = largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
     owners = world_size // ways
-    bf16 = precision_of(config).bf16
-    width, state = (2, OPTIMIZER_BYTES) if bf16 else (4, OPTIMIZER_BYTES - 4)  # fp32's main weights are the model's
+    width = width_of(config)
+    state = OPTIMIZER_BYTES if width == 2 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     reference = width * share if config.algo.kl_beta else 0
-    saved = (OPTIMIZER_BYTES + width) * parameters / ways / owners
-    return Size(width * share, 4 * share, state * share / owners, reference, saved, width * parameters)
+    saved = checkpoint_bytes(config, arch) / world_size
+    token = arch.cached_bytes(config.rollout.tensor_parallel, width)
+    return Size(width * share, 4 * share, state * share / owners, reference, saved, width * parameters, token)
 
 
 def largest_stage(arch: Architecture, stages: int) -> int:
@@ -83,20 +112,23 @@ def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -
     Raises:
         ConfigError: naming what does not fit, by how much, and the settings that change that.
     """
-    size = size_of(config, arch, world.size)
-    ranks = world.gather(socket.gethostname()).count(socket.gethostname())
-    if world.device.type == "cuda":
-        problem = gpu_problem(config, size, torch.cuda.mem_get_info(world.device)[1])
-        problem = problem or host_problem(config, size, ranks, host_bytes())
-    else:
-        problem = cpu_problem(config, size, ranks, host_bytes())
+    host = socket.gethostname()
+    node = Node(host, world.gather(host).count(host), world.gpu_bytes, host_bytes())
+    problem = memory_problem(config, size_of(config, arch, world.size), node)
     if world.is_main:
         problem = problem or disk_problem(config, arch, checkpoints)
     if problems := [problem for problem in world.gather(problem) if problem]:
         raise ConfigError(problems[0])
 
 
-def gpu_problem(config: Config, size: Size, total: int) -> str | None:
+def memory_problem(config: Config, size: Size, node: Node) -> str | None:
+    """Why a node's ranks cannot share its memory, or None."""
+    if not node.gpu:
+        return cpu_problem(config, size, node)
+    return gpu_problem(config, size, node.gpu) or host_problem(config, size, node)
+
+
+def gpu_problem(config: Config, size: Size, total: float) -> str | None:
     """Why actor and engine cannot share a GPU of `total` bytes, or None."""
     share = config.rollout.gpu_memory_utilization
     rests = config.actor.offload_optimizer and config.rollout.sleep
@@ -113,20 +145,27 @@ def gpu_problem(config: Config, size: Size, total: int) -> str | None:
             f"do not fit on a GPU with room for {total / GIB:.0f}: set actor.offload_optimizer=true, lower "
             "rollout.gpu_memory_utilization, or raise actor.tensor_parallel or actor.pipeline_parallel"
         )
+    weights, dialogue = size.model / config.rollout.tensor_parallel, size.token * config.rollout.max_model_len
+    if config.rollout.quantization == "none" and weights + dialogue > vllm:
+        return (
+            f"vLLM's {vllm / GIB:.0f} GiB (rollout.gpu_memory_utilization={share:g}) hold no dialogue of "
+            f"rollout.max_model_len={config.rollout.max_model_len} beside {weights / GIB:.0f} of weights: raise "
+            "rollout.tensor_parallel or rollout.gpu_memory_utilization"
+        )
     return None
 
 
-def host_problem(config: Config, size: Size, ranks: int, free: float) -> str | None:
-    """Why `ranks` ranks cannot share a node with `free` bytes of host memory, or None.
+def host_problem(config: Config, size: Size, node: Node) -> str | None:
+    """Why a node's ranks cannot share its host memory, or None.
 
     A rank that saves holds a copy of all that it writes; one that loads, only a copy of one tensor at a time.
     """
-    saved = ranks * size.saved
-    offloaded = ranks * (size.optimizer + size.reference) if config.actor.offload_optimizer else 0.0
-    if saved + offloaded <= free:
+    saved = node.ranks * size.saved
+    offloaded = node.ranks * size.offloaded if config.actor.offload_optimizer else 0.0
+    if saved + offloaded <= node.host:
         return None
     return (
-        f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory for this run, and its {ranks} ranks need "
+        f"{node.name} has {node.host / GIB:.0f} GiB of host memory for this run, and its {node.ranks} ranks need "
         f"{saved / GIB:.0f} to save a checkpoint and {offloaded / GIB:.0f} for what is offloaded: ask for more "
         "(cluster.memory_gb), or use more nodes"
     )
@@ -142,9 +181,14 @@ def check_export(arch: Architecture, world: World) -> None:
         raise ConfigError(problem)
 
 
+def export_bytes(arch: Architecture) -> int:
+    """What the comparison of an export takes of rank 0's host memory."""
+    return 4 * count_parameters(arch)
+
+
 def export_problem(arch: Architecture, free: float) -> str | None:
     """Why a host with `free` bytes of memory cannot check an export, or None."""
-    needed = 4 * count_parameters(arch)
+    needed = export_bytes(arch)
     if needed <= free:
         return None
     return (
@@ -154,8 +198,8 @@ def export_problem(arch: Architecture, free: float) -> str | None:
     )
 
 
-def cpu_problem(config: Config, size: Size, ranks: int, free: float) -> str | None:
-    """Why `ranks` ranks without GPUs cannot share a node with `free` bytes of host memory, or None.
+def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
+    """Why a node's ranks cannot share its host memory without GPUs, or None.
 
     Activations and the KV cache come on top, and in a save's foreground copies of what are parts of larger tensors: the
     weights, and the state of the feed-forward layers' gate and up. What is offloaded stays in its buffers during an
@@ -164,15 +208,20 @@ def cpu_problem(config: Config, size: Size, ranks: int, free: float) -> str | No
     actor = size.at_work + (size.optimizer if config.actor.offload_optimizer else 0.0)
     engine = size.model / config.rollout.tensor_parallel
     copy = size.saved if config.train.save_in_background else 0.0
-    if ranks * (actor + engine + copy) <= free:
+    if node.ranks * (actor + engine + copy) <= node.host:
         return None
     copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
     return (
-        f"{socket.gethostname()} has {free / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
-        f"({ranks} here) needs {actor / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
+        f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
+        f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
         "share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
         "(algo.kl_beta=0), or use a machine with more memory"
     )
+
+
+def checkpoint_bytes(config: Config, arch: Architecture) -> float:
+    """What a checkpoint takes on the disk."""
+    return (OPTIMIZER_BYTES + width_of(config)) * count_parameters(arch)
 
 
 def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
@@ -180,7 +229,7 @@ def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str |
     steps = [step_of(found) for found in checkpoints.glob("step_*")]
     if max(steps, default=0) >= config.train.steps:
         return None  # there is nothing left to save
-    each = (OPTIMIZER_BYTES + precision_of(config).dtype.itemsize) * count_parameters(arch)
+    each = checkpoint_bytes(config, arch)
     more = config.train.keep_checkpoints + 1 - len(steps)
     place = next(path for path in (checkpoints.absolute(), *checkpoints.absolute().parents) if path.exists())
     unfinished = sum(file.stat().st_size for file in (checkpoints / WRITING).glob("*"))  # the next save removes it

@@ -49,11 +49,24 @@ def read_json_object(file: Path, setting: str) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds no JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {file} is not JSON ({error})") from error
+    return parse_json_object(text, f"{setting}: {file}")
+
+
+def parse_json_object(text: str, place: str) -> dict[str, Any]:
+    """The JSON object in a text; `place` says in errors where that is.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{setting}: {file} holds no object")
+        raise ConfigError(f"{place} holds no object")
     return content
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from nemo_r3.units import GIB, show
+
 PIECE = 2 * GIB
 """How much `reserve` takes from the driver at a time; a piece cannot be given back while a tensor is in it."""
 
@@ -61,11 +62,6 @@ def _resident() -> int:
     """Resident bytes of this process, from Linux's statm."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def show(count: float) -> str:
-    """Bytes in a unit that suits them: "1.2 GiB" or "340.0 MiB"."""
-    return f"{count / GIB:.1f} GiB" if count > GIB / 2 else f"{count / 2**20:.1f} MiB"
 
 
 def table(holders: Mapping[str, int], phases: Mapping[str, float]) -> str:

@@ -56,6 +56,11 @@ class World:
         """The GPU's name, as CUDA has it; empty on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
 
+    @property
+    def gpu_bytes(self) -> int:
+        """The GPU's memory; 0 on a CPU."""
+        return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else 0
+
     def gather(self, item: Any) -> list[Any]:
         """Every rank's `item`, in rank order, on every rank."""
         signals.alive()

@@ -22,10 +22,13 @@ from pathlib import Path
 
 import yaml
 
+from nemo_r3.capacity import disk_problem
 from nemo_r3.config import Config, check_world, load
 from nemo_r3.config.cluster import ClusterConfig
 from nemo_r3.config.schema import Layer, build
 from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.models import planned_architecture
+from nemo_r3.plan import plan_of
 from slurm import chain
 from slurm.chain import JobArray
 from slurm.job import resource_warning
@@ -75,6 +78,36 @@ def _checked(recipe: str, argv: Sequence[str]) -> Config:
     except ConfigError as error:
         raise ConfigError(f"stage {recipe}: {error}") from None
     return config
+
+
+def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
+    """Whether the trainings of a chain fit their GPUs and nodes, a line each; nothing of those that name no GPUs.
+
+    Args:
+        arrays: the chain.
+        disk: whether `run.dir` is on this machine what it will be in the jobs.
+
+    Raises:
+        ConfigError: one does not fit; which settings would.
+    """
+    lines: list[str] = []
+    for stage in (stage for array in arrays if array.recipe == "train" for stage in array.stages):
+        config = load(stage.argv)
+        if not config.cluster.gpus_per_node:
+            continue
+        try:
+            arch = planned_architecture(config)
+        except ConfigError as error:  # it may be there for the jobs alone
+            return [*lines, f"not checked whether training fits: {error}"]
+        try:
+            plan = plan_of(config, arch)
+            plan.check()
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from None
+        if disk and (problem := disk_problem(config, arch, Path(config.run.dir, "checkpoints"))):
+            raise ConfigError(f"stage {stage.name}: {problem}")
+        lines.append(f"train {plan.verdict}")
+    return lines
 
 
 def _cluster_settings(path: str) -> list[str]:
@@ -162,15 +195,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         args = parser().parse_args(argv)
         arrays = job_arrays(args)
-        warnings = () if args.local else dict.fromkeys(resource_warning(array.config) for array in arrays)
-        for warning in filter(None, warnings):
-            print(warning, file=sys.stderr)
-        if args.dry_run:
-            print(chain.batch_scripts(arrays))
-        elif args.local:
+        if args.local:
             run_here(arrays)
-        else:
-            print(chain.submit(arrays))
+            return 0
+        for warning in filter(None, dict.fromkeys(resource_warning(array.config) for array in arrays)):
+            print(warning, file=sys.stderr)
+        for verdict in dict.fromkeys(verdicts(arrays, disk=not args.dry_run)):
+            print(f"{'# ' if args.dry_run else ''}{verdict}")
+        print(chain.batch_scripts(arrays) if args.dry_run else chain.submit(arrays))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from paper_models import shape
 
 from nemo_r3 import capacity
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.memory import GIB
+from nemo_r3.units import GIB
 
 
 def config_of(tensor_parallel: int = 1, pipeline_parallel: int = 1, offload: bool = False) -> Config:
@@ -75,6 +74,27 @@ def test_an_engine_that_does_not_sleep_needs_its_room_during_the_update_too() ->
 
 
 @pytest.mark.parametrize(
+    ("ways", "share", "quantization", "expected"),
+    [
+        (4, 0.5, "none", None),
+        (2, 0.5, "none", "vLLM's 40 GiB .rollout.gpu_memory_utilization=0.5. hold no dialogue of .*=4096 beside 66 of"),
+        (4, 0.418, "none", "hold no dialogue"),  # the weights alone would fit
+        (2, 0.5, "fp8_per_tensor", None),  # how much vLLM quantises is its own affair
+    ],
+)
+def test_an_engine_without_room_for_a_dialogue(
+    ways: int, share: float, quantization: str, expected: str | None
+) -> None:
+    config = config_of(8, 4, offload=True)
+    config.rollout.tensor_parallel, config.rollout.gpu_memory_utilization = ways, share
+    config.rollout.quantization = quantization
+    size = capacity.size_of(config, shape("llama-3.1-70b"), 32)
+    assert_is(
+        capacity.gpu_problem(config, size, 79 * GIB), expected and expected.replace("(", r"\(").replace(")", r"\)")
+    )
+
+
+@pytest.mark.parametrize(
     ("tensor", "offload", "free", "expected"),
     [
         (2, False, 105, None),
@@ -91,7 +111,7 @@ def test_an_engine_that_does_not_sleep_needs_its_room_during_the_update_too() ->
 def test_host_memory_of_a_node_with_8_ranks(tensor: int, offload: bool, free: int, expected: str | None) -> None:
     config = config_of(tensor, offload=offload)
     size = capacity.size_of(config, shape("llama-3.1-8b"), 8)
-    assert_is(capacity.host_problem(config, size, 8, free * GIB), expected)
+    assert_is(capacity.host_problem(config, size, capacity.Node("b", 8, 80 * GIB, free * GIB)), expected)
 
 
 @pytest.mark.parametrize(("free", "expected"), [(263, None), (262, "has 262 GiB of host memory, .* takes 263: ")])
@@ -108,8 +128,8 @@ def test_ranks_share_the_memory_of_their_own_node_and_all_hear_what_any_lacks(
 
     shared: list[int] = []
     monkeypatch.setattr(capacity.socket, "gethostname", lambda: "a")
-    monkeypatch.setattr(capacity, "cpu_problem", lambda config, size, ranks, free: shared.append(ranks))
-    world: Any = SimpleNamespace(size=4, device=torch.device("cpu"), is_main=False, gather=gather)
+    monkeypatch.setattr(capacity, "cpu_problem", lambda config, size, node: shared.append(node.ranks))
+    world: Any = SimpleNamespace(size=4, gpu_bytes=0, is_main=False, gather=gather)
     with nullcontext() if trouble is None else pytest.raises(ConfigError, match=trouble):
         capacity.check(config_of(), shape("qwen2.5-1.5b"), world, tmp_path)
     assert shared == [3]
@@ -132,7 +152,7 @@ def test_without_a_gpu_host_memory_holds_actor_and_engine(
     config = config_of(tensor)
     config.train.save_in_background, config.actor.offload_optimizer = background, offload
     size = capacity.size_of(config, shape("qwen2.5-1.5b"), ranks)
-    assert_is(capacity.cpu_problem(config, size, ranks, free * GIB), expected)
+    assert_is(capacity.cpu_problem(config, size, capacity.Node("b", ranks, 0, free * GIB)), expected)
 
 
 def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

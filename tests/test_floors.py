@@ -17,6 +17,7 @@ FLOORS = {
     "nemo_r3.errors": 0,
     "nemo_r3.files": 0,
     "nemo_r3.config": 0,
+    "nemo_r3.units": 0,
     "nemo_r3.tasks": 1,
     "nemo_r3.dialogue": 1,
     "nemo_r3.algo": 1,
@@ -30,7 +31,9 @@ FLOORS = {
     "nemo_r3.rollout": 3,
     "nemo_r3.refit": 3,
     "nemo_r3.assets": 4,  # shipped data and the scripts that made it
+    "nemo_r3.activations": 4,
     "nemo_r3.capacity": 4,
+    "nemo_r3.plan": 4,
     "nemo_r3.evaluate": 4,
     "nemo_r3.export": 4,
     "nemo_r3.model_card": 4,

@@ -28,6 +28,7 @@ from benchmarks.gpu_check.update import arguments, batch_of, distance, float32_o
 from nemo_r3 import memory
 from nemo_r3.errors import ConfigError
 from nemo_r3.files import write_whole
+from nemo_r3.units import GIB
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
@@ -80,7 +81,7 @@ def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]
         return seconds, metrics["grad_norm"]
 
     _, norm = run()
-    found = {"peak": memory.peak() / memory.GIB}
+    found = {"peak": memory.peak() / GIB}
     plain = scores(policy, batch)
     if (reference := float32_of(shape)) is not None:
         found["prob_error"] = distance(plain, reference["logprobs"])["prob_error"]
@@ -91,7 +92,7 @@ def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]
             with change():
                 seconds, changed_norm = run()
             ratios.append(seconds / before)
-        found[f"peak_{name}"] = memory.peak() / memory.GIB
+        found[f"peak_{name}"] = memory.peak() / GIB
         with change():
             ours = scores(policy, batch)
         found[f"ratio_{name}"] = statistics.median(ratios)

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from nemo_r3 import signals
-from nemo_r3.models import Architecture, names
+from nemo_r3.models import Architecture, convert, names
 from nemo_r3.models.tensors import HFTensors
 
 
@@ -71,7 +71,7 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
             if not targets:
                 continue
             pieces = [checkpoint.read(*piece) for piece in names.pieces(row, arch, tp_rank, tp_size)]
-            part = names.merge(row, pieces, arch, tp_size)
+            part = convert.merge(row, pieces, arch, tp_size)
             for target in targets:
                 target.copy_(part)
 
@@ -91,8 +91,8 @@ def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tenso
             part = torch.empty(names.part_shape(row, arch, tp_size), dtype=sample.dtype, device=sample.device)
         if pp_size > 1:
             dist.broadcast(part, src=dist.get_global_rank(pp_group, owner), group=pp_group)
-        full = part if row.cut is None else names.join(row, _gather(part, tp_group, tp_size), tp_size)
-        yield from zip(row.hf, names.split(row, full, arch), strict=True)
+        full = part if row.cut is None else convert.join(row, _gather(part, tp_group, tp_size), tp_size)
+        yield from zip(row.hf, convert.split(row, full, arch), strict=True)
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:

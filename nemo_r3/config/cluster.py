@@ -22,6 +22,13 @@ class ClusterConfig:
     time_minutes: int = option(0, low=0, help="time limit of a slice; 0: the partition's default", resume=True)
     cpus_per_task: int = option(0, low=0, help="CPU cores per rank; 0: Slurm's default", resume=True)
     memory_gb: int = option(0, low=0, help="memory per node in GB; 0: Slurm's default", resume=True)
+    gpu_memory_gb: float = option(
+        0.0,
+        low=0,
+        help="memory of each GPU in GiB, for recipes.plan and slurm.launch; 0: that of a GPU here, else 79, which GPUs "
+        "sold as 80 GB have",
+        resume=True,
+    )
     options: list[str] = option(
         factory=list, help="more options of sbatch, such as --exclusive or --qos=long", resume=True
     )

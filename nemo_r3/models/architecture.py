@@ -58,6 +58,10 @@ class Architecture:
         """Embedding rows once padded so that all tensor-parallel ranks hold equally many."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
+    def cached_bytes(self, tensor_parallel: int, itemsize: int) -> int:
+        """What a token's keys and values take in the KV cache of each of an engine's `tensor_parallel` ranks."""
+        return 2 * self.num_layers * -(-self.num_kv_heads // tensor_parallel) * self.head_dim * itemsize
+
 
 def read_hf_config(path: Path) -> dict[str, Any]:
     """The config.json of a Hugging Face checkpoint.

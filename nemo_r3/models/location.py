@@ -6,14 +6,18 @@ import re
 from functools import cache
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
+from nemo_r3.files import parse_json_object, read_json_object
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "countdown_tiny"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """What is downloaded from the hub: weights (never pickled ones), configs and tokenizers."""
+HUB_SECONDS = 10
+"""How long the hub may take to answer."""
 
 
 def model_path(config: Config) -> Path:
@@ -25,11 +29,42 @@ def model_path(config: Config) -> Path:
     Raises:
         ConfigError: a hub name that is neither cached nor can be downloaded.
     """
+    if (name := hub_name(config)) is not None:
+        return _snapshot(name)
+    return EMBEDDED if config.model.path == "embedded" else Path(expanduser(config.model.path))
+
+
+def config_on_hub(name: str) -> dict[str, Any]:
+    """The config.json of a model on the hub: of all its files, the only one that is downloaded.
+
+    It is not added to the cache: alone there, it would pass for the whole checkpoint where there is no network.
+
+    Raises:
+        ConfigError: it is neither cached nor can be downloaded.
+    """
+    try:
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache  # slow, and only needed here
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    except ImportError as error:  # slurm.launch needs no more than submitit
+        raise _not_to_be_had(name, error) from error
+    # the HTTP library's own error, whichever it is, and OSError are bases of the hub's
+    errors: tuple[Any, ...] = (*HfHubHTTPError.__bases__, HFValidationError)
+    try:
+        if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+            return read_json_object(Path(cached), "model.path")
+        # not hf_hub_download, which asks five times, for half a minute, where there is no network
+        answer = get_session().get(hf_hub_url(name, "config.json"), headers=build_hf_headers(), timeout=HUB_SECONDS)
+        hf_raise_for_status(answer)
+        return parse_json_object(answer.text, f"model.path: config.json of {name}")
+    except errors as error:
+        raise _not_to_be_had(name, error) from error
+
+
+def hub_name(config: Config) -> str | None:
+    """`model.path`, if it names a model on the hub."""
     name = config.model.path
-    path = Path(expanduser(name))
-    if name == "embedded":
-        return EMBEDDED
-    return _snapshot(name) if HUB_NAME.fullmatch(name) and not path.exists() else path
+    return name if HUB_NAME.fullmatch(name) and not Path(expanduser(name)).exists() else None
 
 
 @cache
@@ -40,8 +75,12 @@ def _snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model.path: {name!r} is no directory here, nor a model that the Hugging Face hub gives "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); download it where there is a network "
-            f"(hf download {name}), or name a directory"
-        ) from error
+        raise _not_to_be_had(name, error) from error
+
+
+def _not_to_be_had(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model.path: {name!r} is no directory here, nor a model that the Hugging Face hub gives "
+        f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); download it where there is a network "
+        f"(hf download {name}), or name a directory"
+    )

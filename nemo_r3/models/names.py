@@ -1,19 +1,13 @@
 """The two-way name table: one row per megatron-core parameter serves loading, refit and export.
 
-    Hugging Face tensors  --pieces, merge-->  every rank's part of a megatron tensor
-                          <------split------  one full megatron tensor  <--join--
-
-All of them only copy and reorder numbers, so a checkpoint survives the round trip bit for bit.
+Says which tensors there are, how they are shaped and which part of them a rank holds; convert.py turns them into each
+other. No torch: a model is counted where there is none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from nemo_r3.models.architecture import Architecture
 
@@ -27,7 +21,7 @@ class NameRow:
 
     Attributes:
         megatron: parameter name with the global layer number, as the local layer spec names it.
-        hf: the Hugging Face names it holds, in the order of `merge`.
+        hf: the Hugging Face names it holds, in the order of `convert.merge`.
         kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab". "qkv" and
             "gate_up" may have a single name: of the tensor in which a family has fused them, one after the other.
         cut: the axis that tensor parallelism cuts; None if every rank holds the whole.
@@ -85,8 +79,8 @@ def fused_norm_name(name: str) -> str:
 def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple[str, Index]]:
     """Which parts of a row's Hugging Face tensors tensor-parallel rank `rank` of `size` holds.
 
-    Names, and indices into the tensors, in the order of `merge`. A fused tensor has one index for each tensor that it
-    is made of. The vocabulary's may end beyond the tensor, as slices may.
+    Names, and indices into the tensors, in the order of `convert.merge`. A fused tensor has one index for each tensor
+    that it is made of. The vocabulary's may end beyond the tensor, as slices may.
     """
     if row.cut is None:
         return [(name, (slice(None),)) for name in row.hf]
@@ -100,51 +94,6 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
         index = *[slice(None)] * row.cut, slice(start, start + length // size)
         indexed.append((row.hf[0 if fused else number], index))
     return indexed
-
-
-def merge(row: NameRow, pieces: Sequence[Tensor], arch: Architecture, size: int) -> Tensor:
-    """A rank's `pieces` -> its part of the megatron tensor, one of `size` equal ones; of any dtype.
-
-    - qkv: [heads / size * head_dim, hidden] and twice [kv_heads / size * head_dim, hidden] ->
-      [kv_heads / size * (heads / kv_heads + 2) * head_dim, hidden]: for each key/value head its queries, its key, its
-      value. Biases are the same without hidden.
-    - gate_up: twice [ffn_hidden / size, hidden] -> [2 * ffn_hidden / size, hidden].
-    - vocab: at most [padded_vocab / size, hidden] -> [padded_vocab / size, hidden], padded with zeros.
-    """
-    if row.kind == "qkv":
-        groups = [piece.unflatten(0, (arch.num_kv_heads // size, -1)) for piece in pieces]
-        return torch.cat(groups, dim=1).flatten(0, 1)
-    if row.kind == "gate_up":
-        return torch.cat(list(pieces))
-    (piece,) = pieces
-    padding = arch.padded_vocab(size) // size - len(piece) if row.kind == "vocab" else 0
-    return torch.cat([piece, piece.new_zeros(padding, piece.shape[1])]) if padding else piece
-
-
-def join(row: NameRow, parts: Tensor, size: int) -> Tensor:
-    """The parts of all `size` ranks, one after the other along axis 0 -> the full megatron tensor, contiguous.
-
-    Without a `cut`, any rank's part is the full tensor.
-    """
-    if row.kind == "gate_up":
-        return parts.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
-    if row.cut == 1:
-        return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1).contiguous()
-    return parts
-
-
-def split(row: NameRow, full: Tensor, arch: Architecture) -> list[Tensor]:
-    """The full megatron tensor, padded or not -> its Hugging Face tensors."""
-    if row.kind == "qkv":
-        query = arch.num_heads // arch.num_kv_heads * arch.head_dim
-        parts = full.unflatten(0, (arch.num_kv_heads, -1)).split([query, arch.head_dim, arch.head_dim], dim=1)
-        tensors = [part.flatten(0, 1).contiguous() for part in parts]
-        return tensors if len(row.hf) == 3 else [torch.cat(tensors)]
-    if row.kind == "gate_up":
-        return list(full.chunk(2, dim=0)) if len(row.hf) == 2 else [full]
-    if row.kind == "vocab":
-        return [full[: arch.vocab_size]]
-    return [full]
 
 
 def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:

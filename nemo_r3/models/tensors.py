@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_r3.errors import ConfigError
 from nemo_r3.files import read_json_object
-from nemo_r3.models import names
+from nemo_r3.models import convert, names
 from nemo_r3.models.architecture import Architecture
 from nemo_r3.models.names import Index
 
@@ -59,7 +59,7 @@ class HFTensors:
         expected: dict[str, dict[str, torch.Size]] = defaultdict(dict)
         for row in names.rows(arch):
             whole = torch.empty(names.full_shape(row, arch, tensor_parallel=1), device="meta")
-            for name, part in zip(row.hf, names.split(row, whole, arch), strict=True):
+            for name, part in zip(row.hf, convert.split(row, whole, arch), strict=True):
                 expected[self._file_of(name)][name] = part.shape
         for file, shapes in expected.items():
             with self._open(file) as handle:

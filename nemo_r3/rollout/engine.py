@@ -285,8 +285,7 @@ def _noting(weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iter
 def _cpu_cache_bytes(config: Config, arch: Architecture) -> int:
     """Bytes of one rank's KV cache: its share of `rollout.cpu_kv_cache_gb`, but no more than it can use."""
     rollout, ways = config.rollout, config.rollout.tensor_parallel
-    heads = -(-arch.num_kv_heads // ways)
-    token = 2 * arch.num_layers * heads * arch.head_dim * precision_of(config).dtype.itemsize
+    token = arch.cached_bytes(ways, precision_of(config).dtype.itemsize)
     blocks = rollout.max_num_seqs * -(-rollout.max_model_len // KV_BLOCK) + 1
     return min(rollout.cpu_kv_cache_gb * 2**30 // ways, blocks * KV_BLOCK * token)
 

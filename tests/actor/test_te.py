@@ -13,7 +13,7 @@ import pytest
 import torch
 from paper_models import shape
 
-from nemo_r3.models import Architecture, names
+from nemo_r3.models import Architecture, convert, names
 from nemo_r3.models.names import full_shape, rows
 
 pytest.importorskip("transformer_engine", reason="Transformer Engine cannot be imported", exc_type=ImportError)
@@ -55,7 +55,7 @@ def whole_tensors(arch: Architecture, tensor_parallel: int) -> dict[str, list[in
     found = {}
     for row in rows(arch):
         whole = torch.empty(full_shape(row, arch, tensor_parallel), device="meta")
-        found |= {name: list(part.shape) for name, part in zip(row.hf, names.split(row, whole, arch), strict=True)}
+        found |= {name: list(part.shape) for name, part in zip(row.hf, convert.split(row, whole, arch), strict=True)}
     return found
 
 

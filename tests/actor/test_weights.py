@@ -15,7 +15,7 @@ from torch import nn
 from nemo_r3.actor import weights
 from nemo_r3.actor.weights import HFTensors, load_hf
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import Architecture, names, tensors
+from nemo_r3.models import Architecture, convert, names, tensors
 from nemo_r3.models.rope import Rope
 
 ARCH = Architecture("llama", 0, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False)
@@ -169,8 +169,8 @@ def test_a_rank_reads_its_own_part_alone(
         load_hf(nn.Module(), arch, tmp_path)
     for row in names.rows(arch):
         parts = [rank[row.megatron].detach() for rank in ranks]
-        full = names.join(row, parts[0] if row.cut is None else torch.cat(parts), 2)
-        for name, tensor in zip(row.hf, names.split(row, full, arch), strict=True):
+        full = convert.join(row, parts[0] if row.cut is None else torch.cat(parts), 2)
+        for name, tensor in zip(row.hf, convert.split(row, full, arch), strict=True):
             assert torch.equal(tensor, whole[name])
             assert watched.read[name] == whole[name].numel() * (2 if row.cut is None else 1)  # by both ranks
     assert len(watched.opened) == 2 * 2 * 3, "each rank opens each file to check it, and again to read it"
@@ -183,7 +183,7 @@ def saved_in_parts(path: Path, arch: Architecture) -> dict[str, torch.Tensor]:
     files: dict[str, str] = {}
     for row in names.rows(arch):
         for name, tensor in zip(
-            row.hf, names.split(row, torch.randn(names.full_shape(row, arch, 1)), arch), strict=True
+            row.hf, convert.split(row, torch.randn(names.full_shape(row, arch, 1)), arch), strict=True
         ):
             whole[name] = tensor.clone()
             files[name] = "layers" if row.layer is not None else row.megatron.split(".")[0]

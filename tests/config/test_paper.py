@@ -19,7 +19,7 @@ TRAINED = {
     "countdown": {"qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "llama-3.1-8b", "llama-3.2-3b"},
     "fc": {"qwen2-1.5b", "qwen2-7b", "llama-3.1-8b", "phi-3.5-mini"},
 }
-BEYOND = {"countdown": {"llama-3.1-70b"}, "fc": set[str]()}
+BEYOND = {"countdown": {"qwen2.5-32b", "llama-3.1-70b"}, "fc": set[str]()}
 """Not trained in the paper."""
 COMPARED = {"countdown": {"qwen2.5-32b", "qwen2.5-72b", "llama-3.1-70b"}, "fc": {"qwen2-72b", "llama-3.1-70b"}}
 

@@ -1,13 +1,16 @@
 """A starting checkpoint is found where its name says, on disk or in the hub's cache."""
 
 import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import EMBEDDED, architecture_of, model_path
+from nemo_r3.models import EMBEDDED, Architecture, architecture_of, model_path, planned_architecture
 
 REVISION = "0123456789012345678901234567890123456789"
 
@@ -16,6 +19,12 @@ def located(name: str) -> Path:
     config = Config()
     config.model.path = name
     return model_path(config)
+
+
+def planned(name: str) -> Architecture:
+    config = Config()
+    config.model.path = name
+    return planned_architecture(config)
 
 
 @pytest.fixture
@@ -41,9 +50,42 @@ def test_a_hub_name_is_found_in_the_cache(hub: Path) -> None:
     shutil.copytree(EMBEDDED, home / "snapshots" / REVISION)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(REVISION)
-    assert architecture_of(located("org/tiny")) == architecture_of(EMBEDDED)
+    assert architecture_of(located("org/tiny")) == planned("org/tiny") == architecture_of(EMBEDDED)
+
+
+def test_of_a_model_on_the_hub_config_json_alone_is_downloaded_and_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "org" / "tiny" / "resolve" / "main").mkdir(parents=True)
+    shutil.copy(EMBEDDED / "config.json", tmp_path / "org" / "tiny" / "resolve" / "main")
+    asked = []
+
+    class Hub(SimpleHTTPRequestHandler):
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            asked.append(self.path)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        assert planned("org/tiny") == architecture_of(EMBEDDED)
+        assert [path for path in asked if path.startswith("/org")] == ["/org/tiny/resolve/main/config.json"]
+        assert not (tmp_path / "cache").exists()
+        with pytest.raises(ConfigError, match="model.path: 'org/gone' is no directory here.*404"):
+            planned("org/gone")
+        server.shutdown()
+    with pytest.raises(ConfigError, match="model.path: 'org/tiny' is no directory here.*ConnectError"):
+        planned("org/tiny")
 
 
 def test_a_hub_name_that_is_not_to_be_had_says_what_to_do(hub: Path) -> None:
-    with pytest.raises(ConfigError, match="model.path: 'org/gone' is no directory.*hf download org/gone"):
-        located("org/gone")
+    for find in (located, planned):
+        with pytest.raises(ConfigError, match="model.path: 'org/gone' is no directory.*hf download org/gone"):
+            find("org/gone")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_r3.models import names
+from nemo_r3.models import convert, names
 from nemo_r3.models.architecture import Architecture
 from nemo_r3.models.rope import Rope
 
@@ -71,7 +71,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 def part_of(row: names.NameRow, tensors: dict[str, torch.Tensor], arch: Architecture, rank: int, size: int) -> Any:
     pieces = [tensors[name][index] for name, index in names.pieces(row, arch, rank, size)]
-    return names.merge(row, pieces, arch, size)
+    return convert.merge(row, pieces, arch, size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,10 +84,10 @@ def test_loading_and_export_are_the_identity_on_a_whole_checkpoint(case: tuple[i
     for row in names.rows(arch):
         parts = [part_of(row, checkpoint, arch, rank, size) for rank in range(size)]
         assert {tuple(part.shape) for part in parts} == {names.part_shape(row, arch, size)}, "ranks hold equal parts"
-        joined = names.join(row, parts[0] if row.cut is None else torch.cat(parts), size)
+        joined = convert.join(row, parts[0] if row.cut is None else torch.cat(parts), size)
         assert joined.shape == names.full_shape(row, arch, size) and joined.is_contiguous()
         assert sum(part.numel() for part in parts) == joined.numel() * (1 if row.cut is not None else size)
-        for name, tensor in zip(row.hf, names.split(row, joined, arch), strict=True):
+        for name, tensor in zip(row.hf, convert.split(row, joined, arch), strict=True):
             assert name not in back, "a tensor has one row"
             back[name] = tensor
     assert back.keys() == checkpoint.keys()
@@ -129,7 +129,7 @@ def test_padding_is_zero_and_does_not_come_back() -> None:
     row = names.rows(arch)[0]
     full = torch.cat([part_of(row, {row.hf[0]: torch.ones(5, 4)}, arch, rank, 4) for rank in range(4)])
     assert full.sum() == 20 and not full[5:].any()
-    assert names.split(row, full, arch)[0].shape == (5, 4)
+    assert convert.split(row, full, arch)[0].shape == (5, 4)
 
 
 @pytest.mark.parametrize(

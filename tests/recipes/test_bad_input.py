@@ -44,6 +44,16 @@ def test_settings_are_refused_before_anything_is_written(tmp_path: Path, foreign
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_is_printed_even_if_it_is_refused(tmp_path: Path) -> None:
+    settings = (QUICKSTART, f"run.dir={tmp_path}/run", "cluster.gpus_per_node=2", "cluster.gpu_memory_gb=2")
+    done = run("plan", *settings, succeed=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the actor needs 0 GiB of each GPU, which has room for 0")
+    assert done.stderr.count("\n") == 1
+    assert "GiB of each GPU  " in done.stdout and "fits" not in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_that_are_cut_are_refused_before_vllm_starts(tmp_path: Path) -> None:
     shutil.copytree(EMBEDDED, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"

@@ -29,6 +29,7 @@ from slurm.stage import Stage
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
 EXAMPLE = "slurm/clusters/example.yaml"
+LLAMA = "configs/countdown-llama-3.1-8b-1n8g-tp2dp4.yaml"
 SIZES = {
     "1_node": [QUICKSTART, "run.dir=runs/one", "cluster.time_minutes=60"],
     "8_nodes": [
@@ -36,7 +37,7 @@ SIZES = {
         *("--mine", "cluster.nodes=4", "--export", "cluster.nodes=1"),
     ],
     "64_nodes": [
-        *(QUICKSTART, "run.dir=runs/many", "cluster.nodes=64", "actor.tensor_parallel=8", "--cluster", EXAMPLE),
+        *(QUICKSTART, "run.dir=runs/many", "cluster.nodes=64", "actor.tensor_parallel=2", "--cluster", EXAMPLE),
         *("--sweep", "actor.lr=1e-6,5e-7", "seed=1,2,3", "--from", "train"),
     ],
 }
@@ -96,6 +97,47 @@ def test_what_cannot_run_is_refused_before_anything_is_submitted(
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """An 8B without weights."""
+    (tmp_path / "8b").mkdir()
+    shutil.copy(ROOT / "tests/shapes/llama-3.1-8b.json", tmp_path / "8b" / "config.json")
+    return f"model.path={tmp_path}/8b"
+
+
+def test_a_training_that_cannot_fit_is_refused_before_anything_is_submitted(tmp_path: Path, model: str) -> None:
+    settings = (
+        LLAMA,
+        f"run.dir={tmp_path}/run",
+        model,
+        "--cluster",
+        EXAMPLE,
+        "--train",
+        "actor.offload_optimizer=false",
+    )
+    slurm = slurm_that_refuses(tmp_path, after=9)
+    done = launch(*settings, environment=slurm)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: stage train: the actor's 41 GiB and vLLM's 40 ")
+    assert done.stderr.endswith("(cluster.gpu_memory_gb); this fits: actor.offload_optimizer=true\n")
+    assert not (tmp_path / "asked").exists()
+    fits = launch(*settings, "cluster.gpu_memory_gb=139", "--dry-run")
+    assert fits.returncode == 0 and fits.stdout.startswith("# train fits: 96 GiB of each GPU are left for activations")
+
+
+def test_a_disk_that_is_too_small_is_refused_where_the_run_directory_is(tmp_path: Path, model: str) -> None:
+    settings = (LLAMA, f"run.dir={tmp_path}/run", model, "train.keep_checkpoints=1000000", "--cluster", EXAMPLE)
+    done = launch(*settings, environment=slurm_that_refuses(tmp_path, after=9))
+    assert done.returncode == 2 and done.stderr.startswith(f"error: stage train: run.dir: {tmp_path} has ")
+    assert launch(*settings, "--dry-run").returncode == 0, "a laptop has another disk"
+
+
+def test_a_model_that_is_elsewhere_is_said_not_to_be_checked(tmp_path: Path) -> None:
+    settings = (LLAMA, f"run.dir={tmp_path}/run", "model.path=/models/8b", "--cluster", EXAMPLE, "--dry-run")
+    first = launch(*settings).stdout.splitlines()[0]
+    assert first.startswith("# not checked whether training fits: model.path: /models/8b is not a directory")
 
 
 def test_a_sweep_mines_once_unless_it_changes_what_is_mined(tmp_path: Path) -> None:
@@ -360,4 +402,4 @@ def test_the_example_has_settings_of_cluster_alone() -> None:
     assert "#SBATCH --partition=gpu" in text
     assert "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0" in text, "NCCL's and gloo's network interfaces"
     assert "#SBATCH --time=90" in text, "the command line wins"
-    assert shlex.split(text.splitlines()[0])[-1] == "RECIPE=mine"
+    assert shlex.split(text.splitlines()[1])[-1] == "RECIPE=mine"

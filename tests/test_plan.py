@@ -1,0 +1,232 @@
+"""What a plan says: numbers by hand, refusals with a way out, the machine it is for, and the documents."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import plans
+import pytest
+from paper_models import shape
+
+from nemo_r3.activations import HEAD_LOGITS, activation_bytes
+from nemo_r3.actor.head import CHUNK_ELEMENTS
+from nemo_r3.capacity import Node
+from nemo_r3.config import Config, load
+from nemo_r3.errors import ConfigError
+from nemo_r3.plan import ASSUMED, Plan, describe, plan_of
+from nemo_r3.units import GIB
+from recipes.plan import describe_step, longest_rows
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+SMALL_GPU = Node("laptop", 1, 24 * GIB, 30 * GIB)
+
+
+def plan(model: str, config: str, *settings: str, here: Node | None = None) -> Plan:
+    return plan_of(load([str(CONFIGS / f"{config}.yaml"), *settings]), shape(model), here, "a small GPU")
+
+
+def numbers(text: str) -> dict[str, list[str]]:
+    """The table's cells, by the names of its rows."""
+    rows = re.findall(r"^  (\S.*?)  +(\S.*)$", text, flags=re.MULTILINE)
+    return {name: cells.split() for name, cells in rows}
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def test_the_8b_on_one_node_by_hand() -> None:
+    text = describe(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "cluster.memory_gb=1800"))
+    layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+    parameters = 32 * layer + 2 * 128256 * 4096 + 4096
+    half = parameters / 2
+    update = 2 * half + 4 * half + 12 * half / 4 + 2 * half
+    gpu, share = 79 * 2**30, 79 * 2**30 / 2
+    cuda = 2 * 2**30
+    assert numbers(text) == {
+        "weights": [gib(2 * half)] * 3,
+        "gradients": [gib(4 * half)] * 2 + ["-"],
+        "optimizer state": [gib(3 * half)] * 2 + ["-"],
+        "reference": [gib(2 * half)] * 2 + ["-"],
+        "vLLM's weights": ["-", *[gib(2 * parameters)] * 2],
+        "vLLM's KV cache, at most": ["-", *[gib(share - 2 * parameters)] * 2],
+        "CUDA, NCCL and kernels": ["2.0"] * 3,
+        "together": [gib(update + cuda), gib(update + share + cuda), gib(2 * half + share + cuda)],
+        "left": [gib(gpu - update - cuda), gib(gpu - update - share - cuda), gib(gpu - 2 * half - share - cuda)],
+        "activations, about": ["3.5", "-", "-"],
+    }
+    tokens = int((share - 2 * parameters) / (2 * 32 * 8 * 128 * 2))  # key and value, layers, heads, channels, bytes
+    assert f"at most {tokens:,} tokens of an engine: {tokens // 4096} whole dialogues" in text
+    assert f"{gib(14 * parameters)} GiB of each node to save, {gib(8 * (3 + 2) * half)} GiB to offload" in text
+    assert f"disk      3 x {gib(14 * parameters)} GiB" in text and f"export    {gib(4 * parameters)} GiB" in text
+    assert "data parallel 4" in text and "8 engines of 1 rank\n" in text
+
+
+def test_the_70b_on_four_nodes_by_hand() -> None:
+    text = describe(plan("llama-3.1-70b", "countdown-llama-3.1-70b-4n8g-tp8pp4"))
+    layer = 2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192
+    vocabulary = 128256 * 8192
+    parameters, last_stage = 80 * layer + 2 * vocabulary + 8192, (20 * layer + vocabulary + 8192) / 8
+    found = numbers(text)
+    assert found["optimizer state"] == [gib(12 * last_stage)] * 2 + ["-"], "one copy: nothing is shared"
+    assert found["together"][0] == gib((2 + 4 + 12 + 2) * last_stage + 2 * 2**30)
+    assert found["vLLM's weights"][1] == gib(2 * parameters / 8)
+    tokens = int((79 * 2**29 - 2 * parameters / 8) / (2 * 80 * 1 * 128 * 2))
+    assert f"at most {tokens:,} tokens of an engine: {tokens // 4096} whole dialogues" in text
+    assert f"{gib(14 * parameters / 4)} GiB of each node to save, {gib(8 * 14 * last_stage)} GiB to offload" in text
+    assert "32 on 4 nodes" in text and "4 engines of 8 ranks" in text
+
+
+def test_what_a_step_of_the_8b_computes_at_most() -> None:
+    """32 groups of 8 reflections of 256 tokens on contexts of 3,840; a row's last token is never an input."""
+    said = describe_step(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4"))
+    layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336
+    tokens, pairs = 3840 + 8 * 255, 3840 * 3841 / 2 + 8 * (255 * 3840 + 255 * 256 / 2)
+    group = 2 * 32 * layer * tokens + 4 * 32 * 4096 * pairs + 2 * 128256 * 4096 * 8 * 256
+    flops = 32 * group * (3 + 1)  # the reference runs forward alone
+    assert f"at most {256 * (256 + 512):,} sampled tokens, and an update of {flops:.1e} FLOPs" in said
+    assert f"{flops / 8:.1e} in 8 microbatches on each rank" in said
+    retries = plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "algo.trained_phases=[retry]")
+    assert {row.shared for row in longest_rows(retries)} == {4096 - 256 - 512}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "why", "fits"),
+    [
+        ("llama-3.1-8b", ["actor.offload_optimizer=false"], "the actor's 41 GiB", "actor.offload_optimizer=true"),
+        ("qwen2.5-32b", [], "the actor needs 168 GiB", "actor.tensor_parallel=8 rollout.tensor_parallel=2"),
+        ("llama-3.1-8b", ["cluster.gpu_memory_gb=40"], "the actor needs 41 GiB", "actor.tensor_parallel=4"),
+        (
+            "llama-3.1-70b",
+            ["rollout.tensor_parallel=4"],
+            "the actor needs 361 GiB",
+            "cluster.nodes=4 actor.pipeline_parallel=2 actor.tensor_parallel=8",
+        ),
+        (
+            "llama-3.1-8b",
+            ["cluster.memory_gb=200", "actor.tensor_parallel=4"],
+            "each node has 200 GiB of host memory for this run, and its 8 ranks need 105 to save",
+            "cluster.nodes=2",
+        ),
+        ("llama-3.1-8b", ["cluster.gpu_memory_gb=2"], "the actor needs 41 GiB", None),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_nearest_layout_that_does(
+    model: str, settings: list[str], why: str, fits: str | None
+) -> None:
+    config = "countdown-llama-3.1-8b-1n8g-tp2dp4"
+    with pytest.raises(ConfigError) as refused:
+        plan(model, config, *settings).check()
+    message = str(refused.value)
+    assert message.startswith(why) and "\n" not in message
+    assert ("; GPUs of 79 GiB are assumed (cluster.gpu_memory_gb)" in message) == ("gpu_memory" not in str(settings))
+    if fits is None:
+        assert "this fits" not in message
+    else:
+        assert message.endswith(f"; this fits: {fits}")
+        plan(model, config, *settings, *fits.split()).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "here", "gpu", "host", "ranks"),
+    [
+        (["cluster.gpus_per_node=8"], None, 79, math.inf, 8),
+        (["cluster.gpus_per_node=8"], SMALL_GPU, 24, math.inf, 8),
+        (["cluster.gpus_per_node=8", "cluster.gpu_memory_gb=139"], SMALL_GPU, 139, math.inf, 8),
+        (["cluster.gpus_per_node=8", "cluster.memory_gb=500"], SMALL_GPU, 24, 500, 8),
+        ([], SMALL_GPU, 24, 30, 1),
+        ([], replace(SMALL_GPU, gpu=0), 0, 30, 1),
+        (["cluster.memory_gb=500", "actor.tensor_parallel=2", "cluster.nodes=2"], None, 0, 500, 1),
+        (["actor.tensor_parallel=2", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2"], None, 0, math.inf, 4),
+    ],
+)
+def test_the_machine_is_what_the_config_says_else_this_one(
+    settings: list[str], here: Node | None, gpu: int, host: float, ranks: int
+) -> None:
+    node = plan("qwen2.5-1.5b", "quickstart", *settings, here=here).node
+    assert (node.gpu / GIB, node.host / GIB, node.ranks) == (gpu, host, ranks)
+
+
+def test_without_gpus_everything_is_host_memory() -> None:
+    planned = plan("qwen2.5-1.5b", "quickstart", "train.save_in_background=true", here=replace(SMALL_GPU, gpu=0))
+    parameters = 28 * (1536 * (2 * 1536 + 2 * 256 + 3 * 8960 + 2) + 1536 + 2 * 256) + 151936 * 1536 + 1536
+    text = describe(planned)
+    counts = {"weights": 4, "gradients": 4, "optimizer state": 8, "reference": 4, "copies for a save": 16}
+    assert {name: numbers(text)[name] for name in counts} == {name: [gib(n * parameters)] for name, n in counts.items()}
+    with pytest.raises(ConfigError, match="laptop has 30.0 GiB of host memory for this run, and without a GPU"):
+        planned.check()
+    assert plan("qwen2.5-1.5b", "quickstart", here=Node("x", 1, 0, 99 * GIB)).verdict.startswith("fits")
+
+
+def test_a_layout_that_divides_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="actor.tensor_parallel=4 does not divide the model's 2 key/value heads"):
+        plan("qwen2.5-1.5b", "countdown-qwen2.5-1.5b-1n8g-dp8", "actor.tensor_parallel=4")
+
+
+def test_activations_at_the_shape_that_was_measured() -> None:
+    """An H200 took 62.95 GiB with SwiGLU fused (docs/log.md, "the first GPU"), 20 bytes a parameter of them no
+    activations; 25,542 tokens in 4 microbatches, with 4,386 trained tokens in the largest."""
+    arch = replace(shape("llama-3.1-8b"), num_layers=8)
+    measured = 62.95 * GIB - 20 * 2_795_573_248
+    assert activation_bytes(Config(), arch, 2, tokens=6418, trained=4386) == pytest.approx(measured, rel=0.05)
+    assert HEAD_LOGITS == CHUNK_ELEMENTS["cuda"]
+
+
+def test_activations_that_do_not_fit_are_said_but_not_refused() -> None:
+    planned = plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "actor.microbatch_tokens=100000")
+    planned.check()
+    assert planned.verdict.startswith("fits: 36 GiB of each GPU are left for activations, which take about ")
+    planned.config.actor.recompute = "none"
+    planned.check()
+    assert planned.verdict.startswith("fits but for activations: 36 GiB of each GPU are left, they take about ")
+    assert "actor.recompute=full" in planned.verdict
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(CONFIGS.glob("*-*.yaml")) if "-eval" not in path.stem], ids=lambda path: path.stem
+)
+def test_the_configs_fit_gpus_of_80_gb(path: Path) -> None:
+    model = re.fullmatch(r"(?:countdown|fc)-(.+)-\d+n\d+g-\S+", path.stem)
+    assert model
+    planned = plan(model[1], path.stem)
+    assert planned.source == ASSUMED and planned.verdict.startswith("fits: ")
+    planned.check()
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "config", "settings"),
+    [
+        ("qwen2.5-1.5b", 1, "countdown-qwen2.5-1.5b-1n8g-dp8", ""),
+        ("qwen2.5-3b", 1, "countdown-qwen2.5-3b-1n8g-dp8", "actor.offload_optimizer=true"),
+        ("llama-3.1-8b", 4, "countdown-llama-3.1-8b-1n8g-tp2dp4", "actor.tensor_parallel=4"),
+        ("qwen2.5-7b", 4, "countdown-qwen2.5-7b-1n8g-tp2dp4", "actor.tensor_parallel=4"),
+        ("llama-3.1-70b", 8, "countdown-llama-3.1-70b-4n8g-tp8pp4", "cluster.nodes=8"),
+    ],
+)
+def test_the_layouts_that_docs_training_advises_fit(model: str, gpus: int, config: str, settings: str) -> None:
+    plan(model, config, f"cluster.gpus_per_node={gpus}", *settings.split()).check()
+
+
+def test_docs_training_has_these_numbers() -> None:
+    page = plans.PAGE.read_text()
+    assert page == plans.rewritten(page), "python tests/plans.py rewrites it"
+    hosts = []
+    for config, nodes in (("8b-1n8g-tp2dp4", 1), ("70b-4n8g-tp8pp4", 4), ("70b-4n8g-tp8pp4", 8)):
+        model = f"llama-3.1-{config.partition('-')[0]}"
+        size = plan(model, f"countdown-llama-3.1-{config}", f"cluster.nodes={nodes}").size
+        hosts.append(round(8 * (size.saved + size.offloaded) / GIB))
+    one, four, eight = hosts
+    said = f"{one} GiB for the 8B on one node, {four} GiB on each of four nodes for the 70B, and {eight} GiB on each of"
+    assert said in " ".join(page.split())
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys, nemo_r3.plan, slurm.launch; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
