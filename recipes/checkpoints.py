@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside
-from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.saver import Saver
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
 from nemo_r3.rollout import kept
 from nemo_r3.rollout.scheduler import Rollout
@@ -44,7 +44,7 @@ def trained(setup: Setup) -> Path | None:
     return trained
 
 
-def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Path | None]:
+def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, Path | None]:
     """Loads the run's newest sound checkpoint, if there is one, and cuts the logs back to its step.
 
     The engine sleeps meanwhile, if it can, and is behind the policy afterwards.
@@ -59,10 +59,10 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
     counters, home, steps = Counters(), None, setup.config.train.steps
     if newest_first := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
-        home, manifest = _load_newest(setup, policy, newest_first)
+        home, manifest = _load_newest(setup, trainer, newest_first)
         counters = Counters(**manifest["state"])
-        refuse_useless_steps(setup, policy, counters.step)
-        setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
+        refuse_useless_steps(setup, trainer, counters.step)
+        setup.progress.say(f"resuming after step {counters.step} from {home}; {trainer.describe_schedule()}")
         if counters.step >= steps:
             setup.progress.say(f"step {counters.step} of train.steps={steps} is done: nothing to train")
         _take_up_turns(setup, rollout, home, counters.step + 1)
@@ -70,18 +70,18 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
     return counters, home
 
 
-def _load_newest(setup: Setup, policy: Policy, newest_first: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+def _load_newest(setup: Setup, trainer: Trainer, newest_first: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """Loads the first of these checkpoints that is sound, after setting aside those before it."""
     *newer, oldest = newest_first
     for path in newer:
         try:
-            return path, checkpoint.load(policy, path)
+            return path, checkpoint.load(trainer, path)
         except DamagedError as error:
             if setup.world.is_main:
                 set_aside(path)
                 print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
     try:
-        return oldest, checkpoint.load(policy, oldest)
+        return oldest, checkpoint.load(trainer, oldest)
     except DamagedError as error:
         damage = str(error).removesuffix(f"; {WAY_OUT}")
         raise UserError(
@@ -89,15 +89,15 @@ def _load_newest(setup: Setup, policy: Policy, newest_first: Sequence[Path]) -> 
         ) from error
 
 
-def check_new_run(setup: Setup, policy: Policy) -> None:
+def check_new_run(setup: Setup, trainer: Trainer) -> None:
     """Checks a run without checkpoints before mining, as `resume` checks others: no step's learning rate may be 0."""
     if newest(setup) is None:
-        refuse_useless_steps(setup, policy, 0)
+        refuse_useless_steps(setup, trainer, 0)
 
 
-def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
+def refuse_useless_steps(setup: Setup, trainer: Trainer, done: int) -> None:
     """Refuses steps whose learning rate would be 0 if every step left has an update."""
-    steps, useful = setup.config.train.steps, done + policy.updates_left()
+    steps, useful = setup.config.train.steps, done + trainer.updates_left()
     if steps <= useful:
         return
     useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
@@ -112,7 +112,7 @@ def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
     )
 
 
-def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> Saver:
+def make_saver(setup: Setup, trainer: Trainer, rollout: Rollout) -> Saver:
     """Makes the run's `Saver`.
 
     An offloaded optimizer state comes back to the device to be saved; the engine makes room for it, and sleeps until
@@ -125,7 +125,7 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> Saver:
         if config.actor.offload_optimizer:
             rollout.engine.sleep()
 
-    return Saver(policy, setup.run.checkpoints, config.train, make_room)
+    return Saver(trainer, setup.run.checkpoints, config.train, make_room)
 
 
 def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:

@@ -91,7 +91,7 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
         from nemo_r3.actor.policy import Policy  # megatron-core and vLLM: after the environment is ready
         from nemo_r3.rollout.engine import Engine
 
-        policy = Policy(config, world, trains=False)
+        policy = Policy(config, world)
     except ConfigError as error:
         return {"skipped": str(error)}
     begun = time.perf_counter()
