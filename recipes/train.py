@@ -31,22 +31,21 @@ def train(argv: Sequence[str]) -> None:
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
     run.open(resuming=checkpoints.newest(setup) is not None)
     bank, trainer = open_bank(setup), start_trainer(setup)
-    policy = trainer.policy
     checkpoints.check_new_run(setup, trainer)
     rollout = start_rollout(setup, with_weights=False)
     if not is_mined(bank):
-        refit_if_behind(setup, policy, rollout)
+        refit_if_behind(setup, trainer.policy, rollout)
     source = failure_source(setup, bank, rollout)
     counters, last_checkpoint = checkpoints.resume(setup, trainer, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
-    layers = Layers(setup, policy.module, counters)
+    layers = Layers(setup, trainer.policy.module, counters)
     saver, pace = checkpoints.make_saver(setup, trainer, rollout), Pace(config.train.steps)
 
     try:
         for step in range(counters.step + 1, config.train.steps + 1):
             world.leave_if_asked()
             progress.begin(f"step {step}/{config.train.steps}")
-            refit_if_behind(setup, policy, rollout)
+            refit_if_behind(setup, trainer.policy, rollout)
             runtime.seed_generators(config.seed, step)
             with run.timed("rollout"):
                 groups = rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)

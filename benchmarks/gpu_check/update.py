@@ -24,11 +24,12 @@ import torch
 
 from benchmarks.machine import ROOT
 from benchmarks.update import Point, rows_of
-from nemo_r3 import precision, runtime
+from nemo_r3 import fp8_support, runtime
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import architecture_of
 from nemo_r3.models.flops import speed
+from nemo_r3.precision import PRECISIONS
 from nemo_r3.types import UpdateBatch
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def started(shape: str, name: str) -> Trainer:
     if name == "fp32":  # its activations take twice the room, beside a state as large
         config.actor.microbatch_tokens //= 2
     world = runtime.start(config)
-    precision.prepare(config, architecture_of(Path(config.model.path)))
+    fp8_support.prepare(config, architecture_of(Path(config.model.path)))
     from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
     from nemo_r3.actor.trainer import Trainer
 
@@ -153,7 +154,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=("8b", "8b-16", "1b"), default="8b")
-    parser.add_argument("--precision", choices=list(precision.PRECISIONS), default="bf16")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `precision.prepare` would, before the next import
+os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `fp8_support.prepare` would, before the next import
 import families  # noqa: E402
 import torch  # noqa: E402
 from data import batch_of, make_models, sequences  # noqa: E402
@@ -23,14 +23,14 @@ from pretended_gpu import pretend, storages  # noqa: E402
 from pretended_te import PRODUCTS, pretend_te  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from nemo_r3 import entry, precision  # noqa: E402
+from nemo_r3 import entry, fp8_support  # noqa: E402
 from nemo_r3.actor import checkpoint  # noqa: E402
 from nemo_r3.actor.manifest import latest  # noqa: E402
 from nemo_r3.actor.numerics import LayerWatch  # noqa: E402
 from nemo_r3.actor.policy import Policy  # noqa: E402
 from nemo_r3.export import export  # noqa: E402
 from nemo_r3.models import model_path  # noqa: E402
-from nemo_r3.precision import precision_of  # noqa: E402
+from nemo_r3.precision import precision_of, without_fp8  # noqa: E402
 from nemo_r3.types import UpdateBatch  # noqa: E402
 
 ROWS = 600
@@ -53,7 +53,7 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     trainer, again = (lab.trainer(layout, "embedded", **settings) for _ in range(2))
     policy = trainer.policy
     if name != "fp32":
-        precision.prepare(policy.config, policy.arch)
+        fp8_support.prepare(policy.config, policy.arch)
     scores = [row.tolist() for row in policy.score(sequences())]
     checkpoint.load(again, save_at_work(trainer, lab.home / f"te-{layout}-{name}-first", 0, {}, keep=1))
     PRODUCTS.clear()
@@ -72,7 +72,7 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     after = [trainer.update(batch())]  # of the weights that the update before has made
     resumed = [again.update(batch()) for _ in range(2)]
     found |= {"metrics": metrics, "resumed": resumed == [metrics[-1], *after]}
-    plain = Policy(precision.without_fp8(policy.config), lab.world)
+    plain = Policy(without_fp8(policy.config), lab.world)
     checkpoint.load_weights(plain, latest(home))
     out = lab.home / f"te-{layout}-{name}-export"
     found["exported"], _ = export(plain, model_path(policy.config), out, "", sequences()[:4])
