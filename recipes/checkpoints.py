@@ -1,4 +1,4 @@
-"""A run's checkpoints: continuing from one, saving the next, and keeping what was sampled of a stopped step.
+"""A run's checkpoints: continuing from one, saving the next, and what was sampled of a stopped step.
 
 Imports megatron-core, so it is imported after `join`.
 """
@@ -17,7 +17,7 @@ from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, la
 from nemo_r3.actor.saver import Saver
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
-from nemo_r3.rollout import kept
+from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.counters import Counters
 from recipes.setup import Setup
@@ -65,7 +65,7 @@ def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, 
         setup.progress.say(f"resuming after step {counters.step} from {home}; {trainer.describe_schedule()}")
         if counters.step >= steps:
             setup.progress.say(f"step {counters.step} of train.steps={steps} is done: nothing to train")
-        _take_up_turns(setup, rollout, home, counters.step + 1)
+        _restore_turns(setup, rollout, home, counters.step + 1)
     setup.run.cut_back(counters.step)
     return counters, home
 
@@ -128,30 +128,31 @@ def make_saver(setup: Setup, trainer: Trainer, rollout: Rollout) -> Saver:
     return Saver(trainer, setup.run.checkpoints, config.train, make_room)
 
 
-def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
+def save_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     """After a stop, writes what was sampled of `step` beside the checkpoint whose weights sampled it.
 
     There is nothing to write if rollouts are deterministic, or before the first checkpoint. A failed write is only a
     warning: the turns will be sampled again.
     """
-    turns = {name: turn for part in setup.world.gather(rollout.kept.of(step)) for name, turn in part.items()}
+    turns = {name: turn for part in setup.world.gather(rollout.turns.nonempty(step)) for name, turn in part.items()}
     home = latest(setup.run.checkpoints)
     if setup.world.is_main and turns and home is not None:
+        file = home / turn_cache.FILE
         try:
-            kept.write(home / kept.FILE, turns)
-            setup.progress.say(f"kept {len(turns)} turns of step {step} in {home / kept.FILE}")
+            turn_cache.write(file, turns)
+            setup.progress.say(f"kept {len(turns)} turns of step {step} in {file}")
         except OSError as error:
-            lost = f"step {step} will be sampled again: cannot write {home / kept.FILE} ({error.strerror})"
+            lost = f"step {step} will be sampled again: cannot write {file} ({error.strerror})"
             print(f"warning: {lost}", file=sys.stderr, flush=True)
 
 
-def _take_up_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> None:
-    """Gives the engines what a stopped process kept of `step`, if anything."""
-    file, turns = home / kept.FILE, {}
+def _restore_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> None:
+    """Gives the engines what a stopped process sampled of `step`, if anything."""
+    file, turns = home / turn_cache.FILE, {}
     if setup.world.is_main and file.exists():
         try:
-            turns = kept.read(file)
+            turns = turn_cache.read(file)
             setup.progress.say(f"continuing with {len(turns)} turns of step {step} from {file}")
         except (OSError, SafetensorError) as error:
             print(f"warning: step {step} is sampled again: {file} is damaged ({error})", file=sys.stderr, flush=True)
-    rollout.kept.take_up(step, setup.world.broadcast(turns))
+    rollout.turns.restore(step, setup.world.broadcast(turns))
