@@ -49,7 +49,7 @@ class Trainer:
         with cpu.cuda_stand_in():
             self.model: Any = wrap(policy.module, config)
             self.model.config.finalize_model_grads_func = _sum_gradients
-            self.optimizer = build_optimizer(self.model, config, precision_of(config))
+            self.optimizer = build_optimizer(self.model, config)
             self.schedule = build_schedule(self.optimizer, config)
         self._objective = Objective(config.algo)
         self._reference = Reference(policy.module, config.actor.offload_optimizer) if config.algo.kl_beta else None

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def starts(policy: Policy, reads: Engine, waits: Engine) -> dict[str, Any]:
     """What an engine without weights refuses, and whether the actor's make it the engine that read them."""
-    refused = [refusal(waits.step), refusal(lambda: waits.score(PROMPTS[0]))]
+    refused = refusal(waits.step)
     refit(policy, waits)
     same = [sample(waits, temperature) == sample(reads, temperature) for temperature in (0.0, 0.7)]
     return {"refused": refused, "same": same}

@@ -95,7 +95,23 @@ class Probe:
         return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
     def score_error(self, name: str, ids: list[int]) -> float:
-        return (torch.tensor(self.engine.score(ids)) - self.reference(name, ids)).abs().max().item()
+        return (torch.tensor(self.score(ids)) - self.reference(name, ids)).abs().max().item()
+
+    def score(self, ids: list[int]) -> list[float]:
+        """[length - 1] vLLM's log-probabilities of ids[1:] as a prompt, which bypasses the prefix cache."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        llm = self.engine._llm
+        assert not llm.has_unfinished_requests()
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        llm.add_request("score", tokens_input(ids), params)
+        scores: list[float] = []
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                rows = output.prompt_logprobs or []
+                scores = [row[token].logprob for row, token in zip(rows[1:], ids[1:], strict=True)]
+        return scores
 
     def sample(self, prompts: list[list[int]], seeds: list[int], temperature: float = TEMPERATURE) -> list[Completion]:
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
