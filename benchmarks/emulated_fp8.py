@@ -70,15 +70,15 @@ class Emulation:
         """Changes no policy yet."""
         self.recipe, self.exact = recipe, False
 
-    def update(self, policy: Any, update: Callable[[Any, UpdateBatch], dict[str, float]], batch: UpdateBatch) -> Any:
-        """The policy's update, with what the batch's loss would have been without rounding."""
+    def update(self, trainer: Any, update: Callable[[Any, UpdateBatch], dict[str, float]], batch: UpdateBatch) -> Any:
+        """The trainer's update, with what the batch's loss would have been without rounding."""
         from nemo_r3.actor import cpu
 
         self.exact = True
-        with policy.at_work(), cpu.cuda_stand_in():
-            sums = policy._accumulate(policy._microbatches(batch.rows)[0])
+        with trainer.at_work(), cpu.cuda_stand_in():
+            sums = trainer._accumulate(trainer.policy.microbatches(batch.rows)[0])
         self.exact = False
-        return update(policy, batch) | {name: sums[of] for name, of in IN_FLOAT32.items()}
+        return update(trainer, batch) | {name: sums[of] for name, of in IN_FLOAT32.items()}
 
 
 def emulate(trunk: nn.Module, emulation: Emulation) -> int:
@@ -116,8 +116,9 @@ def train(name: str, arguments: Sequence[str]) -> None:
         def prepared(*settings: Any) -> None:
             prepare(*settings)
             from nemo_r3.actor import policy
+            from nemo_r3.actor.trainer import Trainer
 
-            build, update = policy.build_model, policy.Policy.update
+            build, update = policy.build_model, Trainer.update
 
             def built(*parts: Any) -> Any:
                 trunk = build(*parts)
@@ -125,7 +126,7 @@ def train(name: str, arguments: Sequence[str]) -> None:
                 return trunk
 
             policy.build_model = built
-            policy.Policy.update = lambda self, batch: emulation.update(self, update, batch)
+            Trainer.update = lambda self, batch: emulation.update(self, update, batch)
 
         environment.prepare = prepared
         training(arguments)

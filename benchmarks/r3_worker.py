@@ -87,11 +87,13 @@ class Bench:
         world = runtime.start(self.config)
 
         from nemo_r3.actor.policy import Policy
+        from nemo_r3.actor.trainer import Trainer
         from nemo_r3.rollout.engine import Engine
         from nemo_r3.rollout.scheduler import Rollout
 
         model = Path(workload.model)
-        self.policy, self.engine = Policy(self.config, world), Engine.start(self.config, model)
+        self.policy = Policy(self.config, world)
+        self.trainer, self.engine = Trainer(self.policy), Engine.start(self.config, model)
         self.forced = ForcedLengths(self.engine)
         dialogue = Dialogue(AutoTokenizer.from_pretrained(model), self.config.dialogue, RejectsAll.wording)
         self.rollout = Rollout(self.forced, dialogue, RejectsAll(), self.config, world)
@@ -108,7 +110,7 @@ class Bench:
                 groups = self.rollout.reflect_and_retry(failures, number, self.workload.group)
             batch = self._batch([rewarded(group, c.rewards) for group, c in zip(groups, contexts, strict=True)])
             self.engine.sleep()
-            metrics = self.policy.update(batch)
+            metrics = self.trainer.update(batch)
             with watch.time("sync"):
                 refit(self.policy, self.engine)
         return watch.split() | {"metrics": metrics}
@@ -126,7 +128,7 @@ class Bench:
             replace(row, advantages=[advantage if weight else 0.0 for weight in row.loss_weights])
             for row, advantage in zip(batch.rows, advantages, strict=True)
         ]
-        return dict(self.policy.update(replace(batch, rows=tuple(rows))))
+        return dict(self.trainer.update(replace(batch, rows=tuple(rows))))
 
     def _batch(self, groups: Sequence[Group]) -> UpdateBatch:
         return build_update(groups, self.config, seed=self.config.seed)

@@ -122,17 +122,18 @@ def padded(row: Row, count: int) -> Row:
     )
 
 
-def measure(policy: Any, point: Point, rounds: int) -> dict[str, Any]:
+def measure(trainer: Any, point: Point, rounds: int) -> dict[str, Any]:
     """Seconds and memory of an update in each layout, taking turns."""
+    policy = trainer.policy
     rows = rows_of(point, policy.arch.vocab_size)
     batches = {layout: laid(rows, layout) for layout in LAYOUTS}
     policy.config.actor.microbatch_tokens = point.group * max(map(len, rows))
-    memory = {layout: peak(policy, laid(rows[: point.group], layout)) for layout in LAYOUTS}
+    memory = {layout: peak(trainer, laid(rows[: point.group], layout)) for layout in LAYOUTS}
     found: dict[str, dict[str, list[float]]] = {layout: {"seconds": [], "cpu_seconds": []} for layout in LAYOUTS}
     for _ in range(rounds):
         for layout, batch in batches.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            policy.update(batch)
+            trainer.update(batch)
             found[layout]["seconds"].append(time.perf_counter() - wall)
             found[layout]["cpu_seconds"].append(time.process_time() - cpu)
     tokens = sum(map(len, rows))
@@ -147,7 +148,7 @@ def measure(policy: Any, point: Point, rounds: int) -> dict[str, Any]:
     }
 
 
-def peak(policy: Any, batch: UpdateBatch) -> float:
+def peak(trainer: Any, batch: UpdateBatch) -> float:
     """The most memory, in MiB, that an update of one microbatch takes above model and optimizer (Linux).
 
     Giving free memory back first makes the update slower: it is not one that is timed, and warms up those that are.
@@ -155,7 +156,7 @@ def peak(policy: Any, batch: UpdateBatch) -> float:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
-    policy.update(batch)
+    trainer.update(batch)
     return resident("VmHWM") - before
 
 
@@ -189,16 +190,17 @@ def ratio(found: dict[str, dict[str, list[float]]], layout: str) -> dict[str, fl
     }
 
 
-def policy_of(sizes: Sizes, home: Path, world: Any) -> Any:
-    """A policy with random weights and the paper's settings, in fp32."""
+def trainer_of(sizes: Sizes, home: Path, world: Any) -> Any:
+    """The trainer of a policy with random weights and the paper's settings, in fp32."""
     from nemo_r3.actor.policy import Policy  # after the world has started
+    from nemo_r3.actor.trainer import Trainer
 
     make_model(home, sizes, seed=1)
     config = Config()
     config.model.path = str(home)
     config.actor.precision = "fp32"
     config.actor.lr = 1e-6
-    return Policy(config, world)
+    return Trainer(Policy(config, world))
 
 
 def main() -> None:
@@ -210,15 +212,15 @@ def main() -> None:
     grid, main_point = (SMALL_GRID, SMALL_GRID[0]) if options.small else (GRID, MAIN)
     models = (SMALL_MODEL, SMALL_MODEL) if options.small else (GRID_MODEL, MAIN_MODEL)
     with tempfile.TemporaryDirectory() as scratch:
-        policy = policy_of(models[0], Path(scratch) / "grid", world)
+        trainer = trainer_of(models[0], Path(scratch) / "grid", world)
         measured = []
         for point in grid:
-            measured.append(measure(policy, point, GRID_ROUNDS))
+            measured.append(measure(trainer, point, GRID_ROUNDS))
             print(line(measured[-1]), flush=True)
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-        found = measure(policy_of(models[1], Path(scratch) / "main", world), main_point, MAIN_ROUNDS)
+        found = measure(trainer_of(models[1], Path(scratch) / "main", world), main_point, MAIN_ROUNDS)
     print(line(found), flush=True)
     numbers = {
         **{f"shared_vs_{layout}": found["ratios"][layout]["time"] for layout in LAYOUTS[1:]},

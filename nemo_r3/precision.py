@@ -10,20 +10,13 @@ export, reference and checkpoints read them: they must not get what was rounded 
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import os
-import re
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from nemo_r3.config import ActorConfig, Config
-from nemo_r3.errors import ConfigError
-from nemo_r3.models import Architecture
 
 Version = tuple[int, ...]
 Tile = tuple[int, int]
@@ -127,8 +120,6 @@ class Precision:
         }
 
 
-MEGATRON = (0, 19)
-"""The oldest megatron-core whose FP8 we know."""
 ADA, HOPPER, BLACKWELL, BLACKWELL_RTX, ANY = (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)
 TENSORWISE = Recipe("tensorwise", "hybrid", 16, 16, edges=1, te=(2, 2), cuda=(12, 1), capabilities=(ADA, ANY))
 BLOCKWISE = Recipe(
@@ -171,9 +162,6 @@ PRECISIONS = {
     )
 }
 
-VLLM = {"fp8_per_tensor": (ADA, 16), "fp8_per_block": (HOPPER, 128)}
-"""vLLM's online FP8: the first compute capability that has it, and what the dimensions it sums over divide by."""
-
 
 def precision_of(config: Config) -> Precision:
     """The precision a config asks for."""
@@ -185,186 +173,3 @@ def without_fp8(config: Config) -> Config:
     if precision_of(config).fp8 is None:
         return config
     return replace(config, actor=replace(config.actor, precision="bf16"))
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The software and hardware that decide which arithmetic can run.
-
-    Attributes:
-        megatron: megatron-core's version.
-        te: Transformer Engine's version; None if it cannot be imported.
-        cuda: the version of CUDA that torch was built for; None without a GPU.
-        capability: the GPU's CUDA compute capability, (9, 0) for an H100; None without a GPU.
-        te_error: why Transformer Engine cannot be imported.
-    """
-
-    megatron: Version
-    te: Version | None = None
-    cuda: Version | None = None
-    capability: Version | None = None
-    te_error: str = ""
-
-    @classmethod
-    def here(cls) -> Machine:
-        """The one that this process runs on; imports Transformer Engine if there is a GPU."""
-        megatron = _version(importlib.metadata.version("megatron-core"))
-        if not torch.cuda.is_available():
-            return cls(megatron)
-        te, error = _transformer_engine()
-        return cls(megatron, te, _version(torch.version.cuda or "0"), torch.cuda.get_device_capability(), error)
-
-
-def _version(text: str) -> Version:
-    return tuple(map(int, re.findall(r"\d+", text)[:2]))
-
-
-def _transformer_engine() -> tuple[Version | None, str]:
-    try:
-        import transformer_engine.pytorch
-    except (ImportError, OSError) as error:  # not installed, or one of its libraries is missing
-        return None, " ".join(str(error).split())
-    return _version(transformer_engine.__version__), ""
-
-
-def prepare(config: Config, arch: Architecture) -> None:
-    """Sets the environment that Transformer Engine reads when it is imported, then refuses what cannot run here.
-
-    Variables that a user has set stay. Every rank calls this after its GPU is chosen and before the actor is imported.
-
-    Raises:
-        ConfigError: see `check`.
-        RuntimeError: Transformer Engine was imported before its environment was ready.
-    """
-    recipe = precision_of(config).fp8
-    for name, value in recipe.environment if recipe is not None else ():
-        if name not in os.environ and "transformer_engine" in sys.modules:
-            raise RuntimeError(f"{name} must be set before transformer_engine is imported")
-        os.environ.setdefault(name, value)
-    check(config, arch, Machine.here())
-
-
-def check(config: Config, arch: Architecture, machine: Machine) -> None:
-    """Refuses an arithmetic that the machine or the model's dimensions cannot do, before any weight is read.
-
-    Raises:
-        ConfigError: the setting, what forbids it, and what would work.
-    """
-    precision = precision_of(config)
-    if precision.fp8 is not None:
-        asked = f"actor.precision={precision.name}"
-        _check_machine(asked, precision.fp8, machine)
-        for dimension in matrix_dimensions(arch, config.actor.tensor_parallel):
-            _check_dimension(asked, "actor", dimension, precision.fp8.block)
-        if arch.num_layers <= 2 * precision.fp8.edges:
-            raise ConfigError(
-                f"{asked} leaves the first and the last layer in BF16, and the model has {arch.num_layers} layers: "
-                "nothing would be FP8; ask for bf16"
-            )
-    if config.rollout.quantization != "none":
-        _check_rollout(config, arch, machine)
-
-
-def _check_machine(asked: str, recipe: Recipe, machine: Machine) -> None:
-    if machine.capability is None or machine.cuda is None:
-        raise ConfigError(f"{asked} needs an NVIDIA GPU, and torch finds none here; ask for bf16 or fp32")
-    if machine.te is None:
-        raise ConfigError(
-            f"{asked} needs Transformer Engine, which cannot be imported ({machine.te_error}); "
-            "install transformer-engine[pytorch]: without it megatron-core would run BF16 and not say so"
-        )
-    first, last = recipe.capabilities
-    if machine.capability < first:
-        raise ConfigError(
-            f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
-            f"{_show(machine.capability)}{_other(machine.capability)}"
-        )
-    if machine.capability >= last:
-        raise ConfigError(
-            f"{asked} needs a GPU below CUDA compute capability {_show(last)}; this one has "
-            f"{_show(machine.capability)}{_other(machine.capability)}"
-        )
-    for name, found, oldest in (
-        ("CUDA", machine.cuda, recipe.cuda),
-        ("Transformer Engine", machine.te, recipe.te),
-        ("megatron-core", machine.megatron, MEGATRON),
-    ):
-        if found < oldest:
-            raise ConfigError(f"{asked} needs {name} {_show(oldest)} or newer, found {_show(found)}")
-
-
-def _other(capability: Version) -> str:
-    """The FP8 precisions that a GPU does have, for an error message."""
-    names = [
-        name
-        for name, precision in PRECISIONS.items()
-        if precision.fp8 is not None and precision.fp8.capabilities[0] <= capability < precision.fp8.capabilities[1]
-    ]
-    return f" (it has {', '.join(names)})" if names else " (ask for bf16)"
-
-
-def _show(version: Version) -> str:
-    return ".".join(map(str, version))
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """A dimension of a layer's matrices.
-
-    Attributes:
-        what: its name.
-        total: its size in the whole model.
-        ways: tensor-parallel ranks that it is cut over.
-        summed: whether a product sums over it, so that numbers are quantised along it.
-    """
-
-    what: str
-    total: int
-    ways: int
-    summed: bool = True
-
-
-def matrix_dimensions(arch: Architecture, ways: int) -> Iterator[Dimension]:
-    """Every dimension of the four matrices of a layer.
-
-    Gate and up are one matrix of twice the feed-forward columns, which divides if those do.
-    """
-    queries, keys = arch.num_heads * arch.head_dim, 2 * arch.num_kv_heads * arch.head_dim
-    yield Dimension("hidden size", arch.hidden_size, 1)
-    yield Dimension("query, key and value columns", queries + keys, ways, summed=False)
-    yield Dimension("attention columns", queries, ways)
-    yield Dimension("feed-forward columns", arch.ffn_hidden_size, ways)
-
-
-def _check_dimension(asked: str, section: str, dimension: Dimension, block: int) -> None:
-    size = dimension.total // dimension.ways
-    if size % block:
-        cut = f" ({dimension.total} / {section}.tensor_parallel={dimension.ways})" if dimension.ways > 1 else ""
-        raise ConfigError(
-            f"{asked} needs multiples of {block}, and the model's {dimension.what} on a rank are {size}{cut}"
-        )
-
-
-def _check_rollout(config: Config, arch: Architecture, machine: Machine) -> None:
-    asked, (first, block) = f"rollout.quantization={config.rollout.quantization}", VLLM[config.rollout.quantization]
-    if machine.capability is None:
-        raise ConfigError(f"{asked} needs an NVIDIA GPU, and torch finds none here; ask for none")
-    if machine.capability < first:
-        raise ConfigError(
-            f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
-            f"{_show(machine.capability)}, where vLLM would multiply in BF16"
-        )
-    for dimension in matrix_dimensions(arch, config.rollout.tensor_parallel):
-        if dimension.summed:
-            _check_dimension(asked, "rollout", dimension, block)
-
-
-def advice(config: Config) -> str | None:
-    """A hint about a legal but unwise setting, or None."""
-    quantization, correction = config.rollout.quantization, config.algo.mismatch_correction
-    if quantization == "none" or correction != "none":
-        return None
-    return (
-        f"rollout.quantization={quantization} samples from other numbers than the actor trains; "
-        "algo.mismatch_correction=tis weighs the tokens accordingly"
-    )

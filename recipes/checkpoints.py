@@ -1,4 +1,4 @@
-"""A run's checkpoints: continuing from one, saving the next, and keeping what was sampled of a stopped step.
+"""A run's checkpoints: continuing from one, saving the next, and what was sampled of a stopped step.
 
 Imports megatron-core, so it is imported after `join`.
 """
@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside
-from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.saver import Saver
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
-from nemo_r3.rollout import kept
+from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.counters import Counters
 from recipes.setup import Setup
@@ -44,7 +44,7 @@ def trained(setup: Setup) -> Path | None:
     return trained
 
 
-def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Path | None]:
+def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, Path | None]:
     """Loads the run's newest sound checkpoint, if there is one, and cuts the logs back to its step.
 
     The engine sleeps meanwhile, if it can, and is behind the policy afterwards.
@@ -59,29 +59,29 @@ def resume(setup: Setup, policy: Policy, rollout: Rollout) -> tuple[Counters, Pa
     counters, home, steps = Counters(), None, setup.config.train.steps
     if newest_first := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
-        home, manifest = _load_newest(setup, policy, newest_first)
+        home, manifest = _load_newest(setup, trainer, newest_first)
         counters = Counters(**manifest["state"])
-        refuse_useless_steps(setup, policy, counters.step)
-        setup.progress.say(f"resuming after step {counters.step} from {home}; {policy.describe_schedule()}")
+        refuse_useless_steps(setup, trainer, counters.step)
+        setup.progress.say(f"resuming after step {counters.step} from {home}; {trainer.describe_schedule()}")
         if counters.step >= steps:
             setup.progress.say(f"step {counters.step} of train.steps={steps} is done: nothing to train")
-        _take_up_turns(setup, rollout, home, counters.step + 1)
+        _restore_turns(setup, rollout, home, counters.step + 1)
     setup.run.cut_back(counters.step)
     return counters, home
 
 
-def _load_newest(setup: Setup, policy: Policy, newest_first: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+def _load_newest(setup: Setup, trainer: Trainer, newest_first: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """Loads the first of these checkpoints that is sound, after setting aside those before it."""
     *newer, oldest = newest_first
     for path in newer:
         try:
-            return path, checkpoint.load(policy, path)
+            return path, checkpoint.load(trainer, path)
         except DamagedError as error:
             if setup.world.is_main:
                 set_aside(path)
                 print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
     try:
-        return oldest, checkpoint.load(policy, oldest)
+        return oldest, checkpoint.load(trainer, oldest)
     except DamagedError as error:
         damage = str(error).removesuffix(f"; {WAY_OUT}")
         raise UserError(
@@ -89,15 +89,15 @@ def _load_newest(setup: Setup, policy: Policy, newest_first: Sequence[Path]) -> 
         ) from error
 
 
-def check_new_run(setup: Setup, policy: Policy) -> None:
+def check_new_run(setup: Setup, trainer: Trainer) -> None:
     """Checks a run without checkpoints before mining, as `resume` checks others: no step's learning rate may be 0."""
     if newest(setup) is None:
-        refuse_useless_steps(setup, policy, 0)
+        refuse_useless_steps(setup, trainer, 0)
 
 
-def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
+def refuse_useless_steps(setup: Setup, trainer: Trainer, done: int) -> None:
     """Refuses steps whose learning rate would be 0 if every step left has an update."""
-    steps, useful = setup.config.train.steps, done + policy.updates_left()
+    steps, useful = setup.config.train.steps, done + trainer.updates_left()
     if steps <= useful:
         return
     useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
@@ -112,7 +112,7 @@ def refuse_useless_steps(setup: Setup, policy: Policy, done: int) -> None:
     )
 
 
-def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> Saver:
+def make_saver(setup: Setup, trainer: Trainer, rollout: Rollout) -> Saver:
     """Makes the run's `Saver`.
 
     An offloaded optimizer state comes back to the device to be saved; the engine makes room for it, and sleeps until
@@ -125,33 +125,34 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> Saver:
         if config.actor.offload_optimizer:
             rollout.engine.sleep()
 
-    return Saver(policy, setup.run.checkpoints, config.train, make_room)
+    return Saver(trainer, setup.run.checkpoints, config.train, make_room)
 
 
-def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
+def save_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     """After a stop, writes what was sampled of `step` beside the checkpoint whose weights sampled it.
 
     There is nothing to write if rollouts are deterministic, or before the first checkpoint. A failed write is only a
     warning: the turns will be sampled again.
     """
-    turns = {name: turn for part in setup.world.gather(rollout.kept.of(step)) for name, turn in part.items()}
+    turns = {name: turn for part in setup.world.gather(rollout.turns.nonempty(step)) for name, turn in part.items()}
     home = latest(setup.run.checkpoints)
     if setup.world.is_main and turns and home is not None:
+        file = home / turn_cache.FILE
         try:
-            kept.write(home / kept.FILE, turns)
-            setup.progress.say(f"kept {len(turns)} turns of step {step} in {home / kept.FILE}")
+            turn_cache.write(file, turns)
+            setup.progress.say(f"kept {len(turns)} turns of step {step} in {file}")
         except OSError as error:
-            lost = f"step {step} will be sampled again: cannot write {home / kept.FILE} ({error.strerror})"
+            lost = f"step {step} will be sampled again: cannot write {file} ({error.strerror})"
             print(f"warning: {lost}", file=sys.stderr, flush=True)
 
 
-def _take_up_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> None:
-    """Gives the engines what a stopped process kept of `step`, if anything."""
-    file, turns = home / kept.FILE, {}
+def _restore_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> None:
+    """Gives the engines what a stopped process sampled of `step`, if anything."""
+    file, turns = home / turn_cache.FILE, {}
     if setup.world.is_main and file.exists():
         try:
-            turns = kept.read(file)
+            turns = turn_cache.read(file)
             setup.progress.say(f"continuing with {len(turns)} turns of step {step} from {file}")
         except (OSError, SafetensorError) as error:
             print(f"warning: step {step} is sampled again: {file} is damaged ({error})", file=sys.stderr, flush=True)
-    rollout.kept.take_up(step, setup.world.broadcast(turns))
+    rollout.turns.restore(step, setup.world.broadcast(turns))

@@ -25,7 +25,7 @@ def evaluate(argv: Sequence[str]) -> None:
     trained = checkpoints.trained(setup)
     if trained is None:
         progress.say(f"no checkpoint in {run.path}: measuring the starting model only")
-    policy = start_policy(setup, trains=False, with_weights=False) if trained is not None else None
+    policy = start_policy(setup) if trained is not None else None
     rollout = start_rollout(setup)
     problems = setup.task.problems("test")[: config.evaluate.problems or None]
 
@@ -35,7 +35,7 @@ def evaluate(argv: Sequence[str]) -> None:
     verdicts = {"before": before}
     entries: dict[str, Any] = {"before": as_json(scores(before)), "after": None, "difference": None, "step": None}
     if policy is not None and trained is not None:
-        entries["step"] = checkpoint.load(policy, trained)["step"]
+        entries["step"] = checkpoint.load_weights(policy, trained)["step"]
         refit(policy, rollout.engine)
         progress.begin(f"evaluate step {entries['step']}:")
         with run.timed("evaluate"):

@@ -38,8 +38,8 @@ def export(argv: Sequence[str]) -> None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
     out = run.path / "export"
     with run.timed("export"):
-        policy = start_policy(setup, trains=False, with_weights=False)
-        step = checkpoint.load(policy, trained)["step"]
+        policy = start_policy(setup)
+        step = checkpoint.load_weights(policy, trained)["step"]
         world.leave_if_asked()
         recorded = run.path / "config.yaml"
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else config

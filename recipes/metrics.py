@@ -19,7 +19,7 @@ from nemo_r3.types import Group
 from recipes.setup import Setup
 
 if TYPE_CHECKING:
-    from nemo_r3.actor.policy import Policy  # megatron-core
+    from nemo_r3.actor.trainer import Trainer  # megatron-core
 
 
 MANY_TRUNCATED = 0.2
@@ -73,10 +73,10 @@ def summary(metrics: Mapping[str, float | None], config: Config) -> str:
     return f"{line}{kl}  grad {metrics['grad_norm']:.2f}  {tokens}  {metrics['speed/rollout_tokens']:,.0f} tok/s"
 
 
-def report_memory(setup: Setup, policy: Policy, rollout: Rollout, step: int) -> None:
+def report_memory(setup: Setup, trainer: Trainer, rollout: Rollout, step: int) -> None:
     """After the first step, says what holds how much of rank 0's memory; every rank calls this."""
     if step == 1:
-        holders = policy.held() | {"KV cache": rollout.engine.cache_bytes()}
+        holders = trainer.held() | {"KV cache": rollout.engine.cache_bytes()}
         setup.progress.say(memory.table(holders, setup.run.memory))
 
 

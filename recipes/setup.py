@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from nemo_r3 import capacity, precision, runtime, signals, tasks
+from nemo_r3 import capacity, fp8_support, runtime, signals, tasks
 from nemo_r3 import config as configuration
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
+from nemo_r3.precision import without_fp8
 from nemo_r3.progress import Progress
 from nemo_r3.rollout import environment
 from nemo_r3.run_directory import RunDirectory
@@ -73,8 +74,8 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     check_layout(config, arch)
     environment.prepare(config, torch.cuda.is_available())
     world = runtime.start(config)
-    precision.prepare(config if trains else precision.without_fp8(config), arch)
-    if world.is_main and (advice := precision.advice(config)):
+    fp8_support.prepare(config if trains else without_fp8(config), arch)
+    if world.is_main and (advice := fp8_support.advice(config)):
         print(f"warning: {advice}", file=sys.stderr, flush=True)
     run = RunDirectory(config, world)
     run.check_directory()

@@ -7,24 +7,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nemo_r3.config import Config
 from nemo_r3.models.names import count_parameters
+from nemo_r3.precision import without_fp8
 from nemo_r3.refit import refit
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.setup import Setup
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
+    from nemo_r3.actor.trainer import Trainer
     from nemo_r3.rollout.engine import Engine
 
 
-def start_policy(setup: Setup, trains: bool = True, with_weights: bool = True) -> Policy:
-    """Builds this rank's shard of the policy; without weights, load a checkpoint next."""
+def start_trainer(setup: Setup) -> Trainer:
+    """Builds this rank's shard of the policy, with the starting weights, and its optimizer."""
+    policy = _build(setup, setup.config, with_weights=True)
+    from nemo_r3.actor.trainer import Trainer
+
+    return Trainer(policy)
+
+
+def start_policy(setup: Setup) -> Policy:
+    """Builds this rank's shard of a policy that scores and exports a checkpoint; load its weights next."""
+    return _build(setup, without_fp8(setup.config), with_weights=False)
+
+
+def _build(setup: Setup, config: Config, with_weights: bool) -> Policy:
     actor, millions = setup.config.actor, count_parameters(setup.arch) / 1e6
     layout = f"tensor_parallel={actor.tensor_parallel} pipeline_parallel={actor.pipeline_parallel}"
     setup.progress.say(f"loading the model: {millions:,.1f}M parameters, {layout}, ranks: {setup.world.size}")
     from nemo_r3.actor.policy import Policy
 
-    return Policy(setup.config, setup.world, trains, with_weights)
+    return Policy(config, setup.world, with_weights)
 
 
 def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:

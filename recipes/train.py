@@ -20,7 +20,7 @@ from recipes.layers import Layers
 from recipes.metrics import measures, report_memory, speed, summary
 from recipes.outcome import conclude, draw_curve
 from recipes.setup import join
-from recipes.start import refit_if_behind, start_policy, start_rollout
+from recipes.start import refit_if_behind, start_rollout, start_trainer
 
 
 def train(argv: Sequence[str]) -> None:
@@ -30,22 +30,22 @@ def train(argv: Sequence[str]) -> None:
 
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
     run.open(resuming=checkpoints.newest(setup) is not None)
-    bank, policy = open_bank(setup), start_policy(setup)
-    checkpoints.check_new_run(setup, policy)
+    bank, trainer = open_bank(setup), start_trainer(setup)
+    checkpoints.check_new_run(setup, trainer)
     rollout = start_rollout(setup, with_weights=False)
     if not is_mined(bank):
-        refit_if_behind(setup, policy, rollout)
+        refit_if_behind(setup, trainer.policy, rollout)
     source = failure_source(setup, bank, rollout)
-    counters, last_checkpoint = checkpoints.resume(setup, policy, rollout)
+    counters, last_checkpoint = checkpoints.resume(setup, trainer, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
-    layers = Layers(setup, policy.module, counters)
-    saver, pace = checkpoints.make_saver(setup, policy, rollout), Pace(config.train.steps)
+    layers = Layers(setup, trainer.policy.module, counters)
+    saver, pace = checkpoints.make_saver(setup, trainer, rollout), Pace(config.train.steps)
 
     try:
         for step in range(counters.step + 1, config.train.steps + 1):
             world.leave_if_asked()
             progress.begin(f"step {step}/{config.train.steps}")
-            refit_if_behind(setup, policy, rollout)
+            refit_if_behind(setup, trainer.policy, rollout)
             runtime.seed_generators(config.seed, step)
             with run.timed("rollout"):
                 groups = rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
@@ -56,12 +56,12 @@ def train(argv: Sequence[str]) -> None:
                 progress.during("update")
                 with layers.watched(counters), run.timed("update"):
                     rollout.engine.sleep()
-                    metrics = dict(policy.update(batch))
+                    metrics = dict(trainer.update(batch))
 
             metrics |= {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
             counters = layers.move_worst_to_bf16(counters.after(step, source.cursor, metrics, config.train))
             metrics |= speed(setup, groups, metrics) | measures(groups)
-            report_memory(setup, policy, rollout, step)
+            report_memory(setup, trainer, rollout, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
             progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config)}  {pace.after(step)}")
@@ -78,7 +78,7 @@ def train(argv: Sequence[str]) -> None:
         if counters.step > saved_step:
             saver.save(counters.step, asdict(counters))
         saver.finish()
-        checkpoints.keep_turns(setup, rollout, counters.step + 1)
+        checkpoints.save_turns(setup, rollout, counters.step + 1)
         raise
     saver.finish()
     conclude(setup, argv)

@@ -23,6 +23,7 @@ FLOORS = {
     "nemo_r3.algo": 1,
     "nemo_r3.models": 2,
     "nemo_r3.precision": 2,
+    "nemo_r3.fp8_support": 2,
     "nemo_r3.runtime": 2,
     "nemo_r3.entry": 2,
     "nemo_r3.memory": 2,

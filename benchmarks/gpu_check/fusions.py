@@ -68,16 +68,17 @@ def all_of(patches: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
 def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]]:
     """All results so far, again after each change; or `skipped` with the reason."""
     try:
-        policy = started(shape, arithmetic)
+        trainer = started(shape, arithmetic)
     except ConfigError as error:
         yield {"skipped": str(error)}
         return
+    policy = trainer.policy
     batch = batch_of(policy, shape)
 
     def run() -> tuple[float, float]:
         """Seconds and gradient norm; the update before it compiles, and leaves the allocator as this change does."""
-        timed(policy, batch)
-        seconds, metrics = timed(policy, batch)
+        timed(trainer, batch)
+        seconds, metrics = timed(trainer, batch)
         return seconds, metrics["grad_norm"]
 
     _, norm = run()

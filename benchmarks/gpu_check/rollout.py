@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.gpu_check.update import distance, model_of
-from nemo_r3 import precision, runtime
+from nemo_r3 import fp8_support, runtime
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import architecture_of
@@ -87,11 +87,11 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
     try:
         environment.prepare(config, torch.cuda.is_available())
         world = runtime.start(config)
-        precision.prepare(config, arch)
+        fp8_support.prepare(config, arch)
         from nemo_r3.actor.policy import Policy  # megatron-core and vLLM: after the environment is ready
         from nemo_r3.rollout.engine import Engine
 
-        policy = Policy(config, world, trains=False)
+        policy = Policy(config, world)
     except ConfigError as error:
         return {"skipped": str(error)}
     begun = time.perf_counter()
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=("8b-full", "1b"), default="1b")
-    parser.add_argument("--quantization", choices=("none", *precision.VLLM), default="none")
+    parser.add_argument("--quantization", choices=("none", *fp8_support.VLLM), default="none")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -24,15 +24,17 @@ import torch
 
 from benchmarks.machine import ROOT
 from benchmarks.update import Point, rows_of
-from nemo_r3 import precision, runtime
+from nemo_r3 import fp8_support, runtime
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import architecture_of
 from nemo_r3.models.flops import speed
+from nemo_r3.precision import PRECISIONS
 from nemo_r3.types import UpdateBatch
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
+    from nemo_r3.actor.trainer import Trainer
 
 LLAMA = {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -68,8 +70,8 @@ def model_of(shape: str) -> Path:
     return path
 
 
-def started(shape: str, name: str) -> Policy:
-    """A policy of the shape in the precision, whose weights stay what they are: every update has the same gradient.
+def started(shape: str, name: str) -> Trainer:
+    """A policy of the shape in the precision. Its weights stay what they are: every update has the same gradient.
 
     Raises:
         ConfigError: this machine cannot run the precision.
@@ -81,10 +83,11 @@ def started(shape: str, name: str) -> Policy:
     if name == "fp32":  # its activations take twice the room, beside a state as large
         config.actor.microbatch_tokens //= 2
     world = runtime.start(config)
-    precision.prepare(config, architecture_of(Path(config.model.path)))
+    fp8_support.prepare(config, architecture_of(Path(config.model.path)))
     from nemo_r3.actor.policy import Policy  # megatron-core and Transformer Engine: after `prepare`
+    from nemo_r3.actor.trainer import Trainer
 
-    return Policy(config, world)
+    return Trainer(Policy(config, world))
 
 
 def batch_of(policy: Policy, shape: str) -> UpdateBatch:
@@ -92,11 +95,11 @@ def batch_of(policy: Policy, shape: str) -> UpdateBatch:
     return UpdateBatch(tuple(rows_of(SMALL if shape == "tiny" else POINT, policy.arch.vocab_size)), (), 1, 0)
 
 
-def timed(policy: Policy, batch: UpdateBatch) -> tuple[float, dict[str, float]]:
+def timed(trainer: Trainer, batch: UpdateBatch) -> tuple[float, dict[str, float]]:
     """Seconds of an update, to the device's end of it, and what it says."""
     begun = time.perf_counter()
-    metrics = policy.update(batch)
-    if policy.world.gpu_name:
+    metrics = trainer.update(batch)
+    if trainer.policy.world.gpu_name:
         torch.cuda.synchronize()
     return time.perf_counter() - begun, metrics
 
@@ -119,16 +122,17 @@ def _float32_file(shape: str) -> Path:
 def measure(shape: str, name: str) -> dict[str, Any]:
     """What is found, or `skipped` with the reason."""
     try:
-        policy = started(shape, name)
+        trainer = started(shape, name)
     except ConfigError as error:
         return {"skipped": str(error)}
+    policy = trainer.policy
     batch = batch_of(policy, shape)
     if name == "fp32":
-        _, metrics = timed(policy, batch)
+        _, metrics = timed(trainer, batch)
         reference = {"logprobs": scores(policy, batch), "grad_norm": metrics["grad_norm"]}
         _float32_file(shape).write_text(json.dumps(reference))
         return {"sequences": len(reference["logprobs"]), "grad_norm": metrics["grad_norm"]}
-    runs = [timed(policy, batch) for _ in range(WARM + ROUNDS)][WARM:]
+    runs = [timed(trainer, batch) for _ in range(WARM + ROUNDS)][WARM:]
     median, metrics = statistics.median(seconds for seconds, _ in runs), runs[-1][1]
     found: dict[str, float] = {}
     if (theirs := float32_of(shape)) is not None:
@@ -150,7 +154,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=("8b", "8b-16", "1b"), default="8b")
-    parser.add_argument("--precision", choices=list(precision.PRECISIONS), default="bf16")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

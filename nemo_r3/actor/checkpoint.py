@@ -1,4 +1,4 @@
-"""Saves and loads the policy. A checkpoint is written whole or not at all (`manifest.py`) and loads at any layout.
+"""Saves and loads a policy and its optimizer, whole or not at all (`manifest.py`), and at any layout.
 
 It holds no generator state: every step is seeded by (seed, step), see `runtime.seed_generators`.
 """
@@ -40,6 +40,7 @@ from nemo_r3.actor.manifest import (
 from nemo_r3.actor.optimizer import restore_schedule, schedule_state
 from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
 from nemo_r3.runtime import World, is_collective
 
@@ -73,26 +74,21 @@ class Saving:
         return step_path(self.directory, self.manifest["step"])
 
 
-def save(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Writes `directory/step_<step>` and removes all but the newest `keep` checkpoints; see `begin` and `finish`."""
-    with policy.at_work():
-        return finish(begin(policy, directory, step, state), keep)
-
-
 @cuda_stand_in()
-def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], background: bool = False) -> Saving:
+def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any], background: bool = False) -> Saving:
     """Begins to write `directory/step_<step>`, which counts once `finish` has returned.
 
     Args:
-        policy: on every rank, at work until the shards are written, or with `background` until this returns.
+        trainer: on every rank, at work until the shards are written, or with `background` until this returns.
         directory: the run's `checkpoints`, on a file system that all ranks see.
         step: the training step that is done.
         state: the loop's own counters (JSON), which `load` returns.
-        background: let the policy change before `finish`; costs a copy of what this rank writes, in host memory.
+        background: let the weights change before `finish`; costs a copy of what this rank writes, in host memory.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
+    policy = trainer.policy
     manifest = {
         "step": step,
         "version": policy.version,
@@ -108,7 +104,7 @@ def begin(policy: Policy, directory: Path, step: int, state: Mapping[str, Any], 
             saving.writing.mkdir(parents=True)
         saving.world.barrier()
         strategy = FullyParallelSaveStrategyWrapper(saving.strategy, _data_parallel_group())
-        dist_checkpointing.save(_sharded_state(policy), str(saving.writing), strategy)
+        dist_checkpointing.save(_sharded_state(trainer), str(saving.writing), strategy)
     return saving
 
 
@@ -208,16 +204,41 @@ def _cause(error: BaseException) -> str:
 
 
 @cuda_stand_in()
-def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
-    """Restores a checkpoint of any layout into the policy; one that is seen to be damaged leaves it as it was.
-
-    A policy that does not train takes the weights alone, and only their files are checked.
+def load(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+    """Restores a checkpoint of any layout; one that is seen to be damaged leaves everything as it was.
 
     Returns:
         The manifest: `step`, `version`, `architecture`, and the loop's `state`.
 
     Raises:
         DamagedError: the checkpoint is incomplete or damaged, on every rank alike.
+        UserError: it is of another model, or of the other rotary factors.
+    """
+    manifest = _fitting_manifest(trainer.policy, checkpoint)
+    _check_files(checkpoint, manifest["files"], trainer.policy.world)
+    with trainer.at_work():
+        state = _read(trainer.policy, checkpoint, _sharded_state(trainer), manifest["version"])
+        set_step(trainer.optimizer, manifest["version"])
+    restore_schedule(trainer.schedule, state["schedule"])
+    return manifest
+
+
+@cuda_stand_in()
+def load_weights(policy: Policy, checkpoint: Path) -> dict[str, Any]:
+    """Restores the weights alone, and checks only their files; otherwise as `load`."""
+    manifest = _fitting_manifest(policy, checkpoint)
+    files = {name: file for name, file in manifest["files"].items() if not name.startswith(OPTIMIZER)}
+    _check_files(checkpoint, files, policy.world)
+    _read(policy, checkpoint, {"model": _sharded_weights(policy)}, manifest["version"])
+    torch.cuda.empty_cache()  # for the engine
+    return manifest
+
+
+def _fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        DamagedError: the checkpoint is incomplete.
         UserError: it is of another model, or of the other rotary factors.
     """
     manifest = _manifest_on_rank_0(checkpoint, policy.world)
@@ -236,21 +257,23 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} was trained with longrope's {manifest['rope']} factors, and rollout.max_model_len="
             f"{policy.config.rollout.max_model_len} takes the {_regime(policy)} ones; set it back to the run's own"
         )
-    files = {name: file for name, file in manifest["files"].items() if _is_read(name, policy)}
-    check_sums(checkpoint, files, _file_sums(checkpoint, sorted(files), policy.world))
-    with policy.at_work():
-        signals.alive()
-        try:
-            state = dist_checkpointing.load(_sharded_state(policy), str(checkpoint))
-        except CheckpointException as error:
-            raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
-        policy.module.load_state_dict(state["model"] | _norm_state(policy.module))
-        if policy.optimizer is not None:
-            set_step(policy.optimizer, manifest["version"])
-    if policy.optimizer is not None:
-        restore_schedule(policy.schedule, state["schedule"])
-    policy.version = manifest["version"]
     return manifest
+
+
+def _check_files(checkpoint: Path, files: Mapping[str, Any], world: World) -> None:
+    check_sums(checkpoint, files, _file_sums(checkpoint, sorted(files), world))
+
+
+def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int) -> dict[str, Any]:
+    """Reads into this rank's sharded state, in place where the tensors allow it; the policy gets the weights."""
+    signals.alive()
+    try:
+        found: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
+    except CheckpointException as error:
+        raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
+    policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
+    policy.version = version
+    return found
 
 
 def _manifest_on_rank_0(checkpoint: Path, world: World) -> dict[str, Any]:
@@ -272,11 +295,6 @@ def _described(policy: Policy) -> dict[str, Any]:
     """The model's shape as a manifest gives it back."""
     described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
     return described
-
-
-def _is_read(name: str, policy: Policy) -> bool:
-    """Whether loading reads a file: a policy that does not train has no use for most of the bytes."""
-    return policy.optimizer is not None or not name.startswith(OPTIMIZER)
 
 
 def _regime(policy: Policy) -> str:
@@ -307,10 +325,12 @@ def _norm_state(module: Any) -> dict[str, Any]:
     return {name: part for name, part in module.state_dict().items() if name == NORM_STATE}
 
 
-def _sharded_state(policy: Policy) -> dict[str, Any]:
+def _sharded_weights(policy: Policy) -> dict[str, Any]:
+    return weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": _data_parallel_group()})
+
+
+def _sharded_state(trainer: Trainer) -> dict[str, Any]:
     """What this rank writes to a checkpoint, and what loading fills."""
-    model = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": _data_parallel_group()})
-    if policy.optimizer is None:
-        return {"model": model}
-    schedule = schedule_state(policy.schedule)
-    return {"model": model, "optimizer": sharded_state(policy.optimizer, model), "schedule": schedule}
+    model = _sharded_weights(trainer.policy)
+    optimizer, schedule = sharded_state(trainer.optimizer, model), schedule_state(trainer.schedule)
+    return {"model": model, "optimizer": optimizer, "schedule": schedule}

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim import AdamW
 
 from nemo_r3.config import Config
-from nemo_r3.precision import Precision, precision_of
+from nemo_r3.precision import precision_of
 
 
 def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
@@ -33,7 +33,7 @@ def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     return wrapped
 
 
-def build_optimizer(model: DistributedDataParallel, config: Config, precision: Precision) -> MegatronOptimizer:
+def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
     """AdamW with fp32 main weights."""
     actor = config.actor
     settings = OptimizerConfig(
@@ -45,7 +45,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config, precision: P
         adam_beta2=actor.adam_beta2,
         adam_eps=actor.adam_eps,
         clip_grad=actor.clip_grad,
-        **precision.optimizer_fields(),
+        **precision_of(config).optimizer_fields(),
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import TrainConfig
 
 
 class Saver:
-    """Saves a run's policy as `config.train` says.
+    """Saves a run's policy and its optimizer as `config.train` says.
 
     Args:
-        policy: on every rank.
+        trainer: on every rank.
         directory: the run's `checkpoints`.
         config: when to save, how many checkpoints to keep, and whether to write them in the background.
-        make_room: makes room on the device for the policy at work.
+        make_room: makes room on the device for the trainer at work.
     """
 
-    def __init__(self, policy: Policy, directory: Path, config: TrainConfig, make_room: Callable[[], None]) -> None:
-        self._policy, self._directory, self._config, self._make_room = policy, directory, config, make_room
+    def __init__(self, trainer: Trainer, directory: Path, config: TrainConfig, make_room: Callable[[], None]) -> None:
+        self._trainer, self._directory, self._config, self._make_room = trainer, directory, config, make_room
         self._saving: checkpoint.Saving | None = None
         self._begun = time.monotonic()
 
@@ -34,7 +34,7 @@ class Saver:
             return True
         if not config.save_minutes:
             return False
-        return bool(self._policy.world.broadcast(time.monotonic() - self._begun >= 60 * config.save_minutes))
+        return bool(self._trainer.policy.world.broadcast(time.monotonic() - self._begun >= 60 * config.save_minutes))
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Begins a save after finishing the one before, and unless it is in the background, finishes it.
@@ -49,15 +49,15 @@ class Saver:
         self._begun = time.monotonic()
         background = self._config.save_in_background
         self._make_room()
-        with self._policy.at_work():
-            self._saving = saving = checkpoint.begin(self._policy, self._directory, step, state, background)
+        with self._trainer.at_work():
+            self._saving = saving = checkpoint.begin(self._trainer, self._directory, step, state, background)
             if not background:
                 self.finish()
         return saving.final
 
     def finish_if_written(self) -> None:
         """Finishes a save that all ranks have written; every rank calls this between steps."""
-        if self._saving is not None and all(self._policy.world.gather(self._saving.strategy.is_written())):
+        if self._saving is not None and all(self._trainer.policy.world.gather(self._saving.strategy.is_written())):
             self.finish()
 
     def finish(self) -> None:

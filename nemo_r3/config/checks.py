@@ -111,7 +111,7 @@ def _check_cluster(config: Config) -> None:
 
 
 def _check_arithmetic(config: Config) -> None:
-    """Refuses what needs no look at the machine; nemo_r3.precision does the rest."""
+    """Refuses what needs no look at the machine; nemo_r3.fp8_support does the rest."""
     actor, quantization = config.actor, config.rollout.quantization
     if "fp8" in actor.precision and actor.layer_spec == "local":
         raise ConfigError(f"actor.precision: {actor.precision} needs Transformer Engine's layers: not layer_spec=local")

@@ -70,18 +70,17 @@ class Rope:
         return "long" if max_model_len > self.scaling.original_positions else "short"
 
 
-def read_rope(hf: Mapping[str, Any], head_dim: int, theta: float = 10000.0) -> Rope:
+def read_rope(hf: Mapping[str, Any], head_dim: int) -> Rope:
     """The rotary positions of a config.json, from any of the places where transformers has kept them.
 
     Args:
         hf: config.json.
         head_dim: width of one head.
-        theta: the base if config.json names none.
 
     Raises:
         ConfigError: a scaling that the actor does not compute, or values that make none.
     """
-    settings = {"rope_theta": theta, "partial_rotary_factor": 1.0} | _settings(hf)
+    settings = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0} | _settings(hf)
     share = positive_number(settings, "partial_rotary_factor")
     dim = int(head_dim * share)
     if share > 1 or dim % 2 or not dim:

@@ -125,7 +125,8 @@ class Engine:
         Raises:
             RuntimeError: the engine has no weights; `load` comes first.
         """
-        self._refuse_without_weights()
+        if self.version == NO_WEIGHTS:
+            raise RuntimeError("the engine started without weights or has slept: it needs a refit first")
         finished = [(output.request_id, output.outputs[0]) for output in self._llm.step() if output.finished]
         return [
             self._completion(request_id, turn.token_ids, turn.logprobs, str(turn.finish_reason))
@@ -142,25 +143,6 @@ class Engine:
             aborted.append(self._completion(request_id, ids, rows.logprobs, UNFINISHED))
         self._llm.abort_request([completion.request_id for completion in aborted])
         return aborted
-
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """[length - 1] log-probabilities (nats, temperature 1) of ids[1:], each given those before it.
-
-        Bypasses the prefix cache. For checks, between rollouts only.
-
-        Raises:
-            RuntimeError: the engine has no weights; `load` comes first.
-        """
-        self._refuse_without_weights()
-        assert not self._llm.has_unfinished_requests(), "score runs between rollouts"
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        self._llm.add_request("score", tokens_input(list(ids)), params)
-        scores: list[float] = []
-        while self._llm.has_unfinished_requests():
-            for output in self._llm.step():
-                rows = output.prompt_logprobs or []
-                scores = [row[token].logprob for row, token in zip(rows[1:], ids[1:], strict=True)]
-        return scores
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replaces all weights and forgets everything computed with the old ones.
@@ -219,10 +201,6 @@ class Engine:
             return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
         return max(self._llm.collective_rpc(size))
-
-    def _refuse_without_weights(self) -> None:
-        if self.version == NO_WEIGHTS:
-            raise RuntimeError("the engine started without weights or has slept: it needs a refit first")
 
     def _completion(self, request: str, ids: Sequence[int], rows: SampleLogprobs | None, reason: str) -> Completion:
         assert isinstance(rows, FlatLogprobs) and len(rows) == len(ids), f"{len(ids)} tokens without log-probabilities"

@@ -21,7 +21,6 @@ from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.progress import Progress
-from nemo_r3.rollout.kept import Kept, turn_id
 from nemo_r3.rollout.placement import Fleet
 from nemo_r3.rollout.sampling import (
     UNFINISHED,
@@ -31,6 +30,7 @@ from nemo_r3.rollout.sampling import (
     is_deterministic,
     request_seed,
 )
+from nemo_r3.rollout.turn_cache import TurnCache, turn_id
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import NO_ROOM, Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
@@ -88,7 +88,7 @@ class Rollout(Generic[EngineT]):
     Attributes:
         engine: this rank's.
         too_long: ids of the problems that were not asked, because the task alone fills `rollout.max_model_len`.
-        kept: what this rank's engine has sampled in the current step; nothing if rollouts are deterministic, because
+        turns: what this rank's engine has sampled in the current step; empty if rollouts are deterministic, because
             then a repeated step gives the same.
     """
 
@@ -109,7 +109,7 @@ class Rollout(Generic[EngineT]):
         self._progress = progress if world.is_main else None
         self._deterministic = is_deterministic(config.rollout, torch.cuda.is_available())
         self.too_long: set[str] = set()
-        self.kept = Kept(enabled=not self._deterministic)
+        self.turns = TurnCache(enabled=not self._deterministic)
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
@@ -224,7 +224,7 @@ class Rollout(Generic[EngineT]):
     def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, totals: dict[Phase, int]) -> None:
         """Samples turns and those that follow, until none is left or a signal asks to stop."""
         in_flight = _InFlight(step, greedy)
-        self.kept.begin(step)
+        self.turns.begin(step)
         if self._deterministic:  # a resumed run has less in its cache: what an engine computes must not depend on it
             self.engine.reset_prefix_cache()
         for turn in turns:
@@ -251,7 +251,7 @@ class Rollout(Generic[EngineT]):
                 turn = in_flight.end(turn, unsampled)
                 continue
             name = turn_id(turn.phase, prompt, turn.key, turn.sample)
-            begun = self.kept.find(name)
+            begun = self.turns.get(name)
             if begun is not None and begun.finish_reason != UNFINISHED:
                 turn = in_flight.end(turn, self._answer(turn.phase, begun))
                 continue
@@ -263,10 +263,10 @@ class Rollout(Generic[EngineT]):
             return
 
     def _take(self, completion: Completion, in_flight: _InFlight) -> tuple[_Turn, Completion]:
-        """The turn of a completion, and all that has been sampled of it; that is kept."""
+        """The turn of a completion, and all that has been sampled of it, which is cached."""
         turn, begun = in_flight.requests.pop(completion.request_id)
         whole = completion.continuing(begun)
-        self.kept.add(completion.request_id, whole)
+        self.turns.add(completion.request_id, whole)
         return turn, whole
 
     def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int, begun: int) -> Sampling:

@@ -11,16 +11,17 @@ data set's rows repeat others with the numbers in another order, and a plain ran
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, combinations_with_replacement
 from math import comb
 from pathlib import Path
-from typing import overload
 
 from nemo_r3.config.option import option
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.tasks.arithmetic import Expression, NotArithmeticError, answer_of, parse_equation
+from nemo_r3.tasks.lazy_problems import LazyProblems
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import fill
 from nemo_r3.types import Problem
@@ -76,7 +77,8 @@ def build(options: Options, wording: Wording) -> Task:
         )
     random.Random(options.seed).shuffle(deals)
     splits = {"test": deals[: options.test_size], "train": deals[options.test_size :]}
-    problems = {name: DealtProblems(part, wording.task) for name, part in splits.items()}
+    make = partial(problem_of, wording=wording.task)
+    problems = {name: LazyProblems(part, make) for name, part in splits.items()}
     return Countdown(options, wording, problems, _verifier(options))
 
 
@@ -99,29 +101,6 @@ class Deal:
         return "-".join(["countdown", *map(str, sorted(self.numbers)), str(self.target)])
 
 
-class DealtProblems(Sequence[Problem]):
-    """Deals that turn into problems when looked at: the real data set has 450,000."""
-
-    def __init__(self, deals: Sequence[Deal], wording: str) -> None:
-        """Problems of `deals` in the words of a task turn with {numbers} and {target}."""
-        self._deals = deals
-        self._wording = wording
-
-    def __len__(self) -> int:
-        """How many problems."""
-        return len(self._deals)
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> DealtProblems: ...
-    def __getitem__(self, index: int | slice) -> Problem | DealtProblems:
-        """One problem, or a range of them."""
-        if isinstance(index, slice):
-            return DealtProblems(self._deals[index], self._wording)
-        return problem_of(self._deals[index], self._wording)
-
-
 def problem_of(deal: Deal, wording: str) -> Problem:
     """The problem of a deal, in the words of a task turn with {numbers} and {target}."""
     numbers = ", ".join(map(str, deal.numbers))
@@ -135,11 +114,11 @@ class Countdown:
 
     options: Options
     wording: Wording
-    splits: dict[str, DealtProblems]
+    splits: dict[str, LazyProblems[Deal]]
     verifier: str
     name: str = "countdown"
 
-    def problems(self, split: str) -> DealtProblems:
+    def problems(self, split: str) -> LazyProblems[Deal]:
         """The problems of "train" or "test"; KeyError for any other split."""
         return self.splits[split]
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nemo_r3.config.option import option
 from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.bfcl import Listed, folder_of, read_bfcl, spelling
 from nemo_r3.tasks.calls import FORMATS, Call, NotCallsError, read_calls
+from nemo_r3.tasks.lazy_problems import LazyProblems
 from nemo_r3.tasks.matching import NUMBERS, Equality, OneValue, Rule, fits, pair_up
 from nemo_r3.tasks.protocol import Task, Wording
-from nemo_r3.tasks.records import Record, RecordedProblems, read_xlam
+from nemo_r3.tasks.records import Record, problem_of, read_xlam
 from nemo_r3.tasks.schemas import defaults_of
 from nemo_r3.types import Problem
 
@@ -72,7 +74,8 @@ def build(options: Options, wording: Wording) -> Task:
     else:
         records = read_xlam(options.source, options.max_malformed)
         rule = OneValue(Equality(options.numbers))
-    problems = {name: RecordedProblems(part, wording.task) for name, part in _split(records, options).items()}
+    make = partial(problem_of, wording=wording.task)
+    problems = {name: LazyProblems(part, make) for name, part in _split(records, options).items()}
     return FunctionCalling(options, wording, problems, rule, _verifier(options, folder is not None))
 
 
@@ -107,12 +110,12 @@ class FunctionCalling:
 
     options: Options
     wording: Wording
-    splits: dict[str, RecordedProblems]
+    splits: dict[str, LazyProblems[Record]]
     rule: Rule
     verifier: str
     name: str = "function_calling"
 
-    def problems(self, split: str) -> RecordedProblems:
+    def problems(self, split: str) -> LazyProblems[Record]:
         """The problems of "train" or "test"; KeyError for any other split."""
         return self.splits[split]
 

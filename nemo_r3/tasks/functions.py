@@ -13,8 +13,8 @@ from typing import Any
 
 from nemo_r3.errors import ConfigError, UserError, in_one_line
 from nemo_r3.progress import is_rank_0
-from nemo_r3.tasks.patience import said_if_slow
 from nemo_r3.tasks.protocol import Wording
+from nemo_r3.tasks.slow_calls import warn_if_slow
 from nemo_r3.tasks.template import fill
 from nemo_r3.tasks.user_code import user_code
 from nemo_r3.types import Problem
@@ -70,7 +70,7 @@ class FunctionTask:
         answer = f"on an answer to problem {problem.id!r}"
         with (
             user_code(f"{self.name}.verify", f" {answer}; it must give a verdict on any text"),
-            said_if_slow(f"{self.name}.verify", answer),
+            warn_if_slow(f"{self.name}.verify", answer),
         ):
             verdict = self._module.verify(problem, text)
         if not isinstance(verdict, bool):

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from nemo_r3.errors import UserError
 from nemo_r3.progress import Progress, is_rank_0
@@ -58,28 +58,10 @@ class Record:
         return _question(self.query)
 
 
-class RecordedProblems(Sequence[Problem]):
-    """Records that turn into problems when looked at."""
-
-    def __init__(self, records: Sequence[Record], wording: str) -> None:
-        """Problems in the words of a task turn with {query}."""
-        self._records, self._wording = records, wording
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> RecordedProblems: ...
-
-    def __getitem__(self, index: int | slice) -> Problem | RecordedProblems:
-        if isinstance(index, slice):
-            return RecordedProblems(self._records[index], self._wording)
-        record = self._records[index]
-        text = fill(self._wording, {"query": record.query})
-        return Problem(record.id, text, {"calls": json.loads(record.calls)}, tuple(json.loads(record.tools)))
+def problem_of(record: Record, wording: str) -> Problem:
+    """The problem of a record, in the words of a task turn with {query}."""
+    text = fill(wording, {"query": record.query})
+    return Problem(record.id, text, {"calls": json.loads(record.calls)}, tuple(json.loads(record.tools)))
 
 
 def well_formed(rows: Iterable[Row], read: Callable[[Any], Record], source: str, max_malformed: float) -> list[Record]:

@@ -14,21 +14,22 @@ from typing import Any
 
 import torch
 from data import batch_of
-from lab import SAVED, Lab, written_late
+from lab import SAVED, Lab, save_at_work, written_late
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, latest, read_manifest
 from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.saver import Saver
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 
 
 def bad_checkpoints(lab: Lab) -> dict[str, Any]:
     """What loading says of checkpoints that are foreign or damaged, and whether the policy stayed as it was."""
-    policy = lab.policy("one", "qwen2")
-    policy.update(batch_of())
+    trainer = lab.trainer("one", "qwen2")
+    trainer.update(batch_of())
     good = lab.home / "one-qwen2-checkpoints" / SAVED
     largest, weights = (
         max(good.glob(f"{kind}__0_*.distcp"), key=lambda file: file.stat().st_size).name for kind in ("optimizer", "")
@@ -61,11 +62,12 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
     }
     found = {}
     for name, path in cases.items():
-        message, same = lab.unchanged(policy, lambda path=path: refusal(lambda: checkpoint.load(policy, path)))
+        message, same = lab.unchanged(trainer, lambda path=path: refusal(lambda: checkpoint.load(trainer, path)))
         found[name] = {"message": message, "unchanged": same}
-    bare = Policy(policy.config, lab.world, trains=False, with_weights=False)
+    bare = Policy(trainer.policy.config, lab.world, with_weights=False)
     weights_alone = {
-        name: refusal(lambda path=cases[name]: checkpoint.load(bare, path)) for name in ("garbled", "garbled_weights")
+        name: refusal(lambda path=cases[name]: checkpoint.load_weights(bare, path))
+        for name in ("garbled", "garbled_weights")
     }
     return found | {"other_factors": other_factors(lab), "weights_alone": weights_alone}
 
@@ -81,10 +83,10 @@ def began_with_other_weights(path: Path) -> None:
 
 def other_factors(lab: Lab) -> dict[str, Any]:
     """A checkpoint that was trained with longrope's short factors, in a run whose sequences need the long ones."""
-    policy = lab.policy("one", "phi3_short")
-    path = checkpoint.save(policy, lab.home / "short", 0, {}, keep=1)
-    policy.config.rollout.max_model_len = 300
-    message, same = lab.unchanged(policy, lambda: refusal(lambda: checkpoint.load(policy, path)))
+    trainer = lab.trainer("one", "phi3_short")
+    path = save_at_work(trainer, lab.home / "short", 0, {}, keep=1)
+    trainer.policy.config.rollout.max_model_len = 300
+    message, same = lab.unchanged(trainer, lambda: refusal(lambda: checkpoint.load(trainer, path)))
     return {"message": message, "unchanged": same}
 
 
@@ -101,20 +103,20 @@ def refusal(act: Callable[[], Any]) -> str:
 
 def full_disk(lab: Lab) -> dict[str, Any]:
     """A save that runs out of room, at two places, and what is left of the earlier checkpoint."""
-    directory, policy = lab.home / "full", lab.policy("one", "llama")
-    policy.update(batch_of())
-    checkpoint.save(policy, directory, 1, {"cursor": 1}, keep=1)
-    expected = lab.weights(policy)
-    policy.update(batch_of())
+    directory, trainer = lab.home / "full", lab.trainer("one", "llama")
+    trainer.update(batch_of())
+    save_at_work(trainer, directory, 1, {"cursor": 1}, keep=1)
+    expected = lab.weights(trainer.policy)
+    trainer.update(batch_of())
     found: dict[str, Any] = {}
     for name, limit in (("at_once", 0), ("in_a_shard", 50_000)):
-        found[name] = refusal(lambda limit=limit: limited(limit, lambda: checkpoint.save(policy, directory, 2, {}, 1)))
+        found[name] = refusal(lambda limit=limit: limited(limit, lambda: save_at_work(trainer, directory, 2, {}, 1)))
         found[f"{name} left"] = sorted(path.name for path in directory.iterdir())
-    again = lab.policy("one", "llama")
+    again = lab.trainer("one", "llama")
     found["cursor"] = checkpoint.load(again, latest(directory))["state"]
-    restored = lab.weights(again)
+    restored = lab.weights(again.policy)
     found["earlier_loads"] = all(torch.equal(restored[name], expected[name]) for name in expected)
-    checkpoint.save(policy, directory, 2, {}, keep=1)  # once there is room again
+    save_at_work(trainer, directory, 2, {}, keep=1)  # once there is room again
     found["afterwards"] = sorted(path.name for path in directory.iterdir())
     return found
 
@@ -130,11 +132,11 @@ def limited(size: int, act: Callable[[], Any]) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def written_late_by_rank_1(lab: Lab, policy: Policy) -> dict[str, Any]:
+def written_late_by_rank_1(lab: Lab, trainer: Trainer) -> dict[str, Any]:
     """When a save in the background counts: the directory before any rank, one and both of them have written."""
     directory = lab.home / "late"
     config = TrainConfig(keep_checkpoints=1, save_in_background=True)
-    saver = Saver(policy, directory, config, lambda: None)
+    saver = Saver(trainer, directory, config, lambda: None)
     found: dict[str, Any] = {}
 
     def look(name: str) -> None:
@@ -165,13 +167,13 @@ def wait_until_written(saver: Saver) -> None:
 
 def killed_while_saving(lab: Lab) -> None:
     """Ends this process by SIGKILL when all shards of step 2 are written and nothing says so yet."""
-    policy, directory = lab.policy("one", "qwen2_tied"), lab.home / "killed"
-    policy.update(batch_of())
-    checkpoint.save(policy, directory, 1, {"cursor": 1}, keep=2)
-    lab.keep("killed-1", lab.weights(policy))
-    policy.update(batch_of())
+    trainer, directory = lab.trainer("one", "qwen2_tied"), lab.home / "killed"
+    trainer.update(batch_of())
+    save_at_work(trainer, directory, 1, {"cursor": 1}, keep=2)
+    lab.keep("killed-1", lab.weights(trainer.policy))
+    trainer.update(batch_of())
     checkpoint.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-    checkpoint.save(policy, directory, 2, {"cursor": 2}, keep=2)
+    save_at_work(trainer, directory, 2, {"cursor": 2}, keep=2)
 
 
 def after_the_kill(lab: Lab) -> dict[str, Any]:
@@ -179,10 +181,10 @@ def after_the_kill(lab: Lab) -> dict[str, Any]:
     before = sorted(path.name for path in directory.iterdir())
     newest = latest(directory)
     assert newest is not None
-    policy = lab.policy("tp2", "qwen2_tied")
-    state = checkpoint.load(policy, newest)["state"]
-    ours, theirs = lab.weights(policy), load_file(lab.home / "killed-1.weights.safetensors")
-    checkpoint.save(policy, directory, 3, {}, keep=1)
+    trainer = lab.trainer("tp2", "qwen2_tied")
+    state = checkpoint.load(trainer, newest)["state"]
+    ours, theirs = lab.weights(trainer.policy), load_file(lab.home / "killed-1.weights.safetensors")
+    save_at_work(trainer, directory, 3, {}, keep=1)
     return {
         "before": before,
         "latest": newest.name,

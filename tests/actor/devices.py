@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from data import batch_of
-from lab import Lab, error_of
+from lab import Lab, error_of, save_at_work
 from pretended_gpu import storages
 
 from nemo_r3.actor import checkpoint
@@ -47,24 +47,25 @@ def mixed() -> dict[str, Callable[[], Any]]:
 
 def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
     """Scores, updates, a watched one, a checkpoint read by a second policy, an export."""
-    policy, again = (lab.policy(layout, kind, **actor) for _ in range(2))
+    trainer, again = (lab.trainer(layout, kind, **actor) for _ in range(2))
+    policy = trainer.policy
     found: dict[str, Any] = {"score": lab.score_errors(policy, kind)["0.7"]}
-    metrics = [policy.update(batch_of())]
+    metrics = [trainer.update(batch_of())]
     watch = LayerWatch(policy.module, None)
     with watch.watching():
-        metrics.append(policy.update(batch_of()))
+        metrics.append(trainer.update(batch_of()))
     found["layers"] = len(watch.rows(lab.world))
     home = lab.home / f"devices-{layout}-{kind}"
-    checkpoint.save(policy, home, 2, {}, keep=1)
+    save_at_work(trainer, home, 2, {}, keep=1)
     checkpoint.load(again, latest(home))
     before = storages()
-    metrics.append(policy.update(batch_of()))
+    metrics.append(trainer.update(batch_of()))
     return found | {
         "metrics": metrics,
         "left": sum(size for storage, size in storages().items() if storage not in before),
         "resumed": again.update(batch_of()) == metrics[-1],
-        "nan": lab.nan(policy),
-        "held": policy.held(),
+        "nan": lab.nan(trainer),
+        "held": trainer.held(),
         "exported": sorted({str(tensor.device) for _, tensor in policy.export_hf()}),
         "parameters": sorted({str(parameter.device) for parameter in policy.module.parameters()}),
     }

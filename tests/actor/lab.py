@@ -1,4 +1,4 @@
-"""`Lab`: real policies of any kind at any layout of one launch, and what is compared between them."""
+"""`Lab`: real trainers of any kind of policy at any layout of one launch, and what is compared between them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from nemo_r3.actor.manifest import latest, read_manifest
 from nemo_r3.actor.model import start_parallel_groups
 from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import Config
 from nemo_r3.models import names
 from nemo_r3.runtime import World
@@ -53,7 +54,7 @@ BUCKET = 20_000
 
 
 class Lab:
-    """Makes policies of any kind at any layout of this launch."""
+    """Makes trainers of any kind of policy at any layout of this launch."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -78,7 +79,7 @@ class Lab:
         start_parallel_groups(config)
         self.groups = groups
 
-    def policy(self, layout: str, kind: str, **actor: Any) -> Policy:
+    def trainer(self, layout: str, kind: str, **actor: Any) -> Trainer:
         config = Config()
         config.model.path = str(self.home / kind)
         config.rollout.temperature = 0.7
@@ -97,7 +98,7 @@ class Lab:
         }
         for name, value in (settings | LAYOUTS[layout] | actor).items():
             setattr(config.actor, name, value)
-        return Policy(config, self.world)
+        return Trainer(Policy(config, self.world))
 
     def weights(self, policy: Policy) -> TENSORS:
         return {name: tensor.detach().clone().contiguous() for name, tensor in policy.export_hf()}
@@ -119,68 +120,70 @@ class Lab:
 
     def trial(self, layout: str, kind: str, save: bool = False, **actor: Any) -> None:
         """Everything that is compared between layouts, on one policy."""
-        policy = self.policy(layout, kind, **actor)
+        trainer = self.trainer(layout, kind, **actor)
+        policy = trainer.policy
         found: dict[str, Any] = {"score": self.score_errors(policy, kind), "export": self.export_facts(policy, kind)}
         watch = LayerWatch(policy.module, None)
         with watch.watching():
-            metrics = [policy.update(batch_of())]
+            metrics = [trainer.update(batch_of())]
         found["layers"] = watch.rows(self.world)
-        metrics.append(policy.update(batch_of()))
-        found["buckets"] = sum(len(buffer.buckets) for buffer in policy.model.buffers)
+        metrics.append(trainer.update(batch_of()))
+        found["buckets"] = sum(len(buffer.buckets) for buffer in trainer.model.buffers)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         if save:
-            saved = checkpoint.save(policy, self.home / f"{name}-checkpoints", STEP, {"cursor": 5}, keep=2)
+            saved = save_at_work(trainer, self.home / f"{name}-checkpoints", STEP, {"cursor": 5}, keep=2)
             with written_late() as let_write:
                 elsewhere = self.home / f"{name}-background"
-                saving = checkpoint.begin(policy, elsewhere, STEP, {"cursor": 5}, background=True)
-                found |= self.second_half(policy, name, metrics)
+                saving = checkpoint.begin(trainer, elsewhere, STEP, {"cursor": 5}, background=True)
+                found |= self.second_half(trainer, name, metrics)
                 counted = latest(elsewhere)
                 let_write()
                 late = checkpoint.finish(saving, keep=2)
             found["background"] = {"early": counted is not None, "same": content_of(saved) == content_of(late)}
         else:
-            found |= self.second_half(policy, name, metrics)
+            found |= self.second_half(trainer, name, metrics)
         self.note(name, found)
 
     def family(self, layout: str, kind: str) -> None:
         """What every family has to pass: log-probabilities, export, and one update with its gradients."""
-        policy = self.policy(layout, kind)
+        trainer = self.trainer(layout, kind)
+        policy = trainer.policy
         expected = [self.expected[f"{kind} 0.7 {number}"] for number in range(len(LENGTHS))]
         found = {"score": largest_gap(policy.score(sequences()), expected), "export": self.export_facts(policy, kind)}
-        found["update"] = policy.update(batch_of())
+        found["update"] = trainer.update(batch_of())
         self.keep(f"family-{layout}-{kind}-1", self.weights(policy))
         self.note(f"family-{layout}-{kind}", found)
 
-    def second_half(self, policy: Policy, name: str, metrics: list[dict[str, float]]) -> dict[str, Any]:
+    def second_half(self, trainer: Trainer, name: str, metrics: list[dict[str, float]]) -> dict[str, Any]:
         """The third update, a NaN, a batch to refuse, a fourth update, and one of a single row."""
-        metrics = [*metrics, policy.update(batch_of())]
-        third = self.weights(policy)
+        metrics = [*metrics, trainer.update(batch_of())]
+        third = self.weights(trainer.policy)
         found = {
             "same_everywhere": self.same_everywhere(third),
-            "nan": self.nan(policy),
-            "refused": self.refuse(policy),
+            "nan": self.nan(trainer),
+            "refused": self.refuse(trainer),
         }
-        metrics.append(policy.update(batch_of()))
-        metrics.append(policy.update(batch_of([3])))
+        metrics.append(trainer.update(batch_of()))
+        metrics.append(trainer.update(batch_of([3])))
         self.keep(f"{name}-3", third)
-        self.keep(f"{name}-5", self.weights(policy))
-        return found | {"metrics": metrics, "version": policy.version, "steps": policy.schedule.num_steps}
+        self.keep(f"{name}-5", self.weights(trainer.policy))
+        return found | {"metrics": metrics, "version": trainer.policy.version, "steps": trainer.schedule.num_steps}
 
     def resume(self, saved: str, layout: str, kind: str, **actor: Any) -> None:
-        policy = self.policy(layout, kind, **actor)
+        trainer = self.trainer(layout, kind, **actor)
         path = self.home / f"{saved}-{kind}-checkpoints" / SAVED
-        manifest = checkpoint.load(policy, path)
+        manifest = checkpoint.load(trainer, path)
         name = "-".join([saved, "to", layout, kind, *(f"{key}={value}" for key, value in actor.items())])
-        found = {"step": manifest["step"], "state": manifest["state"], "loaded_version": policy.version}
-        found["same_without_weights"] = self.same_without_weights(policy, path)
-        self.note(name, found | self.second_half(policy, name, []))
+        found = {"step": manifest["step"], "state": manifest["state"], "loaded_version": trainer.policy.version}
+        found["same_without_weights"] = self.same_without_weights(trainer.policy, path)
+        self.note(name, found | self.second_half(trainer, name, []))
 
     def same_without_weights(self, policy: Policy, path: Path) -> bool:
         """Whether a policy without weights gets all of this one's from the checkpoint, on every rank."""
-        bare = Policy(policy.config, self.world, trains=False, with_weights=False)
+        bare = Policy(policy.config, self.world, with_weights=False)
         for parameter in bare.module.parameters():
             parameter.data.fill_(float("nan"))
-        checkpoint.load(bare, path)
+        checkpoint.load_weights(bare, path)
         pairs = zip(bare.module.parameters(), policy.module.parameters(), strict=True)
         return all(self.world.gather(all(torch.equal(ours, theirs) for ours, theirs in pairs)))
 
@@ -188,11 +191,11 @@ class Lab:
         """Largest differences from transformers; the last entry: a lone sequence, for which other ranks have no row."""
         errors = {}
         for temperature in TEMPERATURES:
-            policy._pipeline = replace(policy._pipeline, temperature=temperature)
+            policy.pipeline = replace(policy.pipeline, temperature=temperature)
             expected = [self.expected[f"{kind} {temperature} {number}"] for number in range(len(LENGTHS))]
             errors[f"{temperature}"] = largest_gap(policy.score(sequences()), expected)
             errors[f"{temperature} alone"] = largest_gap(policy.score(sequences()[3:4]), expected[3:4])
-        policy._pipeline = replace(policy._pipeline, temperature=0.7)
+        policy.pipeline = replace(policy.pipeline, temperature=0.7)
         return errors
 
     def export_facts(self, policy: Policy, kind: str) -> dict[str, Any]:
@@ -209,24 +212,24 @@ class Lab:
             "same_everywhere": self.same_everywhere(ours),
         }
 
-    def unchanged(self, policy: Policy, act: Callable[[], Any]) -> tuple[Any, bool]:
+    def unchanged(self, trainer: Trainer, act: Callable[[], Any]) -> tuple[Any, bool]:
         """What `act` gave, and whether it left weights, version, schedule and learning rate alone."""
 
         def state() -> tuple[Any, ...]:
-            return policy.version, policy.schedule.num_steps, policy.optimizer.param_groups[0]["lr"]
+            return trainer.policy.version, trainer.schedule.num_steps, trainer.optimizer.param_groups[0]["lr"]
 
-        before, facts = self.weights(policy), state()
+        before, facts = self.weights(trainer.policy), state()
         given = act()
-        after = self.weights(policy)
+        after = self.weights(trainer.policy)
         return given, facts == state() and all(torch.equal(before[name], after[name]) for name in before)
 
-    def nan(self, policy: Policy) -> dict[str, Any]:
+    def nan(self, trainer: Trainer) -> dict[str, Any]:
         batch = batch_of()
         bad = broken(batch, 1, advantages=[float("nan") if weight else 0.0 for weight in batch.rows[1].loss_weights])
-        metrics, same = self.unchanged(policy, lambda: policy.update(bad))
+        metrics, same = self.unchanged(trainer, lambda: trainer.update(bad))
         return {"skipped": metrics["skipped"], "unchanged": same}
 
-    def refuse(self, policy: Policy) -> dict[str, Any]:
+    def refuse(self, trainer: Trainer) -> dict[str, Any]:
         batch = batch_of()
         row = batch.rows[2]
         bad = {
@@ -235,9 +238,15 @@ class Lab:
         }
         found = {}
         for name, one in bad.items():
-            message, same = self.unchanged(policy, lambda one=one: error_of(lambda: policy.update(one), RuntimeError))
+            message, same = self.unchanged(trainer, lambda one=one: error_of(lambda: trainer.update(one), RuntimeError))
             found[name] = {"message": message, "unchanged": same}
         return found
+
+
+def save_at_work(trainer: Trainer, directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Saves at once, as `Saver` does without a background."""
+    with trainer.at_work():
+        return checkpoint.finish(checkpoint.begin(trainer, directory, step, state), keep)
 
 
 def content_of(path: Path) -> tuple[Any, ...]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from data import batch_of
-from lab import Lab
+from lab import Lab, save_at_work
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import latest
 from nemo_r3.actor.offload import state_tensors
-from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.trainer import Trainer
 
 
 def offloaded(lab: Lab, layout: str) -> dict[str, Any]:
@@ -21,36 +21,38 @@ def offloaded(lab: Lab, layout: str) -> dict[str, Any]:
 
 def _compared(lab: Lab, layout: str, precision: str) -> dict[str, Any]:
     home = lab.home / f"offload-{layout}-{precision}"
-    stays = lab.policy(layout, "qwen2", precision=precision)
-    moves = lab.policy(layout, "qwen2", precision=precision, offload_optimizer=True)
+    stays = lab.trainer(layout, "qwen2", precision=precision)
+    moves = lab.trainer(layout, "qwen2", precision=precision, offload_optimizer=True)
     found: dict[str, Any] = {"held_at_start": [_held(stays), _held(moves)]}
-    metrics = [[policy.update(batch_of()) for _ in range(2)] for policy in (stays, moves)]
+    metrics = [[trainer.update(batch_of()) for _ in range(2)] for trainer in (stays, moves)]
     found |= {"metrics": metrics[0] == metrics[1], "held": [_held(stays), _held(moves)]}
-    found["weights"] = _same(lab.weights(stays), lab.weights(moves))
-    checkpoint.save(moves, home, 2, {}, keep=1)
+    found["weights"] = _same(lab.weights(stays.policy), lab.weights(moves.policy))
+    save_at_work(moves, home, 2, {}, keep=1)
     found["held_after_save"] = _held(moves)
     found["nan"] = lab.nan(moves)
-    again = [lab.policy(layout, "qwen2", precision=precision, offload_optimizer=offloads) for offloads in (False, True)]
-    for policy in again:
-        checkpoint.load(policy, latest(home))
+    again = [
+        lab.trainer(layout, "qwen2", precision=precision, offload_optimizer=offloads) for offloads in (False, True)
+    ]
+    for trainer in again:
+        checkpoint.load(trainer, latest(home))
     found["held_after_load"] = _held(again[1])
-    policies = [stays, moves, *again]
-    last = [policy.update(batch_of()) for policy in policies]
-    states = [_state(policy) for policy in policies]
+    trainers = [stays, moves, *again]
+    last = [trainer.update(batch_of()) for trainer in trainers]
+    states = [_state(trainer) for trainer in trainers]
     found["third"] = [one == last[0] for one in last]
     found["states"] = [_same(one, states[0]) for one in states]
     found["parts"] = len(states[0])
     return found
 
 
-def _held(policy: Policy) -> list[int]:
-    held = policy.held()
+def _held(trainer: Trainer) -> list[int]:
+    held = trainer.held()
     return [held["optimizer state"], held["gradients"]]
 
 
-def _state(policy: Policy) -> dict[str, torch.Tensor]:
-    with policy.at_work():
-        return {str(number): tensor.clone() for number, tensor in enumerate(state_tensors(policy.optimizer))}
+def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    with trainer.at_work():
+        return {str(number): tensor.clone() for number, tensor in enumerate(state_tensors(trainer.optimizer))}
 
 
 def _same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:

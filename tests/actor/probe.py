@@ -27,14 +27,13 @@ from damage import (
 )
 from data import KINDS, batch_of, make_models, plain_updates
 from devices import devices
-from lab import Lab
+from lab import Lab, save_at_work
 from offloading import offloaded
 from pretended_gpu import pretend
 from rejection import rejection
 from shared import shared_and_separate
 
 from nemo_r3 import entry
-from nemo_r3.actor import checkpoint
 
 
 def one(lab: Lab) -> None:
@@ -81,12 +80,12 @@ def two(lab: Lab) -> None:
     lab.note("offload-dp2", offloaded(lab, "dp2"))
     lab.resume("pp2", "dp2", "llama_tied")
     lab.resume("dp2", "dp2", "qwen2")
-    policy = lab.policy("dp2", "llama")
-    lab.note("late", written_late_by_rank_1(lab, policy))
-    checkpoint.save(policy, lab.home / "full-two", 1, {}, keep=1)
-    policy.update(batch_of())
+    trainer = lab.trainer("dp2", "llama")
+    lab.note("late", written_late_by_rank_1(lab, trainer))
+    save_at_work(trainer, lab.home / "full-two", 1, {}, keep=1)
+    trainer.update(batch_of())
     limit = 50_000 if lab.world.rank == 1 else resource.RLIM_INFINITY
-    limited(limit, lambda: checkpoint.save(policy, lab.home / "full-two", 2, {}, keep=1))
+    limited(limit, lambda: save_at_work(trainer, lab.home / "full-two", 2, {}, keep=1))
 
 
 def four(lab: Lab) -> None:

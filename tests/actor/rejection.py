@@ -16,15 +16,15 @@ WHOLE = 5
 
 def rejection(lab: Lab, layout: str, kind: str) -> None:
     """Notes both updates' metrics, and how far the weights are apart afterwards."""
-    policy, other = lab.policy(layout, kind), lab.policy(layout, kind)
-    policy._objective = Objective(replace(policy.config.algo, mismatch_correction="icepop"))
-    scores = [[0.0, *score.tolist()] for score in policy.score(sequences())]
+    trainer, other = lab.trainer(layout, kind), lab.trainer(layout, kind)
+    trainer._objective = Objective(replace(trainer.policy.config.algo, mismatch_correction="icepop"))
+    scores = [[0.0, *score.tolist()] for score in trainer.policy.score(sequences())]
     given = batch_of().rows
     rows = [sampled_as(row, scores[number], number) for number, row in enumerate(given)]
     kept = [without(row, logprobs, len(rows)) for row, logprobs in zip(rows, scores, strict=True)]
-    found = policy.update(UpdateBatch(tuple(rows), (), 1, 0))
+    found = trainer.update(UpdateBatch(tuple(rows), (), 1, 0))
     expected = other.update(UpdateBatch(tuple(kept), (), 1, 0))
-    ours, theirs = lab.weights(policy), lab.weights(other)
+    ours, theirs = lab.weights(trainer.policy), lab.weights(other.policy)
     gap = max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
     lab.note(f"rejection-{layout}-{kind}", {"found": found, "expected": expected, "weight_gap": gap})
 

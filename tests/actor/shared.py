@@ -12,7 +12,7 @@ from families import VOCAB
 from lab import Lab
 
 from nemo_r3.actor import cpu
-from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.algo import balance
 from nemo_r3.types import Phase, Row
 
@@ -50,26 +50,26 @@ def rows_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
     return rows
 
 
-def gradients(policy: Policy, rows: list[Row], shared_context: bool) -> tuple[dict[str, float], Any, list[int]]:
+def gradients(trainer: Trainer, rows: list[Row], shared_context: bool) -> tuple[dict[str, float], Any, list[int]]:
     """(sums, gradient by parameter, tokens of each microbatch) of a step that is not taken."""
-    policy.config.actor.shared_context = shared_context
-    microbatches = policy._microbatches(rows)[0]
+    trainer.policy.config.actor.shared_context = shared_context
+    microbatches, _ = trainer.policy.microbatches(rows)
     with cpu.cuda_stand_in():
-        sums = policy._accumulate(microbatches)
-    found = {name: parameter.main_grad.clone() for name, parameter in policy.module.named_parameters()}
+        sums = trainer._accumulate(microbatches)
+    found = {name: parameter.main_grad.clone() for name, parameter in trainer.policy.module.named_parameters()}
     return sums, found, [len(microbatch.ids) for microbatch in microbatches]
 
 
 def shared_and_separate(lab: Lab, layout: str, kind: str, **actor: Any) -> None:
     """Notes the differences of every case, the largest over all ranks."""
-    policy = lab.policy(layout, kind, microbatch_tokens=BUDGET, **actor)
-    policy.update(batch_of())  # so that the reference is another model, and the KL counts
+    trainer = lab.trainer(layout, kind, microbatch_tokens=BUDGET, **actor)
+    trainer.update(batch_of())  # so that the reference is another model, and the KL counts
     found = {}
     for case, groups in CASES.items():
         rows = rows_of(groups)
         with patch.object(balance, "LEAST_TOKENS", 20):  # so that a pipeline gets more microbatches
-            sums, ours, tokens = gradients(policy, rows, shared_context=True)
-        expected, theirs, more_tokens = gradients(policy, rows, shared_context=False)
+            sums, ours, tokens = gradients(trainer, rows, shared_context=True)
+        expected, theirs, more_tokens = gradients(trainer, rows, shared_context=False)
         gaps = [((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs]
         found[case] = {
             "loss": sums["loss"],
@@ -80,5 +80,5 @@ def shared_and_separate(lab: Lab, layout: str, kind: str, **actor: Any) -> None:
             "tokens": tokens,
             "separate_tokens": more_tokens,
         }
-    policy.config.actor.shared_context = True
+    trainer.policy.config.actor.shared_context = True
     lab.note("-".join(["shared", layout, kind, *actor.values()]), found)

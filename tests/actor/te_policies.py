@@ -14,23 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `precision.prepare` would, before the next import
+os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `fp8_support.prepare` would, before the next import
 import families  # noqa: E402
 import torch  # noqa: E402
 from data import batch_of, make_models, sequences  # noqa: E402
-from lab import Lab  # noqa: E402
+from lab import Lab, save_at_work  # noqa: E402
 from pretended_gpu import pretend, storages  # noqa: E402
 from pretended_te import PRODUCTS, pretend_te  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from nemo_r3 import entry, precision  # noqa: E402
+from nemo_r3 import entry, fp8_support  # noqa: E402
 from nemo_r3.actor import checkpoint  # noqa: E402
 from nemo_r3.actor.manifest import latest  # noqa: E402
 from nemo_r3.actor.numerics import LayerWatch  # noqa: E402
 from nemo_r3.actor.policy import Policy  # noqa: E402
 from nemo_r3.export import export  # noqa: E402
 from nemo_r3.models import model_path  # noqa: E402
-from nemo_r3.precision import precision_of  # noqa: E402
+from nemo_r3.precision import precision_of, without_fp8  # noqa: E402
 from nemo_r3.types import UpdateBatch  # noqa: E402
 
 ROWS = 600
@@ -50,49 +50,51 @@ def batch() -> UpdateBatch:
 def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     """A policy's log-probabilities, save before any update, products, updates, resume, export, and layers in BF16."""
     settings = {"precision": name, "lr": 1e-4, "lr_min": 1e-4, "sequence_parallel": layout == "tp2"}
-    policy, again = (lab.policy(layout, "embedded", **settings) for _ in range(2))
+    trainer, again = (lab.trainer(layout, "embedded", **settings) for _ in range(2))
+    policy = trainer.policy
     if name != "fp32":
-        precision.prepare(policy.config, policy.arch)
+        fp8_support.prepare(policy.config, policy.arch)
     scores = [row.tolist() for row in policy.score(sequences())]
-    checkpoint.load(again, checkpoint.save(policy, lab.home / f"te-{layout}-{name}-first", 0, {}, keep=1))
+    checkpoint.load(again, save_at_work(trainer, lab.home / f"te-{layout}-{name}-first", 0, {}, keep=1))
     PRODUCTS.clear()
-    metrics = [policy.update(batch())]
+    metrics = [trainer.update(batch())]
     products = dict(PRODUCTS)
     watch = LayerWatch(policy.module, precision_of(policy.config).fp8)
     with watch.watching():
-        metrics.append(policy.update(batch()))
-    found = {"scores": scores, "products": products, "layers": watch.rows(lab.world), "nan": lab.nan(policy)}
+        metrics.append(trainer.update(batch()))
+    found = {"scores": scores, "products": products, "layers": watch.rows(lab.world), "nan": lab.nan(trainer)}
     home = lab.home / f"te-{layout}-{name}"
-    checkpoint.save(policy, home, 2, {}, keep=1)
+    save_at_work(trainer, home, 2, {}, keep=1)
     checkpoint.load(again, latest(home))
     before = storages()
-    metrics.append(policy.update(batch()))
+    metrics.append(trainer.update(batch()))
     found["behind"] = [size for storage, size in storages().items() if storage not in before]
-    after = [policy.update(batch())]  # of the weights that the update before has made
+    after = [trainer.update(batch())]  # of the weights that the update before has made
     resumed = [again.update(batch()) for _ in range(2)]
     found |= {"metrics": metrics, "resumed": resumed == [metrics[-1], *after]}
-    plain = Policy(policy.config, lab.world, trains=False)
-    checkpoint.load(plain, latest(home))
+    plain = Policy(without_fp8(policy.config), lab.world)
+    checkpoint.load_weights(plain, latest(home))
     out = lab.home / f"te-{layout}-{name}-export"
     found["exported"], _ = export(plain, model_path(policy.config), out, "", sequences()[:4])
     if "fp8" in name:
         PRODUCTS.clear()
         watch.leave_fp8([1])
-        policy.update(batch())
+        trainer.update(batch())
         found["left"] = dict(PRODUCTS)
     return found
 
 
 def family(lab: Lab, kind: str) -> dict[str, Any]:
     """How far from transformers, and from float32's first gradient, and whether the weights come back."""
-    policy, exact = lab.policy("one", kind, precision="bf16"), lab.policy("one", kind)
+    trainer, exact = lab.trainer("one", kind, precision="bf16"), lab.trainer("one", kind)
+    policy = trainer.policy
     given = load_file(lab.home / kind / "model.safetensors")
     exported = {name: tensor.cpu() for name, tensor in policy.export_hf()}
     return {
         "score": lab.score_errors(policy, kind)["0.7"],
         "export": exported.keys() == given.keys()
         and all(torch.equal(tensor, given[name].bfloat16()) for name, tensor in exported.items()),
-        "norms": [one.update(batch_of())["grad_norm"] for one in (policy, exact)],
+        "norms": [one.update(batch_of())["grad_norm"] for one in (trainer, exact)],
     }
 
 

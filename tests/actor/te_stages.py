@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nemo_r3 import precision
+from nemo_r3 import fp8_support
 from nemo_r3.config import Config
 from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.precision import PRECISIONS, precision_of
@@ -124,7 +124,7 @@ def main(model: str, tensor_parallel: str, pipeline_parallel: str, name: str) ->
     recipe, arch = PRECISIONS[name].fp8, architecture_of(SHAPES / f"{model}.json")
     assert recipe is not None
     pretend_gpu((10, 0) if name == "mxfp8" else (9, 0))
-    precision.prepare(config, arch)
+    fp8_support.prepare(config, arch)
     print(json.dumps([stage(config, arch, number) for number in range(int(pipeline_parallel))]))
 
 

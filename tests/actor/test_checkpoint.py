@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint, saver
-from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 
@@ -198,11 +198,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[sav
     """A saver that writes nothing, and what it has done."""
     done: list[str] = []
 
-    def begin(policy: Policy, directory: Path, step: int, *_: Any) -> SimpleNamespace:
+    def begin(trainer: Trainer, directory: Path, step: int, *_: Any) -> SimpleNamespace:
         done.append(f"begin {step}")
         return SimpleNamespace(step=step, final=directory)
 
     monkeypatch.setattr(checkpoint, "begin", begin)
     monkeypatch.setattr(checkpoint, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
-    policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item), at_work=nullcontext)
-    return saver.Saver(cast(Policy, policy), Path(), config, lambda: None), done
+    policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item))
+    trainer = cast(Trainer, SimpleNamespace(policy=policy, at_work=nullcontext))
+    return saver.Saver(trainer, Path(), config, lambda: None), done

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from launch import QUICKSTART, ROOT, SMALL, environment, run
 
-from nemo_r3.rollout import kept
+from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -78,9 +78,9 @@ def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same
     """Ended turns are taken as they are and the others go on, by the weights that began them, at another layout."""
     path, more = tmp_path / "run", ("rollout.deterministic=false", "train.steps=2")
     said, _ = broken("stops", bank, path, *more)  # with torchrun's own code; each rank's is 75
-    file = path / "checkpoints" / "step_000001" / kept.FILE
+    file = path / "checkpoints" / "step_000001" / turn_cache.FILE
     assert f"turns of step 2 in {file}" in said
-    turns = kept.read(file)
+    turns = turn_cache.read(file)
     ended = {turn.ids for turn in turns.values() if turn.finish_reason != UNFINISHED}
     begun = {turn.ids for turn in turns.values() if turn.finish_reason == UNFINISHED}
     assert len(ended) > 5 and len(begun) > 2, f"{len(ended)} ended and {len(begun)} unfinished turns"
@@ -91,7 +91,7 @@ def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same
     damaged = tmp_path / "damaged"
     shutil.copytree(path, damaged)
     again = run("train", *settings, f"run.dir={damaged}")
-    assert "warning: step 2 is sampled again: " in again.stderr and f"{kept.FILE} is damaged" in again.stderr
+    assert "warning: step 2 is sampled again: " in again.stderr and f"{turn_cache.FILE} is damaged" in again.stderr
 
     file.write_bytes(whole)
     resumed = run("train", *settings, f"run.dir={path}")

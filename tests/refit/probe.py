@@ -24,6 +24,7 @@ from nemo_r3.types import Phase, Row, UpdateBatch
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
+    from nemo_r3.actor.trainer import Trainer
     from nemo_r3.rollout.engine import Engine
 
 PROMPTS = [[(7 * i + j * j) % 131 for j in range(length)] for i, length in enumerate((3, 40, 150, 17))]
@@ -37,22 +38,23 @@ def main(argv: list[str]) -> None:
     world = runtime.start(config)
 
     from nemo_r3.actor import policy as actor
+    from nemo_r3.actor.trainer import Trainer
     from nemo_r3.rollout.engine import Engine
 
     engines, results = [], {}
     for path in paths:
         config.model.path = str(path)
-        policy = actor.Policy(config, world)
+        trainer = Trainer(actor.Policy(config, world))
         actor.start_parallel_groups = lambda *_: None  # all models share the first one's
         engines += [Engine.start(config, path), Engine.start(config, path, with_weights=False)]
-        results[path.name] = {"start": starts(policy, *engines[-2:]), "rounds": compare(policy, engines[-1])}
+        results[path.name] = {"start": starts(trainer.policy, *engines[-2:]), "rounds": compare(trainer, engines[-1])}
     if world.is_main:
         Path(out).write_text(json.dumps(results))
 
 
 def starts(policy: Policy, reads: Engine, waits: Engine) -> dict[str, Any]:
     """What an engine without weights refuses, and whether the actor's make it the engine that read them."""
-    refused = [refusal(waits.step), refusal(lambda: waits.score(PROMPTS[0]))]
+    refused = refusal(waits.step)
     refit(policy, waits)
     same = [sample(waits, temperature) == sample(reads, temperature) for temperature in (0.0, 0.7)]
     return {"refused": refused, "same": same}
@@ -66,9 +68,9 @@ def refusal(call: Callable[[], Any]) -> str:
     return "accepted"
 
 
-def compare(policy: Policy, engine: Engine) -> list[dict[str, Any]]:
+def compare(trainer: Trainer, engine: Engine) -> list[dict[str, Any]]:
     """What the two think of the same tokens: with the starting weights, then after one and after two updates."""
-    results = []
+    policy, results = trainer.policy, []
     for _ in range(3):
         sampled = sample(engine, policy.config.rollout.temperature)
         whole = [prompt + ids for prompt, (ids, _, _) in zip(PROMPTS, sampled, strict=True)]
@@ -77,7 +79,7 @@ def compare(policy: Policy, engine: Engine) -> list[dict[str, Any]]:
             (torch.tensor(logprobs) - scores[-len(ids) :]).abs().max().item()
             for (ids, logprobs, _), scores in zip(sampled, scored, strict=True)
         ]
-        metrics = policy.update(batch(sampled))
+        metrics = trainer.update(batch(sampled))
         refit(policy, engine)
         results.append(
             {

@@ -95,7 +95,23 @@ class Probe:
         return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
     def score_error(self, name: str, ids: list[int]) -> float:
-        return (torch.tensor(self.engine.score(ids)) - self.reference(name, ids)).abs().max().item()
+        return (torch.tensor(self.score(ids)) - self.reference(name, ids)).abs().max().item()
+
+    def score(self, ids: list[int]) -> list[float]:
+        """[length - 1] vLLM's log-probabilities of ids[1:] as a prompt, which bypasses the prefix cache."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        llm = self.engine._llm
+        assert not llm.has_unfinished_requests()
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        llm.add_request("score", tokens_input(ids), params)
+        scores: list[float] = []
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                rows = output.prompt_logprobs or []
+                scores = [row[token].logprob for row, token in zip(rows[1:], ids[1:], strict=True)]
+        return scores
 
     def sample(self, prompts: list[list[int]], seeds: list[int], temperature: float = TEMPERATURE) -> list[Completion]:
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -262,8 +278,8 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
 
 def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
     """A step that is stopped after 8 tokens and again after 8 more, and then runs to its end, as on a GPU."""
-    from nemo_r3.rollout.kept import Kept
     from nemo_r3.rollout.scheduler import Rollout
+    from nemo_r3.rollout.turn_cache import TurnCache
 
     config = replace(probe.config, rollout=replace(probe.config.rollout, deterministic=False))
     rollout, asked = Rollout(probe.engine, probe.dialogue, probe.task, config, probe.world), []
@@ -279,14 +295,14 @@ def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
         try:
             rollout.reflect_and_retry(failures, 3, 4)
         except AssertionError:  # no signal came, so `collect` misses what is unfinished
-            kept.append(rollout.kept.of(3))
+            kept.append(rollout.turns.nonempty(3))
     del rollout._fleet.asked_to_stop
-    rollout.kept = Kept(enabled=True)
-    rollout.kept.take_up(3, kept[-1])
+    rollout.turns = TurnCache(enabled=True)
+    rollout.turns.restore(3, kept[-1])
     before = len(asked)
     groups = rollout.reflect_and_retry(failures, 3, 4)
     probe.engine.add = add
-    turns = rollout.kept.of(3)
+    turns = rollout.turns.nonempty(3)
     begun = [found for found in kept[-1].values() if found.finish_reason == "unfinished"]
     return {
         "counts": [[sum(c.finish_reason == "unfinished" for c in part.values()), len(part)] for part in kept],
@@ -298,7 +314,7 @@ def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
         "longest_begun": max(len(found.ids) for found in begun),
         "longest": max(len(found.ids) for found in turns.values()),
         "logprob_error": max(sampled_errors(probe, groups)),
-        "of_another_step": len(rollout.kept.of(4)),
+        "of_another_step": len(rollout.turns.nonempty(4)),
     }
 
 

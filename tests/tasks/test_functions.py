@@ -12,7 +12,7 @@ import pytest
 
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.tasks import functions, load, patience
+from nemo_r3.tasks import functions, load, slow_calls
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Problem
 
@@ -263,11 +263,11 @@ def test_a_verifier_that_takes_long_is_named_while_it_works(
     write: Write, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """The one lets go of Python's lock, the other keeps it."""
-    monkeypatch.setattr(patience, "LOOK", 0.1)
+    monkeypatch.setattr(slow_calls, "LOOK", 0.1)
     task = write(PROBLEMS, HANGS)
     assert not task.verify(task.problems("test")[0], "")
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(patience, "_seconds", 0.2)
+    monkeypatch.setattr(slow_calls, "_seconds", 0.2)
     assert not task.verify(task.problems("test")[0], text)
     line = "warning: said.verify has been working for 0 s on an answer to problem 'test-1'; the run waits for it\n"
     assert capfd.readouterr().err == line

@@ -1,4 +1,4 @@
-"""`said_if_slow`: warns on standard error while a call of a user's function takes long.
+"""`warn_if_slow`: warns on standard error while a call of a user's function takes long.
 
 A thread looks at the clock. It cannot while the call holds Python's lock, as a regular expression that backtracks
 endlessly does; but such a call uses the processor, so the kernel's timer of processor time interrupts it for a look.
@@ -24,7 +24,7 @@ _call: tuple[float, str, str] | None = None
 
 
 @contextmanager
-def said_if_slow(what: str, where: str) -> Iterator[None]:
+def warn_if_slow(what: str, where: str) -> Iterator[None]:
     """Warns once if its block, which calls a user's function, takes longer than 10 s.
 
     Args:
@@ -32,7 +32,7 @@ def said_if_slow(what: str, where: str) -> Iterator[None]:
         where: what it works on, such as "on an answer to problem 'double-7'".
     """
     global _call
-    timed = _start_looking()
+    timed = _start_watching()
     _call = (time.monotonic(), what, where)
     if timed:
         signal.setitimer(signal.ITIMER_VIRTUAL, _seconds, LOOK)
@@ -45,16 +45,16 @@ def said_if_slow(what: str, where: str) -> Iterator[None]:
 
 
 @cache
-def _start_looking() -> bool:
+def _start_watching() -> bool:
     """Starts the thread; returns whether the timer's signal is handled, since it would kill the process otherwise."""
-    threading.Thread(target=_look_again_and_again, daemon=True).start()
+    threading.Thread(target=_watch, daemon=True).start()
     if threading.current_thread() is not threading.main_thread():
         return False
     signal.signal(signal.SIGVTALRM, lambda *_: _look())
     return True
 
 
-def _look_again_and_again() -> None:
+def _watch() -> None:
     while True:
         time.sleep(LOOK)
         _look()

@@ -1,4 +1,4 @@
-"""`Kept`: the turns of the current step, so that a stopped step can continue (a partial rollout).
+"""`TurnCache`: what was sampled in the current step, so that a stopped step can continue (a partial rollout).
 
     stop    finished turns, and the tokens so far of unfinished ones -> step_000040/turns.safetensors
     resume  step 41 reuses finished turns and continues unfinished ones from their last token
@@ -27,8 +27,8 @@ from nemo_r3.types import Phase, Trajectory
 FILE = "turns.safetensors"
 
 
-class Kept:
-    """Completions of one training step, by `turn_id`; keeps nothing if not enabled."""
+class TurnCache:
+    """Completions of one training step, by `turn_id`; stays empty if not enabled."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -36,25 +36,25 @@ class Kept:
         self._turns: dict[str, Completion] = {}
 
     def begin(self, step: int) -> None:
-        """Starts `step`, dropping the turns of any other. Only training steps, which count from 1, are kept."""
+        """Starts `step`, dropping the turns of any other. Only training steps, which count from 1, are cached."""
         if step != self._step:
             self._step, self._turns = step, {}
 
-    def find(self, turn: str) -> Completion | None:
+    def get(self, turn: str) -> Completion | None:
         """What has been sampled of a turn so far."""
         return self._turns.get(turn)
 
     def add(self, turn: str, completion: Completion) -> None:
-        """Keeps all that has been sampled of a turn."""
+        """Stores all that has been sampled of a turn."""
         if self._enabled and self._step > 0:
             self._turns[turn] = completion
 
-    def of(self, step: int) -> dict[str, Completion]:
-        """All turns of a step that have tokens."""
+    def nonempty(self, step: int) -> dict[str, Completion]:
+        """The turns of a step that have tokens."""
         return {name: turn for name, turn in self._turns.items() if turn.ids} if step == self._step else {}
 
-    def take_up(self, step: int, turns: Mapping[str, Completion]) -> None:
-        """Continues with what an earlier process kept of `step`."""
+    def restore(self, step: int, turns: Mapping[str, Completion]) -> None:
+        """Continues with what an earlier process sampled of `step`."""
         if self._enabled:
             self._step, self._turns = step, dict(turns)
 

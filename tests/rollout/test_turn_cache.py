@@ -8,8 +8,8 @@ import pytest
 from safetensors import SafetensorError
 
 from nemo_r3.config.rollout import RolloutConfig
-from nemo_r3.rollout.kept import Kept, read, turn_id, write
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, is_deterministic
+from nemo_r3.rollout.turn_cache import TurnCache, read, turn_id, write
 from nemo_r3.types import Phase, Segment, Trajectory
 
 TURNS = {
@@ -45,23 +45,23 @@ def test_a_turn_is_found_by_all_that_was_asked() -> None:
 
 
 def test_only_the_training_step_under_way_is_kept() -> None:
-    kept = Kept(enabled=True)
-    kept.begin(0)  # mining
-    kept.add("a", TURNS["a"])
-    assert kept.of(0) == {}
-    kept.begin(2)
+    cache = TurnCache(enabled=True)
+    cache.begin(0)  # mining
+    cache.add("a", TURNS["a"])
+    assert cache.nonempty(0) == {}
+    cache.begin(2)
     for name, turn in TURNS.items():
-        kept.add(name, turn)
-    assert kept.of(2).keys() == {"a", "c"}, "a turn without tokens is none"
-    assert kept.of(3) == {}
-    kept.begin(3)
-    assert kept.find("a") is None
+        cache.add(name, turn)
+    assert cache.nonempty(2).keys() == {"a", "c"}, "a turn without tokens is none"
+    assert cache.nonempty(3) == {}
+    cache.begin(3)
+    assert cache.get("a") is None
 
-    off = Kept(enabled=False)
-    off.take_up(2, TURNS)
+    off = TurnCache(enabled=False)
+    off.restore(2, TURNS)
     off.begin(2)
     off.add("a", TURNS["a"])
-    assert off.find("a") is None and off.of(2) == {}
+    assert off.get("a") is None and off.nonempty(2) == {}
 
 
 def test_what_goes_on_follows_what_was_begun() -> None:

@@ -1,0 +1,188 @@
+"""`Trainer`: the policy's optimizer, on all ranks at once (SPMD). It turns a batch into one step of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from nemo_r3 import memory
+from nemo_r3.actor import cpu, stream
+from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
+from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
+from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.reference import Reference
+from nemo_r3.actor.scales import find_scales
+from nemo_r3.algo.batch import check_loss_weights
+from nemo_r3.algo.objective import METRICS, Objective
+from nemo_r3.algo.packing import Microbatch
+from nemo_r3.models.flops import FORWARD_AND_BACKWARD
+from nemo_r3.precision import precision_of
+from nemo_r3.types import UpdateBatch
+
+
+class Trainer:
+    """This rank's part of the policy's gradients, optimizer, schedule and frozen reference.
+
+    Every method is collective: all ranks call it together with the same arguments.
+
+    Attributes:
+        policy: whose weights it changes.
+        model: the policy's module in its gradient buffers.
+        optimizer: AdamW.
+        schedule: of the learning rate.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        """Wraps the policy, whose weights are still the starting ones: the reference is a copy of them."""
+        config, recipe = policy.config, precision_of(policy.config).fp8
+        self.policy = policy
+        self._stream = torch.cuda.current_stream()  # where the gradients' hooks will run
+        with cpu.cuda_stand_in():
+            self.model: Any = wrap(policy.module, config)
+            self.model.config.finalize_model_grads_func = _sum_gradients
+            self.optimizer = build_optimizer(self.model, config)
+            self.schedule = build_schedule(self.optimizer, config)
+        self._objective = Objective(config.algo)
+        self._reference = Reference(policy.module, config.actor.offload_optimizer) if config.algo.kl_beta else None
+        self._offload = Offload(self.model, self.optimizer) if config.actor.offload_optimizer else None
+        self._lacks_scales = recipe is not None and recipe.delayed
+        self._working_bytes = 0
+        self._make_room()  # for the engine, which starts next
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Holds optimizer state and gradients on the device inside this block; then hands the memory to the engine."""
+        if self._offload is not None:
+            self._offload.restore()
+        try:
+            yield
+        finally:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Hands memory to the engine: FP8 copies of the weights, and if offloaded, optimizer state and gradients."""
+        if self._offload is not None:
+            self._offload.park()
+        forget_fp8_weights(self.policy.module)
+        torch.cuda.empty_cache()
+
+    def update(self, batch: UpdateBatch) -> dict[str, float]:
+        """One optimizer step on the batch.
+
+        Returns:
+            `loss`, `kl`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`;
+            `skipped`: 1.0 if the weights stayed as they were, because the gradient was NaN or Inf or the correction
+            rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
+            `importance_ratio`, `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's
+            on all ranks, including the reference's pass, without recompute and padding.
+
+        Raises:
+            RuntimeError: a token that must not be trained has weight.
+        """
+        check_loss_weights(batch, self.policy.config.algo)
+        microbatches, flops = self.policy.microbatches(batch.rows)
+        with stream.on(self._stream), self.at_work(), cpu.cuda_stand_in():
+            memory.reserve(self._working_bytes)
+            before = memory.restart_peak()
+            if self._lacks_scales:
+                find_scales(self.policy.module, self.policy.world, partial(self._accumulate, microbatches[:1]))
+                self._lacks_scales = False
+            sums = self._accumulate(microbatches)
+            self._working_bytes = memory.peak() - before  # the optimizer's step needs less
+            lr = self.optimizer.param_groups[0]["lr"]
+            grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
+        tokens = max(sums["tokens"], 1.0)
+        return {
+            "loss": sums["loss"],
+            "kl": sums["kl"],
+            "entropy": sums["entropy"] / tokens,
+            "token_mult_prob_error": sums["prob_error"] / tokens,
+            "rollout_kl": sums["rollout_kl"] / tokens,
+            "importance_ratio": sums["ratio"] / tokens,
+            "importance_outliers": sums["outliers"] / tokens,
+            "nonfinite_tokens": sums["nonfinite"],
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "trained_tokens": sums["tokens"],
+            "rejected_tokens": sums["rejected"],
+            "microbatches": float(len(microbatches)),
+            "skipped": float(not math.isfinite(grad_norm)),
+            "update_flops": flops * (1 if self._reference is None else 1 + 1 / FORWARD_AND_BACKWARD),
+        }
+
+    def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+        """Accumulates the step's gradient in the buffers; returns the step's `METRICS`."""
+        reference: dict[tuple[int, ...], Tensor] = {}
+        if self._reference is not None:
+            with self._reference.swapped_in():
+                reference = self.policy.logprobs(microbatches)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(microbatch: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+            return self._objective(logprobs, microbatch.targets, reference.get(microbatch.rows), entropies)
+
+        sums = self._sum(self.policy.pipeline.run(self.model, microbatches, loss, train=True))
+        if 0 < sums["kept"] < sums["counted"]:  # rejected tokens leave the denominators of the whole step
+            scale = sums["counted"] / sums["kept"]
+            self.model.scale_gradients(scale)
+            sums |= {name: sums[name] * scale for name in ("loss", "kl")}
+        return sums
+
+    def _sum(self, metrics: Sequence[Tensor]) -> dict[str, float]:
+        """Sums the last stages' metrics over microbatches and data-parallel ranks."""
+        total = torch.zeros(len(METRICS), dtype=torch.float64, device=self.policy.world.device)
+        if metrics and parallel_state.get_tensor_model_parallel_rank() == 0:  # all of a tensor-parallel group are alike
+            total += torch.stack(list(metrics)).sum(0)
+        dist.all_reduce(total)
+        return dict(zip(METRICS, total.tolist(), strict=True))
+
+    def _step(self, finite: bool) -> float:
+        """Clips, steps and advances the schedule; returns the gradient norm, or NaN if the step is skipped."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not (finite and math.isfinite(grad_norm)):
+            return math.nan
+        self.optimizer.step()
+        self.schedule.step(increment=1)
+        self.policy.version += 1
+        return grad_norm
+
+    def held(self) -> dict[str, int]:
+        """Bytes that this rank holds, by what they are for; what is offloaded counts as the host's."""
+        away = " on the host" if self._offload is not None else ""
+        gradients, state = device_bytes(self.model, self.optimizer)
+        return {
+            "weights": sum(parameter.nbytes for parameter in self.policy.module.parameters()),
+            "gradients": gradients,
+            "optimizer state": state,
+            "optimizer state on the host": 0 if self._offload is None else self._offload.host_bytes,
+            "activations and other work, peak": self._working_bytes,
+            "reference" + away: 0 if self._reference is None else self._reference.nbytes,
+        }
+
+    def describe_schedule(self) -> str:
+        """When the learning rate reaches its end; a resumed run keeps the horizon it began with."""
+        end = self.policy.config.actor.lr_min
+        return f"the learning rate reaches {end:g} after {self.schedule.lr_decay_steps} updates"
+
+    def updates_left(self) -> float:
+        """How many more updates have a learning rate above 0; skipped updates do not count."""
+        if self.policy.config.actor.lr_min:
+            return math.inf
+        return max(int(self.schedule.lr_decay_steps - self.schedule.num_steps), 0)
+
+
+def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
+    """megatron-core's gradient reduction, without its division by a token count."""
+    finalize_model_grads(model, None, **groups)
