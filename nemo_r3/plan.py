@@ -27,6 +27,7 @@ ASSUMED, ASSUMED_BYTES = "assumed: cluster.gpu_memory_gb", 79 * GIB
 SAVE_ACTIVATIONS = "set actor.recompute=full, lower actor.microbatch_tokens or raise actor.tensor_parallel"
 MORE_NODES = (1, 2, 4, 8)
 """Times so many nodes are tried."""
+SMALL_BYTES = 4 * GIB
 NAMES = 32
 """Columns for what the memory is for."""
 
@@ -181,7 +182,7 @@ def describe(plan: Plan) -> str:
     sequence = " with sequence parallel" if actor.sequence_parallel else ""
     kept, each = config.train.keep_checkpoints, checkpoint_bytes(config, plan.arch)
     lines = [
-        f"model     {config.model.path}: {count_parameters(plan.arch) / 1e9:.2f} billion parameters, {actor.precision}",
+        f"model     {config.model.path}: {count_parameters(plan.arch) / 1e6:,.1f}M parameters, {actor.precision}",
         f"ranks     {plan.ranks} on {_number(nodes, 'node')}, {gpus}",
         f"actor     tensor parallel {actor.tensor_parallel}{sequence}, pipeline parallel {actor.pipeline_parallel}, "
         f"data parallel {plan.data_parallel}",
@@ -216,7 +217,7 @@ def _on_gpus(plan: Plan) -> list[str]:
     saved, away = node.ranks * size.saved, node.ranks * size.offloaded
     has = "an unknown amount (cluster.memory_gb=0)" if math.isinf(node.host) else show(node.host)
     return [
-        *_table("GiB of each GPU", ("update", "rollout", "rollout, offloading"), [*rows, *sums]),
+        *_table("each GPU", ("update", "rollout", "rollout, offloading"), [*rows, *sums]),
         "",
         f"KV cache  at most {plan.cached_tokens:,} tokens of an engine: {dialogues:,} whole dialogues of "
         f"rollout.max_model_len={rollout.max_model_len}",
@@ -238,17 +239,21 @@ def _on_a_cpu(plan: Plan) -> list[str]:
         ("vLLM's KV cache, at most", config.rollout.cpu_kv_cache_gb * GIB / config.rollout.tensor_parallel),
     ]
     rows.append(("together", sum(count for _, count in rows)))
-    return [*_table("GiB of each rank's host memory", ("",), rows), ""]
+    return [*_table("each rank's host memory", ("",), rows), ""]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
-    """Bytes as GiB under their columns."""
+def _table(of: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Bytes under their columns, as GiB or, of a small model, as MiB."""
     widths = [max(len(column), 8) + 2 for column in columns]
-    lines = [title.ljust(NAMES) + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))]
-    for name, *counts in rows:
-        cells = [f"{count / GIB:.1f}" if count else "-" for count in counts]
+    unit, name = (GIB, "GiB") if max(max(counts) for _, *counts in rows) > SMALL_BYTES else (2**20, "MiB")
+    lines = [
+        f"{name} of {of}".ljust(NAMES)
+        + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
+    ]
+    for what, *counts in rows:
+        cells = [f"{count / unit:,.1f}" if count else "-" for count in counts]
         lines.append(
-            f"  {name:<{NAMES - 2}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+            f"  {what:<{NAMES - 2}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         )
     return lines
 
