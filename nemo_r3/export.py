@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_r3 import signals
+from nemo_r3 import watchdog
 from nemo_r3.config import Config
 from nemo_r3.dialogue import read_tokenizer
 from nemo_r3.errors import UserError
@@ -261,7 +261,7 @@ def _logprobs(model: Any, sequences: Sequence[Sequence[int]], temperature: float
     """[sum of (length - 1)] float32: every token but each sequence's first, as from `Policy.score`."""
     logprobs = []
     for ids in sequences:
-        signals.alive()
+        watchdog.alive()
         tokens = torch.tensor([list(ids)])
         logits = model(input_ids=tokens).logits[0, :-1].float() / temperature
         logprobs.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from nemo_r3 import memory, signals
+from nemo_r3 import memory, watchdog
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, take_lock, write_whole
@@ -199,7 +199,7 @@ class RunDirectory:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Adds the wall and CPU seconds of its block to `times`, and measures the memory at its end."""
-        signals.alive()
+        watchdog.alive()
         memory.restart_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         yield

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nemo_r3 import signals
+from nemo_r3 import signals, watchdog
 from nemo_r3.config import Config, check_world
 from nemo_r3.errors import ConfigError, UserError
 
@@ -63,14 +63,14 @@ class World:
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's `item`, in rank order, on every rank."""
-        signals.alive()
+        watchdog.alive()
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item, group=self.objects)
         return items
 
     def broadcast(self, item: Any) -> Any:
         """Rank 0's `item`, on every rank."""
-        signals.alive()
+        watchdog.alive()
         box = [item]
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
@@ -95,7 +95,7 @@ class World:
 
     def barrier(self) -> None:
         """Waits for every rank."""
-        signals.alive()
+        watchdog.alive()
         dist.barrier(group=self.objects)
 
     def leave_if_asked(self) -> None:
@@ -127,7 +127,7 @@ def start(config: Config) -> World:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=config.run.timeout_minutes)
     signals.listen()
-    signals.watch(timeout.total_seconds())
+    watchdog.watch(timeout.total_seconds())
     _name_interface(size)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     store = None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_r3 import capacity, fp8_support, runtime, signals, tasks
+from nemo_r3 import capacity, fp8_support, runtime, tasks, watchdog
 from nemo_r3 import config as configuration
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
@@ -67,7 +67,7 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
             template cannot be used.
     """
     config = configuration.load(argv)
-    with signals.watched(60 * config.run.timeout_minutes):  # a user's task may hang
+    with watchdog.watched(60 * config.run.timeout_minutes):  # a user's task may hang
         task = tasks.load(config.task, config.dialogue)
     model = model_path(config)
     arch = architecture_of(model)

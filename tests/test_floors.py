@@ -28,6 +28,7 @@ FLOORS = {
     "nemo_r3.entry": 2,
     "nemo_r3.memory": 2,
     "nemo_r3.signals": 1,
+    "nemo_r3.watchdog": 1,
     "nemo_r3.actor": 3,
     "nemo_r3.rollout": 3,
     "nemo_r3.refit": 3,

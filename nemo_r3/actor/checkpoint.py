@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
-from nemo_r3 import signals
+from nemo_r3 import watchdog
 from nemo_r3.actor.checkpoint_writer import OPTIMIZER, ThreadedSave
 from nemo_r3.actor.cpu import cuda_stand_in, give_back_freed_memory
 from nemo_r3.actor.manifest import (
@@ -183,7 +183,7 @@ def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str,
     own = {}
     for name in names:
         if _writer(name) % world.size == world.rank:
-            signals.alive()
+            watchdog.alive()
             own[name] = sum_of(directory / name)
     return {name: total for part in world.gather(own) for name, total in part.items()}
 
@@ -266,7 +266,7 @@ def _check_files(checkpoint: Path, files: Mapping[str, Any], world: World) -> No
 
 def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int) -> dict[str, Any]:
     """Reads into this rank's sharded state, in place where the tensors allow it; the policy gets the weights."""
-    signals.alive()
+    watchdog.alive()
     try:
         found: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
     except CheckpointException as error:

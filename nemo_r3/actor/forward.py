@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from nemo_r3 import signals
+from nemo_r3 import watchdog
 from nemo_r3.actor.attention import packed
 from nemo_r3.actor.head import Columns, target_logprobs
 from nemo_r3.actor.model import Trunk
@@ -62,7 +62,7 @@ class Pipeline:
 
         def forward_step(stream: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             microbatch = next(stream)
-            signals.alive()
+            watchdog.alive()
             params = packed(microbatch.layout, self.rotary, self.trunk.config.params_dtype)
             ids, positions = microbatch.ids[None], microbatch.layout.positions[None]
             hidden = model(ids, positions, None, packed_seq_params=params)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from nemo_r3 import signals
+from nemo_r3 import watchdog
 from nemo_r3.models import Architecture, convert, names
 from nemo_r3.models.tensors import HFTensors
 
@@ -64,7 +64,7 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
     with HFTensors(path) as checkpoint, torch.no_grad():
         checkpoint.check(arch)
         for row in names.rows(arch):
-            signals.alive()
+            watchdog.alive()
             targets = [mine[row.megatron]] if row.megatron in mine else []
             if arch.tied and row.megatron == names.EMBEDDING and names.HEAD in mine:
                 targets.append(mine[names.HEAD])  # the last stage's copy of a tied embedding

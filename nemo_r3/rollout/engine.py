@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from nemo_r3 import signals
+from nemo_r3 import watchdog
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.models import Architecture, architecture_of, names
@@ -87,12 +87,12 @@ class Engine:
         args = arguments(config, model_dir, arch, on_cuda, reads)
         # a tied head has no weight of its own; `load` itself checks that nothing is missing
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
-        signals.alive()
+        watchdog.alive()
         try:
             llm = LLMEngine.from_engine_args(args)
         except ValueError as error:  # settings that vLLM refuses, or too little free GPU memory for its share
             raise UserError(f"vLLM refused to start: {in_one_line(error)}") from error
-        signals.alive()
+        watchdog.alive()
         engine = cls(llm, arch, rollout.max_model_len, version=0 if reads else NO_WEIGHTS)
         if not reads:
             engine.sleep()  # so that the weights that come need no room beside the KV cache

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from nemo_r3 import signals
+from nemo_r3 import watchdog
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.progress import Progress
@@ -230,7 +230,7 @@ class Rollout(Generic[EngineT]):
         for turn in turns:
             self._request(turn, in_flight)
         while in_flight.requests and not self._fleet.asked_to_stop():
-            signals.alive()
+            watchdog.alive()
             completions = self.engine.step()
             for completion in completions:
                 turn, whole = self._take(completion, in_flight)
