@@ -1,7 +1,7 @@
 """`RunDirectory`: the files of a run.
 
-config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/  tensorboard/
-summary.json  verdicts.json
+config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/
+summary.json  verdicts.json  tensorboard/  wandb/  mlflow/
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from nemo_r3 import memory, signals
+from nemo_r3 import memory, signals, trackers
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, take_lock, write_whole
@@ -33,7 +33,7 @@ BEFORE_A_RUN = {"failures", "logs", "chain", "slurm.json", "drill", "lost+found"
 """What may be in a directory before there is a run: from Slurm's scripts, a drill or a mount point."""
 NOTES = {".log", ".txt", ".out", ".err"}
 """Suffixes of files that a user may put there, such as the run's own output."""
-LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "tensorboard", "curve.png")
+LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "curve.png", "tensorboard", "wandb", "mlflow")
 """What belongs to the steps of one training."""
 
 
@@ -51,7 +51,7 @@ class RunDirectory:
         self.times: dict[str, float] = {}
         self.memory: dict[str, float] = {}
         self._config, self._world = config, world
-        self._board: Any = None
+        self._trackers: list[trackers.Tracker] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -174,8 +174,8 @@ class RunDirectory:
         """Removes what was logged after `step`, so that a resumed run logs every step once."""
         if not self._world.is_main:
             return
-        logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
-        if lost := step - len(logged):
+        shown = [number for line in _lines(self.metrics) if (number := _step_of(line))]
+        if lost := step - len({number for number in shown if number <= step}):
             print(f"warning: {self.metrics} lacks {lost} of the {step} steps before", file=sys.stderr, flush=True)
         if not step and (lost := len(_lines(self.metrics))):
             again = f"the run starts again at step 1 and replaces the {lost} steps in {self.metrics}"
@@ -187,14 +187,7 @@ class RunDirectory:
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if (name := file.stem.removeprefix("step_")).isdigit() and int(name) > step:
                 file.unlink()
-        self._open_board(step)
-
-    def _open_board(self, step: int) -> None:
-        """Opens TensorBoard's events, without those after `step`."""
-        if self._config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every recipe logs
-
-            self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
+        self._trackers = trackers.open_all(self._config, self.path, step, max(shown, default=0))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -208,19 +201,16 @@ class RunDirectory:
         self.memory |= memory.measured(phase)
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Appends a step to metrics.jsonl and TensorBoard, with the times since the last one."""
+        """Appends a step to metrics.jsonl, with the times since the last one, and shows it in the trackers."""
         line = {"step": step, **_finite(metrics), **{name: round(spent, 4) for name, spent in self.times.items()}}
         line |= self.memory
         self.times, self.memory = {}, {}
         if not self._world.is_main:
             return
         _append(self.metrics, [line])
-        if self._board is not None:
-            with filename_in_errors(self.path / "tensorboard"):
-                for name, value in line.items():
-                    if value is not None and name != "step":
-                        self._board.add_scalar(name, value, step)
-                self._board.flush()
+        shown = {name: value for name, value in line.items() if value is not None and name != "step"}
+        for tracker in self._trackers:
+            tracker.log(step, shown)
 
     def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends a step's `LayerWatch.rows` to layers.jsonl."""
@@ -264,6 +254,18 @@ class RunDirectory:
         if self._world.is_main:
             ids = {"problems": [it.id for it in problems], "failures": [it.problem.id for it in failures]}
             write_whole(self.path / "verdicts.json", json.dumps(ids | dict(verdicts)) + "\n")
+
+    def show_results(self, results: Mapping[str, float]) -> None:
+        """Shows numbers of the whole run on the servers asked for."""
+        if self._world.is_main:
+            for server in trackers.open_servers(self._config, self.path):
+                server.summarise(results)
+
+    def stop_showing(self) -> None:
+        """Closes the trackers before a stop; the ranks leave together, since a launcher ends those that stay."""
+        if self._world.is_main:
+            trackers.close(signals.STOPPED)
+        self._world.barrier()
 
     def add_to_summary(self, **entries: Any) -> dict[str, Any]:
         """Merges entries and the seconds of this verb's phases into summary.json; None removes an entry.

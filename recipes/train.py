@@ -79,6 +79,7 @@ def train(argv: Sequence[str]) -> None:
             saver.save(counters.step, asdict(counters))
         saver.finish()
         checkpoints.keep_turns(setup, rollout, counters.step + 1)
+        run.stop_showing()
         raise
     saver.finish()
     conclude(setup, argv)
