@@ -51,7 +51,6 @@ class RunDirectory:
         self.times: dict[str, float] = {}
         self.memory: dict[str, float] = {}
         self._config, self._world = config, world
-        self._trackers: list[trackers.Tracker] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -174,8 +173,8 @@ class RunDirectory:
         """Removes what was logged after `step`, so that a resumed run logs every step once."""
         if not self._world.is_main:
             return
-        shown = [number for line in _lines(self.metrics) if (number := _step_of(line))]
-        if lost := step - len({number for number in shown if number <= step}):
+        logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
+        if lost := step - len(logged):
             print(f"warning: {self.metrics} lacks {lost} of the {step} steps before", file=sys.stderr, flush=True)
         if not step and (lost := len(_lines(self.metrics))):
             again = f"the run starts again at step 1 and replaces the {lost} steps in {self.metrics}"
@@ -187,7 +186,7 @@ class RunDirectory:
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if (name := file.stem.removeprefix("step_")).isdigit() and int(name) > step:
                 file.unlink()
-        self._trackers = trackers.open_all(self._config, self.path, step, max(shown, default=0))
+        trackers.open_all(self._config, self.path, step, [json.loads(line) for line in logged.values()])
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -201,16 +200,14 @@ class RunDirectory:
         self.memory |= memory.measured(phase)
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Appends a step to metrics.jsonl, with the times since the last one, and shows it in the trackers."""
+        """Appends a step to metrics.jsonl, with the times since the last one, and to the trackers."""
         line = {"step": step, **_finite(metrics), **{name: round(spent, 4) for name, spent in self.times.items()}}
         line |= self.memory
         self.times, self.memory = {}, {}
         if not self._world.is_main:
             return
         _append(self.metrics, [line])
-        shown = {name: value for name, value in line.items() if value is not None and name != "step"}
-        for tracker in self._trackers:
-            tracker.log(step, shown)
+        trackers.log(line)
 
     def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends a step's `LayerWatch.rows` to layers.jsonl."""
@@ -254,18 +251,6 @@ class RunDirectory:
         if self._world.is_main:
             ids = {"problems": [it.id for it in problems], "failures": [it.problem.id for it in failures]}
             write_whole(self.path / "verdicts.json", json.dumps(ids | dict(verdicts)) + "\n")
-
-    def show_results(self, results: Mapping[str, float]) -> None:
-        """Shows numbers of the whole run on the servers asked for."""
-        if self._world.is_main:
-            for server in trackers.open_servers(self._config, self.path):
-                server.summarise(results)
-
-    def stop_showing(self) -> None:
-        """Closes the trackers before a stop; the ranks leave together, since a launcher ends those that stay."""
-        if self._world.is_main:
-            trackers.close(signals.STOPPED)
-        self._world.barrier()
 
     def add_to_summary(self, **entries: Any) -> dict[str, Any]:
         """Merges entries and the seconds of this verb's phases into summary.json; None removes an entry.

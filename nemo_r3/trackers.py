@@ -1,16 +1,20 @@
 """Where metrics are shown beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow.
 
-Servers are for looking on: a thread of its own sends to each, in order, so a slow or lost one neither delays nor ends
-a run. Their libraries take everything but the project and the name from their own environment variables.
+metrics.jsonl is the record. A server is for looking on: a thread sends to it, so it neither delays nor ends a run, and
+what it lacks in the end is sent by the run's next process. The servers' libraries take everything but the project and
+the name from their own environment variables.
+
+Trackers belong to the process, which shows one run and has to end them, so this module keeps state of its own.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
@@ -22,9 +26,11 @@ from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.config.schema import leaves
 from nemo_r3.errors import UserError
-from nemo_r3.files import filename_in_errors, write_whole
+from nemo_r3.files import filename_in_errors, read_json_object, write_whole
 
 WANDB, MLFLOW = "run.wandb_project", "run.mlflow_experiment"
+SENT = "sent.json"
+"""In wandb/ or mlflow/ of the run directory: the run's id on the server, and the last step sent there."""
 RETRY_SECONDS = 60.0
 """How long a server that failed is left alone."""
 CLOSE_SECONDS = 10.0
@@ -32,22 +38,29 @@ CLOSE_SECONDS = 10.0
 PARAMS_PER_CALL = 100
 """MLflow takes no more."""
 
+Metrics = Mapping[str, float]
+
 
 class Tracker(Protocol):
-    """A place that shows metrics."""
+    """A place that shows the steps of a run."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a step's metrics."""
-
-    def summarise(self, results: Mapping[str, float]) -> None:
-        """Shows results of the whole run."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Shows a step."""
 
     def close(self, code: int) -> None:
         """Ends with the process, whose exit code this is."""
 
 
+class Server(Tracker, Protocol):
+    """One that also shows results of the whole run, which `run_id` names there."""
+
+    run_id: str
+
+    def summarise(self, results: Metrics) -> None:
+        """Shows results."""
+
+
 _open: list[Tracker] = []
-"""This process's trackers, for `close`."""
 
 
 def check(config: Config, path: Path) -> None:
@@ -63,41 +76,62 @@ def check(config: Config, path: Path) -> None:
         UserError: a library is not installed, there is no login, or a first start gets no answer.
     """
     if config.run.wandb_project:
-        _check_wandb(begun=_run_id(path, "wandb").exists())
+        _check_wandb(begun=(path / "wandb" / SENT).exists())
     if config.run.mlflow_experiment:
-        _check_mlflow(config.run.mlflow_experiment, begun=_run_id(path, "mlflow").exists())
+        _check_mlflow(config.run.mlflow_experiment, begun=(path / "mlflow" / SENT).exists())
 
 
-def open_all(config: Config, path: Path, step: int, shown: int) -> list[Tracker]:
-    """What shows the steps of a training run.
+def open_all(config: Config, path: Path, step: int, logged: Sequence[Mapping[str, Any]]) -> None:
+    """Opens what shows the steps of a training run, instead of what is open.
 
     Args:
         config: the run's settings.
         path: the run directory.
-        step: the last step before; TensorBoard drops those after it.
-        shown: the last step that any process has logged. Servers take none back, so they get only those after it.
+        step: the last step before; TensorBoard drops those after it. (Servers take none back: a step that is repeated
+            after a crash keeps the values that were sent first.)
+        logged: the lines of metrics.jsonl, for servers that lack some.
     """
-    board: list[Tracker] = [TensorBoard(path / "tensorboard", step)] if config.run.tensorboard else []
-    _open.extend(board)
-    return board + open_servers(config, path, shown)
+    close(0)
+    servers = _servers(config, path)
+    for line in logged:
+        for server in servers:
+            server.log(line["step"], _numbers(line))
+    if config.run.tensorboard:
+        _open.append(TensorBoard(path / "tensorboard", step))
 
 
-def open_servers(config: Config, path: Path, shown: int = 0) -> list[Tracker]:
-    """The servers asked for, see `open_all`."""
-    servers: list[Tracker] = []
+def log(line: Mapping[str, Any]) -> None:
+    """Shows a line of metrics.jsonl."""
+    for tracker in _open:
+        tracker.log(line["step"], _numbers(line))
+
+
+def show_results(config: Config, path: Path, results: Metrics) -> None:
+    """Shows numbers of the whole run on the servers asked for."""
+    for server in _servers(config, path):
+        server.summarise(results)
+
+
+def close(code: int) -> None:
+    """Ends what is open; the process is about to leave with this exit code."""
+    while _open:
+        signals.alive()
+        _open.pop().close(code)
+
+
+def _servers(config: Config, path: Path) -> list[InBackground]:
+    """Opens those asked for."""
+    servers = []
     if config.run.wandb_project:
-        servers.append(InBackground(WANDB, partial(WeightsAndBiases, config, path), shown))
+        servers.append(InBackground(WANDB, path / "wandb" / SENT, partial(WeightsAndBiases, config, path)))
     if config.run.mlflow_experiment:
-        servers.append(InBackground(MLFLOW, partial(MLflow, config, path), shown))
+        servers.append(InBackground(MLFLOW, path / "mlflow" / SENT, partial(MLflow, config, path)))
     _open.extend(servers)
     return servers
 
 
-def close(code: int) -> None:
-    """Ends the trackers of this process, which is about to leave with this exit code."""
-    while _open:
-        signals.alive()
-        _open.pop().close(code)
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if value is not None and name != "step"}
 
 
 class TensorBoard:
@@ -115,72 +149,68 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
 
-    def summarise(self, results: Mapping[str, float]) -> None:
-        """Nothing: TensorBoard shows steps."""
-
     def close(self, code: int) -> None:
         """Nothing: every step is in the file."""
 
 
 class WeightsAndBiases:
-    """A W&B run, which `wandb/run_id` in the run directory names. W&B itself copes with a lost server."""
+    """A W&B run. Its own process copes with a lost network; if that is killed, up to 15 seconds of steps are lost."""
 
-    def __init__(self, config: Config, path: Path) -> None:
-        wandb = importlib.import_module("wandb")
-        if not (file := _run_id(path, "wandb")).exists():
-            _keep(file, secrets.token_hex(4))
-        begin = partial(
-            wandb.init,
-            project=config.run.wandb_project,
-            id=file.read_text(),
-            name=path.name,
-            dir=path,
-            resume="allow",
-            config=asdict(config),
-            settings=wandb.Settings(finish_timeout=CLOSE_SECONDS),  # by default it waits forever
-        )
+    def __init__(self, config: Config, path: Path, run_id: str | None) -> None:
+        wandb = self._wandb = importlib.import_module("wandb")
+        self.run_id = run_id or secrets.token_hex(4)
         try:
-            self._run = begin()
-        except wandb.Error as error:
-            _warn(f"{WANDB}: {_line(error)}; this process logs offline, and `wandb sync` in {path} sends it")
-            self._run = begin(mode="offline")
+            self._run = wandb.init(
+                project=config.run.wandb_project,
+                id=self.run_id,
+                name=path.name,
+                dir=path,
+                resume="allow",
+                config=asdict(config),
+                settings=wandb.Settings(finish_timeout=0.8 * CLOSE_SECONDS),  # by default it waits forever
+            )
+        except wandb.Error:
+            wandb.teardown()  # which frees the id for the next attempt
+            raise
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """Hands a step to W&B's own process."""
         self._run.log(dict(metrics), step=step, commit=True)
 
-    def summarise(self, results: Mapping[str, float]) -> None:
+    def summarise(self, results: Metrics) -> None:
         """Adds to the run's summary."""
         self._run.summary.update(dict(results))
 
     def close(self, code: int) -> None:
         """Finishes; a stop is shown as preempted, not as failed."""
-        if code == signals.STOPPED:
-            self._run.mark_preempting()
-        self._run.finish(exit_code=code)
+        try:
+            if code == signals.STOPPED:
+                self._run.mark_preempting()
+            self._run.finish(exit_code=code)
+        finally:
+            self._wandb.teardown(code)  # or Python's exit would, and wait
 
 
 class MLflow:
-    """An MLflow run, which `mlflow/run_id` in the run directory names."""
+    """An MLflow run."""
 
-    def __init__(self, config: Config, path: Path) -> None:
-        self._mlflow = importlib.import_module("mlflow")
-        if (file := _run_id(path, "mlflow")).exists():
-            self._mlflow.start_run(run_id=file.read_text())
-            return
-        self._mlflow.set_experiment(config.run.mlflow_experiment)
-        run = self._mlflow.active_run() or self._mlflow.start_run(run_name=path.name)  # it may be another attempt
-        settings = [(leaf.key, reduce(getattr, leaf.key.split("."), config)) for leaf in leaves(Config)]
-        for first in range(0, len(settings), PARAMS_PER_CALL):
-            self._mlflow.log_params(dict(settings[first : first + PARAMS_PER_CALL]))
-        _keep(file, run.info.run_id)
+    def __init__(self, config: Config, path: Path, run_id: str | None) -> None:
+        mlflow = self._mlflow = importlib.import_module("mlflow")
+        if run_id is None:
+            mlflow.set_experiment(config.run.mlflow_experiment)
+        run = mlflow.active_run() or mlflow.start_run(run_id, run_name=path.name)  # it is active after a failure below
+        self.run_id = run.info.run_id
+        if run_id is None:
+            settings = [(leaf.key, reduce(getattr, leaf.key.split("."), config)) for leaf in leaves(Config)]
+            for first in range(0, len(settings), PARAMS_PER_CALL):
+                mlflow.log_params(dict(settings[first : first + PARAMS_PER_CALL]))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends a step; raises if the server does not take it."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Sends a step."""
         self._mlflow.log_metrics(dict(metrics), step=step)
 
-    def summarise(self, results: Mapping[str, float]) -> None:
-        """Sends results as metrics of a single value."""
+    def summarise(self, results: Metrics) -> None:
+        """Sends results, as metrics of a single value."""
         self._mlflow.log_metrics(dict(results))
 
     def close(self, code: int) -> None:
@@ -189,40 +219,38 @@ class MLflow:
 
 
 class InBackground:
-    """Makes a tracker and passes everything on to it in a thread. What fails is tried again; a warning says so once.
+    """A server that a thread makes and sends to, in order. What fails is tried again; a warning says so once.
 
     Args:
-        setting: that asks for this tracker; warnings begin with it.
-        make: makes it.
-        shown: steps up to this one are not passed on.
+        setting: that asks for it; warnings begin with this.
+        file: keeps its run's id, and the last step sent; it gets none up to that again.
+        make: makes it, given the id that an earlier process kept.
     """
 
-    def __init__(self, setting: str, make: Callable[[], Tracker], shown: int) -> None:
-        self._setting, self._shown, self._warned = setting, shown, False
-        self._ending = Event()
+    def __init__(self, setting: str, file: Path, make: Callable[[str | None], Server]) -> None:
+        self._setting, self._file, self._make = setting, file, make
+        self._sent, self._warned, self._ending = 0, False, Event()
         self._acts: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._acts.put(lambda: setattr(self, "_tracker", make()))
-        self._tracker: Any = None
+        self._acts.put(self._begin)
         self._thread = Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """See `Tracker`; returns at once."""
-        if step > self._shown:
-            self._acts.put(lambda: self._tracker.log(step, metrics))
+        self._acts.put(lambda: self._log(step, metrics))
 
-    def summarise(self, results: Mapping[str, float]) -> None:
-        """See `Tracker`; returns at once."""
-        self._acts.put(lambda: self._tracker.summarise(results))
+    def summarise(self, results: Metrics) -> None:
+        """See `Server`; returns at once."""
+        self._acts.put(lambda: self._server.summarise(results))
 
     def close(self, code: int) -> None:
         """See `Tracker`; waits for what is not sent yet, `CLOSE_SECONDS` at most."""
-        self._acts.put(lambda: self._tracker.close(code))
+        self._acts.put(lambda: self._server.close(code))
         self._acts.put(None)
         self._ending.set()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive() or not self._acts.empty():
-            _warn(f"{self._setting}: the end of this process was not sent; metrics.jsonl has every step")
+            _warn(f"{self._setting}: not everything was sent; this run's next process sends the steps that lack")
 
     def _work(self) -> None:
         while (act := self._acts.get()) is not None:
@@ -235,11 +263,26 @@ class InBackground:
         try:
             act()
         except Exception as error:  # noqa: BLE001  a server must not end a run
-            if not self._warned:
+            if not self._warned and not self._ending.is_set():
                 _warn(f"{self._setting}: {_line(error)}; the run goes on, and tries again every {RETRY_SECONDS:.0f} s")
             self._warned = True
             return False
         return True
+
+    def _begin(self) -> None:
+        kept = read_json_object(self._file, self._setting) if self._file.exists() else {}
+        self._server = self._make(kept.get("run_id"))
+        self._file.parent.mkdir(exist_ok=True)
+        self._keep(kept.get("step", 0))
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        if step > self._sent:
+            self._server.log(step, metrics)
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        self._sent = step
+        write_whole(self._file, json.dumps({"run_id": self._server.run_id, "step": step}))
 
 
 def _check_wandb(begun: bool) -> None:
@@ -269,16 +312,6 @@ def _library(name: str, setting: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"{setting}: {name} cannot be imported ({error}): pip install 'nemo_r3[track]'") from error
-
-
-def _run_id(path: Path, tracker: str) -> Path:
-    """The file of the id by which the next process continues the same run on the server."""
-    return path / tracker / "run_id"
-
-
-def _keep(file: Path, run_id: str) -> None:
-    file.parent.mkdir(exist_ok=True)
-    write_whole(file, run_id)
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from nemo_r3 import signals, trackers
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside
 from nemo_r3.actor.policy import Policy
@@ -128,7 +129,14 @@ def make_saver(setup: Setup, policy: Policy, rollout: Rollout) -> Saver:
     return Saver(policy, setup.run.checkpoints, config.train, make_room)
 
 
-def keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
+def stop(setup: Setup, rollout: Rollout, step: int) -> None:
+    """Keeps what was sampled of `step`, and ends the trackers; the ranks leave together: a launcher ends who stays."""
+    _keep_turns(setup, rollout, step)
+    trackers.close(signals.STOPPED)
+    setup.world.barrier()
+
+
+def _keep_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     """After a stop, writes what was sampled of `step` beside the checkpoint whose weights sampled it.
 
     There is nothing to write if rollouts are deterministic, or before the first checkpoint. A failed write is only a

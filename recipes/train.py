@@ -78,8 +78,7 @@ def train(argv: Sequence[str]) -> None:
         if counters.step > saved_step:
             saver.save(counters.step, asdict(counters))
         saver.finish()
-        checkpoints.keep_turns(setup, rollout, counters.step + 1)
-        run.stop_showing()
+        checkpoints.stop(setup, rollout, counters.step + 1)
         raise
     saver.finish()
     conclude(setup, argv)
