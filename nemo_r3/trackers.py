@@ -82,7 +82,7 @@ def check(config: Config, path: Path) -> None:
 
 
 def open_all(config: Config, path: Path, step: int, logged: Sequence[Mapping[str, Any]]) -> None:
-    """Opens what shows the steps of a training run, instead of what is open.
+    """Opens what shows the steps of a training run.
 
     Args:
         config: the run's settings.
@@ -91,7 +91,6 @@ def open_all(config: Config, path: Path, step: int, logged: Sequence[Mapping[str
             after a crash keeps the values that were sent first.)
         logged: the lines of metrics.jsonl, for servers that lack some.
     """
-    close(0)
     servers = _servers(config, path)
     for line in logged:
         for server in servers:
@@ -120,7 +119,8 @@ def close(code: int) -> None:
 
 
 def _servers(config: Config, path: Path) -> list[InBackground]:
-    """Opens those asked for."""
+    """Opens those asked for, instead of what is open."""
+    close(0)
     servers = []
     if config.run.wandb_project:
         servers.append(InBackground(WANDB, path / "wandb" / SENT, partial(WeightsAndBiases, config, path)))
@@ -311,7 +311,7 @@ def _library(name: str, setting: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{setting}: {name} cannot be imported ({error}): pip install 'nemo_r3[track]'") from error
+        raise UserError(f"{setting}: {name} cannot be imported ({error}): pip install -e '.[track]'") from error
 
 
 def _line(error: Exception) -> str:

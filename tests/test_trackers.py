@@ -33,7 +33,7 @@ def test_a_library_that_is_missing_is_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)  # importing it fails
     trackers.check(settings(tmp_path), tmp_path / "run")
-    with pytest.raises(UserError, match=rf"^{setting}: {library} cannot be imported .*nemo_r3\[track\]"):
+    with pytest.raises(UserError, match=rf"^{setting}: {library} cannot be imported .*\[track\]"):
         trackers.check(settings(tmp_path, f"{setting}=x"), tmp_path / "run")
 
 
@@ -132,7 +132,8 @@ trackers.check(config, path)
 trackers.open_all(config, path, len(lines) - 2, lines[:-2])
 for line in lines[-2:]:
     trackers.log(line)
-trackers.show_results(config, path, json.loads(results))
+if json.loads(results):
+    trackers.show_results(config, path, json.loads(results))
 trackers.close(int(code))
 """
 
@@ -151,15 +152,15 @@ def test_weights_and_biases_gets_every_step_once(tmp_path: Path, monkeypatch: py
     end_to_end(tmp_path, "run.wandb_project")
     run_id = json.loads((tmp_path / "run/wandb/sent.json").read_text())["run_id"]
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
-    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
-    stopped, done = ([record for record in records(file)] for file in files)
+    assert {file.name for file in files} == {f"run-{run_id}.wandb"}
+    stopped, done = (list(records(file)) for file in files[:2])
     assert [steps_of(part) for part in (stopped, done)] == [[(1, 0.25), (2, 0.5), (3, 0.75)], [(4, 1.0), (5, 1.25)]]
     assert any(record.HasField("preempting") for record in stopped)
     assert [record.exit.exit_code for record in (stopped + done) if record.HasField("exit")] == [75, 0]
     (run,) = [record.run for record in done if record.HasField("run")]
     assert (run.display_name, run.project) == ("run", "project")
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["model"]["path"] == "embedded"
-    summary = {item.key: item.value_json for record in done for item in record.summary.update}
+    summary = {item.key: item.value_json for record in records(files[2]) for item in record.summary.update}
     assert summary["after/first_try"] == "0.5"
 
 
