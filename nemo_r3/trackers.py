@@ -142,7 +142,7 @@ class TensorBoard:
 
         self._path, self._writer = path, SummaryWriter(path, purge_step=step + 1)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """Writes a step's scalars; they are in the file when this returns."""
         with filename_in_errors(self._path):
             for name, value in metrics.items():
