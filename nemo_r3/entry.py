@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from nemo_r3 import signals
+from nemo_r3 import signals, trackers
 from nemo_r3.config.load import USAGE
 from nemo_r3.errors import UserError
 
@@ -49,6 +49,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         if is_collective(error):
             _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)
+    trackers.close(0)
     sys.stdout.flush()
 
 
@@ -76,4 +77,5 @@ def _leave(message: str, code: int, follows: bool = False) -> None:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
+    trackers.close(code)
     os._exit(code)

@@ -8,7 +8,7 @@ same problem, so differences are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -181,4 +181,15 @@ def as_json(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
     return {
         name: {mode: asdict(value) | ({} if value.n else {"value": None}) for mode, value in modes.items()}
         for name, modes in scores.items()
+    }
+
+
+def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The values in summary.json's scores, as "before/first_try/sampled", without those of no problems."""
+    return {
+        f"{part}/{name}/{mode}": entry["value"]
+        for part in ("before", "after", "difference")
+        for name, modes in summary.get(part, {}).items()
+        for mode, entry in modes.items()
+        if entry["value"] is not None
     }

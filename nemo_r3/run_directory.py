@@ -1,7 +1,7 @@
 """`RunDirectory`: the files of a run.
 
-config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/  tensorboard/
-summary.json  verdicts.json
+config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/
+summary.json  verdicts.json  tensorboard/  wandb/  mlflow/
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from nemo_r3 import memory, watchdog
+from nemo_r3 import memory, trackers, watchdog
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, take_lock, write_whole
@@ -33,7 +33,10 @@ BEFORE_A_RUN = {"failures", "logs", "chain", "slurm.json", "drill", "lost+found"
 """What may be in a directory before there is a run: from Slurm's scripts, a drill or a mount point."""
 NOTES = {".log", ".txt", ".out", ".err"}
 """Suffixes of files that a user may put there, such as the run's own output."""
-LOGGED = ("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "tensorboard", "curve.png", "report.html")
+LOGGED = (
+    *("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "curve.png", "report.html"),
+    *("tensorboard", "wandb", "mlflow"),
+)
 """What belongs to the steps of one training."""
 
 
@@ -51,7 +54,6 @@ class RunDirectory:
         self.times: dict[str, float] = {}
         self.memory: dict[str, float] = {}
         self._config, self._world = config, world
-        self._board: Any = None
 
     @property
     def checkpoints(self) -> Path:
@@ -187,14 +189,7 @@ class RunDirectory:
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if (name := file.stem.removeprefix("step_")).isdigit() and int(name) > step:
                 file.unlink()
-        self._open_board(step)
-
-    def _open_board(self, step: int) -> None:
-        """Opens TensorBoard's events, without those after `step`."""
-        if self._config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every recipe logs
-
-            self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
+        trackers.open_all(self._config, self.path, step, [json.loads(line) for line in logged.values()])
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -208,19 +203,14 @@ class RunDirectory:
         self.memory |= memory.measured(phase)
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Appends a step to metrics.jsonl and TensorBoard, with the times since the last one."""
+        """Appends a step to metrics.jsonl, with the times since the last one, and to the trackers."""
         line = {"step": step, **_finite(metrics), **{name: round(spent, 4) for name, spent in self.times.items()}}
         line |= self.memory
         self.times, self.memory = {}, {}
         if not self._world.is_main:
             return
         _append(self.metrics, [line])
-        if self._board is not None:
-            with filename_in_errors(self.path / "tensorboard"):
-                for name, value in line.items():
-                    if value is not None and name != "step":
-                        self._board.add_scalar(name, value, step)
-                self._board.flush()
+        trackers.log(line)
 
     def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends a step's `LayerWatch.rows` to layers.jsonl."""

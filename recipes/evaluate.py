@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_r3 import entry
-from nemo_r3.evaluate import as_json, differences, measure, scores
+from nemo_r3 import entry, trackers
+from nemo_r3.evaluate import as_json, differences, measure, numbers, scores
 from nemo_r3.refit import refit
 from nemo_r3.report import table
 from recipes.metrics import versions, warn_of_long_problems, warn_of_truncated_answers
@@ -46,6 +46,8 @@ def evaluate(argv: Sequence[str]) -> None:
     warn_of_truncated_answers(setup, scores(before)["attempts_truncated"]["sampled"].value)
     summary = run.add_to_summary(**entries, versions=versions())
     run.write_verdicts(problems, failures, verdicts)
+    if setup.world.is_main:
+        trackers.show_results(config, run.path, numbers(summary))
     progress.say(table(summary))
     report(setup)
 

@@ -15,7 +15,7 @@ from nemo_r3.config import Config
 from nemo_r3.models import flops
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.scheduler import Rollout
-from nemo_r3.types import Group
+from nemo_r3.types import Group, UpdateBatch
 from recipes.setup import Setup
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ MANY_TRUNCATED = 0.2
 """A larger share of truncated answers is warned of."""
 
 
-def measures(groups: Sequence[Group]) -> dict[str, float | None]:
+def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | None]:
     """Metrics of a step's rollouts, whether or not they are trained on."""
     reflections = [reflection for group in groups for reflection in group.reflections]
     return {
+        "groups_used": batch.groups_used,
+        "groups_dropped": batch.groups_dropped,
         "reward": statistics.fmean(reflection.reward for reflection in reflections),
         "retry_success": statistics.fmean(reflection.reward for reflection in reflections),
         "reflection_tokens": statistics.fmean(len(reflection.answer.segment.ids) for reflection in reflections),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_r3 import capacity, fp8_support, runtime, tasks, watchdog
+from nemo_r3 import capacity, fp8_support, runtime, tasks, trackers, watchdog
 from nemo_r3 import config as configuration
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
@@ -63,8 +63,8 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     Raises:
         ConfigError: a setting is wrong; ranks, model and layout do not fit each other, or a training run does not fit
             its machines.
-        UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its chat
-            template cannot be used.
+        UserError: the run directory holds something else or cannot be written; a tracker cannot be used; there is no
+            tokenizer, or its chat template cannot be used.
     """
     config = configuration.load(argv)
     with watchdog.watched(60 * config.run.timeout_minutes):  # a user's task may hang
@@ -79,6 +79,7 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
         print(f"warning: {advice}", file=sys.stderr, flush=True)
     run = RunDirectory(config, world)
     run.check_directory()
+    world.on_main(lambda: trackers.check(config, run.path))
     progress = Progress(world.is_main, engines=world.size // config.rollout.tensor_parallel)
     progress.say(f"run.dir={run.path}  model.path={config.model.path}  task.name={config.task.name}")
     if trains:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from nemo_r3 import entry, runtime, signals
+from nemo_r3 import entry, runtime, signals, trackers
 from nemo_r3.algo.batch import build_update
 from nemo_r3.errors import UserError
 from nemo_r3.progress import Pace
@@ -58,9 +58,8 @@ def train(argv: Sequence[str]) -> None:
                     rollout.engine.sleep()
                     metrics = dict(trainer.update(batch))
 
-            metrics |= {"groups_used": batch.groups_used, "groups_dropped": batch.groups_dropped}
+            metrics |= measures(groups, batch) | speed(setup, groups, metrics)
             counters = layers.move_worst_to_bf16(counters.after(step, source.cursor, metrics, config.train))
-            metrics |= speed(setup, groups, metrics) | measures(groups)
             report_memory(setup, trainer, rollout, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
@@ -79,6 +78,7 @@ def train(argv: Sequence[str]) -> None:
             saver.save(counters.step, asdict(counters))
         saver.finish()
         checkpoints.save_turns(setup, rollout, counters.step + 1)
+        world.on_main(lambda: trackers.close(signals.STOPPED))  # ranks that leave first would have the others killed
         raise
     saver.finish()
     conclude(setup, argv)

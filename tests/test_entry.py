@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from nemo_r3 import entry
+from nemo_r3 import entry, trackers
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # as recipes/__init__.py has it while modules are imported
 from nemo_r3.errors import ConfigError
@@ -31,10 +31,17 @@ def recipe(arguments):
         raise KeyboardInterrupt
     if arguments == ["ctrl-c"]:
         signal.raise_signal(signal.SIGINT)
+    if arguments == ["shown"]:
+        trackers._open.append(Tracker())
+        raise ConfigError("mend me")
     assert arguments == ["well", "x=1"]
 
+class Tracker:
+    def close(self, code):
+        print("closed with", code, file=sys.stderr)
+
 home, children = Path(sys.argv[1]), {}
-ways = ["0 mend", "1 mend", "0 bug", "0 interrupt", "0 ctrl-c", "0 --help", "0 well x=1"]
+ways = ["0 mend", "1 mend", "0 bug", "0 interrupt", "0 ctrl-c", "0 --help", "0 shown", "0 well x=1"]
 for rank, *arguments in map(str.split, ways):
     name = f"{arguments[0]} {rank}"
     child = os.fork()  # importing torch once is enough
@@ -66,6 +73,10 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
 
 def test_an_error_the_user_can_mend_is_one_line_and_code_2(ends: dict[str, tuple[int, str, str]]) -> None:
     assert ends["mend 0"] == (2, "said before", "error: model.path: mend me\n")
+
+
+def test_trackers_are_told_how_the_process_ends(ends: dict[str, tuple[int, str, str]]) -> None:
+    assert ends["shown 0"] == (2, "said before", "error: mend me\nclosed with 2\n")
 
 
 def test_another_rank_says_who_it_is(ends: dict[str, tuple[int, str, str]]) -> None:

@@ -14,6 +14,7 @@ from nemo_r3.evaluate import (
     difference,
     differences,
     measure,
+    numbers,
     rate,
     scores,
 )
@@ -191,3 +192,9 @@ def test_nothing_to_measure_is_not_a_success() -> None:
         "sampled": {"value": None, "low": 0.0, "high": 1.0, "n": 0},
         "greedy": {"value": 0.5, "low": 0.0945, "high": 0.9055, "n": 2},
     }
+
+
+def test_a_summary_as_flat_numbers_leaves_out_what_was_not_measured() -> None:
+    before = {"first_try": {"sampled": rate(1, 2), "greedy": rate(0, 0)}}
+    summary = {"before": as_json(before), "step": 3, "versions": {"torch": "2"}}
+    assert numbers(summary) == {"before/first_try/sampled": 0.5}

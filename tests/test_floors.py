@@ -29,6 +29,7 @@ FLOORS = {
     "nemo_r3.memory": 2,
     "nemo_r3.signals": 1,
     "nemo_r3.watchdog": 1,
+    "nemo_r3.trackers": 1,
     "nemo_r3.actor": 3,
     "nemo_r3.rollout": 3,
     "nemo_r3.refit": 3,

@@ -11,6 +11,8 @@ class RunConfig:
 
     dir: str = option("", help="run directory; empty: runs/<config file's stem>", resume=True)
     tensorboard: bool = option(True, help="write TensorBoard events beside metrics.jsonl", resume=True)
+    wandb_project: str = option("", help="Weights & Biases project that gets every step, too; empty: none", resume=True)
+    mlflow_experiment: str = option("", help="MLflow experiment that gets every step, too; empty: none", resume=True)
     timeout_minutes: int = option(
         30,
         low=1,

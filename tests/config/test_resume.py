@@ -64,6 +64,8 @@ def test_resume_may_change_layout_steps_and_paths(tmp_path: Path) -> None:
         "failures.path=/bank",
         "model.path=/moved",
         "run.tensorboard=false",
+        "run.wandb_project=p",
+        "run.mlflow_experiment=e",
     )
     assert diff_for_resume(old, new) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def test_settings_are_refused_before_anything_is_written(tmp_path: Path, foreign
     assert "algo.group_sise" in refused("train", QUICKSTART, home, "algo.group_sise=4")
     assert "actor.tensor_parallel=3" in refused("train", QUICKSTART, home, "actor.tensor_parallel=3")
     assert "1 ranks were launched" in refused("train", QUICKSTART, home, "actor.tensor_parallel=2")
+    if find_spec("wandb") is None:
+        assert "run.wandb_project: wandb cannot be imported" in refused(
+            "train", QUICKSTART, home, "run.wandb_project=p"
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_r3.config import Config, RolloutConfig
 from nemo_r3.models import flops
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 from recipes.metrics import measures, speed, summary, warn_of_truncated_answers
 
 
@@ -30,7 +30,10 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
     )
     first = reflection(10, "length", 3, "stop", 0.0), reflection(4, "stop", 5, "length", 1.0, solves=True)
     second = reflection(6, "stop", 7, "length", 0.0), reflection(8, "stop", 0, "no_room", 0.0)
-    assert measures([Group(failure, first), Group(cut, second)]) == {
+    batch = UpdateBatch(groups_used=1, groups_dropped=1)
+    assert measures([Group(failure, first), Group(cut, second)], batch) == {
+        "groups_used": 1,
+        "groups_dropped": 1,
         "reward": 0.25,
         "retry_success": 0.25,
         "reflection_tokens": 7.0,

@@ -1,0 +1,89 @@
+"""`InBackground`: a server that a thread sends to, so that a slow or lost one neither delays nor ends a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Thread
+
+from nemo_r3.errors import describe
+from nemo_r3.files import read_json_object, write_whole
+from nemo_r3.trackers.tracker import Metrics, Server
+
+RETRY_SECONDS = 60.0
+"""How long a server that failed is left alone."""
+CLOSE_SECONDS = 10.0
+"""How long a process that ends waits for a server."""
+
+
+class InBackground:
+    """A server that a thread makes and sends to, in order. What fails is tried again; a warning says so once.
+
+    Args:
+        setting: that asks for it; warnings begin with this.
+        file: keeps its run's id, and the last step sent; it gets none up to that again.
+        make: makes it, given the id that an earlier process kept.
+    """
+
+    def __init__(self, setting: str, file: Path, make: Callable[[str | None], Server]) -> None:
+        self._setting, self._file, self._make = setting, file, make
+        self._sent, self._warned, self._ending = 0, False, Event()
+        self._acts: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._acts.put(self._begin)
+        self._thread = Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """See `Tracker`; returns at once."""
+        self._acts.put(lambda: self._log(step, metrics))
+
+    def summarise(self, results: Metrics) -> None:
+        """See `Server`; returns at once."""
+        self._acts.put(lambda: self._server.summarise(results))
+
+    def close(self, code: int) -> None:
+        """See `Tracker`; waits for what is not sent yet, `CLOSE_SECONDS` at most."""
+        self._acts.put(lambda: self._server.close(code))
+        self._acts.put(None)
+        self._ending.set()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive() or not self._acts.empty():
+            self._warn("not everything was sent; this run's next process sends the steps that are missing")
+
+    def _work(self) -> None:
+        while (act := self._acts.get()) is not None:
+            while not self._done(act):
+                if self._ending.is_set():
+                    return
+                self._ending.wait(RETRY_SECONDS)
+
+    def _done(self, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001  a server must not end a run
+            if not self._warned and not self._ending.is_set():
+                self._warn(f"{describe(error)}; the run goes on, and tries again every {RETRY_SECONDS:.0f} s")
+            self._warned = True
+            return False
+        return True
+
+    def _begin(self) -> None:
+        kept = read_json_object(self._file, self._setting) if self._file.exists() else {}
+        self._server = self._make(kept.get("run_id"))
+        self._file.parent.mkdir(exist_ok=True)
+        self._keep(kept.get("step", 0))
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        if step > self._sent:
+            self._server.log(step, metrics)
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        self._sent = step
+        write_whole(self._file, json.dumps({"run_id": self._server.run_id, "step": step}))
+
+    def _warn(self, message: str) -> None:
+        print(f"warning: {self._setting}: {message}", file=sys.stderr, flush=True)
