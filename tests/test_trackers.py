@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,24 @@ def test_a_library_that_is_missing_is_refused(
     trackers.check(settings(tmp_path), tmp_path / "run")
     with pytest.raises(UserError, match=rf"^{setting}: {library} cannot be imported .*\[track\]"):
         trackers.check(settings(tmp_path, f"{setting}=x"), tmp_path / "run")
+
+
+def test_mlflow_does_not_wait_minutes_for_a_server_unless_the_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9"})
+    asked = []
+
+    def get_experiment_by_name(name: str) -> None:
+        asked.append((name, dict(os.environ)))
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(get_experiment_by_name=get_experiment_by_name))
+    with pytest.raises(
+        UserError, match=r"^run.mlflow_experiment: ConnectionError \(nobody answers\) \(MLFLOW_TRACKING"
+    ):
+        trackers.check(settings(tmp_path, "run.mlflow_experiment=x"), tmp_path / "run")
+    assert asked == [("x", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"})]
 
 
 class Service:

@@ -25,8 +25,8 @@ class ClusterConfig:
     gpu_memory_gb: float = option(
         0.0,
         low=0,
-        help="memory of each GPU in GiB, for recipes.plan and slurm.launch; 0: that of a GPU here, else 79, which GPUs "
-        "sold as 80 GB have",
+        help="memory of each GPU in GiB, for recipes.plan and slurm.launch; 0: 79, which GPUs sold as 80 GB have; "
+        "in recipes.plan, that of a GPU here if there is one",
         resume=True,
     )
     options: list[str] = option(

@@ -63,17 +63,16 @@ class Phase:
 def marked_steps(metrics: Metrics, config: TrainConfig) -> list[Marked]:
     """What steps were marked with in the log, and how often; also steps that metrics.jsonl lacks."""
     steps = [int(line["step"]) for line in metrics]
+    updates = {int(line["step"]): line for line in metrics if "skipped" in line}  # null is NaN there
     warn = config.mismatch_warn
     found = {
         f"MISMATCH: token_mult_prob_error above train.mismatch_warn={warn}": [
-            step for step, line in zip(steps, metrics, strict=True) if number(line, "token_mult_prob_error") > warn
+            step for step, line in updates.items() if not number(line, "token_mult_prob_error") <= warn
         ],
         "update skipped: NaN or Inf in the gradient, or all tokens rejected": [
-            step for step, line in zip(steps, metrics, strict=True) if number(line, "skipped") > 0
+            step for step, line in updates.items() if number(line, "skipped") > 0
         ],
-        "nothing to train on: no group with both outcomes": [
-            step for step, line in zip(steps, metrics, strict=True) if math.isnan(number(line, "loss"))
-        ],
+        "nothing to train on: no group with both outcomes": [step for step in steps if step not in updates],
         "not in metrics.jsonl": sorted(set(range(1, max(steps, default=0) + 1)) - set(steps)),
     }
     return [Marked(what, len(those), _named(those)) for what, those in found.items()]

@@ -1,8 +1,8 @@
 """Where a run's steps are shown beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow.
 
 metrics.jsonl is the record. A server is for looking on: a thread sends to it, so it neither delays nor ends a run, and
-what it lacks in the end is sent by the run's next process. The servers' libraries take everything but the project and
-the name from their own environment variables.
+what it lacks in the end is sent when the same command runs again. The servers' libraries take everything but the
+project and the name from their own environment variables.
 
 Trackers belong to the process, which shows one run and has to end them, so this module keeps state of its own.
 """

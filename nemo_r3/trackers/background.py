@@ -51,7 +51,7 @@ class InBackground:
         self._ending.set()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive() or not self._acts.empty():
-            self._warn("not everything was sent; this run's next process sends the steps that are missing")
+            self._warn("not everything was sent; the same command, run again, sends what is missing")
 
     def _work(self) -> None:
         while (act := self._acts.get()) is not None:

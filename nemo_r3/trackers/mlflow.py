@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from nemo_r3 import signals
 from nemo_r3.config import Config
@@ -15,6 +16,8 @@ from nemo_r3.trackers.tracker import Metrics, library
 SETTING = "run.mlflow_experiment"
 PARAMS_PER_CALL = 100
 """The server takes no more."""
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Unless the user has set them: a call would wait 4 to 20 minutes for a lost server, and `InBackground` asks again."""
 
 
 def check(experiment: str, begun: bool) -> None:
@@ -23,7 +26,7 @@ def check(experiment: str, begun: bool) -> None:
     Raises:
         UserError: there is no library or no answer.
     """
-    mlflow = library("mlflow", SETTING)
+    mlflow = _library()
     try:
         if not begun:
             mlflow.get_experiment_by_name(experiment)
@@ -36,7 +39,7 @@ class MLflow:
     """An MLflow run."""
 
     def __init__(self, config: Config, path: Path, run_id: str | None) -> None:
-        mlflow = self._mlflow = library("mlflow", SETTING)
+        mlflow = self._mlflow = _library()
         if run_id is None:
             mlflow.set_experiment(config.run.mlflow_experiment)
         run = mlflow.active_run() or mlflow.start_run(run_id, run_name=path.name)  # it is active after a failure below
@@ -57,3 +60,9 @@ class MLflow:
     def close(self, code: int) -> None:
         """Ends the run; a stop is shown as killed, not as failed."""
         self._mlflow.end_run("KILLED" if code == signals.STOPPED else "FAILED" if code else "FINISHED")
+
+
+def _library() -> Any:
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    return library("mlflow", SETTING)

@@ -29,6 +29,12 @@ def test_marked_steps() -> None:
     assert [it.count for it in marked_steps([], TrainConfig())] == [0, 0, 0, 0]
 
 
+def test_an_update_of_nan_is_not_nothing_to_train_on() -> None:
+    """metrics.jsonl has null for NaN, too."""
+    nan = {"step": 1, "loss": None, "grad_norm": None, "token_mult_prob_error": None, "skipped": 1.0}
+    assert [it.count for it in marked_steps([nan], TrainConfig())] == [1, 1, 0, 0]
+
+
 def test_shares() -> None:
     (cut,) = shares(METRICS)
     assert (cut.what, cut.highest, cut.at) == ("reflections cut at their limit", 0.5, 2)

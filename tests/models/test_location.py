@@ -89,3 +89,14 @@ def test_a_hub_name_that_is_not_to_be_had_says_what_to_do(hub: Path) -> None:
     for find in (located, planned):
         with pytest.raises(ConfigError, match="model.path: 'org/gone' is no directory.*hf download org/gone"):
             find("org/gone")
+
+
+def test_an_error_without_a_message_is_named(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def silent(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", silent)
+    with pytest.raises(ConfigError, match=r"'org/mute' is no directory.*\(TimeoutError\); download it"):
+        located("org/mute")
