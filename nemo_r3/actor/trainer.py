@@ -56,6 +56,7 @@ class Trainer:
         self._offload = Offload(self.model, self.optimizer) if config.actor.offload_optimizer else None
         self._lacks_scales = recipe is not None and recipe.delayed
         self._working_bytes = 0
+        self._freed = cpu.FreedMemory()
         self._make_room()  # for the engine, which starts next
 
     @contextmanager
@@ -74,6 +75,7 @@ class Trainer:
             self._offload.park()
         forget_fp8_weights(self.policy.module)
         torch.cuda.empty_cache()
+        self._freed.limit()
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:
         """One optimizer step on the batch.

@@ -14,21 +14,21 @@ from nemo_r3.actor import cpu
 CODE = """
 import torch
 from nemo_r3.actor import cpu
-from nemo_r3.memory import _resident
+from nemo_r3.memory import resident
 
 cpu._keep_freed_memory()
-before = _resident()
+before = resident()
 large = torch.ones(2**24)  # 64 MiB, above KEPT_BYTES
 wall = torch.ones(2**18)  # in a heap, what is freed below it could not be given back
-during = _resident()
+during = resident()
 del large
-after = _resident()
+after = resident()
 small = [torch.ones(2**21) for _ in range(8)]  # 8 MiB each
 wall = torch.ones(2**18)
 del small
-kept = _resident()
+kept = resident()
 cpu.give_back_freed_memory()
-print(during - before, after - before, kept - before, _resident() - before)
+print(during - before, after - before, kept - before, resident() - before)
 """
 
 
@@ -38,6 +38,36 @@ def test_large_tensors_go_back_to_the_kernel_when_they_are_freed() -> None:
     during, after, kept, given = map(int, found.stdout.split())
     assert during > 60 * 2**20 and after < 8 * 2**20
     assert kept > 60 * 2**20 and given < 8 * 2**20, "small ones stay, until they are asked for"
+
+
+LIMIT = """
+import torch
+from nemo_r3.actor import cpu
+from nemo_r3.memory import resident
+
+cpu._keep_freed_memory()
+cpu.KEPT_IN_ALL = 64 * 2**20
+freed, before = cpu.FreedMemory(), resident()
+
+def kept_of(count):
+    small, wall = [torch.ones(2**21) for _ in range(count)], torch.ones(2**18)  # 8 MiB each
+    walls.append(wall)
+    small.clear()
+    freed.limit()
+    return resident() - before
+
+walls = []
+print(kept_of(4), kept_of(16), kept_of(4))
+"""
+
+
+def test_what_is_freed_stays_up_to_a_limit() -> None:
+    """A 0.5B kept 3 GiB of what saves and longer steps had once needed, in a heap of 7."""
+    found = subprocess.run([sys.executable, "-c", LIMIT], capture_output=True, text=True, timeout=120, check=True)
+    little, much, after = map(int, found.stdout.split())
+    assert 24 * 2**20 < little < 64 * 2**20, "reusing it saves time"
+    assert much < 16 * 2**20, "as much as that goes back"
+    assert 24 * 2**20 < after < 64 * 2**20
 
 
 def test_a_rank_alone_sends_itself_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
