@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from nemo_r3.memory import resident
@@ -87,19 +86,19 @@ def prepare() -> None:
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     buffers: Any = param_and_grad_buffer
-    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
-    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = _reduce_within
+    buffers.dist_all_gather_func = _gather_within
 
 
-def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective that leaves a buffer alone which its only rank sends to itself: gloo would copy it twice."""
+def _reduce_within(part: torch.Tensor, whole: torch.Tensor, *, op: Any, group: Any, async_op: bool) -> None:
+    """A reduce-scatter of a buffer into this rank's part of it. gloo reduces all of it, too, but a clone."""
+    group.allreduce([whole], op).wait()
 
-    def unless_alone(into: torch.Tensor, source: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
-        if dist.get_world_size(group) == 1 and into.data_ptr() == source.data_ptr():
-            return None
-        return collective(into, source, *args, group=group, **kwargs)
 
-    return unless_alone
+def _gather_within(whole: torch.Tensor, part: torch.Tensor, *, group: Any, async_op: bool) -> None:
+    """An all-gather of a buffer from the ranks' parts of it. gloo gathers into a copy."""
+    for rank, each in enumerate(whole.chunk(group.size())):
+        group.broadcast(each, rank).wait()
 
 
 def _keep_freed_memory() -> None:
