@@ -81,9 +81,9 @@ class Trainer:
         """One optimizer step on the batch.
 
         Returns:
-            `loss`, `kl`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`;
-            `skipped`: 1.0 if the weights stayed as they were, because the gradient was NaN or Inf or the correction
-            rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
+            `loss`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`; `kl`, if there
+            is a reference; `skipped`: 1.0 if the weights stayed as they were, because the gradient was NaN or Inf or
+            the correction rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
             `importance_ratio`, `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's
             on all ranks, including the reference's pass, without recompute and padding.
 
@@ -105,7 +105,7 @@ class Trainer:
         tokens = max(sums["tokens"], 1.0)
         return {
             "loss": sums["loss"],
-            "kl": sums["kl"],
+            **({} if self._reference is None else {"kl": sums["kl"]}),
             "entropy": sums["entropy"] / tokens,
             "token_mult_prob_error": sums["prob_error"] / tokens,
             "rollout_kl": sums["rollout_kl"] / tokens,
