@@ -12,6 +12,10 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot be right, or that does not fit the others, the model or the machine."""
 
 
+class ModelNotFoundError(ConfigError):
+    """`model.path` is not to be had on this machine; on another it may be."""
+
+
 def in_one_line(value: object) -> str:
     """A value's text on one line of at most `LONGEST_DETAIL` characters."""
     line = " ".join(str(value).split())

@@ -46,7 +46,7 @@ def measured(phase: str) -> dict[str, float]:
     `memory/<phase>_rss` is resident host memory. On CUDA, `_allocated`, `_reserved` and `_peak` are those of torch's
     allocator, and `_device` is all that is used of the GPU, including NCCL, vLLM and other processes.
     """
-    amounts = {"rss": _resident()}
+    amounts = {"rss": resident()}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         amounts |= {
@@ -58,7 +58,7 @@ def measured(phase: str) -> dict[str, float]:
     return {f"memory/{phase}_{name}": round(count / GIB, 4) for name, count in amounts.items()}
 
 
-def _resident() -> int:
+def resident() -> int:
     """Resident bytes of this process, from Linux's statm."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

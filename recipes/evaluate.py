@@ -18,6 +18,7 @@ from recipes.start import start_policy, start_rollout
 def evaluate(argv: Sequence[str]) -> None:
     """`python -m recipes.evaluate CONFIG.yaml key=value ...`; without a checkpoint, the starting model alone."""
     setup = join(argv, trains=False)
+    setup.check_trackers()
     from nemo_r3.actor import checkpoint  # megatron-core: after `join`
     from recipes import checkpoints
 

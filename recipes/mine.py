@@ -14,6 +14,7 @@ from recipes.start import start_rollout
 def mine(argv: Sequence[str]) -> None:
     """`python -m recipes.mine CONFIG.yaml key=value ...`."""
     setup = join(argv, trains=False)
+    setup.check_trackers()  # training will need them
     bank = open_bank(setup)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")

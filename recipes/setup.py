@@ -49,6 +49,14 @@ class Setup:
     dialogue: Dialogue
     progress: Progress
 
+    def check_trackers(self) -> None:
+        """Checks, before any weight is read, that the servers which will show this run can be used.
+
+        Raises:
+            UserError: see `trackers.check`.
+        """
+        self.world.on_main(lambda: trackers.check(self.config, self.run.path))
+
 
 def join(argv: Sequence[str], trains: bool = True) -> Setup:
     """Checks the command line and joins the ranks; from here on every rank makes the same calls.
@@ -63,8 +71,8 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     Raises:
         ConfigError: a setting is wrong; ranks, model and layout do not fit each other, or a training run does not fit
             its machines.
-        UserError: the run directory holds something else or cannot be written; a tracker cannot be used; there is no
-            tokenizer, or its chat template cannot be used.
+        UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its chat
+            template cannot be used.
     """
     config = configuration.load(argv)
     with watchdog.watched(60 * config.run.timeout_minutes):  # a user's task may hang
@@ -79,7 +87,6 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
         print(f"warning: {advice}", file=sys.stderr, flush=True)
     run = RunDirectory(config, world)
     run.check_directory()
-    world.on_main(lambda: trackers.check(config, run.path))
     progress = Progress(world.is_main, engines=world.size // config.rollout.tensor_parallel)
     progress.say(f"run.dir={run.path}  model.path={config.model.path}  task.name={config.task.name}")
     if trains:

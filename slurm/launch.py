@@ -26,7 +26,7 @@ from nemo_r3.capacity import disk_problem
 from nemo_r3.config import Config, check_world, load
 from nemo_r3.config.cluster import ClusterConfig
 from nemo_r3.config.schema import Layer, build
-from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.errors import ConfigError, ModelNotFoundError, UserError
 from nemo_r3.models import planned_architecture
 from nemo_r3.plan import plan_of
 from slurm import chain
@@ -97,11 +97,10 @@ def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
             continue
         try:
             arch = planned_architecture(config)
-        except ConfigError as error:  # it may be there for the jobs alone
-            return [*lines, f"not checked whether training fits: {error}"]
-        try:
             plan = plan_of(config, arch)
             plan.check()
+        except ModelNotFoundError as error:
+            return [*lines, f"not checked whether training fits: {error}"]
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
         if disk and (problem := disk_problem(config, arch, Path(config.run.dir, "checkpoints"))):

@@ -93,9 +93,9 @@ def service() -> Iterator[Service]:
     service.stuck.clear()
 
 
-def process(service: Service, home: Path, steps: range) -> InBackground:
+def process(service: Service, home: Path, steps: range, place: str = "team") -> InBackground:
     """What a process does that logs these steps, up to its end."""
-    shown = InBackground("run.server", home / "service" / "sent.json", service.make)
+    shown = InBackground("run.server", place, home / "service" / "sent.json", service.make)
     for step in steps:
         shown.log(step, {"loss": 0.5})
     return shown
@@ -105,6 +105,9 @@ def test_the_next_process_continues_the_run_and_repeats_no_step(tmp_path: Path, 
     process(service, tmp_path, range(1, 6)).close(1)
     process(service, tmp_path, range(1, 8)).close(0)
     assert (service.begun_with, service.steps, service.codes) == ([None, "7"], [1, 2, 3, 4, 5, 6, 7], [1, 0])
+    elsewhere = Service()
+    process(elsewhere, tmp_path, range(1, 9), place="another team").close(0)
+    assert (elsewhere.begun_with, elsewhere.steps) == ([None], [1, 2, 3, 4, 5, 6, 7, 8]), "the whole run, as a new one"
 
 
 def test_a_server_that_comes_back_gets_everything(

@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from nemo_r3.memory import resident
 
 R = TypeVar("R")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 32 * 2**20
 """Freed blocks up to this size are kept: the most that glibc takes as a threshold."""
+KEPT_IN_ALL = 2**30
+"""So much of them may add up between updates. The embedded model keeps less, and would take a tenth longer without."""
 
 
 class _Stream:
@@ -83,19 +86,19 @@ def prepare() -> None:
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     buffers: Any = param_and_grad_buffer
-    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
-    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = _reduce_within
+    buffers.dist_all_gather_func = _gather_within
 
 
-def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective that leaves a buffer alone which its only rank sends to itself: gloo would copy it twice."""
+def _reduce_within(part: torch.Tensor, whole: torch.Tensor, *, op: Any, group: Any, async_op: bool) -> None:
+    """A reduce-scatter of a buffer into this rank's part of it. gloo reduces all of it, too, but a clone."""
+    group.allreduce([whole], op).wait()
 
-    def unless_alone(into: torch.Tensor, source: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
-        if dist.get_world_size(group) == 1 and into.data_ptr() == source.data_ptr():
-            return None
-        return collective(into, source, *args, group=group, **kwargs)
 
-    return unless_alone
+def _gather_within(whole: torch.Tensor, part: torch.Tensor, *, group: Any, async_op: bool) -> None:
+    """An all-gather of a buffer from the ranks' parts of it. gloo gathers into a copy."""
+    for rank, each in enumerate(whole.chunk(group.size())):
+        group.broadcast(each, rank).wait()
 
 
 def _keep_freed_memory() -> None:
@@ -113,6 +116,23 @@ def give_back_freed_memory() -> None:
     """Hands to the kernel what malloc keeps, after work that is rare; does nothing where CUDA is available."""
     if not torch.cuda.is_available():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class FreedMemory:
+    """What malloc keeps of what was freed since this object was made, or since it last went back."""
+
+    def __init__(self) -> None:
+        self._least = resident()
+
+    def limit(self) -> None:
+        """Gives freed memory back if this process has grown by more than `KEPT_IN_ALL`.
+
+        Saves and long steps leave holes all over the heap. Left to malloc, each hole that an update finds too small
+        stays resident, and a model of half a billion parameters grows by gigabytes.
+        """
+        if resident() - self._least > KEPT_IN_ALL:
+            give_back_freed_memory()
+            self._least = resident()
 
 
 @contextmanager

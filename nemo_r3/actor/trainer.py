@@ -56,6 +56,7 @@ class Trainer:
         self._offload = Offload(self.model, self.optimizer) if config.actor.offload_optimizer else None
         self._lacks_scales = recipe is not None and recipe.delayed
         self._working_bytes = 0
+        self._freed = cpu.FreedMemory()
         self._make_room()  # for the engine, which starts next
 
     @contextmanager
@@ -74,14 +75,15 @@ class Trainer:
             self._offload.park()
         forget_fp8_weights(self.policy.module)
         torch.cuda.empty_cache()
+        self._freed.limit()
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:
         """One optimizer step on the batch.
 
         Returns:
-            `loss`, `kl`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`;
-            `skipped`: 1.0 if the weights stayed as they were, because the gradient was NaN or Inf or the correction
-            rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
+            `loss`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`; `kl`, if there
+            is a reference; `skipped`: 1.0 if the weights stayed as they were, because the gradient was NaN or Inf or
+            the correction rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
             `importance_ratio`, `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's
             on all ranks, including the reference's pass, without recompute and padding.
 
@@ -103,7 +105,7 @@ class Trainer:
         tokens = max(sums["tokens"], 1.0)
         return {
             "loss": sums["loss"],
-            "kl": sums["kl"],
+            **({} if self._reference is None else {"kl": sums["kl"]}),
             "entropy": sums["entropy"] / tokens,
             "token_mult_prob_error": sums["prob_error"] / tokens,
             "rollout_kl": sums["rollout_kl"] / tokens,

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_r3.config import Config
 from nemo_r3.config.checks import lengths_that_fit
-from nemo_r3.errors import ConfigError
+from nemo_r3.errors import ConfigError, ModelNotFoundError
 from nemo_r3.files import read_json_object
 from nemo_r3.models.rope import Rope, positive_integer, positive_number, read_rope
 
@@ -74,7 +74,8 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """
     file = path if path.suffix == ".json" else path / "config.json"
     if path != file and not path.is_dir():
-        raise ConfigError(f"model.path: {path} is not a directory; name a Hugging Face checkpoint, or 'embedded'")
+        kind = ConfigError if path.exists() else ModelNotFoundError
+        raise kind(f"model.path: {path} is not a directory; name a Hugging Face checkpoint, or 'embedded'")
     if (path / "config.yaml").is_file() and not file.is_file():
         raise ConfigError(f"model.path: {path} is a run; its model is {path / 'export'}, where recipes.export puts it")
     if not file.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_r3.config import Config
-from nemo_r3.errors import ConfigError, describe
+from nemo_r3.errors import ModelNotFoundError, describe
 from nemo_r3.files import parse_json_object, read_json_object
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "countdown_tiny"
@@ -27,7 +27,7 @@ def model_path(config: Config) -> Path:
     together wait for one download.
 
     Raises:
-        ConfigError: a hub name that is neither cached nor can be downloaded.
+        ModelNotFoundError: a hub name that is neither cached nor can be downloaded.
     """
     if (name := hub_name(config)) is not None:
         return _snapshot(name)
@@ -40,7 +40,7 @@ def config_on_hub(name: str) -> dict[str, Any]:
     It is not added to the cache: alone there, it would pass for the whole checkpoint where there is no network.
 
     Raises:
-        ConfigError: it is neither cached nor can be downloaded.
+        ModelNotFoundError: it is neither cached nor can be downloaded.
     """
     try:
         from huggingface_hub import hf_hub_url, try_to_load_from_cache  # slow, and only needed here
@@ -78,8 +78,8 @@ def _snapshot(name: str) -> Path:
         raise _not_to_be_had(name, error) from error
 
 
-def _not_to_be_had(name: str, error: Exception) -> ConfigError:
-    return ConfigError(
+def _not_to_be_had(name: str, error: Exception) -> ModelNotFoundError:
+    return ModelNotFoundError(
         f"model.path: {name!r} is no directory here, nor a model that the Hugging Face hub gives "
         f"({describe(error)}); download it where there is a network (hf download {name}), or name a directory"
     )

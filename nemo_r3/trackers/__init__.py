@@ -22,7 +22,7 @@ from nemo_r3.trackers.tensorboard import TensorBoard
 from nemo_r3.trackers.tracker import Metrics, Tracker
 
 SENT = "sent.json"
-"""In wandb/ or mlflow/ of the run directory: the run's id on the server, and the last step sent there."""
+"""In wandb/ or mlflow/ of the run directory: the project or experiment, the run's id there, and the last step sent."""
 
 _open: list[Tracker] = []
 
@@ -86,11 +86,12 @@ def _open_servers(config: Config, path: Path) -> list[InBackground]:
     """Opens those asked for, instead of what is open."""
     close(0)
     servers = []
-    if config.run.wandb_project:
-        make = partial(wandb.WeightsAndBiases, config, path)
-        servers.append(InBackground(wandb.SETTING, path / "wandb" / SENT, make))
-    if config.run.mlflow_experiment:
-        servers.append(InBackground(mlflow.SETTING, path / "mlflow" / SENT, partial(mlflow.MLflow, config, path)))
+    if project := config.run.wandb_project:
+        make_wandb = partial(wandb.WeightsAndBiases, config, path)
+        servers.append(InBackground(wandb.SETTING, project, path / "wandb" / SENT, make_wandb))
+    if experiment := config.run.mlflow_experiment:
+        make_mlflow = partial(mlflow.MLflow, config, path)
+        servers.append(InBackground(mlflow.SETTING, experiment, path / "mlflow" / SENT, make_mlflow))
     _open.extend(servers)
     return servers
 

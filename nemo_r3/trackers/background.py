@@ -24,12 +24,13 @@ class InBackground:
 
     Args:
         setting: that asks for it; warnings begin with this.
-        file: keeps its run's id, and the last step sent; it gets none up to that again.
+        place: the project or experiment there.
+        file: keeps the run's id in that place, and the last step sent; it gets none up to that again.
         make: makes it, given the id that an earlier process kept.
     """
 
-    def __init__(self, setting: str, file: Path, make: Callable[[str | None], Server]) -> None:
-        self._setting, self._file, self._make = setting, file, make
+    def __init__(self, setting: str, place: str, file: Path, make: Callable[[str | None], Server]) -> None:
+        self._setting, self._place, self._file, self._make = setting, place, file, make
         self._sent, self._warned, self._ending = 0, False, Event()
         self._acts: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._acts.put(self._begin)
@@ -72,6 +73,8 @@ class InBackground:
 
     def _begin(self) -> None:
         kept = read_json_object(self._file, self._setting) if self._file.exists() else {}
+        if kept.get("place") != self._place:  # the setting was changed: it gets the whole run
+            kept = {}
         self._server = self._make(kept.get("run_id"))
         self._file.parent.mkdir(exist_ok=True)
         self._keep(kept.get("step", 0))
@@ -83,7 +86,8 @@ class InBackground:
 
     def _keep(self, step: int) -> None:
         self._sent = step
-        write_whole(self._file, json.dumps({"run_id": self._server.run_id, "step": step}))
+        sent = {"place": self._place, "run_id": self._server.run_id, "step": step}
+        write_whole(self._file, json.dumps(sent))
 
     def _warn(self, message: str) -> None:
         print(f"warning: {self._setting}: {message}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ WHOLE = 5
 
 
 def rejection(lab: Lab, layout: str, kind: str) -> None:
-    """Notes both updates' metrics, and how far the weights are apart afterwards."""
+    """Notes both updates' metrics, how far the weights are apart afterwards, and which metrics need a reference."""
     trainer, other = lab.trainer(layout, kind), lab.trainer(layout, kind)
     trainer._objective = Objective(replace(trainer.policy.config.algo, mismatch_correction="icepop"))
     scores = [[0.0, *score.tolist()] for score in trainer.policy.score(sequences())]
@@ -26,7 +26,10 @@ def rejection(lab: Lab, layout: str, kind: str) -> None:
     expected = other.update(UpdateBatch(tuple(kept), (), 1, 0))
     ours, theirs = lab.weights(trainer.policy), lab.weights(other.policy)
     gap = max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
-    lab.note(f"rejection-{layout}-{kind}", {"found": found, "expected": expected, "weight_gap": gap})
+    other._reference, other._objective = None, Objective(replace(other.policy.config.algo, kl_beta=0.0))
+    alone = sorted(other.update(batch_of()))
+    facts = {"found": found, "expected": expected, "weight_gap": gap, "without_reference": alone}
+    lab.note(f"rejection-{layout}-{kind}", facts)
 
 
 def sampled_as(row: Row, logprobs: list[float], number: int) -> Row:

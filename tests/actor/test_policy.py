@@ -137,6 +137,12 @@ def test_rejected_tokens_leave_loss_gradient_and_denominators_of_the_whole_step(
     assert every[name]["weight_gap"] < WEIGHT_TOLERANCE
 
 
+def test_without_a_reference_there_is_no_kl(every: dict[str, Any]) -> None:
+    """It would be logged and drawn as 0."""
+    run = every["rejection-one-qwen2"]
+    assert set(run["found"]) - set(run["without_reference"]) == {"kl"}
+
+
 @pytest.mark.parametrize("name", ONE)
 def test_the_watch_sees_the_weights_of_every_layer(one: Any, name: str) -> None:
     weights = load_file(one.home / name.removeprefix("one-") / "model.safetensors")
