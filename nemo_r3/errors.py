@@ -22,3 +22,9 @@ def describe(error: BaseException) -> str:
     """An exception's type and message on one line: "ValueError (substring not found)"."""
     message = in_one_line(error)
     return f"{type(error).__name__} ({message})" if message else type(error).__name__
+
+
+def headline(error: BaseException) -> str:
+    """An exception's type and the first line of its message, if it has one: "ValueError: substring not found"."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

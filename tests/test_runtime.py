@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from nemo_r3 import runtime
+from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.runtime import World
@@ -44,7 +44,7 @@ def test_what_rank_0_finds_or_refuses_is_every_ranks(monkeypatch: pytest.MonkeyP
     said: list[object] = []
     monkeypatch.setattr(World, "broadcast", lambda self, item: said.append(item) or item if self.is_main else said[-1])
     main, other = (World(rank, 2, torch.device("cpu"), cast(Any, None), timedelta(1)) for rank in (0, 1))
-    assert main.on_main(lambda: 3) == other.on_main(lambda: 4) == 3
+    assert main.on_main(lambda: 3) == other.on_main(lambda: pytest.fail("rank 1 acts")) == 3
 
     def refuse() -> None:
         raise ConfigError("model.path: mend me")
@@ -52,6 +52,26 @@ def test_what_rank_0_finds_or_refuses_is_every_ranks(monkeypatch: pytest.MonkeyP
     for world in (main, other):
         with pytest.raises(ConfigError, match="mend me"):
             world.on_main(refuse)
+
+
+def test_all_ranks_leave_if_any_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[str | None] = [None]
+    monkeypatch.setattr(World, "gather", lambda self, item: [item, *others])
+    world = World(0, 2, torch.device("cpu"), cast(Any, None), timedelta(1))
+    world.leave_if_asked()
+    others[0] = "SIGTERM"
+    with pytest.raises(signals.Stopped, match="^stopped by SIGTERM$"):
+        world.leave_if_asked()
+
+
+def test_nodes_with_gpus_and_without_make_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [("a", "cuda"), ("c", "cpu"), ("b", "cpu"), ("c", "cpu")]
+    monkeypatch.setattr(World, "gather", lambda self, item: found)
+    world = World(0, 4, torch.device("cpu"), cast(Any, None), timedelta(1))
+    with pytest.raises(UserError, match="CUDA finds no GPU on b, c, but finds some on the other nodes"):
+        runtime._refuse_mixed_devices(world)
+    found[:] = [("a", "cuda"), ("b", "cuda")]
+    runtime._refuse_mixed_devices(world)
 
 
 def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_r3.config import Config
-from nemo_r3.errors import ConfigError
+from nemo_r3.errors import ConfigError, headline
 from nemo_r3.files import parse_json_object, read_json_object
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "countdown_tiny"
@@ -81,6 +81,5 @@ def _snapshot(name: str) -> Path:
 def _not_to_be_had(name: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"model.path: {name!r} is no directory here, nor a model that the Hugging Face hub gives "
-        f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); download it where there is a network "
-        f"(hf download {name}), or name a directory"
+        f"({headline(error)}); download it where there is a network (hf download {name}), or name a directory"
     )

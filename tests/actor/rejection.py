@@ -1,4 +1,7 @@
-"""Tokens that the mismatch correction rejects, against a batch that never had them: one update of two policies."""
+"""Tokens that the mismatch correction rejects, against a batch that never had them: one update of two policies.
+
+Then one of the first, of which every token is rejected.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ WHOLE = 5
 
 
 def rejection(lab: Lab, layout: str, kind: str) -> None:
-    """Notes both updates' metrics, and how far the weights are apart afterwards."""
+    """Notes both updates' metrics, how far the weights are apart afterwards, and what the last update left alone."""
     trainer, other = lab.trainer(layout, kind), lab.trainer(layout, kind)
     trainer._objective = Objective(replace(trainer.policy.config.algo, mismatch_correction="icepop"))
     scores = [[0.0, *score.tolist()] for score in trainer.policy.score(sequences())]
@@ -26,7 +29,10 @@ def rejection(lab: Lab, layout: str, kind: str) -> None:
     expected = other.update(UpdateBatch(tuple(kept), (), 1, 0))
     ours, theirs = lab.weights(trainer.policy), lab.weights(other.policy)
     gap = max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
-    lab.note(f"rejection-{layout}-{kind}", {"found": found, "expected": expected, "weight_gap": gap})
+    far = UpdateBatch(tuple(replace(row, rollout_logprobs=[-99.0] * len(row)) for row in given), (), 1, 0)
+    rejected, same = lab.unchanged(trainer, lambda: trainer.update(far))
+    facts = {"found": found, "expected": expected, "weight_gap": gap, "rejected": rejected, "unchanged": same}
+    lab.note(f"rejection-{layout}-{kind}", facts)
 
 
 def sampled_as(row: Row, logprobs: list[float], number: int) -> Row:

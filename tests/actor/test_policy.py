@@ -137,6 +137,14 @@ def test_rejected_tokens_leave_loss_gradient_and_denominators_of_the_whole_step(
     assert every[name]["weight_gap"] < WEIGHT_TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["rejection-one-qwen2", "rejection-dp2-qwen2"])
+def test_a_step_without_a_token_left_is_skipped(every: dict[str, Any], name: str) -> None:
+    """Its gradient is zero, but an optimizer step would still move the weights: by momentum and weight decay."""
+    found = every[name]["rejected"]
+    assert (found["skipped"], found["rejected_tokens"], found["trained_tokens"]) == (1.0, 161, 161)
+    assert every[name]["unchanged"]
+
+
 @pytest.mark.parametrize("name", ONE)
 def test_the_watch_sees_the_weights_of_every_layer(one: Any, name: str) -> None:
     weights = load_file(one.home / name.removeprefix("one-") / "model.safetensors")
