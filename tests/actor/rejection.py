@@ -1,4 +1,4 @@
-"""Tokens that the mismatch correction rejects, against a batch that never had them: one update of two policies.
+"""Tokens that the mismatch correction rejects, against a batch that never had them: the second update of two policies.
 
 Then one of the first, of which every token is rejected.
 """
@@ -18,8 +18,10 @@ WHOLE = 5
 
 
 def rejection(lab: Lab, layout: str, kind: str) -> None:
-    """Notes both updates' metrics, how far the weights are apart afterwards, and what the last update left alone."""
+    """Notes both second updates' metrics, how far the weights are apart afterwards, and what the last update left alone."""
     trainer, other = lab.trainer(layout, kind), lab.trainer(layout, kind)
+    for one in (trainer, other):
+        one.update(batch_of())  # away from the reference: now there is a KL
     trainer._objective = Objective(replace(trainer.policy.config.algo, mismatch_correction="icepop"))
     scores = [[0.0, *score.tolist()] for score in trainer.policy.score(sequences())]
     given = batch_of().rows
