@@ -85,6 +85,34 @@ def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:
     assert len({draws(seed, step) for seed in range(3) for step in range(3)}) == 9
 
 
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (SRUN | MEETING, ("3", "4", "1")),
+        (SRUN | MEETING | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}, ("5", "8", "2")),  # torchrun under srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (None, None, None)),  # a batch script's own process
+    ],
+)
+def test_ranks_are_those_of_whoever_started_them(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: tuple[str | None, ...]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(environment))
+    runtime._read_srun()
+    assert tuple(map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))) == expected
+
+
+def test_ranks_of_srun_have_to_know_where_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", SRUN | {"SLURM_NTASKS": "2", "MASTER_ADDR": "n1"})
+    with pytest.raises(ConfigError, match="export MASTER_ADDR .the first host. and MASTER_PORT"):
+        runtime._read_srun()
+    monkeypatch.setattr(os, "environ", SRUN | {"SLURM_NTASKS": "1"})
+    runtime._read_srun()
+
+
 ROUTES = """Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
 ib0\t0000A8C0\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
 wlan0\t00000000\t0101A8C0\t0003\t0\t0\t600\t00000000\t0\t0\t0
@@ -132,3 +160,9 @@ def test_gpus_that_cannot_be_used_are_no_reason_to_run_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(UserError, match=expected):
         runtime._has_cuda(local=1)
+
+
+def test_a_failed_collective_is_known_by_its_type_or_by_the_path_in_gloos_message() -> None:
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert runtime.is_collective(lost) and runtime.is_collective(torch.distributed.DistNetworkError("no route"))
+    assert not runtime.is_collective(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64"))

@@ -18,7 +18,7 @@ WHOLE = 5
 
 
 def rejection(lab: Lab, layout: str, kind: str) -> None:
-    """Notes both second updates' metrics, how far the weights are apart afterwards, and what the last update left alone."""
+    """Notes both second updates, how far the weights are apart then, and what the last update left alone."""
     trainer, other = lab.trainer(layout, kind), lab.trainer(layout, kind)
     for one in (trainer, other):
         one.update(batch_of())  # away from the reference: now there is a KL
