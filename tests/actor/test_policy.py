@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_r3.models import architecture_of
+
 ONE = [f"one-{kind}" for kind in ("llama_tied", "llama", "qwen2_tied", "qwen2")]
 VARIANTS = [
     "one-llama_tied-shared_context=False",
@@ -85,6 +87,18 @@ def test_updates_equal_one_process(one: Any, every: dict[str, Any], name: str) -
             assert found[key] == pytest.approx(expected[key], rel=3e-5, abs=1e-6), key  # seen: 1.2e-5
     for update in (3, 5):
         assert weight_gap(one, name, reference_of(name), update) < WEIGHT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["one-qwen2", "dp2-qwen2", "tp2-qwen2", "tp2pp2-qwen2"])
+def test_the_flops_of_one_rows_update_by_hand(one: Any, every: dict[str, Any], name: str) -> None:
+    """Of 61 tokens and 36 to be trained, the last of which is no input; the reference runs forward alone."""
+    arch = architecture_of(one.home / "qwen2")
+    inputs, trained = 61 + 36 - 1, 36
+    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    layer = arch.hidden_size * (2 * queries + 2 * keys + 3 * arch.ffn_hidden_size)
+    head = 2 * arch.vocab_size * arch.hidden_size * trained
+    forward = arch.num_layers * (2 * layer * inputs + 4 * queries * inputs * (inputs + 1) / 2) + head
+    assert every[name]["metrics"][4]["update_flops"] == pytest.approx((3 + 1) * forward)
 
 
 @pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name])
