@@ -22,7 +22,7 @@ SPLIT = [
     "dp2-qwen2-shared_context=False",
     "tp2dp2-qwen2",
 ]
-COMPARED = ("loss", "kl", "grad_norm", "lr", "token_mult_prob_error", "trained_tokens")
+COMPARED = ("loss", "kl", "entropy", "grad_norm", "lr", "token_mult_prob_error", "trained_tokens")
 WEIGHT_TOLERANCE = 1e-5  # seen: 1.1e-6 (TP2), after updates that move weights by 2e-3
 
 
@@ -169,6 +169,7 @@ def test_the_watch_sees_the_weights_of_every_layer(one: Any, name: str) -> None:
     for layer in range(layers):
         down = weights[f"model.layers.{layer}.mlp.down_proj.weight"].abs().max().item()
         assert rows[layer, "mlp.linear_fc2", "weight"]["amax"] == down
+    assert not any(row["fp8"] for row in rows.values())
     assert all(0.005 < row["error"] < 0.06 and row["saturation"] == 0 and row["amax"] > 0 for row in rows.values())
 
 
