@@ -72,7 +72,7 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
         ConfigError: a setting is wrong; ranks, model and layout do not fit each other, or a training run does not fit
             its machines.
         UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its chat
-            template cannot be used.
+            template cannot be used; a training run's trackers cannot be used.
     """
     config = configuration.load(argv)
     with watchdog.watched(60 * config.run.timeout_minutes):  # a user's task may hang
@@ -89,7 +89,9 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     run.check_directory()
     progress = Progress(world.is_main, engines=world.size // config.rollout.tensor_parallel)
     progress.say(f"run.dir={run.path}  model.path={config.model.path}  task.name={config.task.name}")
+    dialogue = Dialogue(read_tokenizer(model), config.dialogue, task.wording, stop_token_ids(model))
+    setup = Setup(config, task, arch, model, world, run, dialogue, progress)
     if trains:
         capacity.check(config, arch, world, run.checkpoints)
-    dialogue = Dialogue(read_tokenizer(model), config.dialogue, task.wording, stop_token_ids(model))
-    return Setup(config, task, arch, model, world, run, dialogue, progress)
+        setup.check_trackers()
+    return setup

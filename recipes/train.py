@@ -29,7 +29,6 @@ def train(argv: Sequence[str]) -> None:
     from recipes import checkpoints  # megatron-core: after `join`
 
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
-    setup.check_trackers()
     run.open(resuming=checkpoints.newest(setup) is not None)
     bank, trainer = open_bank(setup), start_trainer(setup)
     checkpoints.check_new_run(setup, trainer)

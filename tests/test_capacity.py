@@ -135,6 +135,15 @@ def test_ranks_share_the_memory_of_their_own_node_and_all_hear_what_any_lacks(
     assert shared == [3]
 
 
+def test_rank_0_refuses_for_its_memory_and_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    world: Any = SimpleNamespace(size=1, gpu_bytes=0, is_main=True, gather=lambda item: [item])
+    for host, refusal in ((GIB, "host memory for this run"), (99 * GIB, r"run\.dir: .* free for checkpoints")):
+        monkeypatch.setattr(capacity, "host_bytes", lambda host=host: host)
+        with pytest.raises(ConfigError, match=refusal):
+            capacity.check(config_of(), shape("qwen2.5-1.5b"), world, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tensor", "ranks", "background", "offload", "free", "expected"),
     [

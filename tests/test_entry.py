@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from nemo_r3 import entry
+
 SCRIPT = """
 __doc__ = "What this recipe is for."
 import atexit
@@ -123,3 +125,19 @@ def test_ctrl_c_while_a_verb_is_imported_ends_it_without_a_traceback(prepare: st
 
 def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, str, str]]) -> None:
     assert ends["well 0"] == (0, "said before", "exit hook\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "Gloo connectFullMesh failed with [/gloo/] Connection refused",
+            "the ranks cannot connect to each other: set ",
+        ),
+        ("[/gloo/] Timed out waiting 1800000ms for recv", "a collective waited for another rank until run.timeout_min"),
+        ("[/gloo/] Connection closed by peer [10.0.0.2]", "another rank has ended, which ends this one; "),
+    ],
+)
+def test_a_failed_collective_points_at_its_cause_in_one_line(message: str, said: str) -> None:
+    found = entry._of_another_rank(RuntimeError(f"{message}\nframe #0: 0x7f"))
+    assert found.startswith(said) and found.endswith(f" ({message})")

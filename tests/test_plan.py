@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import plans
 import pytest
@@ -18,6 +19,7 @@ from nemo_r3.actor.head import CHUNK_ELEMENTS
 from nemo_r3.capacity import Node
 from nemo_r3.config import Config, load
 from nemo_r3.errors import ConfigError
+from nemo_r3.models import EMBEDDED, architecture_of
 from nemo_r3.plan import ASSUMED, Plan, describe, plan_of
 from nemo_r3.units import GIB
 from recipes.plan import describe_step, longest_rows
@@ -114,6 +116,13 @@ def test_what_a_step_of_the_8b_computes_at_most() -> None:
             "each node has 200 GiB of host memory for this run, and its 8 ranks need 105 to save",
             "cluster.nodes=2",
         ),
+        ("qwen2.5-1.5b", ["cluster.gpu_memory_gb=8"], "the actor needs 8 GiB", "actor.pipeline_parallel=2"),  # no TP4
+        (
+            "llama-3.1-8b",
+            ["cluster.gpu_memory_gb=40", "cluster.nodes=4", "cluster.gpus_per_node=2"],
+            "the actor needs 41 GiB",
+            "actor.pipeline_parallel=2",
+        ),
         ("llama-3.1-8b", ["cluster.gpu_memory_gb=2"], "the actor needs 41 GiB", None),
     ],
 )
@@ -125,7 +134,8 @@ def test_what_does_not_fit_is_refused_with_the_nearest_layout_that_does(
         plan(model, config, *settings).check()
     message = str(refused.value)
     assert message.startswith(why) and "\n" not in message
-    assert ("; GPUs of 79 GiB are assumed (cluster.gpu_memory_gb)" in message) == ("gpu_memory" not in str(settings))
+    assumed = "; GPUs of 79 GiB are assumed (cluster.gpu_memory_gb)"
+    assert ("assumed" in message) == (assumed in message) == ("gpu_memory" not in str(settings))
     if fits is None:
         assert "this fits" not in message
     else:
@@ -143,6 +153,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_layout_that_does(
         ([], SMALL_GPU, 24, 30, 1),
         ([], replace(SMALL_GPU, gpu=0), 0, 30, 1),
         (["cluster.memory_gb=500", "actor.tensor_parallel=2", "cluster.nodes=2"], None, 0, 500, 1),
+        (["cluster.nodes=2"], None, 0, math.inf, 1),
         (["actor.tensor_parallel=2", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2"], None, 0, math.inf, 4),
     ],
 )
@@ -159,9 +170,19 @@ def test_without_gpus_everything_is_host_memory() -> None:
     text = describe(planned)
     counts = {"weights": 4, "gradients": 4, "optimizer state": 8, "reference": 4, "copies for a save": 16}
     assert {name: numbers(text)[name] for name in counts} == {name: [gib(n * parameters)] for name, n in counts.items()}
-    with pytest.raises(ConfigError, match="laptop has 30.0 GiB of host memory for this run, and without a GPU"):
+    with pytest.raises(ConfigError, match="laptop has 30.0 GiB of host memory for this run, and without a GPU") as why:
         planned.check()
+    assert "this fits" not in str(why.value), "a second laptop is not to be had"
     assert plan("qwen2.5-1.5b", "quickstart", here=Node("x", 1, 0, 99 * GIB)).verdict.startswith("fits")
+
+
+def test_without_gpus_a_table_has_what_the_settings_take() -> None:
+    settings = ("rollout.tensor_parallel=2", "actor.offload_optimizer=true")
+    found = numbers(describe(plan("qwen2.5-1.5b", "quickstart", *settings)))
+    assert (found["copies for a save"], found["its buffers, offloading"]) == (["-"], found["optimizer state"])
+    assert found["vLLM's KV cache, at most"] == ["0.5"], "an engine's ranks share it"
+    small = plan_of(load([str(CONFIGS / "quickstart.yaml")]), architecture_of(EMBEDDED))
+    assert "MiB of each rank's host memory" in describe(small)
 
 
 def test_a_layout_that_divides_nothing_is_refused() -> None:
@@ -176,6 +197,25 @@ def test_activations_at_the_shape_that_was_measured() -> None:
     measured = 62.95 * GIB - 20 * 2_795_573_248
     assert activation_bytes(Config(), arch, 2, tokens=6418, trained=4386) == pytest.approx(measured, rel=0.05)
     assert HEAD_LOGITS == CHUNK_ELEMENTS["cuda"]
+
+
+def test_activations_of_a_pipeline_of_shards_and_with_recompute_by_hand() -> None:
+    config, tokens = Config(), 1000
+    arch = replace(shape("llama-3.1-8b"), num_layers=8, vocab_size=8)  # its head is not what takes most
+    wide, queries, keys, columns = 4096, 4096, 1024, 14336
+
+    def found(**settings: Any) -> float:
+        for name, value in settings.items():
+            setattr(config.actor, name, value)
+        return activation_bytes(config, arch, 2, tokens, trained=1)
+
+    kept, working = 4 * wide + 2 * queries + 2 * keys + 3 * columns, 2 * wide + 3 * columns
+    one = 2 * tokens * (8 * kept + working)
+    assert found() == found(recompute="selective") == one
+    assert found(recompute="full") == 2 * tokens * (8 * wide + kept + working)
+    assert found(recompute="none", pipeline_parallel=2) == 2 * tokens * (2 * 4 * kept + working), "two under way"
+    assert found(pipeline_parallel=1, tensor_parallel=2, sequence_parallel=True) == one / 2
+    assert found(sequence_parallel=False) == one / 2 + 2 * tokens * (8 * 4 + 2) * wide / 2
 
 
 def test_activations_that_do_not_fit_are_said_but_not_refused() -> None:

@@ -62,6 +62,7 @@ def test_items_are_counted_over_all_parts_and_say_how_long_the_rest_will_take(
     capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
     progress = Progress(enabled=True)
+    clock.now += 600  # of start-up, which are no part of a rate
     progress.begin("mine")
     progress.part(1000, 500, 5000)  # an earlier process mined 1,000
     clock.now += 60
@@ -73,6 +74,37 @@ def test_items_are_counted_over_all_parts_and_say_how_long_the_rest_will_take(
         "mine 1,500/5,000 | 500 tok/s | 7 min left",
         "mine 1,750/5,000 | 375 tok/s | 9 min left",
     ]
+
+
+def test_a_second_rollout_under_one_title_adds_to_the_first(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = Progress(enabled=True)
+    progress.begin("evaluate")
+    clock.now += 20
+    progress("attempt", 8, 8, 3000)
+    clock.now += 20
+    progress("attempt", 1, 8, 1000)
+    assert capsys.readouterr().out == "evaluate attempt 12% | 100 tok/s\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"SLURM_PROCID": "1"}, False),
+        ({"RANK": "4", "SLURM_PROCID": "0"}, False),  # torchrun under srun: a task is a node
+        ({"RANK": "0", "SLURM_PROCID": "1"}, True),
+    ],
+)
+def test_rank_0_is_known_before_the_ranks_have_joined(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
+) -> None:
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert module.is_rank_0() == expected
 
 
 def test_other_ranks_print_nothing_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:

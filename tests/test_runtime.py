@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from nemo_r3 import runtime
+from nemo_r3 import runtime, signals
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.runtime import World
@@ -44,7 +44,7 @@ def test_what_rank_0_finds_or_refuses_is_every_ranks(monkeypatch: pytest.MonkeyP
     said: list[object] = []
     monkeypatch.setattr(World, "broadcast", lambda self, item: said.append(item) or item if self.is_main else said[-1])
     main, other = (World(rank, 2, torch.device("cpu"), cast(Any, None), timedelta(1)) for rank in (0, 1))
-    assert main.on_main(lambda: 3) == other.on_main(lambda: 4) == 3
+    assert main.on_main(lambda: 3) == other.on_main(lambda: pytest.fail("rank 1 acts")) == 3
 
     def refuse() -> None:
         raise ConfigError("model.path: mend me")
@@ -52,6 +52,26 @@ def test_what_rank_0_finds_or_refuses_is_every_ranks(monkeypatch: pytest.MonkeyP
     for world in (main, other):
         with pytest.raises(ConfigError, match="mend me"):
             world.on_main(refuse)
+
+
+def test_all_ranks_leave_if_any_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[str | None] = [None]
+    monkeypatch.setattr(World, "gather", lambda self, item: [item, *others])
+    world = World(0, 2, torch.device("cpu"), cast(Any, None), timedelta(1))
+    world.leave_if_asked()
+    others[0] = "SIGTERM"
+    with pytest.raises(signals.Stopped, match="^stopped by SIGTERM$"):
+        world.leave_if_asked()
+
+
+def test_nodes_with_gpus_and_without_make_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [("a", "cuda"), ("c", "cpu"), ("b", "cpu"), ("c", "cpu")]
+    monkeypatch.setattr(World, "gather", lambda self, item: found)
+    world = World(0, 4, torch.device("cpu"), cast(Any, None), timedelta(1))
+    with pytest.raises(UserError, match="CUDA finds no GPU on b, c, but finds some on the other nodes"):
+        runtime._refuse_mixed_devices(world)
+    found[:] = [("a", "cuda"), ("b", "cuda")]
+    runtime._refuse_mixed_devices(world)
 
 
 def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:
@@ -63,6 +83,34 @@ def test_a_steps_draws_depend_on_seed_and_step_alone() -> None:
     draws(1, 6)
     assert draws(1, 5) == first
     assert len({draws(seed, step) for seed in range(3) for step in range(3)}) == 9
+
+
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (SRUN | MEETING, ("3", "4", "1")),
+        (SRUN | MEETING | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}, ("5", "8", "2")),  # torchrun under srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (None, None, None)),  # a batch script's own process
+    ],
+)
+def test_ranks_are_those_of_whoever_started_them(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: tuple[str | None, ...]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(environment))
+    runtime._read_srun()
+    assert tuple(map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))) == expected
+
+
+def test_ranks_of_srun_have_to_know_where_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", SRUN | {"SLURM_NTASKS": "2", "MASTER_ADDR": "n1"})
+    with pytest.raises(ConfigError, match="export MASTER_ADDR .the first host. and MASTER_PORT"):
+        runtime._read_srun()
+    monkeypatch.setattr(os, "environ", SRUN | {"SLURM_NTASKS": "1"})
+    runtime._read_srun()
 
 
 ROUTES = """Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
@@ -112,3 +160,9 @@ def test_gpus_that_cannot_be_used_are_no_reason_to_run_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(UserError, match=expected):
         runtime._has_cuda(local=1)
+
+
+def test_a_failed_collective_is_known_by_its_type_or_by_the_path_in_gloos_message() -> None:
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert runtime.is_collective(lost) and runtime.is_collective(torch.distributed.DistNetworkError("no route"))
+    assert not runtime.is_collective(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64"))

@@ -19,7 +19,7 @@ from math import comb
 from pathlib import Path
 
 from nemo_r3.config.option import option
-from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.errors import ConfigError, UserError, describe
 from nemo_r3.tasks.arithmetic import Expression, NotArithmeticError, answer_of, parse_equation
 from nemo_r3.tasks.lazy_problems import LazyProblems
 from nemo_r3.tasks.protocol import Task, Wording
@@ -240,7 +240,7 @@ def _read_deals(source: str) -> Iterator[Deal]:
         targets, hands = rows["target"], rows["nums"]
     except Exception as error:  # whatever the loader raises, the user's way out is the same
         raise UserError(
-            f"task.options.source: {source!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"task.options.source: {source!r} cannot be read ({describe(error)}); "
             "offline, download the data set elsewhere and give the path of its parquet or JSON-lines files, with "
             "columns target and nums, or use source=generated"
         ) from error

@@ -1,4 +1,7 @@
-"""Tokens that the mismatch correction rejects, against a batch that never had them: one update of two policies."""
+"""Tokens that the mismatch correction rejects, against a batch that never had them: the second update of two policies.
+
+Then one of the first, of which every token is rejected.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ WHOLE = 5
 
 
 def rejection(lab: Lab, layout: str, kind: str) -> None:
-    """Notes both updates' metrics, how far the weights are apart afterwards, and which metrics need a reference."""
+    """Notes both second updates, how far apart the weights are then, and what later updates leave alone or out."""
     trainer, other = lab.trainer(layout, kind), lab.trainer(layout, kind)
+    for one in (trainer, other):
+        one.update(batch_of())  # away from the reference: now there is a KL
     trainer._objective = Objective(replace(trainer.policy.config.algo, mismatch_correction="icepop"))
     scores = [[0.0, *score.tolist()] for score in trainer.policy.score(sequences())]
     given = batch_of().rows
@@ -26,9 +31,11 @@ def rejection(lab: Lab, layout: str, kind: str) -> None:
     expected = other.update(UpdateBatch(tuple(kept), (), 1, 0))
     ours, theirs = lab.weights(trainer.policy), lab.weights(other.policy)
     gap = max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
+    far = UpdateBatch(tuple(replace(row, rollout_logprobs=[-99.0] * len(row)) for row in given), (), 1, 0)
+    rejected, same = lab.unchanged(trainer, lambda: trainer.update(far))
+    facts = {"found": found, "expected": expected, "weight_gap": gap, "rejected": rejected, "unchanged": same}
     other._reference, other._objective = None, Objective(replace(other.policy.config.algo, kl_beta=0.0))
-    alone = sorted(other.update(batch_of()))
-    facts = {"found": found, "expected": expected, "weight_gap": gap, "without_reference": alone}
+    facts["without_reference"] = sorted(other.update(batch_of()))
     lab.note(f"rejection-{layout}-{kind}", facts)
 
 

@@ -63,6 +63,17 @@ def test_bfloat16_is_as_exact_as_bfloat16_logits_are() -> None:
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
+def test_many_chunks_in_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, weight, _ = draws(torch.bfloat16)
+    hidden, targets = torch.ones(600, HIDDEN, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.int64)
+    gradients = []
+    for chunk_tokens in (1, 600):
+        monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", chunk_tokens * PADDED)
+        logprobs, _ = target_logprobs(hidden, weight, targets, 1.0, Columns(0, VOCAB, None))
+        gradients += torch.autograd.grad(logprobs.sum(), weight)
+    torch.testing.assert_close(*gradients, rtol=0.01, atol=0.01)
+
+
 def test_huge_logits_do_not_overflow() -> None:
     hidden, weight, targets = draws()
     logprobs, entropies = target_logprobs(hidden * 1e4, weight, targets, 1.0, Columns(0, VOCAB, None))

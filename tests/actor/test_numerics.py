@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_r3.actor import numerics
-from nemo_r3.actor.numerics import Rounding, measure_rounding, rounded
+from nemo_r3.actor.numerics import MATRICES, LayerWatch, Rounding, measure_rounding, rounded
+from nemo_r3.precision import TENSORWISE
+from nemo_r3.runtime import World
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -95,3 +100,43 @@ def test_zeros_cost_nothing_and_nan_is_seen() -> None:
     for part in (measure_rounding(numbers(2, 2), E4M3), broken, measure_rounding(numbers(2, 2), E4M3)):
         sums.add(part)
     assert math.isnan(sums.shares()["amax"]) and math.isnan(sums.shares()["error"])
+
+
+class Layer(nn.Module):
+    """The four matrices of a layer, one after the other."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer_number = number
+        self.self_attention, self.mlp = nn.Module(), nn.Module()
+        for name in MATRICES:
+            part, matrix = name.split(".")
+            self.get_submodule(part).add_module(matrix, nn.Linear(8, 8, bias=False))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for name in MATRICES:
+            inputs = self.get_submodule(name)(inputs)
+        return inputs
+
+
+def test_a_watch_rounds_as_the_recipe_does_and_knows_the_layers_that_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[tuple[Any, ...]] = set()
+
+    def measure(tensor: Tensor, dtype: torch.dtype, tile: numerics.Tile | None, *_: Any) -> Rounding:
+        asked.add((tuple(tensor.shape), dtype, tile))
+        return Rounding()
+
+    monkeypatch.setattr(numerics, "measure_rounding", measure)
+    layers = nn.Sequential(*(Layer(number) for number in range(1, 5)))
+    trunk = SimpleNamespace(decoder=SimpleNamespace(layers=layers), config=SimpleNamespace(num_layers=4))
+    watch = LayerWatch(trunk, replace(TENSORWISE, tile=(1, 128), weight_tile=(128, 128)))
+    alone = cast(World, SimpleNamespace(gather=lambda item: [item]))
+    with watch.watching(), torch.no_grad():
+        layers(numbers(3, 8))
+    assert watch.rows(alone) == [], "only an update is watched"
+    with watch.watching():
+        layers(numbers(3, 8)).sum().backward()
+    assert asked == {((3, 8), E4M3, (1, 128)), ((8, 8), E4M3, (128, 128)), ((3, 8), E5M2, (1, 128))}
+    rows = watch.rows(alone)
+    assert len(rows) == 4 * 4 * 3
+    assert {(row["layer"], row["fp8"]) for row in rows} == {(0, False), (1, True), (2, True), (3, False)}

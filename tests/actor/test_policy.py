@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_r3.models import architecture_of
+
 ONE = [f"one-{kind}" for kind in ("llama_tied", "llama", "qwen2_tied", "qwen2")]
 VARIANTS = [
     "one-llama_tied-shared_context=False",
@@ -20,7 +22,7 @@ SPLIT = [
     "dp2-qwen2-shared_context=False",
     "tp2dp2-qwen2",
 ]
-COMPARED = ("loss", "kl", "grad_norm", "lr", "token_mult_prob_error", "trained_tokens")
+COMPARED = ("loss", "kl", "entropy", "grad_norm", "lr", "token_mult_prob_error", "trained_tokens")
 WEIGHT_TOLERANCE = 1e-5  # seen: 1.1e-6 (TP2), after updates that move weights by 2e-3
 
 
@@ -87,6 +89,18 @@ def test_updates_equal_one_process(one: Any, every: dict[str, Any], name: str) -
         assert weight_gap(one, name, reference_of(name), update) < WEIGHT_TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["one-qwen2", "dp2-qwen2", "tp2-qwen2", "tp2pp2-qwen2"])
+def test_the_flops_of_one_rows_update_by_hand(one: Any, every: dict[str, Any], name: str) -> None:
+    """Of 61 tokens and 36 to be trained, the last of which is no input; the reference runs forward alone."""
+    arch = architecture_of(one.home / "qwen2")
+    inputs, trained = 61 + 36 - 1, 36
+    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    layer = arch.hidden_size * (2 * queries + 2 * keys + 3 * arch.ffn_hidden_size)
+    head = 2 * arch.vocab_size * arch.hidden_size * trained
+    forward = arch.num_layers * (2 * layer * inputs + 4 * queries * inputs * (inputs + 1) / 2) + head
+    assert every[name]["metrics"][4]["update_flops"] == pytest.approx((3 + 1) * forward)
+
+
 @pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name])
 def test_data_parallel_ranks_reduce_many_buckets(every: dict[str, Any], name: str) -> None:
     assert every[name]["buckets"] > 3 > every[reference_of(name)]["buckets"]
@@ -132,6 +146,7 @@ def test_rejected_tokens_leave_loss_gradient_and_denominators_of_the_whole_step(
 ) -> None:
     found, expected = every[name]["found"], every[name]["expected"]
     assert (found["trained_tokens"], found["rejected_tokens"], expected["trained_tokens"]) == (161, 54, 107)
+    assert expected["kl"] > 0.01
     for key in ("loss", "kl", "grad_norm"):
         assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
     assert every[name]["weight_gap"] < WEIGHT_TOLERANCE
@@ -143,6 +158,14 @@ def test_without_a_reference_there_is_no_kl(every: dict[str, Any]) -> None:
     assert set(run["found"]) - set(run["without_reference"]) == {"kl"}
 
 
+@pytest.mark.parametrize("name", ["rejection-one-qwen2", "rejection-dp2-qwen2"])
+def test_a_step_without_a_token_left_is_skipped(every: dict[str, Any], name: str) -> None:
+    """Its gradient is zero, but an optimizer step would still move the weights: by momentum and weight decay."""
+    found = every[name]["rejected"]
+    assert (found["skipped"], found["rejected_tokens"], found["trained_tokens"]) == (1.0, 161, 161)
+    assert every[name]["unchanged"]
+
+
 @pytest.mark.parametrize("name", ONE)
 def test_the_watch_sees_the_weights_of_every_layer(one: Any, name: str) -> None:
     weights = load_file(one.home / name.removeprefix("one-") / "model.safetensors")
@@ -152,6 +175,7 @@ def test_the_watch_sees_the_weights_of_every_layer(one: Any, name: str) -> None:
     for layer in range(layers):
         down = weights[f"model.layers.{layer}.mlp.down_proj.weight"].abs().max().item()
         assert rows[layer, "mlp.linear_fc2", "weight"]["amax"] == down
+    assert not any(row["fp8"] for row in rows.values())
     assert all(0.005 < row["error"] < 0.06 and row["saturation"] == 0 and row["amax"] > 0 for row in rows.values())
 
 

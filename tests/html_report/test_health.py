@@ -39,6 +39,8 @@ def test_shares() -> None:
     (cut,) = shares(METRICS)
     assert (cut.what, cut.highest, cut.at) == ("reflections cut at their limit", 0.5, 2)
     assert math.isclose(cut.first, 0.2) and math.isclose(cut.last, 0.2)
+    (cut,) = shares([{"step": step, "truncated": step / 10} for step in range(1, 9)])
+    assert math.isclose(cut.first, 0.3) and math.isclose(cut.last, 0.6)
 
 
 def test_phases() -> None:

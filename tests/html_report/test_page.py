@@ -77,6 +77,7 @@ def a_run(path: Path, steps: int, groups: int = 3, samples: int = 4) -> Path:
         (path / "rollouts" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
     metrics = [
         {"step": step, "loss": 0.0, "retry_success": step / steps, "groups_used": 2, "groups_dropped": 1, "kl": 0.1}
+        | {"reflection_tokens": 30, "retry_tokens": 20, "truncated": 0.25}
         for step in range(1, steps + 1)
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in metrics))
@@ -98,8 +99,22 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ]
     assert "plan 20.0.3" in page.all("reflection") and "plan 2.0.3" not in text
     assert "Step 20: 6 of 12 retries passed" in text
-    assert sum(tag == "figure" for tag, _ in page.tags) == 3
-    assert "MISMATCH" in text and "none" in text
+    assert sum(tag == "figure" for tag, _ in page.tags) == 5
+    assert "mean of the last 5 steps: 0.05 → 0.9 each step: 0.05 → 1" in text and "used: 0.667 → 0.667" in text
+    assert "reflection: 30 → 30 retry: 20 → 20" in text
+    assert "MISMATCH: token_mult_prob_error above train.mismatch_warn=1.05 none" in text
+    assert "reflections cut at their limit 25.0 % 25.0 % 25.0 % 1" in text
+
+
+def test_the_settings_that_the_run_recorded_count(tmp_path: Path) -> None:
+    path, bank = a_run(tmp_path / "run", 2), tmp_path / "bank"
+    recorded = {"model": {"path": "embedded"}, "run": {"dir": str(path)}, "failures": {"path": str(bank)}}
+    (path / "config.yaml").write_text(json.dumps(recorded | {"train": {"steps": 7, "mismatch_warn": 1.5}}))
+    bank.mkdir()
+    tally = {"asked": 9, "passed": 2, "no_room": 0, "truncated": 1}
+    (bank / "bank.json").write_text(json.dumps({"tallies": {"shard_00000.jsonl": tally}}))
+    text = " ".join(page_of(path, "train.steps=3").all().split())
+    assert "2 of 7 steps" in text and "train.mismatch_warn=1.5" in text and "Mined 9 first answers" in text
 
 
 def test_reflections_of_the_first_and_the_last_step_come_first(tmp_path: Path) -> None:
@@ -112,14 +127,15 @@ def test_reflections_of_the_first_and_the_last_step_come_first(tmp_path: Path) -
 
 def test_reflections_have_their_verdict_and_marks_in_words(tmp_path: Path) -> None:
     path = a_run(tmp_path / "run", 1, groups=1, samples=2)
-    cut = {"finish_reason": "length", "retry_finish_reason": "length", "reflection_solves": True}
-    (path / "rollouts" / "step_000001.jsonl").write_text(line(1, 0, 0) + "\n" + line(1, 0, 1, **cut))
+    failed, passed = {"retry_finish_reason": "length"}, {"finish_reason": "length", "reflection_solves": True}
+    lines = [line(1, 0, 0, advantage=0.5, **failed), line(1, 0, 1, advantage=-0.5, **passed)]  # shuffled rewards
+    (path / "rollouts" / "step_000001.jsonl").write_text("\n".join(lines))
     page = page_of(path)
     cards = [it["class"] for tag, it in page.tags if tag == "div" and (it.get("class") or "").startswith("card")]
-    assert cards[-2:] == ["card cut passed solves", "card failed"]
-    marks = ["gives the answer away", "reflection cut at its limit", "retry cut at its limit"]
+    assert cards[-2:] == ["card cut failed", "card cut passed solves"]
+    marks = ["retry cut at its limit", "gives the answer away", "reflection cut at its limit"]
     assert page.all("mark").split("\n")[-3:] == marks
-    assert page.all("verdict").split("\n")[-2:] == ["✓ retry passed", "✗ retry failed"]
+    assert page.all("verdict").split("\n")[-2:] == ["✗ retry failed", "✓ retry passed"]
     assert page.all("advantage").split("\n")[-2:] == ["+0.50", "-0.50"]
 
 
@@ -152,7 +168,7 @@ def test_hostile_text_is_only_text(tmp_path: Path) -> None:
 def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
     begun = a_run(tmp_path / "begun", 3)
     with (begun / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
+        file.write('{"step": 4, "lo\n{"loss": 0.1}\n{"step": 5}\n')
     with (begun / "rollouts" / "step_000003.jsonl").open("a") as file:
         file.write(line(3, 7, 0)[:40])
     (begun / "rollouts" / "step_000001.jsonl").write_text("")
@@ -160,8 +176,9 @@ def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
     (begun / "config.yaml").write_text("actor: {lr: fast}")
     page = page_of(begun, "train.steps=40")
     text = " ".join(page.all().split())
-    assert "3 of 40 steps trained" in text and "Not measured yet" in text
-    for missing in ("1 of the 4 lines", "1 of the 13 lines", "summary.json", "actor.lr: expected a number, got 'fast'"):
+    assert "5 of 40 steps trained" in text and "Not measured yet" in text
+    assert "not in metrics.jsonl 1 4" in text
+    for missing in ("1 of the 6 lines", "1 of the 13 lines", "summary.json", "actor.lr: expected a number, got 'fast'"):
         assert missing in text
     assert page.all("reflection").startswith("plan 2.0.0"), "the first step that has any"
 
@@ -184,13 +201,14 @@ def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
 
 def test_long_texts_are_cut_with_their_length_told_and_the_page_stays_small(tmp_path: Path) -> None:
     path = a_run(tmp_path / "run", 10, groups=0)
-    texts = {"reflection": "begin" + '"' * 5000 + "end", "retry": '"' * 5000}
+    texts = {"reflection": "begin" + "漢" * 5000 + "end", "retry": "\U000e0001" * 300}  # of many bytes, when shown
     lines = [line(1, group, sample, **texts) for group in range(6) for sample in range(20)]
     for file in (path / "rollouts").iterdir():
         file.write_text("\n".join(lines))
-    page = page_of(path)
+    page = page_of(path, f"dialogue.reflect={'x' * 3000}")
     assert (path / "report.html").stat().st_size < MOST_BYTES
-    assert re.search(r'begin"+\n\[\.\.\. cut here: 5,008 characters in all \.\.\.\]\n"+end', page.all("reflection"))
+    assert re.search(r"begin漢+\n\[\.\.\. cut here: 5,008 characters in all \.\.\.\]\n漢+end", page.all("reflection"))
+    assert "cut here: 3,000 characters in all" in page.all("text"), "a setting"
     assert "4 reflections of advantages in between are not shown" in " ".join(page.all().split())
 
 

@@ -25,6 +25,11 @@ def test_mixed_groups_are_shown_first_but_not_alone() -> None:
     assert len(WrittenStep(1, mixed).shown) == GROUPS
 
 
+def test_the_best_are_the_highest_advantages_of_any_group() -> None:
+    best = WrittenStep(1, [group(0, 0, 1, 1), group(1, 1, 0), group(2, 0, 0), group(3, 0, 0, 1)]).best
+    assert [(group.number, it.reflection) for group, it in best] == [(1, "0"), (0, "1"), (3, "2")]
+
+
 def test_a_large_group_shows_both_ends() -> None:
     large = group(0, *[0] * 30, *[1] * 2)
     assert [it.reflection for it in large.shown][:3] == ["30", "31", "0"]

@@ -1,16 +1,18 @@
 """A starting checkpoint is found where its name says, on disk or in the hub's cache."""
 
 import shutil
+from fnmatch import fnmatch
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import create_server
 from threading import Thread
 
 import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import EMBEDDED, Architecture, architecture_of, model_path, planned_architecture
+from nemo_r3.models import EMBEDDED, Architecture, architecture_of, location, model_path, planned_architecture
 
 REVISION = "0123456789012345678901234567890123456789"
 
@@ -91,12 +93,33 @@ def test_a_hub_name_that_is_not_to_be_had_says_what_to_do(hub: Path) -> None:
             find("org/gone")
 
 
-def test_an_error_without_a_message_is_named(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
 
-    def silent(*_: object, **__: object) -> None:
+    with create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(location, "HUB_SECONDS", 0.1)
+        with pytest.raises(ConfigError, match="'org/silent' is no directory here.*Timeout"):
+            planned("org/silent")
+
+
+def test_of_a_checkpoint_nothing_pickled_is_downloaded_and_a_network_may_fail_without_words(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patterns: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        patterns.extend(allow_patterns)
         raise TimeoutError
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", silent)
-    with pytest.raises(ConfigError, match=r"'org/mute' is no directory.*\(TimeoutError\); download it"):
-        located("org/mute")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError, match=r"'org/late' is no directory here.* gives \(TimeoutError\); download it"):
+        located("org/late")
+    taken = {name for name in ("model.safetensors", "pytorch_model.bin", "tokenizer.json") if matches(name, patterns)}
+    assert taken == {"model.safetensors", "tokenizer.json"}
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

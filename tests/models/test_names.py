@@ -132,6 +132,13 @@ def test_padding_is_zero_and_does_not_come_back() -> None:
     assert convert.split(row, full, arch)[0].shape == (5, 4)
 
 
+def test_a_stage_holds_neighbouring_layers_and_the_ends_are_at_the_ends() -> None:
+    arch = Architecture("any", 4, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False)
+    found = {(row.layer, row.megatron.split(".")[1]): names.stage_of(row, arch, 2) for row in names.rows(arch)}
+    layers = {(layer, "layers"): layer // 2 for layer in range(4)}
+    assert found == layers | {(None, "word_embeddings"): 0, (None, "final_layernorm"): 1, (None, "weight"): 1}
+
+
 @pytest.mark.parametrize(
     ("local", "fused"),
     [

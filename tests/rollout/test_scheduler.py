@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
+from nemo_r3.progress import Progress
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
@@ -48,6 +49,7 @@ class Scripted:
         self.limits: list[int] = []
         self.prompts: list[list[int]] = []
         self.resets = 0
+        self.progress: list[tuple[Any, ...]] = []
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.waiting.append(request_id)
@@ -72,7 +74,8 @@ def scripted(*texts: str) -> tuple[Rollout[Scripted], Eight, Scripted, Dialogue]
     config.rollout.max_answer_tokens, config.rollout.max_reflection_tokens = 5, 9
     task, engine = Eight(), Scripted(tokenizer, texts)
     dialogue = Dialogue(tokenizer, config.dialogue, task.wording)
-    return Rollout(engine, dialogue, task, config, ALONE), task, engine, dialogue
+    progress = cast(Progress, lambda *turns: engine.progress.append(turns))
+    return Rollout(engine, dialogue, task, config, ALONE, progress), task, engine, dialogue
 
 
 def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
@@ -98,6 +101,7 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
     found = rollout.retry_after(failures, [ended, cut, unasked], 1)
     assert [reflection.retry.text for reflection in found] == ["8", "7", ""]
     assert [reflection.reward for reflection in found] == [1.0, 0.0, 0.0]
+    assert engine.progress[-1] == (Phase.RETRY, 3, 3, sum(len(it.retry.segment.ids) for it in found))
     asked = dialogue.reflect(attempt.context)
     for prompt, reflection in zip(engine.prompts[1:], found, strict=False):
         assert prompt[: len(asked) + 3] == [*asked.ids, 40, 41, close]
