@@ -100,7 +100,8 @@ def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
             plan = plan_of(config, arch)
             plan.check()
         except ModelNotFoundError as error:
-            return [*lines, f"not checked whether training fits: {error}"]
+            lines.append(f"not checked whether training fits: {error}")
+            continue
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
         if disk and (problem := disk_problem(config, arch, Path(config.run.dir, "checkpoints"))):

@@ -99,7 +99,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "last_step": int(run.metrics[-1]["step"]) if run.metrics else 0,
         "settings": _settings(run.config),
         "mined": _mined(run.bank),
-        "rates": rates(run.summary) if {"before", "after"} & run.summary.keys() else [],
+        "rates": _rates(run),
         "headings": HEADINGS,
         "rates_note": NOTE,
         "charts": _charts(run),
@@ -120,6 +120,15 @@ def _settings(config: Config) -> list[tuple[str, str, str]]:
     """Key, value and default of the settings that differ from their defaults."""
     cut = _cutter(LONGEST_SETTING)
     return [(leaf.key, cut(str(value)), show(default)) for leaf, default, value in differing(Config(), config)]
+
+
+def _rates(run: RunFiles) -> list[tuple[str, ...]]:
+    """The evaluation's table, if there was one."""
+    try:
+        return rates(run.summary) if {"before", "after"} & run.summary.keys() else []
+    except (KeyError, TypeError, ValueError, AttributeError):
+        run.unread.append(f"the rates in {run.path / 'summary.json'}")
+        return []
 
 
 def _mined(bank: dict[str, Any]) -> Tally | None:

@@ -186,6 +186,8 @@ def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
     evaluated.mkdir()
     (evaluated / "summary.json").write_text(json.dumps({"before": {"first_try": RATE}}))
     assert "0.25 [0.20, 0.30] → -" in page_of(evaluated).all()
+    (evaluated / "summary.json").write_text(json.dumps({"before": {"first_try": {"sampled": {"value": "high"}}}}))
+    assert f"the rates in {evaluated}/summary.json" in page_of(evaluated).all()
 
     mined = tmp_path / "mined"
     (mined / "failures").mkdir(parents=True)
