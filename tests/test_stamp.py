@@ -21,6 +21,15 @@ def test_a_problem_that_was_changed_is_another_one_to_the_stamp(changed: dict[st
     assert hash_of([asked[0], replace(asked[1], **changed)]) != hash_of(asked)
 
 
+def test_the_settings_behind_a_difference_are_named() -> None:
+    other = replace(STAMP, problems="p1", task="mine", temperature=0.5)
+    assert differences(vars(STAMP), vars(other)) == [
+        "problems 'p0' != 'p1' (failures.problems, task.options or the task's data)",
+        "task 'countdown' != 'mine'",
+        "temperature 1.0 != 0.5 (rollout.temperature)",
+    ]
+
+
 def test_a_users_file_that_has_changed_is_named() -> None:
     def said(found: str) -> list[str]:
         return differences(vars(replace(STAMP, verifier=found)), vars(replace(STAMP, verifier="my.lucky a1 b1 2")))

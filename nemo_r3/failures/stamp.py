@@ -10,6 +10,16 @@ from typing import Any
 
 from nemo_r3.types import Problem
 
+SETTINGS = {
+    "model": "model.path",
+    "problems": "failures.problems, task.options or the task's data",
+    "dialogue": "dialogue.* or the chat template",
+    "temperature": "rollout.temperature",
+    "max_answer_tokens": "rollout.max_answer_tokens",
+    "samples_per_problem": "failures.samples_per_problem",
+}
+"""What a user may have changed where a stamp differs."""
+
 
 @dataclass(frozen=True)
 class Stamp:
@@ -53,6 +63,6 @@ def _difference(key: str, old: Any, new: Any) -> str:
     """One difference; for a user's verifier, whose stamp is "name code options helpers", which of these changed."""
     before, after = str(old).split(" "), str(new).split(" ")
     if key != "verifier" or not len(before) == len(after) == 4 or before[0] != after[0]:
-        return f"{key} {old!r} != {new!r}"
+        return f"{key} {old!r} != {new!r}" + (f" ({SETTINGS[key]})" if key in SETTINGS else "")
     parts = ("", f"the file {after[0].replace('.', '/')}.py has", "task.options have", "nemo_r3.tasks has")
     return f"verifier ({next(part for part, a, b in zip(parts, before, after, strict=True) if a != b)} changed since)"
