@@ -55,7 +55,7 @@ def test_a_plan_is_printed_even_if_it_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: the actor needs 0 GiB of each GPU, which has room for 0")
     assert done.stderr.count("\n") == 1
-    assert "GiB of each GPU  " in done.stdout and "fits" not in done.stdout
+    assert "MiB of each GPU  " in done.stdout and "fits" not in done.stdout
     assert not (tmp_path / "run").exists()
 
 
