@@ -10,12 +10,10 @@ from contextlib import contextmanager
 
 from nemo_r3.errors import UserError
 from nemo_r3.html_report import write_report
+from nemo_r3.html_report.health import ENDS
 from nemo_r3.report import curve, read_metrics
 from recipes.metrics import versions
 from recipes.setup import Setup
-
-AT_EACH_END = 5
-"""How many steps are averaged at the beginning of a run, and at its end."""
 
 
 def draw_curve(setup: Setup) -> None:
@@ -60,7 +58,7 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
 
 def change(success: Sequence[float]) -> str:
     """How retry success has changed over a run's steps, in words."""
-    count = min(AT_EACH_END, len(success) // 2)
+    count = min(ENDS, len(success) // 2)
     if not count:
         return "no change to show"
     first, last = statistics.fmean(success[:count]), statistics.fmean(success[-count:])

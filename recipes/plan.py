@@ -39,8 +39,7 @@ def describe_step(plan: Plan) -> str:
     rows = longest_rows(plan)
     balance = Balance(rows, training_cost(plan.arch), config.actor.microbatch_tokens)
     dealt = balance.deal(plan.data_parallel, config.actor.pipeline_parallel)
-    flops = sum(balance.flops(piece) for rank in dealt for pieces in rank for piece in pieces)
-    flops *= 1 + 1 / FORWARD_AND_BACKWARD if config.algo.kl_beta else 1
+    flops = balance.all_flops(dealt) * (1 + 1 / FORWARD_AND_BACKWARD if config.algo.kl_beta else 1)
     sampled = len(rows) * (config.rollout.max_reflection_tokens + config.rollout.max_answer_tokens)
     return (
         f"step      at most {sampled:,} sampled tokens, and an update of {flops:.1e} FLOPs: {flops / plan.ranks:.1e} "

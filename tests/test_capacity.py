@@ -14,6 +14,7 @@ from paper_models import shape
 from nemo_r3 import capacity
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
+from nemo_r3.precision import PRECISIONS
 from nemo_r3.units import GIB
 
 
@@ -22,6 +23,13 @@ def config_of(tensor_parallel: int = 1, pipeline_parallel: int = 1, offload: boo
     config.actor.tensor_parallel, config.actor.pipeline_parallel = tensor_parallel, pipeline_parallel
     config.actor.offload_optimizer = offload
     return config
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_weight_is_as_wide_as_its_precision_says(name: str) -> None:
+    config = Config()
+    config.actor.precision = name
+    assert capacity.width_of(config) == PRECISIONS[name].dtype.itemsize, "a plan has no torch to ask"
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,7 @@ class Policy:
         dealt = balance.deal(parallel_state.get_data_parallel_world_size(), stages=actor.pipeline_parallel)
         multiple = precision_of(self.config).row_multiple(actor)
         mine = dealt[parallel_state.get_data_parallel_rank()]
-        flops = sum(balance.flops(piece) for rank in dealt for pieces in rank for piece in pieces)
-        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], flops
+        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], balance.all_flops(dealt)
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
         """Log-probabilities [trained] of the targets, by each microbatch's rows; empty except on the last stage."""

@@ -138,6 +138,10 @@ class Balance:
         cost = self._cost
         return cost.per_token * self.tokens(piece) + cost.per_pair * pairs + cost.per_target * targets
 
+    def all_flops(self, dealt: Dealt) -> float:
+        """FLOPs of training on all ranks' pieces."""
+        return sum(self.flops(piece) for rank in dealt for pieces in rank for piece in pieces)
+
     def _cut(self, members: Sequence[int], longest: int) -> list[Piece]:
         """Cuts a group, in order, into pieces of at most `longest` tokens, or of one longer row."""
         pieces: list[Piece] = []
