@@ -42,7 +42,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(LOCK) pyproject.toml | $(BIN)/python
-	@echo "installing $$(grep -c == $(LOCK)) packages into $(VENV): some minutes and 3 GB (py312: 6 GB) the first time"
+	@echo "installing $$(grep -c '^[^#]*==' $(LOCK)) packages into $(VENV): some minutes and 3 GB (py312: 6 GB) the first time"
 	@$(BIN)/python -m pip install -qq --no-deps -r $(LOCK) || { \
 	  echo "trying again with PyTorch's own index, which has the CPU builds of torch: $(TORCH_INDEX)"; \
 	  PIP_EXTRA_INDEX_URL="$$PIP_EXTRA_INDEX_URL $(TORCH_INDEX)" $(BIN)/python -m pip install -qq --no-deps -r $(LOCK); } || { \

@@ -68,10 +68,18 @@ def test_a_config_loads(text: str, tmp_path: Path) -> None:
     load([str(tmp_path / "shown.yaml")])
 
 
+def anchors(file: Path) -> set[str]:
+    """Those that GitHub gives to a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
     for file in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
-            assert (file.parent / target).exists(), f"{file.name} links to {target}"
+        for path, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", file.read_text()):
+            target = file.parent / path if path else file
+            assert target.exists(), f"{file.name} links to {path}"
+            assert not anchor or anchor in anchors(target), f"{file.name} links to {path}#{anchor}"
 
 
 def test_the_families_table_is_the_tested_families() -> None:

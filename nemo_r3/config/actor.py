@@ -30,7 +30,13 @@ class ActorConfig:
         help="keep optimizer state in host memory between updates, the reference there always; free gradient buffers",
         resume=True,
     )
-    recompute: str = option("none", choices=("none", "selective", "full"), help="activation recompute", resume=True)
+    recompute: str = option(
+        "none",
+        choices=("none", "selective", "full"),
+        help="what the backward pass computes again instead of keeping it: full: each layer, one more forward pass; "
+        "selective: attention alone, which saves little here",
+        resume=True,
+    )
     microbatch_tokens: int = option(
         8192, low=1, help="most tokens in a packed microbatch; a pipeline takes fewer where that is faster", resume=True
     )

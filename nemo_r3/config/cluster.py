@@ -21,7 +21,7 @@ class ClusterConfig:
     account: str = option("", help="account; empty: the user's default", resume=True)
     time_minutes: int = option(0, low=0, help="time limit of a slice; 0: the partition's default", resume=True)
     cpus_per_task: int = option(0, low=0, help="CPU cores per rank; 0: Slurm's default", resume=True)
-    memory_gb: int = option(0, low=0, help="memory per node in GB; 0: Slurm's default", resume=True)
+    memory_gb: int = option(0, low=0, help="memory per node in GiB (Slurm's G); 0: Slurm's default", resume=True)
     gpu_memory_gb: float = option(
         0.0,
         low=0,

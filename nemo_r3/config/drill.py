@@ -12,6 +12,6 @@ class DrillConfig:
     kills: int = option(
         6,
         low=1,
-        help="times the run is ended: at a random moment, while it saves, and by SIGUSR1, in turns",
+        help="kills of recipes.drill (at random, while it saves and by SIGUSR1, in turns), or of recipes.soak in all",
         resume=True,
     )

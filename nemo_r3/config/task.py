@@ -19,7 +19,10 @@ class TaskConfig:
     """The task and its own options (validated against the task's Options dataclass)."""
 
     name: str = option("countdown", help="a module of nemo_r3.tasks, or the dotted path of your own")
-    options: dict[str, Any] = option(factory=dict, help="the task's own settings; see its Options dataclass")
+    options: dict[str, Any] = option(
+        factory=dict,
+        help="the task's own settings: the Options in nemo_r3/tasks/countdown.py, function_calling.py or your own file",
+    )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import QUICKSTART, SMALL, run, start
+from launch import QUICKSTART, ROOT, SMALL, run, start
 from safetensors.torch import load_file
 
 from nemo_r3 import signals
@@ -96,6 +96,13 @@ def test_every_step_is_logged_once_with_the_promised_fields(trained: Path) -> No
         assert line["groups_used"] + line["groups_dropped"] == 8
         assert line["groups_used"] > 0
         assert line["grad_norm"] > 0
+
+
+def test_every_metric_is_explained(trained: Path) -> None:
+    explained = (ROOT / "docs" / "metrics.md").read_text()
+    for name in lines(trained / "metrics.jsonl")[-1].keys() - {"step"}:
+        phase = name.startswith(("time/", "memory/"))
+        assert phase or f"`{name}`" in explained, name
 
 
 def test_the_actor_agrees_with_vllm_on_every_step(trained: Path) -> None:
