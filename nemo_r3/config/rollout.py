@@ -36,7 +36,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = option(
         0.5, above=0.0, high=1.0, help="share of each GPU that vLLM may use; the actor lives beside it", resume=True
     )
-    cpu_kv_cache_gb: int = option(1, low=1, help="KV cache per engine on a CPU, in GiB", resume=True)
+    cpu_kv_cache_gb: int = option(1, low=1, help="most KV cache of an engine on a CPU, in GiB", resume=True)
     enforce_eager: bool = option(False, help="no CUDA graphs (always so on a CPU)", resume=True)
     sleep: bool = option(
         True, help="free the engine's GPU memory during the update, where the platform can", resume=True

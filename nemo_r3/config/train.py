@@ -32,7 +32,10 @@ class TrainConfig:
         20, low=1, help="stop after this many steps in a row without a mixed group", resume=True
     )
     max_skipped_steps: int = option(
-        5, low=1, help="stop after this many updates in a row that were skipped (NaN or Inf gradient)", resume=True
+        5,
+        low=1,
+        help="stop after this many skipped updates in a row (NaN or Inf gradient, or every token rejected)",
+        resume=True,
     )
     mismatch_warn: float = option(
         1.05, low=1.0, help="warn of a step whose token_mult_prob_error, actor against vLLM, is above this", resume=True
