@@ -77,7 +77,8 @@ class LayerWatch:
         """Touches nothing before `watching`; `recipe` is the run's, None without FP8."""
         self._layers = {layer.layer_number - 1: layer for layer in trunk.decoder.layers}
         self._recipe = recipe
-        edge, end = (recipe.edges if recipe is not None else trunk.config.num_layers), trunk.config.num_layers
+        end = trunk.config.num_layers
+        edge = end if recipe is None else recipe.edges
         self._plain = {number for number in self._layers if number < edge or number >= end - edge}
         self._roundings: dict[Key, Rounding] = {}
 
@@ -113,12 +114,10 @@ class LayerWatch:
 
     def leave_fp8(self, layers: Collection[int]) -> None:
         """Makes these layers multiply in BF16 from now on; a stage takes care of its own."""
-        from transformer_engine.pytorch import fp8_autocast
-
         for number in set(layers) & set(self._layers) - self._plain:
             self._plain.add(number)
             layer = self._layers[number]
-            layer.forward = _within(lambda: fp8_autocast(enabled=False), layer.forward)
+            layer.forward = _without_fp8(layer.forward)
 
     def _seen(self, number: int, matrix: str, module: Any, inputs: Sequence[Tensor], output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -210,9 +209,11 @@ def _normalised(module: Any, inputs: Tensor) -> Tensor:
     return nn.functional.rms_norm(inputs.detach(), (inputs.shape[-1],), weight.detach(), module.eps)
 
 
-def _within(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_fp8(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from transformer_engine.pytorch import fp8_autocast
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return function(*args, **kwargs)
+        with fp8_autocast(enabled=False):
+            return forward(*args, **kwargs)
 
     return wrapped
