@@ -158,16 +158,22 @@ def measure_rounding(
         powers_of_two: round scales down to powers of two.
         scale: use this one instead.
     """
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    height = tile[0] if tile else 1
+    rows, largest = tensor.reshape(-1, tensor.shape[-1]), torch.finfo(dtype).max
+    height = 1 if tile is None else tile[0]
     parts = rows.split(max(CHUNK // rows.shape[1] // height, 1) * height)
-    largest, amax = torch.finfo(dtype).max, torch.stack([part.abs().amax() for part in parts]).amax().float()
-    if tile is None and scale is None:
-        scale = _scale(amax, largest, powers_of_two)
+    amax = torch.stack([part.abs().amax() for part in parts]).amax().float()
+
+    def scales_of(numbers: Tensor) -> Tensor:
+        if scale is not None:
+            return scale
+        if tile is None:
+            return _scale(amax, largest, powers_of_two)
+        return _spread(numbers, tile, largest, powers_of_two)
+
     sums = torch.zeros(5, dtype=torch.float64, device=tensor.device)
     for part in parts:
         numbers = part.float()
-        scales = scale if scale is not None else _spread(numbers, tile or (1, 1), largest, powers_of_two)
+        scales = scales_of(numbers)
         back, filled = _there_and_back(numbers, scales, dtype), numbers != 0
         counts = (filled, filled & (back == 0), (numbers * scales).abs() > largest * (1 + 1e-6))
         sums += torch.stack([count.sum() for count in counts] + [((back - numbers) ** 2).sum(), (numbers**2).sum()])
