@@ -48,6 +48,11 @@ class Cost:
     per_pair: float
     per_target: float
 
+    def flops(self, shared: int, own: Sequence[int], targets: int) -> float:
+        """FLOPs on a context of `shared` tokens with branches of `own` tokens each, `targets` of all these trained."""
+        pairs = shared * (shared + 1) / 2 + sum(length * shared + length * (length + 1) / 2 for length in own)
+        return self.per_token * (shared + sum(own)) + self.per_pair * pairs + self.per_target * targets
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -132,11 +137,8 @@ class Balance:
         """FLOPs of training on a piece."""
         if not piece:
             return 0.0
-        shared, own = self._rows[piece[0]].shared, [self._rows[number].own for number in piece]
-        pairs = shared * (shared + 1) / 2 + sum(length * shared + length * (length + 1) / 2 for length in own)
-        targets = sum(self._rows[number].targets for number in piece)
-        cost = self._cost
-        return cost.per_token * self.tokens(piece) + cost.per_pair * pairs + cost.per_target * targets
+        rows = [self._rows[number] for number in piece]
+        return self._cost.flops(rows[0].shared, [row.own for row in rows], sum(row.targets for row in rows))
 
     def all_flops(self, dealt: Dealt) -> float:
         """FLOPs of training on all ranks' pieces."""
