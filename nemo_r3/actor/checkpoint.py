@@ -123,7 +123,7 @@ def finish(saving: Saving, keep: int) -> Path:
     with _explained(saving):
         _wait_for_shards(saving)
         saving.strategy.finish()
-        sums = {name: total for part in world.gather(saving.strategy.sums) for name, total in part.items()}
+        sums = world.merge(saving.strategy.sums)
         names = world.broadcast([file.name for file in saving.writing.iterdir()] if world.is_main else [])
         sums |= _file_sums(saving.writing, sorted(set(names) - set(sums)), world)
         if UNREADABLE in sums.values():
@@ -189,7 +189,7 @@ def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str,
         if _writer(name) % world.size == world.rank:
             watchdog.alive()
             own[name] = sum_of(directory / name)
-    return {name: total for part in world.gather(own) for name, total in part.items()}
+    return world.merge(own)
 
 
 def _writer(name: str) -> int:

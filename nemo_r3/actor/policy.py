@@ -82,9 +82,7 @@ class Policy:
         for numbers, logprobs in scores.items():
             lengths = [len(rows[number]) - 1 for number in numbers]
             own.update(zip(numbers, logprobs.cpu().split(lengths), strict=True))
-        merged: dict[int, Tensor] = {}
-        for part in self.world.gather(own):
-            merged.update(part)
+        merged = self.world.merge(own)
         return [merged[number] for number in range(len(rows))]
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:

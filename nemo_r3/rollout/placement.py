@@ -69,8 +69,6 @@ class Fleet:
         """
         self.world.leave_if_asked()
         is_first = self.world.rank % self.tensor_parallel == 0  # all ranks of an engine have the same results
-        merged: dict[int, T] = {}
-        for part in self.world.gather(dict(done) if is_first else {}):
-            merged.update(part)
+        merged = self.world.merge(done if is_first else {})
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[item] for item in range(count)]
