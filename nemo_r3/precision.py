@@ -99,11 +99,8 @@ class Precision:
             fields |= {
                 "fp8": self.fp8.format,
                 "fp8_recipe": self.fp8.name,
-                "fp8_param": False,
                 "fp8_amax_history_len": 1024,
                 "fp8_amax_compute_algo": "max",
-                "fp8_dot_product_attention": False,
-                "fp8_multi_head_attention": False,
                 "first_last_layers_bf16": self.fp8.edges > 0,
                 "num_layers_at_start_in_bf16": self.fp8.edges,
                 "num_layers_at_end_in_bf16": self.fp8.edges,
