@@ -65,14 +65,17 @@ class Precision:
     Attributes:
         name: the setting.
         dtype: of the actor's parameters and activations; main weights, gradients and moments stay fp32.
-        vllm_dtype: vLLM's name for the rollout's dtype.
         fp8: how the layers' matrices are multiplied in FP8; None if they are not.
     """
 
     name: str
     dtype: torch.dtype
-    vllm_dtype: str
     fp8: Recipe | None = None
+
+    @property
+    def vllm_dtype(self) -> str:
+        """vLLM's name for the rollout's dtype."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def bf16(self) -> bool:
@@ -96,20 +99,13 @@ class Precision:
             fields |= {
                 "fp8": self.fp8.format,
                 "fp8_recipe": self.fp8.name,
-                "fp8_param": False,
                 "fp8_amax_history_len": 1024,
                 "fp8_amax_compute_algo": "max",
-                "fp8_dot_product_attention": False,
-                "fp8_multi_head_attention": False,
                 "first_last_layers_bf16": self.fp8.edges > 0,
                 "num_layers_at_start_in_bf16": self.fp8.edges,
                 "num_layers_at_end_in_bf16": self.fp8.edges,
             }
         return fields
-
-    def gradient_fields(self) -> dict[str, Any]:
-        """Its part of megatron-core's DistributedDataParallelConfig: sums in fp32, parameters gathered in BF16."""
-        return {"grad_reduce_in_fp32": True, "fp8_param_gather": False}
 
     def optimizer_fields(self) -> dict[str, Any]:
         """Its part of megatron-core's OptimizerConfig; main weights and moments are fp32 by its own defaults."""
@@ -153,12 +149,12 @@ MXFP8 = Recipe(
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("bf16", torch.bfloat16, "bfloat16"),
-        Precision("fp8-tensorwise", torch.bfloat16, "bfloat16", TENSORWISE),
-        Precision("fp8-blockwise", torch.bfloat16, "bfloat16", BLOCKWISE),
-        Precision("fp8-delayed", torch.bfloat16, "bfloat16", DELAYED),
-        Precision("mxfp8", torch.bfloat16, "bfloat16", MXFP8),
-        Precision("fp32", torch.float32, "float32"),
+        Precision("bf16", torch.bfloat16),
+        Precision("fp8-tensorwise", torch.bfloat16, TENSORWISE),
+        Precision("fp8-blockwise", torch.bfloat16, BLOCKWISE),
+        Precision("fp8-delayed", torch.bfloat16, DELAYED),
+        Precision("mxfp8", torch.bfloat16, MXFP8),
+        Precision("fp32", torch.float32),
     )
 }
 

@@ -299,7 +299,7 @@ class RunDirectory:
 def _shared(group: Group) -> dict[str, Any]:
     """What all reflections of a group share: problem, failed answer, and the token ids of [task][attempt]."""
     failure = group.failure
-    return {"problem": failure.problem.text, "attempt": failure.attempt.text, "context_ids": failure.context.ids}
+    return {"problem": failure.problem.text, "attempt": failure.answer.text, "context_ids": failure.context.ids}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 ROUTES = Path("/proc/net/route")
 
@@ -67,6 +68,10 @@ class World:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item, group=self.objects)
         return items
+
+    def merge(self, part: Mapping[Key, Result]) -> dict[Key, Result]:
+        """Every rank's entries in one, on every rank."""
+        return {key: value for each in self.gather(dict(part)) for key, value in each.items()}
 
     def broadcast(self, item: Any) -> Any:
         """Rank 0's `item`, on every rank."""

@@ -148,13 +148,13 @@ class Failure:
     Attributes:
         problem: what was asked.
         context: [task][attempt].
-        attempt: the rejected answer (its segment is the context's last).
+        answer: the rejected attempt (its segment is the context's last).
         sample: which of the samples drawn for this problem it is.
     """
 
     problem: Problem
     context: Trajectory
-    attempt: Answer
+    answer: Answer
     sample: int = 0
 
     @property

@@ -134,7 +134,7 @@ def save_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     There is nothing to write if rollouts are deterministic, or before the first checkpoint. A failed write is only a
     warning: the turns will be sampled again.
     """
-    turns = {name: turn for part in setup.world.gather(rollout.turns.nonempty(step)) for name, turn in part.items()}
+    turns = setup.world.merge(rollout.turns.nonempty(step))
     home = latest(setup.run.checkpoints)
     if setup.world.is_main and turns and home is not None:
         file = home / turn_cache.FILE

@@ -39,7 +39,7 @@ def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | N
         "reflection_solves": statistics.fmean(reflection.solves for reflection in reflections),
         "truncated": statistics.fmean(reflection.answer.truncated for reflection in reflections),
         "retries_truncated": statistics.fmean(reflection.retry.truncated for reflection in reflections),
-        "attempts_truncated": statistics.fmean(group.failure.attempt.truncated for group in groups),
+        "attempts_truncated": statistics.fmean(group.failure.answer.truncated for group in groups),
     }
 
 

@@ -55,18 +55,9 @@ class SharedContextAttention(nn.Module):
         super().__init__()
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: object = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Packed | None = None,
-        **_: Any,
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Packed, **__: Any
     ) -> Tensor:
         """Attends; see the class for shapes."""
-        assert isinstance(packed_seq_params, Packed), "the actor always packs"
         layout, cos, sin = packed_seq_params.layout, packed_seq_params.cos, packed_seq_params.sin
         return _SharedContext.apply(query, key, value, cos, sin, layout).flatten(1)
 

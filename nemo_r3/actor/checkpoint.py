@@ -73,6 +73,10 @@ class Saving:
         """The checkpoint that it will be."""
         return step_path(self.directory, self.manifest["step"])
 
+    def is_written(self) -> bool:
+        """Whether all ranks have written their shards; every rank calls this."""
+        return all(self.world.gather(self.strategy.is_written()))
+
 
 @cuda_stand_in()
 def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any], background: bool = False) -> Saving:
@@ -103,7 +107,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
             shutil.rmtree(saving.writing, ignore_errors=True)
             saving.writing.mkdir(parents=True)
         saving.world.barrier()
-        strategy = FullyParallelSaveStrategyWrapper(saving.strategy, _data_parallel_group())
+        strategy = FullyParallelSaveStrategyWrapper(saving.strategy, parallel_state.get_data_parallel_group())
         dist_checkpointing.save(_sharded_state(trainer), str(saving.writing), strategy)
     return saving
 
@@ -119,7 +123,7 @@ def finish(saving: Saving, keep: int) -> Path:
     with _explained(saving):
         _wait_for_shards(saving)
         saving.strategy.finish()
-        sums = {name: total for part in world.gather(saving.strategy.sums) for name, total in part.items()}
+        sums = world.merge(saving.strategy.sums)
         names = world.broadcast([file.name for file in saving.writing.iterdir()] if world.is_main else [])
         sums |= _file_sums(saving.writing, sorted(set(names) - set(sums)), world)
         if UNREADABLE in sums.values():
@@ -139,7 +143,7 @@ def _wait_for_shards(saving: Saving) -> None:
         OSError: nothing was written for run.timeout_minutes.
     """
     size, grown, pause = -1, time.monotonic(), 0.01
-    while not all(saving.world.gather(saving.strategy.is_written())):
+    while not saving.is_written():
         now = sum(saving.world.gather(saving.strategy.bytes_written()))
         if now != size:
             size, grown = now, time.monotonic()
@@ -185,7 +189,7 @@ def _file_sums(directory: Path, names: Sequence[str], world: World) -> dict[str,
         if _writer(name) % world.size == world.rank:
             watchdog.alive()
             own[name] = sum_of(directory / name)
-    return {name: total for part in world.gather(own) for name, total in part.items()}
+    return world.merge(own)
 
 
 def _writer(name: str) -> int:
@@ -235,13 +239,19 @@ def load_weights(policy: Policy, checkpoint: Path) -> dict[str, Any]:
 
 
 def _fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's manifest.
+    """The manifest of a checkpoint whose files have the sizes that it says, and which is of this model.
 
     Raises:
-        DamagedError: the checkpoint is incomplete.
+        DamagedError: the checkpoint is incomplete, on every rank alike.
         UserError: it is of another model, or of the other rotary factors.
     """
-    manifest = _manifest_on_rank_0(checkpoint, policy.world)
+
+    def read() -> dict[str, Any]:
+        manifest = read_manifest(checkpoint)
+        check_sizes(checkpoint, manifest["files"])
+        return manifest
+
+    manifest = policy.world.on_main(read)  # the other ranks may see the files later
     if manifest["architecture"] != _described(policy):
         raise UserError(
             f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
@@ -276,21 +286,6 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
     return found
 
 
-def _manifest_on_rank_0(checkpoint: Path, world: World) -> dict[str, Any]:
-    """The manifest, once the files have the sizes it says, as rank 0 sees them: other ranks may see them later.
-
-    Raises:
-        DamagedError: on every rank alike.
-    """
-
-    def read() -> dict[str, Any]:
-        manifest = read_manifest(checkpoint)
-        check_sizes(checkpoint, manifest["files"])
-        return manifest
-
-    return world.on_main(read)
-
-
 def _described(policy: Policy) -> dict[str, Any]:
     """The model's shape as a manifest gives it back."""
     described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
@@ -305,10 +300,6 @@ def _differences(found: Mapping[str, Any], policy: Policy) -> str:
     ours = _described(policy)
     other = [key for key in ours if found.get(key) != ours[key]]
     return ", ".join(f"another {key}" if key == "rope" else f"{key} {found.get(key)} != {ours[key]}" for key in other)
-
-
-def _data_parallel_group() -> torch.distributed.ProcessGroup:
-    return parallel_state.get_data_parallel_group()
 
 
 def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,7 +317,8 @@ def _norm_state(module: Any) -> dict[str, Any]:
 
 
 def _sharded_weights(policy: Policy) -> dict[str, Any]:
-    return weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": _data_parallel_group()})
+    group = parallel_state.get_data_parallel_group()
+    return weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": group})
 
 
 def _sharded_state(trainer: Trainer) -> dict[str, Any]:

@@ -7,19 +7,17 @@ names and type strings only while megatron-core runs, so that vLLM never sees it
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from nemo_r3.memory import resident
 
-R = TypeVar("R")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 32 * 2**20
 """Freed blocks up to this size are kept: the most that glibc takes as a threshold."""
@@ -81,7 +79,7 @@ def prepare() -> None:
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.Stream = _Stream
     cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
-    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.stream = lambda stream: nullcontext()
     mcore: Any = mcore_random
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -140,11 +138,3 @@ def cuda_stand_in() -> Iterator[None]:
     """A block (or decorated function) in which megatron-core may say "cuda"; does nothing where CUDA is available."""
     with nullcontext() if torch.cuda.is_available() else _CudaNamesToCpu():
         yield
-
-
-def on_any_device_stream(iterator: Iterator[R]) -> Iterator[R]:
-    """Advances an iterator that calls megatron-core inside `cuda_stand_in()`, and yields outside of it."""
-    done: Any = object()
-    advance = cuda_stand_in()(next)
-    while (item := advance(iterator, done)) is not done:
-        yield item

@@ -67,22 +67,7 @@ def kernel_for(query: Tensor) -> Kernel:
     """The fastest kernel for a tensor's device and dtype."""
     if query.device.type == "cpu":
         return CpuFlash()
-    return CudaFlash() if query.dtype in (torch.bfloat16, torch.float16) else Plain()
-
-
-def _cut(tensor: Tensor, bounds: Bounds) -> Iterator[Tensor]:
-    """[tokens, heads, head_dim] -> [1, heads, tokens of the part, head_dim] views."""
-    for start, end in bounds.spans:
-        yield tensor[start:end].transpose(0, 1).unsqueeze(0)
-
-
-def _cut_all(tensors: tuple[Tensor, ...], bounds: Bounds) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(_cut(tensor, bounds) for tensor in tensors), strict=True)
-
-
-def _join(pieces: list[Tensor]) -> Tensor:
-    """[1, heads, tokens of the part, head_dim] each -> [tokens, heads, head_dim]."""
-    return torch.cat([piece.squeeze(0).transpose(0, 1) for piece in pieces])
+    return CudaFlash() if query.dtype is torch.bfloat16 else Plain()
 
 
 class CpuFlash:
@@ -158,7 +143,7 @@ def _put(values: Tensor, into: Tensor, batch: slice | Batch) -> None:
 
 
 class CudaFlash:
-    """torch's FlashAttention (arXiv 2307.08691), one call for all parts; bfloat16 and float16."""
+    """torch's FlashAttention (arXiv 2307.08691), one call for all parts; bfloat16 only."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """See `Kernel`."""
@@ -205,9 +190,8 @@ class Plain:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """See `Kernel`."""
-        queries, keys = _cut(query, parts.queries), _cut_all((key, value), parts.keys)
         outputs, sums = [], []
-        for q, (k, v) in zip(queries, keys, strict=True):
+        for (q,), (k, v) in zip(_cut(parts.queries, query), _cut(parts.keys, key, value), strict=True):
             scores = _scores(q, k, parts.causal)
             sums.append(scores.logsumexp(-1).squeeze(0))
             outputs.append(torch.softmax(scores, -1) @ _per_head(v, q))
@@ -217,11 +201,9 @@ class Plain:
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
-        queries = _cut_all((grad, query, out), parts.queries)
-        sums = (lse[None, :, start:end, None] for start, end in parts.queries.spans)
-        keys = _cut_all((key, value), parts.keys)
+        queries, keys = _cut(parts.queries, grad, query, out, lse.t()[..., None]), _cut(parts.keys, key, value)
         gradients = []
-        for (g, q, o), s, (k, v) in zip(queries, sums, keys, strict=True):
+        for (g, q, o, s), (k, v) in zip(queries, keys, strict=True):
             probabilities = torch.exp(_scores(q, k, parts.causal) - s)
             inner = g @ _per_head(v, q).transpose(-1, -2) - (g * o).sum(-1, keepdim=True)
             scored = probabilities * inner / math.sqrt(q.shape[-1])
@@ -230,6 +212,17 @@ class Plain:
             gradients.append((scored @ _per_head(k, q), d_key, d_value))
         d_queries, d_keys, d_values = (_join(list(parts)) for parts in zip(*gradients, strict=True))
         return d_queries, d_keys, d_values
+
+
+def _cut(bounds: Bounds, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Of each part, [1, heads, tokens of the part, channels] views of tensors [tokens, heads, channels]."""
+    for start, end in bounds.spans:
+        yield [tensor[start:end].transpose(0, 1)[None] for tensor in tensors]
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    """[1, heads, tokens of the part, head_dim] each -> [tokens, heads, head_dim]."""
+    return torch.cat([piece.squeeze(0).transpose(0, 1) for piece in pieces])
 
 
 def _per_head(tensor: Tensor, query: Tensor) -> Tensor:

@@ -48,9 +48,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def steps_in(directory: Path) -> list[Path]:
+    """What a run's `checkpoints` keep of steps, newest first; a user's copies have other names, and do not count."""
+    found = (path for path in directory.glob("step_*") if path.name.removeprefix("step_").isdecimal())
+    return sorted(found, key=step_of, reverse=True)
+
+
 def complete(directory: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints` that have a manifest, newest first."""
-    return sorted((file.parent for file in directory.glob(f"step_*/{MANIFEST}")), key=step_of, reverse=True)
+    return [checkpoint for checkpoint in steps_in(directory) if (checkpoint / MANIFEST).is_file()]
 
 
 def latest(directory: Path) -> Path | None:
@@ -158,7 +164,7 @@ def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) 
 
 def keep_newest(directory: Path, number: int) -> None:
     """Removes all but the newest `number` complete checkpoints in a run's `checkpoints`."""
-    for other in set(directory.glob("step_*")) - set(complete(directory)[:number]):
+    for other in set(steps_in(directory)) - set(complete(directory)[:number]):
         _remove(other)
 
 

@@ -77,7 +77,8 @@ class LayerWatch:
         """Touches nothing before `watching`; `recipe` is the run's, None without FP8."""
         self._layers = {layer.layer_number - 1: layer for layer in trunk.decoder.layers}
         self._recipe = recipe
-        edge, end = (recipe.edges if recipe is not None else trunk.config.num_layers), trunk.config.num_layers
+        end = trunk.config.num_layers
+        edge = end if recipe is None else recipe.edges
         self._plain = {number for number in self._layers if number < edge or number >= end - edge}
         self._roundings: dict[Key, Rounding] = {}
 
@@ -113,12 +114,10 @@ class LayerWatch:
 
     def leave_fp8(self, layers: Collection[int]) -> None:
         """Makes these layers multiply in BF16 from now on; a stage takes care of its own."""
-        from transformer_engine.pytorch import fp8_autocast
-
         for number in set(layers) & set(self._layers) - self._plain:
             self._plain.add(number)
             layer = self._layers[number]
-            layer.forward = _within(lambda: fp8_autocast(enabled=False), layer.forward)
+            layer.forward = _without_fp8(layer.forward)
 
     def _seen(self, number: int, matrix: str, module: Any, inputs: Sequence[Tensor], output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -159,16 +158,22 @@ def measure_rounding(
         powers_of_two: round scales down to powers of two.
         scale: use this one instead.
     """
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    height = tile[0] if tile else 1
+    rows, largest = tensor.reshape(-1, tensor.shape[-1]), torch.finfo(dtype).max
+    height = 1 if tile is None else tile[0]
     parts = rows.split(max(CHUNK // rows.shape[1] // height, 1) * height)
-    largest, amax = torch.finfo(dtype).max, torch.stack([part.abs().amax() for part in parts]).amax().float()
-    if tile is None and scale is None:
-        scale = _scale(amax, largest, powers_of_two)
+    amax = torch.stack([part.abs().amax() for part in parts]).amax().float()
+
+    def scales_of(numbers: Tensor) -> Tensor:
+        if scale is not None:
+            return scale
+        if tile is None:
+            return _scale(amax, largest, powers_of_two)
+        return _spread(numbers, tile, largest, powers_of_two)
+
     sums = torch.zeros(5, dtype=torch.float64, device=tensor.device)
     for part in parts:
         numbers = part.float()
-        scales = scale if scale is not None else _spread(numbers, tile or (1, 1), largest, powers_of_two)
+        scales = scales_of(numbers)
         back, filled = _there_and_back(numbers, scales, dtype), numbers != 0
         counts = (filled, filled & (back == 0), (numbers * scales).abs() > largest * (1 + 1e-6))
         sums += torch.stack([count.sum() for count in counts] + [((back - numbers) ** 2).sum(), (numbers**2).sum()])
@@ -210,9 +215,11 @@ def _normalised(module: Any, inputs: Tensor) -> Tensor:
     return nn.functional.rms_norm(inputs.detach(), (inputs.shape[-1],), weight.detach(), module.eps)
 
 
-def _within(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_fp8(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from transformer_engine.pytorch import fp8_autocast
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return function(*args, **kwargs)
+        with fp8_autocast(enabled=False):
+            return forward(*args, **kwargs)
 
     return wrapped

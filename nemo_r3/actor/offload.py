@@ -21,19 +21,15 @@ PIECE = 32 * 2**20
 
 
 class HostBuffer:
-    """Room in host memory for the bytes of one tensor, pinned if the tensor is on a GPU."""
+    """The bytes of one tensor in host memory, pinned if the tensor is on a GPU."""
 
-    def __init__(self, nbytes: int, pinned: bool) -> None:
-        self.nbytes = nbytes
-        sizes = (min(PIECE, nbytes - start) for start in range(0, nbytes, PIECE))
+    def __init__(self, tensor: Tensor) -> None:
+        """Copies a contiguous tensor, as `read_from` does."""
+        self.nbytes = tensor.nbytes
+        sizes = (min(PIECE, self.nbytes - start) for start in range(0, self.nbytes, PIECE))
+        pinned = tensor.device.type == "cuda"
         self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> HostBuffer:
-        """A copy of a contiguous tensor."""
-        buffer = cls(tensor.nbytes, pinned=tensor.device.type == "cuda")
-        buffer.read_from(tensor)
-        return buffer
+        self.read_from(tensor)
 
     def read_from(self, tensor: Tensor) -> None:
         """Copies a contiguous tensor of `nbytes` into this buffer; on a GPU the copy is only queued."""
@@ -69,8 +65,9 @@ class Offload:
         for storage in _own_storages(self._model, self._optimizer):
             host = self._hosts.get(storage._cdata)
             if host is None or host.nbytes != storage.nbytes():
-                host = HostBuffer(storage.nbytes(), pinned=storage.device.type == "cuda")
-            host.read_from(_whole(storage))
+                host = HostBuffer(_whole(storage))
+            else:
+                host.read_from(_whole(storage))
             hosts[storage._cdata] = host
             self._parked.append((storage, host))
         self._hosts = hosts

@@ -17,7 +17,7 @@ from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
-from nemo_r3.models import Architecture, architecture_of, fingerprint, model_path
+from nemo_r3.models import architecture_of, fingerprint, model_path
 from nemo_r3.models.flops import training_cost
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
@@ -51,15 +51,16 @@ class Policy:
             ConfigError: the checkpoint does not exist or does not fit its config.json.
         """
         cpu.prepare()
+        checkpoint = model_path(config)
         self.config, self.world = config, world
-        self.arch: Architecture = architecture_of(model_path(config))
-        self.fingerprint = fingerprint(model_path(config), self.arch)
+        self.arch = architecture_of(checkpoint)
+        self.fingerprint = fingerprint(checkpoint, self.arch)
         self.version = 0
         with cpu.cuda_stand_in():
             start_parallel_groups(config)
             self.module = build_model(config, self.arch, world)
             if with_weights:
-                load_hf(self.module, self.arch, model_path(config))
+                load_hf(self.module, self.arch, checkpoint)
         rotary = Rotary.of(self.arch.rope, config.rollout.max_model_len, world.device)
         self.pipeline = Pipeline(self.module, self.arch, rotary, config.rollout.temperature)
         torch.cuda.empty_cache()  # for the engine, which starts next
@@ -81,14 +82,12 @@ class Policy:
         for numbers, logprobs in scores.items():
             lengths = [len(rows[number]) - 1 for number in numbers]
             own.update(zip(numbers, logprobs.cpu().split(lengths), strict=True))
-        merged: dict[int, Tensor] = {}
-        for part in self.world.gather(own):
-            merged.update(part)
+        merged = self.world.merge(own)
         return [merged[number] for number in range(len(rows))]
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
         """Streams the weights under their Hugging Face names; every rank iterates to the end, in lockstep."""
-        return cpu.on_any_device_stream(export_hf(self.module, self.arch))
+        return export_hf(self.module, self.arch)
 
     def microbatches(self, rows: Sequence[Row]) -> tuple[list[Microbatch], float]:
         """This rank's microbatches, and the FLOPs of training on all rows: shared contexts once, without padding."""

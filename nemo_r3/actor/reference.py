@@ -18,7 +18,7 @@ class Reference:
         """Copies this rank's weights; `on_host` matters only for a GPU's."""
         self._module = module
         weights = [parameter.detach() for parameter in module.parameters()]
-        self._kept = [HostBuffer.of(it) if on_host and it.device.type == "cuda" else it.clone() for it in weights]
+        self._kept = [HostBuffer(it) if on_host and it.device.type == "cuda" else it.clone() for it in weights]
 
     @property
     def nbytes(self) -> int:

@@ -57,7 +57,7 @@ class Saver:
 
     def finish_if_written(self) -> None:
         """Finishes a save that all ranks have written; every rank calls this between steps."""
-        if self._saving is not None and all(self._trainer.policy.world.gather(self._saving.strategy.is_written())):
+        if self._saving is not None and self._saving.is_written():
             self.finish()
 
     def finish(self) -> None:

@@ -59,8 +59,9 @@ def _knows_scales(module: Any) -> bool:
 def _scales(part: Any) -> Tensor:
     """[bytes] uint8 on the CPU; empty before the first step."""
     tensors = {name: tensor.cpu() for name, tensor in _tensors(part)}
-    content = bytearray(save(tensors) if tensors else b"")
-    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    if not tensors:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
 
 
 def _take(part: Any, recipe: Any, state: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,16 +41,13 @@ def mark_tensor_parallel(model: nn.Module, arch: Architecture) -> None:
 
     megatron-core sets these attributes only where it initialises weights itself.
     """
-    mine = parameters_by_name(model, arch)
+    mine: dict[str, Any] = dict(parameters_by_name(model, arch))
     cuts = {row.megatron: row.cut for row in names.rows(arch)} | {names.HEAD: 0}
     for name, parameter in mine.items():
         cut = cuts[name]
-        for attribute, value in (
-            ("tensor_model_parallel", cut is not None),
-            ("partition_dim", -1 if cut is None else cut),
-            ("partition_stride", 1),
-        ):
-            setattr(parameter, attribute, value)
+        parameter.tensor_model_parallel = cut is not None
+        parameter.partition_dim = -1 if cut is None else cut
+        parameter.partition_stride = 1
 
 
 def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:

@@ -11,7 +11,6 @@ tried, from few large microbatches to many small ones, and the fastest is taken.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +46,11 @@ class Cost:
     per_token: float
     per_pair: float
     per_target: float
+
+    def flops(self, shared: int, own: Sequence[int], targets: int) -> float:
+        """FLOPs on a context of `shared` tokens with branches of `own` tokens each, `targets` of all these trained."""
+        pairs = shared * (shared + 1) / 2 + sum(length * shared + length * (length + 1) / 2 for length in own)
+        return self.per_token * (shared + sum(own)) + self.per_pair * pairs + self.per_target * targets
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,8 @@ class Balance:
         """FLOPs of training on a piece."""
         if not piece:
             return 0.0
-        shared, own = self._rows[piece[0]].shared, [self._rows[number].own for number in piece]
-        pairs = shared * (shared + 1) / 2 + sum(length * shared + length * (length + 1) / 2 for length in own)
-        targets = sum(self._rows[number].targets for number in piece)
-        cost = self._cost
-        return cost.per_token * self.tokens(piece) + cost.per_pair * pairs + cost.per_target * targets
+        rows = [self._rows[number] for number in piece]
+        return self._cost.flops(rows[0].shared, [row.own for row in rows], sum(row.targets for row in rows))
 
     def all_flops(self, dealt: Dealt) -> float:
         """FLOPs of training on all ranks' pieces."""
@@ -155,12 +156,8 @@ class Balance:
 
     def _deal_to_ranks(self, pieces: Sequence[Piece], ranks: int) -> list[dict[int, Piece]]:
         """What each rank gets of the pieces, by the piece's number."""
-        held: list[dict[int, Piece]] = [{} for _ in range(ranks)]
-        loads = [(0.0, rank) for rank in range(ranks)]
-        for number in sorted(range(len(pieces)), key=lambda n: (-self.flops(pieces[n]), n)):
-            load, rank = heapq.heappop(loads)
-            held[rank][number] = pieces[number]
-            heapq.heappush(loads, (load + self.flops(pieces[number]), rank))
+        dealt = deal([self.flops(piece) for piece in pieces], ranks)
+        held = [{number: pieces[number] for number in numbers} for numbers in dealt]
         while self._improve(held):
             pass
         return held
@@ -200,3 +197,17 @@ class Balance:
             loads[lightest] += self.flops(piece)
             tokens[lightest] += self.tokens(piece)
         return filled
+
+
+def deal(costs: Sequence[float], hands: int) -> list[list[int]]:
+    """Items -> hands of about the same total cost: the costliest first, each to the hand with the least.
+
+    Example: ``deal([5, 1, 1, 3], 2)`` is ``[[0], [3, 1, 2]]``
+    """
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    loads = [0.0] * hands
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        hand = loads.index(min(loads))
+        dealt[hand].append(item)
+        loads[hand] += costs[item]
+    return dealt

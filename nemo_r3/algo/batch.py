@@ -35,14 +35,15 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
         for scores, teaches in zip(rewards, mixed, strict=True)
     ]
     phases = frozenset(Phase(phase) for phase in algo.trained_phases)
-    chosen = [
-        (number, trajectory, advantage)
-        for number, group in enumerate(groups)
-        if mixed[number] or algo.keep_equal_groups
-        for reflection, advantage in zip(group.reflections, advantages[number], strict=True)
-        if (trajectory := up_to_trained(reflection.trajectory, phases)).segments
-        and not (algo.mask_truncated and reflection.answer.truncated)  # overlong masking, arXiv 2503.14476, section 3.4
-    ]
+    chosen: list[tuple[int, Trajectory, float]] = []
+    for number, group in enumerate(groups):
+        if not (mixed[number] or algo.keep_equal_groups):
+            continue
+        for reflection, advantage in zip(group.reflections, advantages[number], strict=True):
+            trajectory = up_to_trained(reflection.trajectory, phases)
+            masked = algo.mask_truncated and reflection.answer.truncated  # arXiv 2503.14476, section 3.4
+            if trajectory.segments and not masked:
+                chosen.append((number, trajectory, advantage))
     lengths = [sum(len(segment.ids) for segment in row.segments if _trained(segment, phases)) for _, row, _ in chosen]
     weights = token_weights(lengths, loss.AGGREGATION, token_limit(config))
     shared = {

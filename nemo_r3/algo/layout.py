@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Bounds:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """(start, end) of each part."""
-        return list(zip(self.cuts, self.cuts[1:], strict=False))
+        return list(pairwise(self.cuts))
 
     @cached_property
     def longest(self) -> int:

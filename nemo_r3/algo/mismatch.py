@@ -1,4 +1,7 @@
-"""The mismatch between vLLM, which samples, and the actor, which trains: measured, and on request corrected."""
+"""The mismatch between vLLM, which samples, and the actor, which trains: measured, and on request corrected.
+
+`log_ratio` is log(p_actor / p_vllm) of each sampled token, [tokens], without gradient.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +22,31 @@ LOG_RATIO_LIMIT = 20.0
 """Ratios stay within e^-20 and e^20 (verl's limit): beyond any useful token's, and short of float32's overflow."""
 
 
-def prob_error(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """exp|logp_actor - logp_vllm| at each token; its mean is `token_mult_prob_error` (NeMo-RL's name)."""
-    return _exp((logprobs - rollout_logprobs).abs())
+def ratios(log_ratio: Tensor) -> Tensor:
+    """Importance ratios of tokens; their mean is 1 where both are the same policy."""
+    return torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
-def rollout_kl(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+def prob_error(log_ratio: Tensor) -> Tensor:
+    """exp|log_ratio| at each token; its mean is `token_mult_prob_error` (NeMo-RL's name)."""
+    return ratios(log_ratio.abs())
+
+
+def rollout_kl(log_ratio: Tensor) -> Tensor:
     """An unbiased, non-negative estimate of KL(rollout || actor) at each token (k3, http://joschu.net/blog/kl-approx.html).
 
-    The tokens are the rollout's samples: r - 1 - log r with r = p_actor / p_rollout.
+    The tokens are the rollout's samples: ratio - 1 - log ratio.
     """
-    log_ratio = logprobs - rollout_logprobs
-    return _exp(log_ratio) - 1 - log_ratio
+    return ratios(log_ratio) - 1 - log_ratio
 
 
-def ratios(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """Importance ratios p_actor / p_rollout of tokens; their mean is 1 where both are the same policy."""
-    return _exp(logprobs - rollout_logprobs)
-
-
-def outside(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+def outside(log_ratio: Tensor) -> Tensor:
     """[tokens] bool: the ratio is beyond `OUTLIER`, or NaN."""
-    log_ratio = logprobs - rollout_logprobs
     return ~((log_ratio >= math.log(OUTLIER[0])) & (log_ratio <= math.log(OUTLIER[1])))
 
 
-def correct(
-    logprobs: Tensor, rollout_logprobs: Tensor, sequences: Tensor, kind: str, low: float, high: float
-) -> tuple[Tensor, Kept]:
-    """Importance-sampling factors of the policy loss at each token, from ratio = p_actor / p_vllm.
+def correct(log_ratio: Tensor, sequences: Tensor, kind: str, low: float, high: float) -> tuple[Tensor, Kept]:
+    """Importance-sampling factors of the policy loss at each token.
 
     - "none": the factor is 1.
     - "tis": the factor is min(ratio, high) (https://fengyao.notion.site/off-policy-rl).
@@ -58,21 +57,19 @@ def correct(
     Bounds are compared as logarithms, which never overflow. NaN is kept, so that it stops the step.
 
     Args:
-        logprobs: [tokens] float of the actor.
-        rollout_logprobs: [tokens] of vLLM.
+        log_ratio: [tokens] float.
         sequences: [tokens] int64, never decreasing.
         kind: `algo.mismatch_correction`.
         low: above 0; "none" and "tis" ignore it.
         high: above low.
 
     Returns:
-        Factors [tokens] without gradient, and which tokens are kept.
+        Factors [tokens], and which tokens are kept.
 
     Raises:
         ValueError: another kind.
     """
-    log_ratio = logprobs.detach() - rollout_logprobs
-    ratio = _exp(log_ratio)
+    ratio = ratios(log_ratio)
     if kind == "none":
         return torch.ones_like(ratio), EVERY
     if kind == "tis":
@@ -82,10 +79,6 @@ def correct(
     if kind == "sequence_mask":
         return ratio, _within(sequence_means(log_ratio, sequences), low, high)
     raise ValueError(f"algo.mismatch_correction={kind!r}")
-
-
-def _exp(log_ratio: Tensor) -> Tensor:
-    return torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
 def _within(log_ratio: Tensor, low: float, high: float) -> Tensor:

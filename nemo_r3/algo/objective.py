@@ -64,8 +64,8 @@ class Objective:
             The scalar to differentiate, and the sums of METRICS, [12] float64, without gradient.
         """
         algo, aggregation = self.algo, self.loss.AGGREGATION
-        rollout, sequences = targets.rollout_logprobs, targets.sequences
-        factors, kept = correct(logprobs, rollout, sequences, algo.mismatch_correction, *self.ratio_bounds)
+        sequences, log_ratio = targets.sequences, logprobs.detach() - targets.rollout_logprobs
+        factors, kept = correct(log_ratio, sequences, algo.mismatch_correction, *self.ratio_bounds)
         weights = kept_weights(targets.weights, kept, sequences, aggregation)
         new = logprobs[kept]
         policy = self.loss.policy_loss(new, new.detach(), targets.advantages[kept], sequences[kept], self.loss.CLIP)
@@ -75,10 +75,10 @@ class Objective:
         sums = {
             "loss": loss,
             "kl": (weights * divergence).sum(),
-            "prob_error": prob_error(logprobs, rollout).sum(),
-            "rollout_kl": rollout_kl(logprobs, rollout).sum(),
-            "ratio": ratios(logprobs, rollout).sum(),
-            "outliers": outside(logprobs, rollout).sum(),
+            "prob_error": prob_error(log_ratio).sum(),
+            "rollout_kl": rollout_kl(log_ratio).sum(),
+            "ratio": ratios(log_ratio).sum(),
+            "outliers": outside(log_ratio).sum(),
             "nonfinite": (~logprobs.isfinite()).sum(),
             "entropy": entropy.sum(),
             "tokens": loss.new_full((), len(targets)),

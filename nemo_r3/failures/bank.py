@@ -105,7 +105,7 @@ class Bank:
 
     def _refuse_other_tokens(self) -> None:
         for row in islice(self._find_rows(), COMPARED_ROWS):
-            answer = row.load().attempt
+            answer = row.load().answer
             if (read := self._decode(answer.segment.ids)) != answer.text:
                 raise UserError(
                     f"failures.path: {self.path} holds token ids of another tokenizer: {row.shard} has an answer "

@@ -142,14 +142,18 @@ def check_layout(config: Config, arch: Architecture) -> None:
             allowed = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             raise ConfigError(f"{key}={ways} does not divide the model's {count} {what} (allowed: {allowed})")
 
-    for key, ways in (
-        ("actor.tensor_parallel", actor.tensor_parallel),
-        ("rollout.tensor_parallel", rollout.tensor_parallel),
-    ):
+    both = {"actor.tensor_parallel": actor.tensor_parallel, "rollout.tensor_parallel": rollout.tensor_parallel}
+    for key, ways in both.items():
         must_divide(key, ways, arch.num_heads, "attention heads")
     must_divide("actor.tensor_parallel", actor.tensor_parallel, arch.num_kv_heads, "key/value heads")
-    must_divide("actor.tensor_parallel", actor.tensor_parallel, arch.ffn_hidden_size, "feed-forward columns")
+    for key, ways in both.items():
+        must_divide(key, ways, arch.ffn_hidden_size, "feed-forward columns")
     must_divide("actor.pipeline_parallel", actor.pipeline_parallel, arch.num_layers, "layers")
+    if arch.num_kv_heads % rollout.tensor_parallel and rollout.tensor_parallel % arch.num_kv_heads:
+        raise ConfigError(
+            f"rollout.tensor_parallel={rollout.tensor_parallel} neither divides nor is divided by the model's "
+            f"{arch.num_kv_heads} key/value heads"
+        )
     if rollout.max_model_len > arch.max_positions:
         raise ConfigError(
             f"rollout.max_model_len={rollout.max_model_len} exceeds the model's {arch.max_positions} positions"

@@ -29,12 +29,9 @@ def rollout_flops(arch: Architecture, groups: Iterable[Group]) -> float:
     cost, total = training_cost(arch), 0.0
     for group in groups:
         shared = _shared(group.reflections[0])
-        inputs, pairs, sampled = float(shared), shared * (shared + 1) / 2, 0
-        for reflection in group.reflections:
-            own = len(reflection.trajectory) - shared - 1  # the last token is never read
-            inputs, pairs = inputs + own, pairs + own * shared + own * (own + 1) / 2
-            sampled += len(reflection.answer.segment.ids) + len(reflection.retry.segment.ids)
-        total += cost.per_token * inputs + cost.per_pair * pairs + cost.per_target * sampled
+        own = [len(it.trajectory) - shared - 1 for it in group.reflections]  # the last token is never read
+        sampled = sum(len(it.answer.segment.ids) + len(it.retry.segment.ids) for it in group.reflections)
+        total += cost.flops(shared, own, sampled)
     return total / FORWARD_AND_BACKWARD
 
 

@@ -84,9 +84,14 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
     """
     if row.cut is None:
         return [(name, (slice(None),)) for name in row.hf]
-    query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    lengths = {"qkv": [query, key, key], "gate_up": [arch.ffn_hidden_size] * 2}.get(row.kind)
-    lengths = lengths or [full_shape(row, arch, size)[row.cut]]
+    match row.kind:
+        case "qkv":
+            query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+            lengths = [query, key, key]
+        case "gate_up":
+            lengths = [arch.ffn_hidden_size] * 2
+        case _:
+            lengths = [full_shape(row, arch, size)[row.cut]]
     fused = len(row.hf) < len(lengths)
     indexed = []
     for number, length in enumerate(lengths):

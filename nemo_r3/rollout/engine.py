@@ -127,10 +127,11 @@ class Engine:
         """
         if self.version == NO_WEIGHTS:
             raise RuntimeError("the engine started without weights or has slept: it needs a refit first")
-        finished = [(output.request_id, output.outputs[0]) for output in self._llm.step() if output.finished]
         return [
-            self._completion(request_id, turn.token_ids, turn.logprobs, str(turn.finish_reason))
-            for request_id, turn in finished
+            self._completion(output.request_id, turn.token_ids, turn.logprobs, str(turn.finish_reason))
+            for output in self._llm.step()
+            if output.finished
+            for turn in output.outputs
         ]
 
     def abort(self) -> list[Completion]:

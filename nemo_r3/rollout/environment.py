@@ -1,4 +1,4 @@
-"""What vLLM needs to find in the process before it is imported, and what it cannot do on this machine."""
+"""What vLLM needs to find in the process before it is imported, and what it cannot do on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import Architecture, architecture_of, model_path
+from nemo_r3.models import architecture_of, model_path
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head widths of vLLM's CPU attention; with any other it fails at the first token, not at start-up."""
@@ -26,10 +26,13 @@ def prepare(config: Config, on_cuda: bool) -> None:
         on_cuda: whether the ranks have GPUs.
 
     Raises:
-        ConfigError: the model and the engine's layout or the CPU's attention do not fit.
+        ConfigError: vLLM's CPU attention lacks the model's head width.
         RuntimeError: vLLM was imported before its environment was ready.
     """
-    _check(config, architecture_of(model_path(config)), on_cuda)
+    head_dim = architecture_of(model_path(config)).head_dim
+    if not on_cuda and head_dim not in CPU_HEAD_DIMS:
+        allowed = ", ".join(map(str, CPU_HEAD_DIMS))
+        raise ConfigError(f"model.path: head_dim {head_dim} does not run in vLLM on a CPU (it has {allowed})")
     if "vllm" in sys.modules:
         raise RuntimeError("nemo_r3.rollout.environment.prepare must run before vllm is imported")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -42,20 +45,3 @@ def prepare(config: Config, on_cuda: bool) -> None:
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks share cores with their own actor
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # an eager engine still compiles its sampler: 44 s against 1 s
-
-
-def _check(config: Config, arch: Architecture, on_cuda: bool) -> None:
-    ways = config.rollout.tensor_parallel
-    if not on_cuda and arch.head_dim not in CPU_HEAD_DIMS:
-        allowed = ", ".join(map(str, CPU_HEAD_DIMS))
-        raise ConfigError(f"model.path: head_dim {arch.head_dim} does not run in vLLM on a CPU (it has {allowed})")
-    if arch.num_heads % ways or arch.ffn_hidden_size % ways:
-        raise ConfigError(
-            f"rollout.tensor_parallel={ways} does not divide the model's {arch.num_heads} attention heads and "
-            f"{arch.ffn_hidden_size} feed-forward columns"
-        )
-    if arch.num_kv_heads % ways and ways % arch.num_kv_heads:
-        raise ConfigError(
-            f"rollout.tensor_parallel={ways}: neither divides nor is divided by the model's {arch.num_kv_heads} "
-            "key/value heads"
-        )

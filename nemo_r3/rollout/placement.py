@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_r3 import signals
+from nemo_r3.algo.balance import deal
 from nemo_r3.runtime import World
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ class Fleet:
 
     def own_items(self, costs: Sequence[int]) -> list[int]:
         """The items that this rank's engine works on, in ascending order."""
-        return deal(costs, self.engines)[self.index]
+        return sorted(deal(costs, self.engines)[self.index])
 
     def asked_to_stop(self) -> bool:
         """Whether this rank's engine should stop; its ranks call this before each step, and all hear the same."""
@@ -68,22 +69,6 @@ class Fleet:
         """
         self.world.leave_if_asked()
         is_first = self.world.rank % self.tensor_parallel == 0  # all ranks of an engine have the same results
-        merged: dict[int, T] = {}
-        for part in self.world.gather(dict(done) if is_first else {}):
-            merged.update(part)
+        merged = self.world.merge(done if is_first else {})
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[item] for item in range(count)]
-
-
-def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
-    """Items -> hands of about the same total cost, each in ascending order; the same on every rank.
-
-    Example: ``deal([5, 1, 1, 3], 2)`` is ``[[0], [1, 2, 3]]``
-    """
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    load = [0] * hands
-    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        hand = load.index(min(load))
-        dealt[hand].append(item)
-        load[hand] += costs[item]
-    return [sorted(hand) for hand in dealt]

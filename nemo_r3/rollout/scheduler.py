@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Generic, TypeVar
 
 import torch
@@ -132,18 +133,17 @@ class Rollout(Generic[EngineT]):
         own = self._fleet.own_items([len(prompt) * samples for prompt in prompts])
         done: dict[int, Attempt] = {}
 
-        def attempt(item: int, sample: int) -> _Turn:
-            problem = problems[item]
+        def judge(item: int, sample: int, answer: Answer) -> None:
+            problem, context = problems[item], prompts[item].then(answer.segment)
+            passed = self._verify(problem, answer)
+            done[item * samples + sample] = Attempt(problem, sample, context, answer, passed)
 
-            def end(answer: Answer) -> None:
-                context = prompts[item].then(answer.segment)
-                passed = self._verify(problem, answer)
-                done[item * samples + sample] = Attempt(problem, sample, context, answer, passed)
-
-            return _Turn(Phase.ATTEMPT, prompts[item], problem.id, sample, end)
-
-        turns = [attempt(item, sample) for item in own for sample in range(samples)]
-        self._run(turns, step, greedy, {Phase.ATTEMPT: len(turns)})
+        turns = [
+            _Turn(Phase.ATTEMPT, prompts[item], problems[item].id, sample, partial(judge, item, sample))
+            for item in own
+            for sample in range(samples)
+        ]
+        self._run(turns, step, greedy, [Phase.ATTEMPT])
         attempts = self._fleet.collect(done, len(problems) * samples)
         self.too_long |= {attempt.problem.id for attempt in attempts if attempt.answer.finish_reason == NO_ROOM}
         return attempts
@@ -167,23 +167,20 @@ class Rollout(Generic[EngineT]):
         """
         prompts = [self._dialogue.reflect(failure.context) for failure in failures]
         own = self._fleet.own_items([len(prompt) * group_size for prompt in prompts])
-        reflections: dict[int, dict[int, Reflection]] = {item: {} for item in own}
+        done: dict[int, Reflection] = {}
 
-        def reflect(item: int, sample: int) -> _Turn:
-            def end(reflection: Answer) -> _Turn:
-                keep = partial(reflections[item].__setitem__, sample)
-                return self._retry(failures[item], sample, prompts[item], reflection, keep)
+        def retry(item: int, sample: int, reflection: Answer) -> _Turn:
+            keep = partial(done.__setitem__, item * group_size + sample)
+            return self._retry(failures[item], sample, prompts[item], reflection, keep)
 
-            return _Turn(Phase.REFLECTION, prompts[item], failures[item].id, sample, end)
-
-        turns = [reflect(item, sample) for item in own for sample in range(group_size)]
-        self._run(turns, step, greedy, {Phase.REFLECTION: len(turns), Phase.RETRY: len(turns)})
-        done = {
-            item: Group(failures[item], tuple(by_sample[sample] for sample in range(group_size)))
-            for item, by_sample in reflections.items()
-            if len(by_sample) == group_size
-        }
-        return self._fleet.collect(done, len(failures))
+        turns = [
+            _Turn(Phase.REFLECTION, prompts[item], failures[item].id, sample, partial(retry, item, sample))
+            for item in own
+            for sample in range(group_size)
+        ]
+        self._run(turns, step, greedy, [Phase.REFLECTION, Phase.RETRY])
+        reflections = iter(self._fleet.collect(done, len(failures) * group_size))
+        return [Group(failure, tuple(islice(reflections, group_size))) for failure in failures]
 
     def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
         """A retry on each failure after a reflection that was sampled elsewhere, on every rank.
@@ -203,7 +200,7 @@ class Rollout(Generic[EngineT]):
             self._retry(failures[item], 0, prompts[item], reflections[item], partial(done.__setitem__, item))
             for item in own
         ]
-        self._run(turns, step, greedy=False, totals={Phase.RETRY: len(turns)})
+        self._run(turns, step, greedy=False, phases=[Phase.RETRY])
         return self._fleet.collect(done, len(failures))
 
     def _retry(
@@ -221,8 +218,8 @@ class Rollout(Generic[EngineT]):
 
         return _Turn(Phase.RETRY, retry_prompt, failure.id, sample, end)
 
-    def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, totals: dict[Phase, int]) -> None:
-        """Samples turns and those that follow, until none is left or a signal asks to stop."""
+    def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, phases: Sequence[Phase]) -> None:
+        """Samples turns and those that follow, one of each phase, until none is left or a signal asks to stop."""
         in_flight = _InFlight(step, greedy)
         self.turns.begin(step)
         if self._deterministic:  # a resumed run has less in its cache: what an engine computes must not depend on it
@@ -236,8 +233,8 @@ class Rollout(Generic[EngineT]):
                 turn, whole = self._take(completion, in_flight)
                 self._request(in_flight.end(turn, self._answer(turn.phase, whole)), in_flight)
             if completions and self._progress is not None:
-                for phase, total in totals.items():
-                    self._progress(phase, in_flight.ended[phase], total, in_flight.tokens[phase])
+                for phase in phases:
+                    self._progress(phase, in_flight.ended[phase], len(turns), in_flight.tokens[phase])
         for completion in self.engine.abort():
             self._take(completion, in_flight)
 
@@ -255,11 +252,10 @@ class Rollout(Generic[EngineT]):
             if begun is not None and begun.finish_reason != UNFINISHED:
                 turn = in_flight.end(turn, self._answer(turn.phase, begun))
                 continue
-            ids = begun.ids if begun is not None else ()
+            ids = () if begun is None else begun.ids
             assert name not in in_flight.requests, "one sample of a prompt is requested twice"
             in_flight.requests[name] = turn, begun
-            sampling = self._sampling(turn, in_flight.step, in_flight.greedy, room, len(ids))
-            self.engine.add(name, [*prompt.ids, *ids], sampling)
+            self.engine.add(name, [*prompt.ids, *ids], self._sampling(turn, in_flight, room, len(ids)))
             return
 
     def _take(self, completion: Completion, in_flight: _InFlight) -> tuple[_Turn, Completion]:
@@ -269,17 +265,18 @@ class Rollout(Generic[EngineT]):
         self.turns.add(completion.request_id, whole)
         return turn, whole
 
-    def _sampling(self, turn: _Turn, step: int, greedy: bool, room: int, begun: int) -> Sampling:
+    def _sampling(self, turn: _Turn, in_flight: _InFlight, room: int, begun: int) -> Sampling:
+        """How to sample a turn with `room` tokens left, `begun` of which it already has."""
         rollout = self._config.rollout
         limit = rollout.max_reflection_tokens if turn.phase is Phase.REFLECTION else rollout.max_answer_tokens
         # a continued turn must not draw the random numbers of its beginning again
         phase = f"{turn.phase}+{begun}" if begun else turn.phase
-        seed = request_seed(self._config.seed, step, turn.key, turn.sample, phase)
+        seed = request_seed(self._config.seed, in_flight.step, turn.key, turn.sample, phase)
         return Sampling(
-            temperature=0.0 if greedy else rollout.temperature,
+            temperature=0.0 if in_flight.greedy else rollout.temperature,
             max_tokens=min(limit, room) - begun,
             stop_ids=self._dialogue.end_of_turn,
-            seed=None if greedy else seed,
+            seed=None if in_flight.greedy else seed,
         )
 
     def _answer(self, phase: Phase, completion: Completion) -> Answer:

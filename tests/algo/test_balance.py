@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_r3.algo import balance as module
-from nemo_r3.algo.balance import Balance, Cost, Dealt, Piece
+from nemo_r3.algo.balance import Balance, Cost, Dealt, Piece, deal
 from nemo_r3.types import Row
 
 BUDGET = 100
@@ -156,3 +156,17 @@ def test_fewer_rows_than_ranks_leave_empty_microbatches() -> None:
 def test_a_row_beyond_the_budget_is_refused_by_key() -> None:
     with pytest.raises(ValueError, match=r"101 tokens exceeds actor\.microbatch_tokens=100"):
         Balance(rows_of([(50, [5, 52])]), TOKENS, BUDGET)
+
+
+@pytest.mark.parametrize("hands", [1, 2, 3, 7])
+@pytest.mark.parametrize("costs", [[], [4], [5, 1, 1, 3], [2] * 11, list(range(20))])
+def test_every_item_is_dealt_once(costs: list[int], hands: int) -> None:
+    dealt = deal(costs, hands)
+    assert len(dealt) == hands
+    assert sorted(item for hand in dealt for item in hand) == list(range(len(costs)))
+
+
+def test_costs_are_balanced() -> None:
+    assert deal([5, 1, 1, 3], 2) == [[0], [3, 1, 2]]
+    loads = [2 * len(hand) for hand in deal([2] * 11, 3)]
+    assert max(loads) - min(loads) <= 2

@@ -40,12 +40,13 @@ def test_corrections_equal_the_formula(
     step: list[list[tuple[float, float]]], kind: str, low: float, high: float
 ) -> None:
     ours, theirs = torch.tensor(sum(step, []), dtype=torch.float64).unbind(1)
+    log_ratio = ours - theirs
     sequences = torch.arange(len(step)).repeat_interleave(torch.tensor([len(sequence) for sequence in step]))
-    factors, kept = correct(ours, theirs, sequences, kind, low, high)
+    factors, kept = correct(log_ratio, sequences, kind, low, high)
     expected_factors, expected_kept = obvious(step, kind, low, high)
     assert factors.tolist() == pytest.approx(expected_factors, rel=1e-12)
     assert mask(kept, len(ours)) == expected_kept
-    assert prob_error(ours, theirs).tolist() == pytest.approx([math.exp(abs(a - b)) for a, b in sum(step, [])])
+    assert prob_error(log_ratio).tolist() == pytest.approx([math.exp(abs(a - b)) for a, b in sum(step, [])])
 
 
 def test_own_bounds_are_those_of_the_papers() -> None:
@@ -54,34 +55,26 @@ def test_own_bounds_are_those_of_the_papers() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_factor_carries_no_gradient(kind: str) -> None:
-    logprobs = torch.tensor([-1.0], requires_grad=True)
-    factors, _ = correct(logprobs, torch.tensor([-1.5]), torch.tensor([0]), kind, 0.5, 2.0)
-    assert not factors.requires_grad
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_overflows(kind: str) -> None:
-    ours, theirs = torch.tensor([-1.0, -900.0, -1.0]), torch.tensor([-900.0, -1.0, -math.inf])
-    factors, kept = correct(ours, theirs, torch.arange(3), kind, 0.5, 2.0)
+    log_ratio = torch.tensor([899.0, -899.0, math.inf])
+    factors, kept = correct(log_ratio, torch.arange(3), kind, 0.5, 2.0)
     assert factors.isfinite().all()
     assert mask(kept, 3) == [kind in ("none", "tis")] * 3
-    assert prob_error(ours, theirs).isfinite().all()
+    assert prob_error(log_ratio).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["icepop", "sequence_mask"])
 def test_nan_is_kept_so_that_it_stops_the_step(kind: str) -> None:
-    factors, kept = correct(torch.tensor([math.nan]), torch.tensor([-1.0]), torch.tensor([0]), kind, 0.5, 2.0)
+    factors, kept = correct(torch.tensor([math.nan]), torch.tensor([0]), kind, 0.5, 2.0)
     assert factors.isnan().all() and mask(kept, 1) == [True]
 
 
 def test_one_stray_token_rejects_its_whole_sequence_and_no_other() -> None:
-    theirs = torch.tensor([-1.0, -1.0, -1.0, -1.0])
-    ours = torch.tensor([-1.0, -0.9, -1.0, -1.005])
-    _, kept = correct(ours, theirs, torch.tensor([0, 0, 1, 1]), "sequence_mask", *BOUNDS["sequence_mask"])
+    log_ratio = torch.tensor([0.0, 0.1, 0.0, -0.005])
+    _, kept = correct(log_ratio, torch.tensor([0, 0, 1, 1]), "sequence_mask", *BOUNDS["sequence_mask"])
     assert mask(kept, 4) == [False, False, True, True]
 
 
 def test_an_unknown_correction_is_refused_by_key() -> None:
     with pytest.raises(ValueError, match=r"algo\.mismatch_correction='mis'"):
-        correct(torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64), "mis", 0.5, 2.0)
+        correct(torch.zeros(1), torch.zeros(1, dtype=torch.int64), "mis", 0.5, 2.0)

@@ -79,7 +79,7 @@ def from_scratch(algo: AlgoConfig, step: Step) -> tuple[float, float, list[list[
     bounds = {"none": (0, 0), "tis": (0, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.99, 1.01)}
     whole = torch.arange(len(step.lengths)).repeat_interleave(torch.tensor(step.lengths))
     ours, theirs, reference = (float64(sum(rows, [])) for rows in (step.ours, step.theirs, step.reference))
-    factors, kept = correct(ours, theirs, whole, algo.mismatch_correction, *bounds[algo.mismatch_correction])
+    factors, kept = correct(ours - theirs, whole, algo.mismatch_correction, *bounds[algo.mismatch_correction])
     ours.requires_grad_()
     places = torch.arange(len(whole))[kept].tolist()
     rows = sorted({int(whole[place]) for place in places})

@@ -95,7 +95,7 @@ def test_the_turns_are_what_the_template_itself_would_show(name: str, kind: str)
     family = FAMILIES[name]
     dialogue, group = group_of(family, kind)
     first = group.reflections[0]
-    wording, answers = PROBLEMS[kind][1], (group.failure.attempt, first.answer)
+    wording, answers = PROBLEMS[kind][1], (group.failure.answer, first.answer)
     asked = [group.failure.problem.text, answers[0].text, wording.reflect, answers[1].text, wording.retry]
     tools: list[object] | None = [*group.failure.problem.tools] or None
     if tools and dialogue.tools == "plain":

@@ -256,7 +256,7 @@ def run_rollout(probe: Probe) -> dict[str, Any]:
     greedy = probe.rollout.first_attempts(probe.task.problems("train")[:1], 1, greedy=True)
     nothing = probe.rollout.reflect_and_retry([], 1, 4)
     return {
-        "failures": [[failure.id, list(failure.attempt.segment.ids)] for failure in failures],
+        "failures": [[failure.id, list(failure.answer.segment.ids)] for failure in failures],
         "reflections": [
             [list(r.answer.segment.ids), r.retry.text, r.retry.finish_reason, r.reward]
             for group in groups

@@ -25,25 +25,17 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def refusal(home: Path, tensor_parallel: int = 1, on_cuda: bool = False, **changes: Any) -> str:
+def refusal(home: Path, **changes: Any) -> str:
     """The error of a model that `changes` spoil; nothing is left in the environment."""
     (home / "config.json").write_text(json.dumps(LLAMA | changes))
     config = Config()
     config.model.path = str(home)
-    config.rollout.tensor_parallel = tensor_parallel
     before = dict(os.environ)
     with pytest.raises(ConfigError) as error:
-        environment.prepare(config, on_cuda)
+        environment.prepare(config, on_cuda=False)
     assert dict(os.environ) == before
     return str(error.value)
 
 
 def test_head_width_that_the_cpu_attention_lacks(tmp_path: Path) -> None:
     assert "head_dim 16" in refusal(tmp_path, num_attention_heads=8, hidden_size=128)
-
-
-def test_engine_ranks_that_do_not_divide_the_model(tmp_path: Path) -> None:
-    assert "rollout.tensor_parallel=3 does not divide the model's 4 attention heads" in refusal(tmp_path, 3)
-    assert "190 feed-forward columns" in refusal(tmp_path, 4, intermediate_size=190)
-    heads = {"num_attention_heads": 12, "hidden_size": 384, "num_key_value_heads": 6}
-    assert "6 key/value heads" in refusal(tmp_path, 4, **heads)

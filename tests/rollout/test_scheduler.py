@@ -21,9 +21,7 @@ from nemo_r3.tasks.protocol import Wording
 from nemo_r3.types import NO_ROOM, Answer, Phase, Problem, Segment
 
 ROOT = Path(__file__).parents[2]
-ALONE = cast(
-    World, SimpleNamespace(rank=0, size=1, is_main=True, gather=lambda item: [item], leave_if_asked=lambda: None)
-)
+ALONE = cast(World, SimpleNamespace(rank=0, size=1, is_main=True, merge=dict, leave_if_asked=lambda: None))
 
 
 class Eight:
