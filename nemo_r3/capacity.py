@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_r3.actor.manifest import WRITING, step_of
+from nemo_r3.actor.manifest import WRITING, step_of, steps_in
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
@@ -226,7 +226,7 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> float:
 
 def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
     """Why the checkpoints do not fit on the disk, or None."""
-    steps = [step_of(found) for found in checkpoints.glob("step_*")]
+    steps = [step_of(found) for found in steps_in(checkpoints)]
     if max(steps, default=0) >= config.train.steps:
         return None  # there is nothing left to save
     each = checkpoint_bytes(config, arch)

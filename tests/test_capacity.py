@@ -180,6 +180,7 @@ def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, m
         f"run.dir: {tmp_path} has 250.0 GiB free for checkpoints, and 3 x 104.7 GiB are still to come .*=2, and",
     )
     (checkpoints / "step_000001").mkdir(parents=True)
+    (checkpoints / "step_000001-mine").mkdir()  # a user's copy, which is not one of those that are kept
     assert capacity.disk_problem(config, arch, checkpoints) is None
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert_is(capacity.disk_problem(config, arch, checkpoints), "2 x 104.7 GiB")
