@@ -267,6 +267,6 @@ def test_docs_training_has_these_numbers() -> None:
 
 
 def test_a_plan_needs_no_torch() -> None:
-    code = "import sys, nemo_r3.plan, slurm.launch; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    code = "import sys, recipes.plan, slurm.launch; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set()\n"
