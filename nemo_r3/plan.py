@@ -18,6 +18,7 @@ from nemo_r3.capacity import OWN_BYTES, Node, Size, checkpoint_bytes, export_byt
 from nemo_r3.config import Config, check_world
 from nemo_r3.config.schema import show as value_text
 from nemo_r3.errors import ConfigError
+from nemo_r3.fp8_support import check_dimensions
 from nemo_r3.models import Architecture, check_layout
 from nemo_r3.models.names import count_parameters
 from nemo_r3.units import GIB, show
@@ -124,6 +125,7 @@ class Plan:
         try:
             check_world(other.config, other.ranks)
             check_layout(other.config, self.arch)
+            check_dimensions(other.config, self.arch)
         except ConfigError:
             return False
         return memory_problem(other.config, other.size, self.node) is None
@@ -153,9 +155,10 @@ def plan_of(config: Config, arch: Architecture, here: Node | None = None, gpu_na
         gpu_name: of this machine.
 
     Raises:
-        ConfigError: the layout fits neither the model nor the ranks.
+        ConfigError: the layout does not fit the model, its FP8 or the ranks.
     """
     check_layout(config, arch)
+    check_dimensions(config, arch)
     cluster, actor = config.cluster, config.actor
     fewest = math.lcm(actor.tensor_parallel * actor.pipeline_parallel, config.rollout.tensor_parallel)
     ranks = cluster.gpus_per_node or -(-fewest // cluster.nodes)

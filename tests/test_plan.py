@@ -123,6 +123,12 @@ def test_what_a_step_of_the_8b_computes_at_most() -> None:
             "the actor needs 41 GiB",
             "actor.pipeline_parallel=2",
         ),
+        (  # in BF16 actor.tensor_parallel=8 fits, which leaves 3,696 columns: no multiple of 32
+            "qwen2-72b",
+            ["cluster.nodes=4", "cluster.gpu_memory_gb=139", "rollout.tensor_parallel=8", "actor.precision=mxfp8"],
+            "the actor needs 296 GiB",
+            "actor.pipeline_parallel=2 actor.tensor_parallel=4",
+        ),
         ("llama-3.1-8b", ["cluster.gpu_memory_gb=2"], "the actor needs 41 GiB", None),
     ],
 )
@@ -186,6 +192,9 @@ def test_without_gpus_a_table_has_what_the_settings_take() -> None:
 
 
 def test_a_layout_that_divides_nothing_is_refused() -> None:
+    settings = ("actor.precision=fp8-blockwise",)
+    with pytest.raises(ConfigError, match=r"on a rank are 3696 \(29568 / actor.tensor_parallel=8\)"):
+        plan("qwen2-72b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *settings)
     with pytest.raises(ConfigError, match="actor.tensor_parallel=4 does not divide the model's 2 key/value heads"):
         plan("qwen2.5-1.5b", "countdown-qwen2.5-1.5b-1n8g-dp8", "actor.tensor_parallel=4")
 
