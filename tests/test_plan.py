@@ -176,6 +176,8 @@ def test_without_gpus_everything_is_host_memory() -> None:
     text = describe(planned)
     counts = {"weights": 4, "gradients": 4, "optimizer state": 8, "reference": 4, "copies for a save": 16}
     assert {name: numbers(text)[name] for name in counts} == {name: [gib(n * parameters)] for name, n in counts.items()}
+    needs = f"host      {gib((sum(counts.values()) + 4) * parameters)} GiB of each node"  # 4: vLLM's weights
+    assert f"{needs} before activations and KV cache; it has 30.0 GiB\n" in text
     with pytest.raises(ConfigError, match="laptop has 30.0 GiB of host memory for this run, and without a GPU") as why:
         planned.check()
     assert "this fits" not in str(why.value), "a second laptop is not to be had"
@@ -187,6 +189,7 @@ def test_without_gpus_a_table_has_what_the_settings_take() -> None:
     found = numbers(describe(plan("qwen2.5-1.5b", "quickstart", *settings)))
     assert (found["copies for a save"], found["its buffers, offloading"]) == (["-"], found["optimizer state"])
     assert found["vLLM's KV cache, at most"] == ["0.5"], "an engine's ranks share it"
+    assert "it has an unknown amount (cluster.memory_gb=0)" in describe(plan("qwen2.5-1.5b", "quickstart"))
     small = plan_of(load([str(CONFIGS / "quickstart.yaml")]), architecture_of(EMBEDDED))
     assert "MiB of each rank's host memory" in describe(small)
 
