@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,19 @@ def test_engine_ranks_that_do_not_divide_the_model(tmp_path: Path) -> None:
     assert "190 feed-forward columns" in refusal(tmp_path, 4, intermediate_size=190)
     heads = {"num_attention_heads": 12, "hidden_size": 384, "num_key_value_heads": 6}
     assert "6 key/value heads" in refusal(tmp_path, 4, **heads)
+
+
+@pytest.mark.parametrize("home", ["missing/below", "ours"])
+def test_caches_are_in_a_home_that_can_be_written_or_in_the_run_directory(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "missing").write_text("no directory")
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / home), "TRITON_CACHE_DIR": "/fast"})
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    config = Config()
+    config.model.path, config.run.dir = "embedded", str(tmp_path / "run")
+    environment.prepare(config, on_cuda=False)
+    found = {name: value for name, value in os.environ.items() if name in environment.CACHES}
+    moved = {name: f"{tmp_path}/run/.cache/{folder}" for name, folder in environment.CACHES.items()}
+    assert found == ({} if home == "ours" else moved) | {"TRITON_CACHE_DIR": "/fast"}
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
