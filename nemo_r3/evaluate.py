@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_r3.rollout.scheduler import Rollout
-from nemo_r3.types import Attempt, Failure, Problem, Reflection
+from nemo_r3.types import Attempt, Failure, Group, Problem, Reflection
 
 EVALUATION_STEP = -1
 """The step in the seeds of evaluation requests; no training step has it, so evaluating never changes a run."""
@@ -21,6 +21,8 @@ RESAMPLING_STEP = -2
 """The step in the seeds of second, independent first answers."""
 DONOR_STEP = -3
 """The step in the seeds of retries after another failure's reflection."""
+REREADING_STEP = -4
+"""The step in the seeds of retries after the starting model's reflections."""
 Z95 = 1.959964
 
 
@@ -52,12 +54,15 @@ Verdicts = dict[str, dict[str, list[bool]]]
 - retry_success_fixed: the retry passes, on the starting model's sampled failures.
 - retry_success_donor (sampled only): on the same failures, a retry passes that sees the reflection on the next failure
   instead (the last one that on the first): the baseline for its content. Empty if there is no other failure.
+- retry_success_reread (sampled only): on the same failures, a retry passes that sees the starting model's reflection.
+  What training changed here is reading; what is left of its gain is writing.
 - reflection_solves: the text of that retry's reflection passes, so it gives the answer away (not every leak does).
 - attempts_truncated, reflections_truncated, retries_truncated: the turn was cut at its token limit.
 """
 ADDS = {
     "reflection_adds": ("within_two_resampled", "within_two"),
     "content_adds": ("retry_success_donor", "retry_success_fixed"),
+    "writing_adds": ("retry_success_reread", "retry_success_fixed"),
 }
 """A score -> the two verdicts that it is the difference of: a control, and what is measured against it."""
 
@@ -94,46 +99,55 @@ def failures_of(attempts: Sequence[Attempt]) -> list[Failure]:
 
 
 def measure(
-    rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Failure] | None = None
-) -> tuple[Verdicts, list[Failure]]:
+    rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Group] | None = None
+) -> tuple[Verdicts, Sequence[Group]]:
     """All verdicts on the weights that the engine holds.
 
     Args:
         rollout: with the weights to measure.
         problems: held-out ones.
-        fixed: the starting model's sampled failures on them; None if these weights are the starting model's.
+        fixed: the starting model's sampled failures on them, each with its reflection; None if these weights are the
+            starting model's.
 
     Returns:
-        The verdicts, and the sampled failures of these weights.
+        The verdicts, and the sampled failures of these weights, each with its reflection.
     """
     verdicts: Verdicts = {}
-    own: dict[str, list[Failure]] = {}
+    own: dict[str, list[Group]] = {}
     for mode, greedy in (("sampled", False), ("greedy", True)):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
-        own[mode] = failures_of(attempts)
-        rescued = _reflected(rollout, own[mode], greedy)
+        own[mode] = _reflected(rollout, failures_of(attempts), greedy)
         given = own["sampled"] if fixed is None else fixed
-        retried = rescued if given is own[mode] else _reflected(rollout, given, greedy)
+        failures = [group.failure for group in given]
+        retried = _only(own[mode] if given is own[mode] else _reflected(rollout, failures, greedy))
         measured = {
             "first_try": [attempt.passed for attempt in attempts],
             "retry_success_fixed": _passed(retried),
-            "within_two": _within_two(attempts, _passed(rescued)),
+            "within_two": _within_two(attempts, _passed(_only(own[mode]))),
             "reflection_solves": [reflection.solves for reflection in retried],
             "attempts_truncated": [attempt.answer.truncated for attempt in attempts],
             "reflections_truncated": [reflection.answer.truncated for reflection in retried],
             "retries_truncated": [reflection.retry.truncated for reflection in retried],
         }
         if not greedy:
-            again = rollout.first_attempts([failure.problem for failure in own[mode]], RESAMPLING_STEP)
+            again = rollout.first_attempts([group.failure.problem for group in own[mode]], RESAMPLING_STEP)
             measured["within_two_resampled"] = _within_two(attempts, [attempt.passed for attempt in again])
-            measured["retry_success_donor"] = _passed(_after_donors(rollout, given, retried))
+            measured["retry_success_donor"] = _passed(_after_donors(rollout, failures, retried))
+            if fixed is not None:
+                old = [reflection.answer for reflection in _only(fixed)]
+                retried = rollout.retry_after(failures, old, REREADING_STEP)
+            measured["retry_success_reread"] = _passed(retried)
         for name, values in measured.items():
             verdicts.setdefault(name, {})[mode] = values
     return verdicts, own["sampled"]
 
 
-def _reflected(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> list[Reflection]:
-    groups = rollout.reflect_and_retry(failures, EVALUATION_STEP, group_size=1, greedy=greedy)
+def _reflected(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> list[Group]:
+    return rollout.reflect_and_retry(failures, EVALUATION_STEP, group_size=1, greedy=greedy)
+
+
+def _only(groups: Sequence[Group]) -> list[Reflection]:
+    """The reflections of groups that have one each."""
     return [group.reflections[0] for group in groups]
 
 

@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
@@ -48,6 +46,8 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """The one that this process runs on; imports Transformer Engine if there is a GPU."""
+        import torch  # plans do without
+
         megatron = _version(importlib.metadata.version("megatron-core"))
         if not torch.cuda.is_available():
             return cls(megatron)
@@ -92,8 +92,21 @@ def check(config: Config, arch: Architecture, machine: Machine) -> None:
     """
     precision = precision_of(config)
     if precision.fp8 is not None:
+        _check_machine(f"actor.precision={precision.name}", precision.fp8, machine)
+    if config.rollout.quantization != "none":
+        _check_rollout_machine(config, machine)
+    check_dimensions(config, arch)
+
+
+def check_dimensions(config: Config, arch: Architecture) -> None:
+    """Refuses an arithmetic that the model's dimensions on a rank cannot do, on whatever machine; needs no torch.
+
+    Raises:
+        ConfigError: the setting, the dimension and what it must be a multiple of.
+    """
+    precision, quantization = precision_of(config), config.rollout.quantization
+    if precision.fp8 is not None:
         asked = f"actor.precision={precision.name}"
-        _check_machine(asked, precision.fp8, machine)
         for dimension in matrix_dimensions(arch, config.actor.tensor_parallel):
             _check_dimension(asked, "actor", dimension, precision.fp8.block)
         if arch.num_layers <= 2 * precision.fp8.edges:
@@ -101,8 +114,10 @@ def check(config: Config, arch: Architecture, machine: Machine) -> None:
                 f"{asked} leaves the first and the last layer in BF16, and the model has {arch.num_layers} layers: "
                 "nothing would be FP8; ask for bf16"
             )
-    if config.rollout.quantization != "none":
-        _check_rollout(config, arch, machine)
+    if quantization != "none":
+        for dimension in matrix_dimensions(arch, config.rollout.tensor_parallel):
+            if dimension.summed:
+                _check_dimension(f"rollout.quantization={quantization}", "rollout", dimension, VLLM[quantization][1])
 
 
 def _check_machine(asked: str, recipe: Recipe, machine: Machine) -> None:
@@ -131,6 +146,17 @@ def _check_machine(asked: str, recipe: Recipe, machine: Machine) -> None:
     ):
         if found < oldest:
             raise ConfigError(f"{asked} needs {name} {_show(oldest)} or newer, found {_show(found)}")
+
+
+def _check_rollout_machine(config: Config, machine: Machine) -> None:
+    asked, (first, _) = f"rollout.quantization={config.rollout.quantization}", VLLM[config.rollout.quantization]
+    if machine.capability is None:
+        raise ConfigError(f"{asked} needs an NVIDIA GPU, and torch finds none here; ask for none")
+    if machine.capability < first:
+        raise ConfigError(
+            f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
+            f"{_show(machine.capability)}, where vLLM would multiply in BF16"
+        )
 
 
 def _other(capability: Version) -> str:
@@ -183,20 +209,6 @@ def _check_dimension(asked: str, section: str, dimension: Dimension, block: int)
         raise ConfigError(
             f"{asked} needs multiples of {block}, and the model's {dimension.what} on a rank are {size}{cut}"
         )
-
-
-def _check_rollout(config: Config, arch: Architecture, machine: Machine) -> None:
-    asked, (first, block) = f"rollout.quantization={config.rollout.quantization}", VLLM[config.rollout.quantization]
-    if machine.capability is None:
-        raise ConfigError(f"{asked} needs an NVIDIA GPU, and torch finds none here; ask for none")
-    if machine.capability < first:
-        raise ConfigError(
-            f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
-            f"{_show(machine.capability)}, where vLLM would multiply in BF16"
-        )
-    for dimension in matrix_dimensions(arch, config.rollout.tensor_parallel):
-        if dimension.summed:
-            _check_dimension(asked, "rollout", dimension, block)
 
 
 def advice(config: Config) -> str | None:

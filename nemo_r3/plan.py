@@ -18,6 +18,7 @@ from nemo_r3.capacity import OWN_BYTES, Node, Size, checkpoint_bytes, export_byt
 from nemo_r3.config import Config, check_world
 from nemo_r3.config.schema import show as value_text
 from nemo_r3.errors import ConfigError
+from nemo_r3.fp8_support import check_dimensions
 from nemo_r3.models import Architecture, check_layout
 from nemo_r3.models.names import count_parameters
 from nemo_r3.units import GIB, show
@@ -124,6 +125,7 @@ class Plan:
         try:
             check_world(other.config, other.ranks)
             check_layout(other.config, self.arch)
+            check_dimensions(other.config, self.arch)
         except ConfigError:
             return False
         return memory_problem(other.config, other.size, self.node) is None
@@ -153,9 +155,10 @@ def plan_of(config: Config, arch: Architecture, here: Node | None = None, gpu_na
         gpu_name: of this machine.
 
     Raises:
-        ConfigError: the layout fits neither the model nor the ranks.
+        ConfigError: the layout does not fit the model, its FP8 or the ranks.
     """
     check_layout(config, arch)
+    check_dimensions(config, arch)
     cluster, actor = config.cluster, config.actor
     fewest = math.lcm(actor.tensor_parallel * actor.pipeline_parallel, config.rollout.tensor_parallel)
     ranks = cluster.gpus_per_node or -(-fewest // cluster.nodes)
@@ -215,19 +218,18 @@ def _on_gpus(plan: Plan) -> list[str]:
     offloads = plan.config.actor.offload_optimizer
     dialogues = plan.cached_tokens // rollout.max_model_len
     saved, away = node.ranks * size.saved, node.ranks * size.offloaded
-    has = "an unknown amount (cluster.memory_gb=0)" if math.isinf(node.host) else show(node.host)
     return [
         *_table("each GPU", ("update", "rollout", "rollout, offloading"), [*rows, *sums]),
         "",
         f"KV cache  at most {plan.cached_tokens:,} tokens of an engine: {dialogues:,} whole dialogues of "
         f"rollout.max_model_len={rollout.max_model_len}",
         f"host      {show(saved)} of each node to save, {show(away)} to offload "
-        f"(actor.offload_optimizer={value_text(offloads)}); it has {has}",
+        f"(actor.offload_optimizer={value_text(offloads)}); {_has(node)}",
     ]
 
 
 def _on_a_cpu(plan: Plan) -> list[str]:
-    size, config = plan.size, plan.config
+    size, config, node = plan.size, plan.config, plan.node
     rows = [
         ("weights", size.weights),
         ("gradients", size.gradients),
@@ -238,8 +240,16 @@ def _on_a_cpu(plan: Plan) -> list[str]:
         ("vLLM's weights", plan.engine_weights),
         ("vLLM's KV cache, at most", config.rollout.cpu_kv_cache_gb * GIB / config.rollout.tensor_parallel),
     ]
-    rows.append(("together", sum(count for _, count in rows)))
-    return [*_table("each rank's host memory", ("",), rows), ""]
+    *checked, cache = (count for _, count in rows)
+    return [
+        *_table("each rank's host memory", ("",), [*rows, ("together", sum(checked) + cache)]),
+        "",
+        f"host      {show(node.ranks * sum(checked))} of each node before activations and KV cache; {_has(node)}",
+    ]
+
+
+def _has(node: Node) -> str:
+    return "it has " + ("an unknown amount (cluster.memory_gb=0)" if math.isinf(node.host) else show(node.host))
 
 
 def _table(of: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nemo_r3.config import ActorConfig, Config
+
+if TYPE_CHECKING:
+    import torch
 
 Version = tuple[int, ...]
 Tile = tuple[int, int]
@@ -64,23 +65,27 @@ class Precision:
 
     Attributes:
         name: the setting.
-        dtype: of the actor's parameters and activations; main weights, gradients and moments stay fp32.
+        dtype_name: torch's and vLLM's name of the dtype of parameters and activations; main weights, gradients and
+            moments stay fp32.
         fp8: how the layers' matrices are multiplied in FP8; None if they are not.
     """
 
     name: str
-    dtype: torch.dtype
+    dtype_name: str
     fp8: Recipe | None = None
 
     @property
-    def vllm_dtype(self) -> str:
-        """vLLM's name for the rollout's dtype."""
-        return str(self.dtype).removeprefix("torch.")
+    def dtype(self) -> torch.dtype:
+        """That of the name."""
+        import torch  # plans do without
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def bf16(self) -> bool:
         """Whether megatron-core must keep fp32 main weights beside bf16 ones."""
-        return self.dtype is torch.bfloat16
+        return self.dtype_name == "bfloat16"
 
     def row_multiple(self, actor: ActorConfig) -> int:
         """What the length of every packed row, in tokens, must be a multiple of.
@@ -149,12 +154,12 @@ MXFP8 = Recipe(
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("bf16", torch.bfloat16),
-        Precision("fp8-tensorwise", torch.bfloat16, TENSORWISE),
-        Precision("fp8-blockwise", torch.bfloat16, BLOCKWISE),
-        Precision("fp8-delayed", torch.bfloat16, DELAYED),
-        Precision("mxfp8", torch.bfloat16, MXFP8),
-        Precision("fp32", torch.float32),
+        Precision("bf16", "bfloat16"),
+        Precision("fp8-tensorwise", "bfloat16", TENSORWISE),
+        Precision("fp8-blockwise", "bfloat16", BLOCKWISE),
+        Precision("fp8-delayed", "bfloat16", DELAYED),
+        Precision("mxfp8", "bfloat16", MXFP8),
+        Precision("fp32", "float32"),
     )
 }
 

@@ -32,7 +32,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     progress.begin("evaluate the starting model:")
     with run.timed("evaluate"):
-        before, failures = measure(rollout, problems)
+        before, reflected = measure(rollout, problems)
     verdicts = {"before": before}
     entries: dict[str, Any] = {"before": as_json(scores(before)), "after": None, "difference": None, "step": None}
     if policy is not None and trained is not None:
@@ -40,13 +40,13 @@ def evaluate(argv: Sequence[str]) -> None:
         refit(policy, rollout.engine)
         progress.begin(f"evaluate step {entries['step']}:")
         with run.timed("evaluate"):
-            after, _ = measure(rollout, problems, failures)
+            after, _ = measure(rollout, problems, reflected)
         verdicts["after"] = after
         entries |= {"after": as_json(scores(after)), "difference": as_json(differences(before, after))}
     warn_of_long_problems(setup, rollout)
     warn_of_truncated_answers(setup, scores(before)["attempts_truncated"]["sampled"].value)
     summary = run.add_to_summary(**entries, versions=versions())
-    run.write_verdicts(problems, failures, verdicts)
+    run.write_verdicts(problems, [group.failure for group in reflected], verdicts)
     if setup.world.is_main:
         trackers.show_results(config, run.path, numbers(summary))
     progress.say(table(summary))

@@ -5,11 +5,10 @@ Reads the config and the model's config.json: no weights, no GPU. Exits with cod
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
 
 from nemo_r3 import config as configuration
 from nemo_r3 import entry
@@ -25,12 +24,21 @@ def plan(argv: Sequence[str]) -> None:
     """`python -m recipes.plan CONFIG.yaml key=value ...`."""
     config = configuration.load(argv)
     arch = planned_architecture(config)
-    on_gpu = torch.cuda.is_available()
-    here = Node(socket.gethostname(), 1, torch.cuda.mem_get_info()[1] if on_gpu else 0, host_bytes())
-    made = plan_of(config, arch, here, torch.cuda.get_device_name() if on_gpu else "")
+    made = plan_of(config, arch, *this_machine())
     print(f"{describe(made)}\n{describe_step(made)}\n", flush=True)
     made.check()
     print(made.verdict)
+
+
+def this_machine() -> tuple[Node, str]:
+    """For one rank; with its GPU and that one's name, if torch is installed and finds one."""
+    gpu, name = 0, ""
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            gpu, name = torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
+    return Node(socket.gethostname(), 1, gpu, host_bytes()), name
 
 
 def describe_step(plan: Plan) -> str:

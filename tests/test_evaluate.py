@@ -9,6 +9,7 @@ import pytest
 from nemo_r3.evaluate import (
     DONOR_STEP,
     EVALUATION_STEP,
+    REREADING_STEP,
     RESAMPLING_STEP,
     as_json,
     difference,
@@ -62,7 +63,8 @@ class Model:
         return Reflection(0, failure.context, *turns, float(number % self.second[greedy] > 0), number % 6 == 0)
 
     def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
-        assert step == DONOR_STEP not in (EVALUATION_STEP, RESAMPLING_STEP), "the random numbers of other answers"
+        steps = {EVALUATION_STEP, RESAMPLING_STEP, DONOR_STEP, REREADING_STEP}
+        assert len(steps) == 4 and step in (DONOR_STEP, REREADING_STEP), "the random numbers of other answers"
         return [
             Reflection(0, failure.context, donor, answer(Phase.RETRY), float(donor.segment.ids[0] % 4 == 0))
             for failure, donor in zip(failures, reflections, strict=True)
@@ -75,7 +77,7 @@ CHOSEN = ("first_try", "retry_success_fixed", "within_two")
 def test_the_second_try_is_measured_on_the_same_failures_before_and_after() -> None:
     problems = [Problem(str(i), "", {}) for i in range(60)]
     verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
-    assert [int(failure.problem.id) for failure in fixed] == list(range(0, 60, 2)), "the sampled ones"
+    assert [int(group.failure.problem.id) for group in fixed] == list(range(0, 60, 2)), "the sampled ones"
     before = scores(verdicts)
     assert {name: before[name] for name in CHOSEN} == {
         "first_try": {"sampled": rate(30, 60), "greedy": rate(40, 60)},
@@ -83,7 +85,7 @@ def test_the_second_try_is_measured_on_the_same_failures_before_and_after() -> N
         "within_two": {"sampled": rate(50, 60), "greedy": rate(55, 60)},
     }
     verdicts, own = measure(Model(first=(5, 10), second=(20, 30)), problems, fixed)
-    assert [int(failure.problem.id) for failure in own] == list(range(0, 60, 5))
+    assert [int(group.failure.problem.id) for group in own] == list(range(0, 60, 5))
     after = scores(verdicts)
     assert {name: after[name] for name in CHOSEN} == {
         "first_try": {"sampled": rate(48, 60), "greedy": rate(54, 60)},
@@ -106,13 +108,24 @@ def test_the_second_try_is_compared_with_one_after_the_next_failures_reflection(
     problems = [Problem(str(i), "", {}) for i in range(60)]
     verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
     numbers = [*range(0, 60, 2)]
-    assert [int(failure.problem.id) for failure in fixed] == numbers
+    assert [int(group.failure.problem.id) for group in fixed] == numbers
     donor = [number % 4 == 0 for number in [*numbers[1:], 0]]
     assert verdicts["retry_success_donor"] == {"sampled": donor}
     found = difference(donor, [number % 6 > 0 for number in numbers])
     assert scores(verdicts)["content_adds"] == {"sampled": found}
     after, _ = measure(Model(first=(60, 60), second=(20, 30)), problems, fixed)
     assert after["retry_success_donor"] == {"sampled": donor}, "on the starting model's failures"
+
+
+def test_the_gain_is_split_into_reading_and_writing() -> None:
+    problems = [Problem(str(i), "", {}) for i in range(60)]
+    before, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    after, _ = measure(Model(first=(60, 60), second=(20, 30)), problems, fixed)
+    assert before["retry_success_reread"]["sampled"] == before["retry_success_fixed"]["sampled"]
+    assert scores(before)["writing_adds"]["sampled"].value == 0
+    reread = [number % 4 == 0 for number in range(0, 60, 2)]  # after the starting model's reflection, of that token
+    assert after["retry_success_reread"] == {"sampled": reread}
+    assert scores(after)["writing_adds"]["sampled"] == difference(reread, [n % 20 > 0 for n in range(0, 60, 2)])
 
 
 @pytest.mark.parametrize("failures", [0, 1])
@@ -168,8 +181,8 @@ def test_an_attempt_without_tokens_is_no_failure_to_reflect_on() -> None:
             unsampled = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room")
             return found if problem.id != "0" else replace(found, answer=unsampled, passed=False)
 
-    verdicts, failures = measure(NoRoom(first=(2, 2), second=(5, 5)), [Problem(str(i), "", {}) for i in range(3)])
-    assert [failure.problem.id for failure in failures] == ["2"]
+    verdicts, reflected = measure(NoRoom(first=(2, 2), second=(5, 5)), [Problem(str(i), "", {}) for i in range(3)])
+    assert [group.failure.problem.id for group in reflected] == ["2"]
     assert verdicts["first_try"]["sampled"] == [False, True, False]
     assert verdicts["within_two"]["sampled"] == [False, True, True]
 

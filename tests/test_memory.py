@@ -31,7 +31,6 @@ def test_the_table_names_holders_and_phases() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_peak_and_device_are_counted_on_a_gpu() -> None:
     resting = memory.restart_peak()
     held = torch.ones(2**28, dtype=torch.uint8, device="cuda")
@@ -41,7 +40,6 @@ def test_peak_and_device_are_counted_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_what_is_reserved_is_cut_up_and_given_back() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()

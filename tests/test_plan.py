@@ -123,6 +123,12 @@ def test_what_a_step_of_the_8b_computes_at_most() -> None:
             "the actor needs 41 GiB",
             "actor.pipeline_parallel=2",
         ),
+        (  # in BF16 actor.tensor_parallel=8 fits, which leaves 3,696 columns: no multiple of 32
+            "qwen2-72b",
+            ["cluster.nodes=4", "cluster.gpu_memory_gb=139", "rollout.tensor_parallel=8", "actor.precision=mxfp8"],
+            "the actor needs 296 GiB",
+            "actor.pipeline_parallel=2 actor.tensor_parallel=4",
+        ),
         ("llama-3.1-8b", ["cluster.gpu_memory_gb=2"], "the actor needs 41 GiB", None),
     ],
 )
@@ -170,6 +176,8 @@ def test_without_gpus_everything_is_host_memory() -> None:
     text = describe(planned)
     counts = {"weights": 4, "gradients": 4, "optimizer state": 8, "reference": 4, "copies for a save": 16}
     assert {name: numbers(text)[name] for name in counts} == {name: [gib(n * parameters)] for name, n in counts.items()}
+    needs = f"host      {gib((sum(counts.values()) + 4) * parameters)} GiB of each node"  # 4: vLLM's weights
+    assert f"{needs} before activations and KV cache; it has 30.0 GiB\n" in text
     with pytest.raises(ConfigError, match="laptop has 30.0 GiB of host memory for this run, and without a GPU") as why:
         planned.check()
     assert "this fits" not in str(why.value), "a second laptop is not to be had"
@@ -181,11 +189,15 @@ def test_without_gpus_a_table_has_what_the_settings_take() -> None:
     found = numbers(describe(plan("qwen2.5-1.5b", "quickstart", *settings)))
     assert (found["copies for a save"], found["its buffers, offloading"]) == (["-"], found["optimizer state"])
     assert found["vLLM's KV cache, at most"] == ["0.5"], "an engine's ranks share it"
+    assert "it has an unknown amount (cluster.memory_gb=0)" in describe(plan("qwen2.5-1.5b", "quickstart"))
     small = plan_of(load([str(CONFIGS / "quickstart.yaml")]), architecture_of(EMBEDDED))
     assert "MiB of each rank's host memory" in describe(small)
 
 
 def test_a_layout_that_divides_nothing_is_refused() -> None:
+    settings = ("actor.precision=fp8-blockwise",)
+    with pytest.raises(ConfigError, match=r"on a rank are 3696 \(29568 / actor.tensor_parallel=8\)"):
+        plan("qwen2-72b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *settings)
     with pytest.raises(ConfigError, match="actor.tensor_parallel=4 does not divide the model's 2 key/value heads"):
         plan("qwen2.5-1.5b", "countdown-qwen2.5-1.5b-1n8g-dp8", "actor.tensor_parallel=4")
 
@@ -267,6 +279,6 @@ def test_docs_training_has_these_numbers() -> None:
 
 
 def test_a_plan_needs_no_torch() -> None:
-    code = "import sys, nemo_r3.plan, slurm.launch; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    code = "import sys, recipes.plan, slurm.launch; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set()\n"

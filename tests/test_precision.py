@@ -78,7 +78,7 @@ def test_choices_are_those_of_the_config() -> None:
 
 
 def test_rollouts_are_in_the_dtype_of_the_weights() -> None:
-    found = {name: (one.vllm_dtype, one.dtype) for name, one in PRECISIONS.items()}
+    found = {name: (one.dtype_name, one.dtype) for name, one in PRECISIONS.items()}
     assert found.pop("fp32") == ("float32", torch.float32)
     assert set(found.values()) == {("bfloat16", torch.bfloat16)}
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,16 +129,33 @@ def test_a_server_that_comes_back_gets_everything(
 def test_a_lost_server_holds_nothing_up_and_gets_the_steps_later(
     fault: str, tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(background, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(background, "STOP_SECONDS", 0.1)
     getattr(service, fault).set()
     begun = time.monotonic()
     process(service, tmp_path, range(1, 4)).close(75)
     assert time.monotonic() - begun < 2
-    assert "warning: run.server: not everything was sent" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: run.server: not everything was sent" in said
+    assert ("run.server: waiting up to 0 s for what is not sent yet" in said) == (fault == "stuck")
     assert (service.steps, service.codes) == ([], [])
     later = Service()
     process(later, tmp_path, range(1, 5)).close(0)
     assert (later.begun_with, later.steps) == (["7"], [1, 2, 3, 4])
+
+
+def test_results_may_take_longer_than_a_stop_waits(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(background, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(background, "STOP_SECONDS", 0.1)
+    service.stuck.set()
+    shown = process(service, tmp_path, range(1, 2))
+    shown.summarise({"before": 0.5})
+    Timer(0.5, service.stuck.clear).start()
+    shown.close(0)
+    assert (service.steps, service.codes) == ([1, -1], [0])
+    assert capsys.readouterr().err == "run.server: waiting up to 30 s for what is not sent yet\n"
 
 
 PROCESS = """

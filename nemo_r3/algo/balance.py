@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_r3.algo.packing import trained_tokens
 from nemo_r3.types import Row
 
 Piece = tuple[int, ...]
@@ -79,7 +78,7 @@ class Balance:
         Raises:
             ValueError: a row alone is longer than the budget.
         """
-        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, trained_tokens(row)) for row in rows]
+        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, _trained_tokens(row)) for row in rows]
         self._cost, self._budget = cost, budget
         longest = max((row.shared + row.own for row in self._rows), default=0)
         if longest > budget:
@@ -211,3 +210,9 @@ def deal(costs: Sequence[float], hands: int) -> list[list[int]]:
         dealt[hand].append(item)
         loads[hand] += costs[item]
     return dealt
+
+
+def _trained_tokens(row: Row) -> int:
+    """How many tokens of the row carry loss."""
+    weights = row.loss_weights[1:]
+    return len(weights) - weights.count(0.0)

@@ -116,12 +116,6 @@ def trained(row: Row) -> list[int]:
     return list(_of_trained(row, range(len(row))))
 
 
-def trained_tokens(row: Row) -> int:
-    """How many tokens of the row carry loss."""
-    weights = row.loss_weights[1:]
-    return len(weights) - weights.count(0.0)
-
-
 def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Tensor:
     """[count]; four times as fast as torch's own way of reading a list.
 

@@ -100,9 +100,12 @@ def phases(metrics: Metrics, summary: Mapping[str, Any]) -> list[Phase]:
     }
     whole = sum(map(sum, spent.values())) or math.nan
     of_steps = [Phase(name, sum(took), sum(took) / len(metrics), sum(took) / whole) for name, took in spent.items()]
-    others = summary.get("seconds", {})
+    seconds = summary.get("seconds")
+    others = seconds if isinstance(seconds, dict) else {}
     return of_steps + [
-        Phase(name, number(took, "wall"), math.nan, math.nan) for name, took in others.items() if name not in spent
+        Phase(name, number(took, "wall"), math.nan, math.nan)
+        for name, took in others.items()
+        if name not in spent and isinstance(took, dict)
     ]
 
 

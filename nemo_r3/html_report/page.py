@@ -32,6 +32,17 @@ HIDDEN = re.compile(
 """What shows nothing, or changes how the text around it is shown: controls, direction marks, halves of a character."""
 
 
+class _Shown(dict[int, int | str]):
+    """For str.translate: a character's code -> that code or, if it is HIDDEN, the number that shows it."""
+
+    def __missing__(self, code: int) -> int | str:
+        self[code] = shown = f"⟨U+{code:04X}⟩" if HIDDEN.match(chr(code)) else code
+        return shown
+
+
+SHOWN = _Shown()
+
+
 def write_report(config: Config) -> Path:
     """Writes `<run.dir>/report.html`: settings, results, curves, dialogues and health, as far as there are any.
 
@@ -73,7 +84,8 @@ def visible(value: Any) -> Any:
     """A value as the page shows it: HIDDEN characters of a text become their numbers, as in ⟨U+202E⟩."""
     if hasattr(value, "__html__"):  # what a macro of the page has made
         return value
-    return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(value).replace("\r\n", "\n"))
+    text = str(value).replace("\r\n", "\n")
+    return text.translate(SHOWN) if HIDDEN.search(text) else text
 
 
 def _cutter(limit: int) -> Callable[[str], str]:

@@ -232,7 +232,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         load_format="auto" if reads else "dummy",
         skip_tokenizer_init=True,
         generation_config="vllm",
-        dtype=precision_of(config).vllm_dtype,
+        dtype=precision_of(config).dtype_name,
         quantization=None if rollout.quantization == "none" else rollout.quantization,
         seed=config.seed,
         max_model_len=rollout.max_model_len,

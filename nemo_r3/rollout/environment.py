@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
@@ -13,13 +14,20 @@ from nemo_r3.models import architecture_of, model_path
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head widths of vLLM's CPU attention; with any other it fails at the first token, not at start-up."""
+CACHES = {
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "MPLCONFIGDIR": "matplotlib",
+}
+"""Where libraries keep what they compile, by default in the home directory -> the name in `<run.dir>/.cache`."""
 
 
 def prepare(config: Config, on_cuda: bool) -> None:
     """Refuses what the engine cannot run, then sets the environment that vLLM reads when it is imported.
 
     Values that a user has already set stay, but for the two that the design rests on: the engine lives in this
-    process, and on a CPU nothing is compiled.
+    process, and on a CPU nothing is compiled. Without a home that can be written, CACHES are in the run directory.
 
     Args:
         config: the run's settings; only `model.path`'s config.json is read from disk.
@@ -38,6 +46,9 @@ def prepare(config: Config, on_cuda: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_PLUGINS", "")  # nemo-toolkit registers one that prints a traceback on every rank
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not _home_can_be_written():
+        for name, folder in CACHES.items():
+            os.environ.setdefault(name, str(Path(config.run.dir, ".cache", folder).absolute()))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_cuda else "ERROR")
     warnings.filterwarnings("ignore", message="`torch.distributed\\..*` is deprecated", category=FutureWarning)
     if not on_cuda:
@@ -45,3 +56,12 @@ def prepare(config: Config, on_cuda: bool) -> None:
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks share cores with their own actor
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # an eager engine still compiles its sampler: 44 s against 1 s
+
+
+def _home_can_be_written() -> bool:
+    try:
+        cache = Path.home() / ".cache"
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a user without a home
+        return False
+    return os.access(cache, os.W_OK)

@@ -170,8 +170,9 @@ class Rollout(Generic[EngineT]):
         done: dict[int, Reflection] = {}
 
         def retry(item: int, sample: int, reflection: Answer) -> _Turn:
+            solves = self._verify(failures[item].problem, reflection)
             keep = partial(done.__setitem__, item * group_size + sample)
-            return self._retry(failures[item], sample, prompts[item], reflection, keep)
+            return self._retry(failures[item], sample, prompts[item], reflection, solves, keep)
 
         turns = [
             _Turn(Phase.REFLECTION, prompts[item], failures[item].id, sample, partial(retry, item, sample))
@@ -192,23 +193,31 @@ class Rollout(Generic[EngineT]):
 
         Raises:
             Stopped: a signal asked to stop.
+
+        Returns:
+            In the failures' order; the reflections themselves are not verified, so `solves` is False.
         """
         prompts = [self._dialogue.reflect(failure.context) for failure in failures]
         own = self._fleet.own_items([len(prompt) for prompt in prompts])
         done: dict[int, Reflection] = {}
         turns = [
-            self._retry(failures[item], 0, prompts[item], reflections[item], partial(done.__setitem__, item))
+            self._retry(failures[item], 0, prompts[item], reflections[item], False, partial(done.__setitem__, item))
             for item in own
         ]
         self._run(turns, step, greedy=False, phases=[Phase.RETRY])
         return self._fleet.collect(done, len(failures))
 
     def _retry(
-        self, failure: Failure, sample: int, prompt: Trajectory, reflection: Answer, keep: Callable[[Reflection], None]
+        self,
+        failure: Failure,
+        sample: int,
+        prompt: Trajectory,
+        reflection: Answer,
+        solves: bool,
+        keep: Callable[[Reflection], None],
     ) -> _Turn:
         """The retry that follows `prompt` and the reflection on it; `keep` takes what came of both."""
         trajectory = prompt.then(reflection.segment)
-        solves = self._verify(failure.problem, reflection)
         retry_prompt = self._dialogue.retry(trajectory) if reflection.segment.ids else None
 
         def end(retry: Answer) -> None:

@@ -15,8 +15,12 @@ from nemo_r3.trackers.tracker import Metrics, Server
 
 RETRY_SECONDS = 60.0
 """How long a server that failed is left alone."""
-CLOSE_SECONDS = 10.0
-"""How long a process that ends waits for a server."""
+END_SECONDS = 30.0
+"""How long a process that has done its work waits for a server, which gets an evaluation's results only then."""
+STOP_SECONDS = 10.0
+"""How long one that stops or fails waits: Slurm kills a job 30 seconds after it was told to end."""
+SILENT_SECONDS = 2.0
+"""A longer wait is announced."""
 
 
 class InBackground:
@@ -46,11 +50,17 @@ class InBackground:
         self._acts.put(lambda: self._server.summarise(results))
 
     def close(self, code: int) -> None:
-        """See `Tracker`; waits for what is not sent yet, `CLOSE_SECONDS` at most."""
+        """See `Tracker`; waits for what is not sent yet, `END_SECONDS` or `STOP_SECONDS` at most."""
         self._acts.put(lambda: self._server.close(code))
         self._acts.put(None)
         self._ending.set()
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(SILENT_SECONDS)
+        if self._thread.is_alive():
+            longest = STOP_SECONDS if code else END_SECONDS
+            print(
+                f"{self._setting}: waiting up to {longest:.0f} s for what is not sent yet", file=sys.stderr, flush=True
+            )
+            self._thread.join(longest)
         if self._thread.is_alive() or not self._acts.empty():
             self._warn("not everything was sent; the same command, run again, sends what is missing")
 

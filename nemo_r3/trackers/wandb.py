@@ -9,10 +9,12 @@ from pathlib import Path
 from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError, in_one_line
-from nemo_r3.trackers.background import CLOSE_SECONDS
+from nemo_r3.trackers.background import END_SECONDS
 from nemo_r3.trackers.tracker import Metrics, library
 
 SETTING = "run.wandb_project"
+LIMITS = dict.fromkeys(("init_timeout", "finish_timeout"), 0.8 * END_SECONDS)
+"""Seconds. By default W&B tries to begin for 90, which also holds up the end of a process, and to finish for ever."""
 
 
 def check(begun: bool) -> None:
@@ -46,7 +48,7 @@ class WeightsAndBiases:
                 dir=path,
                 resume="allow",
                 config=asdict(config),
-                settings=wandb.Settings(finish_timeout=0.8 * CLOSE_SECONDS),  # by default it waits forever
+                settings=wandb.Settings(**LIMITS),
             )
         except wandb.Error:
             wandb.teardown()  # which frees the id for the next attempt

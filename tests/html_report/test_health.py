@@ -48,6 +48,10 @@ def test_phases() -> None:
     assert (update.seconds, update.share, rollout.seconds, evaluate.seconds) == (4.0, 0.5, 4.0, 7.0)
     assert math.isclose(update.per_step, 4 / 3) and math.isnan(evaluate.share)
     assert phases([], {}) == []
+    for damaged in (None, 5, ["mine"], {"mine": 5, "evaluate": None}):
+        assert phases([], {"seconds": damaged}) == []
+    (mine,) = phases([], {"seconds": {"mine": {"wall": "long"}}})
+    assert math.isnan(mine.seconds)
 
 
 def test_speeds() -> None:

@@ -184,7 +184,8 @@ def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
 
     evaluated = tmp_path / "evaluated"
     evaluated.mkdir()
-    (evaluated / "summary.json").write_text(json.dumps({"before": {"first_try": RATE}}))
+    seconds = {"mine": 5, "evaluate": {"wall": "long"}, "export": {}}
+    (evaluated / "summary.json").write_text(json.dumps({"before": {"first_try": RATE}, "seconds": seconds}))
     assert "0.25 [0.20, 0.30] → -" in page_of(evaluated).all()
     (evaluated / "summary.json").write_text(json.dumps({"before": {"first_try": {"sampled": {"value": "high"}}}}))
     assert f"the rates in {evaluated}/summary.json" in page_of(evaluated).all()

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import ROOT
+import bare
+import pytest
+from launch import QUICKSTART, ROOT
 
-AS_A_VERB = "sys.argv[0] = '-m'; runpy.run_module('recipes.train', run_name='__main__')"
 READ_THE_ENVIRONMENT = {"megatron", "transformer_engine", "vllm"}
 SLOW = READ_THE_ENVIRONMENT | {"transformers"}
 
@@ -19,13 +20,34 @@ def test_an_import_brings_no_backend() -> None:
     assert not SLOW & set(done.stdout.split())
 
 
-def test_an_interpreter_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
-    """One whose packages are hidden, as outside of the environment."""
-    command = [sys.executable, "-I", "-S", "-c", f"import runpy, sys; sys.path.append({str(ROOT)!r}); {AS_A_VERB}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+@pytest.mark.parametrize(("packages", "lacking"), [("", "omegaconf"), ("omegaconf", "torch")])
+def test_an_interpreter_that_lacks_packages_is_told_what_to_do(packages: str, lacking: str, tmp_path: Path) -> None:
+    command = bare.command(tmp_path, packages, "recipes.train")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {sys.executable} has no torch: activate the environment first")
+    assert done.stderr.startswith(f"error: {sys.executable} has no {lacking}: activate the environment first")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("packages", "module", "arguments", "says"),
+    [
+        ("omegaconf", "recipes.plan", [QUICKSTART], "fits, if"),
+        ("omegaconf submitit", "slurm.launch", [QUICKSTART, "cluster.time_minutes=60", "--dry-run"], "#SBATCH"),
+        ("omegaconf jinja2 rich", "recipes.report", [QUICKSTART, "run.dir=run"], "report: run/report.html"),
+    ],
+)
+def test_what_runs_with_the_packages_that_docs_training_names(
+    packages: str, module: str, arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
+    (tmp_path / "packages").mkdir()
+    command = bare.command(tmp_path / "packages", packages, module, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+    assert f"pip install {packages}`" in (ROOT / "docs" / "training.md").read_text()
 
 
 def test_threads_without_work_sleep() -> None:

@@ -99,6 +99,7 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
     found = rollout.retry_after(failures, [ended, cut, unasked], 1)
     assert [reflection.retry.text for reflection in found] == ["8", "7", ""]
     assert [reflection.reward for reflection in found] == [1.0, 0.0, 0.0]
+    assert not any(reflection.solves for reflection in found), "8 passes, but nobody asked"
     assert engine.progress[-1] == (Phase.RETRY, 3, 3, sum(len(it.retry.segment.ids) for it in found))
     asked = dialogue.reflect(attempt.context)
     for prompt, reflection in zip(engine.prompts[1:], found, strict=False):
