@@ -59,6 +59,8 @@ def _fill(config: Config, path: Path) -> None:
     config.run.dir = expanduser(config.run.dir) or str(Path("runs", path.stem))
     config.failures.path = expanduser(config.failures.path) or str(Path(config.run.dir, "failures"))
     config.evaluate.checkpoint = expanduser(config.evaluate.checkpoint)
+    if config.dialogue.chat_template is not None:
+        config.dialogue.chat_template = expanduser(config.dialogue.chat_template)
 
 
 def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
