@@ -49,21 +49,19 @@ def job_arrays(args: argparse.Namespace) -> list[JobArray]:
     cluster = _cluster_settings(args.cluster) if args.cluster else []
     base = [args.config[0], *cluster, *args.config[1:]]
     config = load(base)
+    folder = chain.folder_of(Path(config.run.dir))
     points = _points(args.sweep)
-    keys = {key for point in points for key in point}
-    shares = all(key.partition(".")[0] in SHARED for key in keys)
+    shares = all(key.partition(".")[0] in SHARED for point in points for key in point)
     arrays = []
-    recipes = [
-        recipe for recipe in STAGES[STAGES.index(args.first) :] if recipe != "mine" or config.failures.source == "bank"
-    ]
-    for recipe in recipes:
+    for recipe in STAGES[STAGES.index(args.first) :]:
+        if recipe == "mine" and config.failures.source == "online":
+            continue
         own = getattr(args, recipe)
-        one = recipe == "mine" and shares
-        argvs = {"": [*base, *own]} if one else {}
-        for point in [] if one else points:
-            argvs[_label(point)] = [*base, *_settings(config, point, shares), *own]
+        if recipe == "mine" and shares:
+            argvs = {"": [*base, *own]}
+        else:
+            argvs = {_label(point): [*base, *_settings(config, point, shares), *own] for point in points}
         configs = [_checked(recipe, argv) for argv in argvs.values()]
-        folder = chain.folder_of(Path(config.run.dir))
         stages = (Stage(recipe, label, tuple(argv), folder) for label, argv in argvs.items())
         arrays.append(JobArray(tuple(stages), configs[0]))
     return arrays
