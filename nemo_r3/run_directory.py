@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from nemo_r3 import memory, trackers, watchdog
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, take_lock, write_whole
+from nemo_r3.progress import warn
 from nemo_r3.runtime import World
 from nemo_r3.types import Failure, Group, Problem, UpdateBatch
 
@@ -178,10 +178,10 @@ class RunDirectory:
             return
         logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
         if lost := step - len(logged):
-            print(f"warning: {self.metrics} lacks {lost} of the {step} steps before", file=sys.stderr, flush=True)
+            warn(f"{self.metrics} lacks {lost} of the {step} steps before")
         if not step and (lost := len(_lines(self.metrics))):
             again = f"the run starts again at step 1 and replaces the {lost} steps in {self.metrics}"
-            print(f"warning: no checkpoint in {self.checkpoints}: {again}", file=sys.stderr, flush=True)
+            warn(f"no checkpoint in {self.checkpoints}: {again}")
         for log in (self.metrics, self.layers):
             if log.exists():
                 lines = [line for line in _lines(log) if (number := _step_of(line)) and number <= step]
@@ -279,8 +279,7 @@ class RunDirectory:
             summary = None
         if isinstance(summary, dict):
             return summary
-        if self._world.is_main:
-            print(f"warning: {file} is damaged, and starts again", file=sys.stderr, flush=True)
+        warn(f"{file} is damaged, and starts again")
         return {}
 
     def _seconds(self) -> dict[str, dict[str, float]]:

@@ -29,6 +29,7 @@ from nemo_r3.config.schema import Layer, build
 from nemo_r3.errors import ConfigError, ModelNotFoundError, UserError
 from nemo_r3.models import planned_architecture
 from nemo_r3.plan import plan_of
+from nemo_r3.progress import warn
 from slurm import chain
 from slurm.chain import JobArray
 from slurm.job import resource_warning
@@ -197,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
             run_here(arrays)
             return 0
         for warning in filter(None, dict.fromkeys(resource_warning(array.config) for array in arrays)):
-            print(warning, file=sys.stderr)
+            warn(warning)
         for verdict in dict.fromkeys(verdicts(arrays, disk=not args.dry_run)):
             print(f"{'# ' if args.dry_run else ''}{verdict}")
         print(chain.batch_scripts(arrays) if args.dry_run else chain.submit(arrays))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.failures.stamp import Stamp, differences
 from nemo_r3.failures.tally import Tally, tally, total
 from nemo_r3.files import take_lock, write_whole
-from nemo_r3.progress import Progress
+from nemo_r3.progress import Progress, warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
@@ -197,7 +196,7 @@ class Bank:
         index = self._read_index() if self._index.exists() else {"shards": {}, "tallies": {}}
         mined, self._tallies = index["shards"], index["tallies"]
         for name in [name for name in mined if not (self.path / name).exists()]:
-            print(f"warning: {self.path / name} is missing; its problems are asked again", file=sys.stderr, flush=True)
+            warn(f"{self.path / name} is missing; its problems are asked again")
             del mined[name]
         return mined
 
