@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, combinations_with_replacement
 from math import comb
-from pathlib import Path
 
 from nemo_r3.config.option import option
-from nemo_r3.errors import ConfigError, UserError, describe
+from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.arithmetic import Expression, NotArithmeticError, answer_of, parse_equation
+from nemo_r3.tasks.data_set import read_columns
 from nemo_r3.tasks.lazy_problems import LazyProblems
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import fill
@@ -227,24 +227,9 @@ def _join_at_random(hand: Hand, operators: str, rng: random.Random) -> int | Non
 
 
 def _read_deals(source: str) -> Iterator[Deal]:
-    """The rows of a data set on the hub or on disk, in its order."""
-    from datasets import load_dataset  # heavy, and needed for real data only
-
-    path = Path(source)
-    try:
-        if path.is_file():
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            rows = load_dataset(kind, data_files=str(path), split="train")
-        else:
-            rows = load_dataset(source, split="train")
-        targets, hands = rows["target"], rows["nums"]
-    except Exception as error:  # whatever the loader raises, the user's way out is the same
-        raise UserError(
-            f"task.options.source: {source!r} cannot be read ({describe(error)}); "
-            "offline, download the data set elsewhere and give the path of its parquet or JSON-lines files, with "
-            "columns target and nums, or use source=generated"
-        ) from error
-    return (Deal(tuple(map(int, hand)), int(target)) for target, hand in zip(targets, hands, strict=True))
+    """The rows of a data set, in its order."""
+    rows = read_columns(source, ("target", "nums"), instead="generated")
+    return (Deal(tuple(map(int, hand)), int(target)) for target, hand in rows)
 
 
 def _unique(deals: Iterable[Deal]) -> list[Deal]:
