@@ -198,7 +198,7 @@ def _every_deal(options: Options) -> Iterator[Deal]:
 def _random_deals(options: Options) -> Iterable[Deal]:
     """`size` distinct problems: draw numbers, join them at random, keep what lands in the range of targets."""
     rng = random.Random(options.seed)
-    deals: dict[tuple[Hand, int], Deal] = {}
+    deals: dict[str, Deal] = {}
     fruitless = 0
     while len(deals) < options.size:
         count = rng.randint(options.numbers_min, options.numbers_max)
@@ -206,7 +206,8 @@ def _random_deals(options: Options) -> Iterable[Deal]:
         value = _join_at_random(hand, options.operators, rng)
         known = len(deals)
         if value is not None and options.target_min <= value <= options.target_max:
-            deals.setdefault((tuple(sorted(hand)), value), Deal(hand, value))
+            deal = Deal(hand, value)
+            deals.setdefault(deal.id, deal)
         fruitless = 0 if len(deals) > known else fruitless + 1
         if fruitless == FRUITLESS_DRAWS:
             found = f"only {len(deals)} distinct problems turned up"
@@ -234,9 +235,9 @@ def _read_deals(source: str) -> Iterator[Deal]:
 
 def _unique(deals: Iterable[Deal]) -> list[Deal]:
     """The deals without those that only reorder an earlier one's numbers."""
-    first: dict[tuple[Hand, int], Deal] = {}
+    first: dict[str, Deal] = {}
     for deal in deals:
-        first.setdefault((tuple(sorted(deal.numbers)), deal.target), deal)
+        first.setdefault(deal.id, deal)
     return list(first.values())
 
 
