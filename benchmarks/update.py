@@ -233,7 +233,6 @@ def main() -> None:
         "machine": machine(torch.get_num_threads()),
     }
     out = results("update.json", options.small)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(numbers, indent=1) + "\n")
     base = asdict(grid[0] if options.small else BASE)
     picture(
