@@ -88,11 +88,6 @@ def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
     return Rate(round(value, 4), round(max(-1.0, value - half), 4), round(min(1.0, value + half), 4), n)
 
 
-def failures_of(attempts: Sequence[Attempt]) -> list[Failure]:
-    """The rejected attempts that have tokens to reflect on."""
-    return [attempt.failure for attempt in attempts if attempt.is_failure]
-
-
 def measure(
     rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Failure] | None = None
 ) -> tuple[Verdicts, list[Failure]]:
@@ -110,7 +105,7 @@ def measure(
     own: dict[str, list[Failure]] = {}
     for mode, greedy in (("sampled", False), ("greedy", True)):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
-        own[mode] = failures_of(attempts)
+        own[mode] = [attempt.failure for attempt in attempts if attempt.is_failure]
         rescued = _reflected(rollout, own[mode], greedy)
         given = own["sampled"] if fixed is None else fixed
         retried = rescued if given is own[mode] else _reflected(rollout, given, greedy)
