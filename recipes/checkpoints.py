@@ -25,8 +25,8 @@ from recipes.setup import Setup
 
 def newest(setup: Setup) -> Path | None:
     """The run's newest checkpoint as rank 0 sees it: on a shared file system, ranks may see different files."""
-    newest: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
-    return newest
+    found: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
+    return found
 
 
 def trained(setup: Setup) -> Path | None:
@@ -36,12 +36,12 @@ def trained(setup: Setup) -> Path | None:
         UserError: it is no complete checkpoint, or this command's settings are not the run's.
     """
     asked = setup.config.evaluate.checkpoint
-    trained = Path(asked) if asked else newest(setup)
     if asked and not setup.world.broadcast((Path(asked) / MANIFEST).is_file()):
         raise UserError(f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}")
-    if trained is not None:
+    found = Path(asked) if asked else newest(setup)
+    if found is not None:
         setup.run.refuse_other_settings()
-    return trained
+    return found
 
 
 def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, Path | None]:
