@@ -195,7 +195,7 @@ def trainer_of(sizes: Sizes, home: Path, world: Any) -> Any:
     from nemo_r3.actor.policy import Policy  # after the world has started
     from nemo_r3.actor.trainer import Trainer
 
-    make_model(home, sizes, seed=1)
+    make_model(home, sizes)
     config = Config()
     config.model.path = str(home)
     config.actor.precision = "fp32"

@@ -1,6 +1,6 @@
 """The work that every side of a benchmark does: a model with random weights, and steps whose sizes are given.
 
-    sizes, seed -> model directory (Qwen2, word-level tokenizer) and workload.json -> each side reads both
+    sizes -> model directory (Qwen2, word-level tokenizer) and workload.json -> each side reads both
 
 What a model samples is its own affair; how much it samples, and what that earns, is drawn here once: all sides see
 the same prompts, lengths and rewards. Only `make` needs nemo_r3, whose `Dialogue` makes the prompts.
@@ -20,6 +20,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 REQUEST_WORDS = 24
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Workload:
         return cls(**found, steps=steps, check=LossCheck(**check, contexts=contexts))
 
 
-def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
+def make(home: Path, sizes: Sizes, steps: int) -> Workload:
     """Writes the model and workload.json into `home`; `steps` counts those after the warm-up."""
     from transformers import AutoTokenizer
 
@@ -148,9 +149,9 @@ def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
     from nemo_r3.dialogue import Dialogue
 
     model = home / "model"
-    make_model(model, sizes, seed)
+    make_model(model, sizes)
     dialogue = Dialogue(AutoTokenizer.from_pretrained(model), DialogueConfig(), wording())
-    draw = random.Random(seed)
+    draw = random.Random(SEED)
     warm_up = [sizes] + [sizes.eighth] * (sizes.contexts - 1)
     contexts = [
         [_context(dialogue, size, draw) for size in step] for step in [warm_up, *[[sizes] * sizes.contexts] * steps]
@@ -166,7 +167,7 @@ def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
         kl_beta=0.001,
         lr=1e-4,
         clip_grad=1.0,
-        seed=seed,
+        seed=SEED,
         steps=contexts,
         check=_check([_context(dialogue, sizes.eighth, draw) for _ in range(sizes.contexts)], sizes, draw),
     )
@@ -182,7 +183,7 @@ def wording() -> Any:
     return Wording("{text}", " ".join(words), " ".join(words[: REQUEST_WORDS // 3]))
 
 
-def make_model(path: Path, sizes: Sizes, seed: int) -> None:
+def make_model(path: Path, sizes: Sizes) -> None:
     """A tied Qwen2 in fp32 with random weights, and a tokenizer in which every word is a token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -203,7 +204,7 @@ def make_model(path: Path, sizes: Sizes, seed: int) -> None:
     tokenizer.save_pretrained(path)
 
     heads = sizes.hidden // (64 if sizes.hidden >= 512 else 32)
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     config = Qwen2Config(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
