@@ -187,7 +187,7 @@ def begin(config: Config) -> None:
     got = read_allocation(os.environ)
     values = launch(config, got)
     slices.begin(config, got.job, got.restarts)
-    ranks = got.nodes * int(str(values["RANKS_PER_NODE"]))
+    ranks = got.nodes * ranks_per_node(config, got)
     print(f"{ranks} ranks on {got.nodes} nodes, restart {got.restarts}; logs: {values['LOGS']}", file=sys.stderr)
     print(assignments(values), end="")
 
