@@ -156,7 +156,7 @@ def make(home: Path, sizes: Sizes, steps: int) -> Workload:
     contexts = [
         [_context(dialogue, size, draw) for size in step] for step in [warm_up, *[[sizes] * sizes.contexts] * steps]
     ]
-    request = _retry_request(dialogue, contexts[0][0])
+    request = _retry_request(dialogue)
     workload = Workload(
         model=str(model),
         group=sizes.group,
@@ -224,18 +224,19 @@ def _word(number: int) -> str:
     return f"w{number}"
 
 
+def _ids(count: int, sizes: Sizes, draw: random.Random) -> list[int]:
+    return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(count)]
+
+
 def _context(dialogue: Any, sizes: Sizes, draw: random.Random) -> Context:
     """A failure whose reflection prompt has exactly `sizes.prompt` tokens."""
     from nemo_r3.types import Phase, Problem, Segment, Trajectory
 
-    def ids(count: int) -> list[int]:
-        return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(count)]
-
     def prompt_after(attempt: list[int]) -> Trajectory:
         return dialogue.reflect(task.then(Segment(Phase.ATTEMPT, tuple(attempt), (0.0,) * len(attempt), 0)))
 
-    task = dialogue.task(Problem("", " ".join(map(_word, ids(sizes.prompt // 4))), {}))
-    attempt = ids(1 + sizes.prompt - len(prompt_after(ids(1))))
+    task = dialogue.task(Problem("", " ".join(map(_word, _ids(sizes.prompt // 4, sizes, draw))), {}))
+    attempt = _ids(1 + sizes.prompt - len(prompt_after(_ids(1, sizes, draw))), sizes, draw)
     prompt = prompt_after(attempt).ids
     assert len(prompt) == sizes.prompt
     rewards = [float(number % 4 == 0) for number in range(sizes.group)]
@@ -244,7 +245,7 @@ def _context(dialogue: Any, sizes: Sizes, draw: random.Random) -> Context:
     return Context(task.ids, attempt, prompt, lengths, rewards)
 
 
-def _retry_request(dialogue: Any, context: Context) -> list[int]:
+def _retry_request(dialogue: Any) -> list[int]:
     from nemo_r3.types import Phase, Segment, Trajectory
 
     reflection = Segment(Phase.REFLECTION, (len(SPECIAL),), (0.0,), 0)
@@ -252,12 +253,9 @@ def _retry_request(dialogue: Any, context: Context) -> list[int]:
 
 
 def _check(contexts: list[Context], sizes: Sizes, draw: random.Random) -> LossCheck:
-    def completion(length: int) -> list[int]:
-        return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(length)]
-
     return LossCheck(
         contexts=contexts,
-        completions=[[completion(length) for length in context.lengths] for context in contexts],
+        completions=[[_ids(length, sizes, draw) for length in context.lengths] for context in contexts],
         advantages=[[draw.uniform(0.5, 1.5) for _ in context.lengths] for context in contexts],
         kl_beta=0.1,
     )
