@@ -204,7 +204,6 @@ def main() -> None:
                 print(f"{name} {metric:22s} up to update {number * WINDOW:2d}: {span}")
     numbers = {"metrics": found, "seeds": list(options.seeds), "updates": UPDATES, "machine": machine(1)}
     out = results("emulated_fp8.json", len(options.seeds) < len(SEEDS))
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(numbers | {"versions": versions(("torch", "megatron-core"))}, indent=1) + "\n")
 
 

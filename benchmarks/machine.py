@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 def results(file: str, small: bool) -> Path:
     """Where a benchmark writes; what a small run finds is no result and stays out of git."""
-    return ROOT / ("build" if small else "benchmarks/results") / file
+    folder = ROOT / ("build" if small else "benchmarks/results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / file
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -220,7 +220,6 @@ def main() -> None:
         print(table(steps[other]), flush=True)
     about = {"rows": args.rows, "versions": versions(args.trl_python), "machine": machine(args.threads)}
     out = results("step_vs_trl.json", args.small)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(numbers | about | {"steps": steps}, indent=2) + "\n")
     print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items() if isinstance(value, float)))
     if apart:

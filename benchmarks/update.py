@@ -195,7 +195,7 @@ def trainer_of(sizes: Sizes, home: Path, world: Any) -> Any:
     from nemo_r3.actor.policy import Policy  # after the world has started
     from nemo_r3.actor.trainer import Trainer
 
-    make_model(home, sizes, seed=1)
+    make_model(home, sizes)
     config = Config()
     config.model.path = str(home)
     config.actor.precision = "fp32"
@@ -233,7 +233,6 @@ def main() -> None:
         "machine": machine(torch.get_num_threads()),
     }
     out = results("update.json", options.small)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(numbers, indent=1) + "\n")
     base = asdict(grid[0] if options.small else BASE)
     picture(

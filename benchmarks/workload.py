@@ -1,6 +1,6 @@
 """The work that every side of a benchmark does: a model with random weights, and steps whose sizes are given.
 
-    sizes, seed -> model directory (Qwen2, word-level tokenizer) and workload.json -> each side reads both
+    sizes -> model directory (Qwen2, word-level tokenizer) and workload.json -> each side reads both
 
 What a model samples is its own affair; how much it samples, and what that earns, is drawn here once: all sides see
 the same prompts, lengths and rewards. Only `make` needs nemo_r3, whose `Dialogue` makes the prompts.
@@ -20,6 +20,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 REQUEST_WORDS = 24
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Workload:
         return cls(**found, steps=steps, check=LossCheck(**check, contexts=contexts))
 
 
-def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
+def make(home: Path, sizes: Sizes, steps: int) -> Workload:
     """Writes the model and workload.json into `home`; `steps` counts those after the warm-up."""
     from transformers import AutoTokenizer
 
@@ -148,14 +149,14 @@ def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
     from nemo_r3.dialogue import Dialogue
 
     model = home / "model"
-    make_model(model, sizes, seed)
+    make_model(model, sizes)
     dialogue = Dialogue(AutoTokenizer.from_pretrained(model), DialogueConfig(), wording())
-    draw = random.Random(seed)
+    draw = random.Random(SEED)
     warm_up = [sizes] + [sizes.eighth] * (sizes.contexts - 1)
     contexts = [
         [_context(dialogue, size, draw) for size in step] for step in [warm_up, *[[sizes] * sizes.contexts] * steps]
     ]
-    request = _retry_request(dialogue, contexts[0][0])
+    request = _retry_request(dialogue)
     workload = Workload(
         model=str(model),
         group=sizes.group,
@@ -166,7 +167,7 @@ def make(home: Path, sizes: Sizes, steps: int, seed: int = 1) -> Workload:
         kl_beta=0.001,
         lr=1e-4,
         clip_grad=1.0,
-        seed=seed,
+        seed=SEED,
         steps=contexts,
         check=_check([_context(dialogue, sizes.eighth, draw) for _ in range(sizes.contexts)], sizes, draw),
     )
@@ -182,7 +183,7 @@ def wording() -> Any:
     return Wording("{text}", " ".join(words), " ".join(words[: REQUEST_WORDS // 3]))
 
 
-def make_model(path: Path, sizes: Sizes, seed: int) -> None:
+def make_model(path: Path, sizes: Sizes) -> None:
     """A tied Qwen2 in fp32 with random weights, and a tokenizer in which every word is a token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -203,7 +204,7 @@ def make_model(path: Path, sizes: Sizes, seed: int) -> None:
     tokenizer.save_pretrained(path)
 
     heads = sizes.hidden // (64 if sizes.hidden >= 512 else 32)
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     config = Qwen2Config(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
@@ -223,18 +224,19 @@ def _word(number: int) -> str:
     return f"w{number}"
 
 
+def _ids(count: int, sizes: Sizes, draw: random.Random) -> list[int]:
+    return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(count)]
+
+
 def _context(dialogue: Any, sizes: Sizes, draw: random.Random) -> Context:
     """A failure whose reflection prompt has exactly `sizes.prompt` tokens."""
     from nemo_r3.types import Phase, Problem, Segment, Trajectory
 
-    def ids(count: int) -> list[int]:
-        return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(count)]
-
     def prompt_after(attempt: list[int]) -> Trajectory:
         return dialogue.reflect(task.then(Segment(Phase.ATTEMPT, tuple(attempt), (0.0,) * len(attempt), 0)))
 
-    task = dialogue.task(Problem("", " ".join(map(_word, ids(sizes.prompt // 4))), {}))
-    attempt = ids(1 + sizes.prompt - len(prompt_after(ids(1))))
+    task = dialogue.task(Problem("", " ".join(map(_word, _ids(sizes.prompt // 4, sizes, draw))), {}))
+    attempt = _ids(1 + sizes.prompt - len(prompt_after(_ids(1, sizes, draw))), sizes, draw)
     prompt = prompt_after(attempt).ids
     assert len(prompt) == sizes.prompt
     rewards = [float(number % 4 == 0) for number in range(sizes.group)]
@@ -243,7 +245,7 @@ def _context(dialogue: Any, sizes: Sizes, draw: random.Random) -> Context:
     return Context(task.ids, attempt, prompt, lengths, rewards)
 
 
-def _retry_request(dialogue: Any, context: Context) -> list[int]:
+def _retry_request(dialogue: Any) -> list[int]:
     from nemo_r3.types import Phase, Segment, Trajectory
 
     reflection = Segment(Phase.REFLECTION, (len(SPECIAL),), (0.0,), 0)
@@ -251,12 +253,9 @@ def _retry_request(dialogue: Any, context: Context) -> list[int]:
 
 
 def _check(contexts: list[Context], sizes: Sizes, draw: random.Random) -> LossCheck:
-    def completion(length: int) -> list[int]:
-        return [draw.randrange(len(SPECIAL), sizes.vocabulary) for _ in range(length)]
-
     return LossCheck(
         contexts=contexts,
-        completions=[[completion(length) for length in context.lengths] for context in contexts],
+        completions=[[_ids(length, sizes, draw) for length in context.lengths] for context in contexts],
         advantages=[[draw.uniform(0.5, 1.5) for _ in context.lengths] for context in contexts],
         kl_beta=0.1,
     )

@@ -93,11 +93,6 @@ def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
     return Rate(round(value, 4), round(max(-1.0, value - half), 4), round(min(1.0, value + half), 4), n)
 
 
-def failures_of(attempts: Sequence[Attempt]) -> list[Failure]:
-    """The rejected attempts that have tokens to reflect on."""
-    return [attempt.failure for attempt in attempts if attempt.is_failure]
-
-
 def measure(
     rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Group] | None = None
 ) -> tuple[Verdicts, Sequence[Group]]:
@@ -116,7 +111,7 @@ def measure(
     own: dict[str, list[Group]] = {}
     for mode, greedy in (("sampled", False), ("greedy", True)):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
-        own[mode] = _reflected(rollout, failures_of(attempts), greedy)
+        own[mode] = _reflected(rollout, [attempt.failure for attempt in attempts if attempt.is_failure], greedy)
         given = own["sampled"] if fixed is None else fixed
         failures = [group.failure for group in given]
         retried = _only(own[mode] if given is own[mode] else _reflected(rollout, failures, greedy))

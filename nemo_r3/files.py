@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.progress import warn
 
 LOST_NODE_SECONDS = 180
 """How long a file server may keep the lock of a node that was lost."""
@@ -110,9 +110,7 @@ def _locked(handle: TextIO) -> bool:
     except OSError as error:
         if error.errno not in LOCKLESS:
             raise
-        print(
-            f"warning: {handle.name} cannot be locked here ({error.strerror}): run only one job on it", file=sys.stderr
-        )
+        warn(f"{handle.name} cannot be locked here ({error.strerror}): run only one job on it")
     return True
 
 

@@ -11,16 +11,15 @@ from nemo_r3.config import Config, to_yaml
 from nemo_r3.report import HEADINGS, NOTE, rates
 
 
-def model_card(config: Config, summary: Mapping[str, Any] | None, step: int, base: str) -> str:
+def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str) -> str:
     """README.md of an export.
 
     Args:
         config: the run's.
-        summary: summary.json, or None; its results are shown if they were measured at `step`.
+        summary: summary.json; its results are shown if they were measured at `step`.
         step: training steps that the weights have seen.
         base: name of the starting model.
     """
-    summary = summary or {}
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -20,6 +20,12 @@ def is_rank_0() -> bool:
     return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
+def warn(text: str) -> None:
+    """Prints a warning to standard error, on rank 0."""
+    if is_rank_0():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows how far the current work is, on rank 0.
 

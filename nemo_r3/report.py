@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nemo_r3.errors import UserError
 
@@ -43,10 +43,8 @@ BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#c9ced6"
 
 def table(summary: Mapping[str, Any]) -> str:
     """The rates in summary.json before and after training, as plain text of at most 100 columns; "-" if missing."""
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in HEADINGS:
-        justify = "right" if heading == "n" else "left"
-        grid.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    columns = (Column(heading, justify="right" if heading == "n" else "left", no_wrap=True) for heading in HEADINGS)
+    grid = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rates(summary):
         grid.add_row(*row)
     text = StringIO()
@@ -60,7 +58,7 @@ def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for key, name in ROWS.items():
         sampled, greedy = ([_rate(summary, when, key, mode) for when in WHEN] for mode in ("sampled", "greedy"))
-        counts = {str(rate["n"]): None for rate in (*sampled, *greedy) if rate}
+        counts = dict.fromkeys(str(rate["n"]) for rate in (*sampled, *greedy) if rate)
         with_intervals = " → ".join(_with_interval(rate) for rate in sampled)
         alone = " → ".join(f"{rate['value']:.2f}" if rate else NONE for rate in greedy)
         change = _with_margin(_rate(summary, "difference", key, "sampled"))

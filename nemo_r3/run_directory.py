@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from nemo_r3 import memory, trackers, watchdog
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, take_lock, write_whole
+from nemo_r3.progress import warn
 from nemo_r3.runtime import World
 from nemo_r3.types import Failure, Group, Problem, UpdateBatch
 
@@ -45,30 +45,20 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
+        checkpoints: where checkpoints live.
+        metrics: metrics.jsonl, one flat JSON object per step.
+        layers: layers.jsonl, one flat JSON object per watched step, layer, matrix and operand.
         times: wall and CPU seconds of the phases since the last `log`, as "time/<phase>" and "time/cpu_<phase>".
         memory: GiB at the end of those phases, as `memory.measured` names them.
     """
 
     def __init__(self, config: Config, world: World) -> None:
         self.path = Path(config.run.dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics, self.layers = self.path / "metrics.jsonl", self.path / "layers.jsonl"
         self.times: dict[str, float] = {}
         self.memory: dict[str, float] = {}
         self._config, self._world = config, world
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints live."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """One flat JSON object per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def layers(self) -> Path:
-        """One flat JSON object per watched step, layer, matrix and operand."""
-        return self.path / "layers.jsonl"
 
     def check_directory(self) -> None:
         """Checks that the directory can be written; every rank calls this.
@@ -178,10 +168,10 @@ class RunDirectory:
             return
         logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
         if lost := step - len(logged):
-            print(f"warning: {self.metrics} lacks {lost} of the {step} steps before", file=sys.stderr, flush=True)
+            warn(f"{self.metrics} lacks {lost} of the {step} steps before")
         if not step and (lost := len(_lines(self.metrics))):
             again = f"the run starts again at step 1 and replaces the {lost} steps in {self.metrics}"
-            print(f"warning: no checkpoint in {self.checkpoints}: {again}", file=sys.stderr, flush=True)
+            warn(f"no checkpoint in {self.checkpoints}: {again}")
         for log in (self.metrics, self.layers):
             if log.exists():
                 lines = [line for line in _lines(log) if (number := _step_of(line)) and number <= step]
@@ -262,7 +252,7 @@ class RunDirectory:
             The whole summary.
         """
         file = self.path / "summary.json"
-        summary = self._read_summary(file)
+        summary = _read_summary(file)
         entries["seconds"] = summary.get("seconds", {}) | self._seconds()
         merged = {name: value for name, value in (summary | entries).items() if value is not None}
         self._world.barrier()  # everyone has read the old summary
@@ -270,18 +260,6 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(merged, indent=1) + "\n")
         return merged
-
-    def _read_summary(self, file: Path) -> dict[str, Any]:
-        """The summary; an empty one if there is none or, with a warning, if it is damaged."""
-        try:
-            summary = json.loads(file.read_text()) if file.exists() else {}
-        except ValueError:
-            summary = None
-        if isinstance(summary, dict):
-            return summary
-        if self._world.is_main:
-            print(f"warning: {file} is damaged, and starts again", file=sys.stderr, flush=True)
-        return {}
 
     def _seconds(self) -> dict[str, dict[str, float]]:
         """Wall and CPU seconds (of rank 0) by phase: of all logged steps, and of this verb after them."""
@@ -294,6 +272,17 @@ class RunDirectory:
                     phase = name.removeprefix("time/").removeprefix("cpu_")
                     spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value
         return {phase: {kind: round(value, 2) for kind, value in kinds.items()} for phase, kinds in spent.items()}
+
+
+def _read_summary(file: Path) -> dict[str, Any]:
+    """A summary.json; an empty one if there is none or, with a warning, if it is damaged."""
+    if not file.exists():
+        return {}
+    with suppress(ValueError):
+        if isinstance(summary := json.loads(file.read_text()), dict):
+            return summary
+    warn(f"{file} is damaged, and starts again")
+    return {}
 
 
 def _shared(group: Group) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Imports megatron-core, so it is imported after `join`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, la
 from nemo_r3.actor.saver import Saver
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
+from nemo_r3.progress import warn
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.counters import Counters
@@ -25,8 +25,8 @@ from recipes.setup import Setup
 
 def newest(setup: Setup) -> Path | None:
     """The run's newest checkpoint as rank 0 sees it: on a shared file system, ranks may see different files."""
-    newest: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
-    return newest
+    found: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
+    return found
 
 
 def trained(setup: Setup) -> Path | None:
@@ -36,12 +36,12 @@ def trained(setup: Setup) -> Path | None:
         UserError: it is no complete checkpoint, or this command's settings are not the run's.
     """
     asked = setup.config.evaluate.checkpoint
-    trained = Path(asked) if asked else newest(setup)
     if asked and not setup.world.broadcast((Path(asked) / MANIFEST).is_file()):
         raise UserError(f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}")
-    if trained is not None:
+    found = Path(asked) if asked else newest(setup)
+    if found is not None:
         setup.run.refuse_other_settings()
-    return trained
+    return found
 
 
 def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, Path | None]:
@@ -79,7 +79,7 @@ def _load_newest(setup: Setup, trainer: Trainer, newest_first: Sequence[Path]) -
         except DamagedError as error:
             if setup.world.is_main:
                 set_aside(path)
-                print(f"warning: {error}, which this run does now", file=sys.stderr, flush=True)
+                warn(f"{error}, which this run does now")
     try:
         return oldest, checkpoint.load(trainer, oldest)
     except DamagedError as error:
@@ -142,8 +142,7 @@ def save_turns(setup: Setup, rollout: Rollout, step: int) -> None:
             turn_cache.write(file, turns)
             setup.progress.say(f"kept {len(turns)} turns of step {step} in {file}")
         except OSError as error:
-            lost = f"step {step} will be sampled again: cannot write {file} ({error.strerror})"
-            print(f"warning: {lost}", file=sys.stderr, flush=True)
+            warn(f"step {step} will be sampled again: cannot write {file} ({error.strerror})")
 
 
 def _restore_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> None:
@@ -154,5 +153,5 @@ def _restore_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> Non
             turns = turn_cache.read(file)
             setup.progress.say(f"continuing with {len(turns)} turns of step {step} from {file}")
         except (OSError, SafetensorError) as error:
-            print(f"warning: step {step} is sampled again: {file} is damaged ({error})", file=sys.stderr, flush=True)
+            warn(f"step {step} is sampled again: {file} is damaged ({error})")
     rollout.turns.restore(step, setup.world.broadcast(turns))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nemo_r3 import config as configuration
 from nemo_r3.errors import UserError
 from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
+from nemo_r3.progress import warn
 from nemo_r3.report import table
 from recipes.metrics import versions
 from recipes.setup import join
@@ -65,7 +65,7 @@ def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
             if probes := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
                 return [ids[-PROBE_TOKENS:] for ids in probes]
         except (ValueError, KeyError, TypeError):
-            print(f"warning: {file} is damaged; the export is compared on random tokens", file=sys.stderr, flush=True)
+            warn(f"{file} is damaged; the export is compared on random tokens")
     draw = random.Random(0)
     length = min(PROBE_TOKENS, arch.max_positions)
     return [[draw.randrange(arch.vocab_size) for _ in range(length)] for _ in range(PROBES)]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,9 +41,14 @@ class Launch:
     path: Path
 
     @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints live."""
+        return self.path / "checkpoints"
+
+    @property
     def writing(self) -> Path:
         """The checkpoint that is being written."""
-        return self.path / "checkpoints" / WRITING
+        return self.checkpoints / WRITING
 
     def start(self) -> subprocess.Popen[bytes]:
         """Starts the run in its own process group; its output is appended to <path>.log."""
@@ -89,21 +94,21 @@ class Launch:
         """
         process, begun, now = self.start(), time.monotonic(), time.time()
 
-        def wait_until(happened: Callable[[], bool]) -> None:
-            while process.poll() is None and not happened():
+        def wait_for(sign: Path | float) -> None:
+            until = math.inf if isinstance(sign, Path) else time.monotonic() + sign
+            while process.poll() is None and time.monotonic() < until:
+                if isinstance(sign, Path) and is_newer(sign, now):
+                    return
                 if time.monotonic() - begun > patience:
                     raise UserError(f"the run hangs: it was not over after {patience:.0f} s; see {self.path}.log")
                 time.sleep(0.002)
 
         try:
             for wait in waits:
-                if isinstance(wait, Path):
-                    wait_until(partial(is_newer, wait, now))
-                else:
-                    wait_until(partial(_is_past, time.monotonic() + wait))
+                wait_for(wait)
             if process.poll() is None:
                 _send(process, self.ranks, number)
-            wait_until(lambda: False)
+            wait_for(math.inf)
         except BaseException:  # an error, or we ourselves are stopped: leave no run behind
             os.killpg(process.pid, signal.SIGKILL)
             raise
@@ -164,10 +169,6 @@ def is_newer(file: Path, than: float) -> bool:
         return file.stat().st_mtime > than
     except FileNotFoundError:
         return False
-
-
-def _is_past(moment: float) -> bool:
-    return time.monotonic() >= moment
 
 
 def differences(whole: Path, killed: Path, steps: int) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from nemo_r3 import memory
 from nemo_r3.config import Config
 from nemo_r3.models import flops
 from nemo_r3.precision import precision_of
+from nemo_r3.progress import warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Group, UpdateBatch
 from recipes.setup import Setup
@@ -84,23 +84,19 @@ def report_memory(setup: Setup, trainer: Trainer, rollout: Rollout, step: int) -
 
 def warn_of_long_problems(setup: Setup, rollout: Rollout) -> None:
     """Warns of problems that were too long to ask; mining leaves them out, evaluation counts them as not solved."""
-    if setup.world.is_main and rollout.too_long:
-        print(
-            f"warning: {len(rollout.too_long)} problems do not fit rollout.max_model_len="
-            f"{setup.config.rollout.max_model_len} and were not asked, such as {min(rollout.too_long)}",
-            file=sys.stderr,
-            flush=True,
+    if rollout.too_long:
+        warn(
+            f"{len(rollout.too_long)} problems do not fit rollout.max_model_len={setup.config.rollout.max_model_len} "
+            f"and were not asked, such as {min(rollout.too_long)}"
         )
 
 
 def warn_of_truncated_answers(setup: Setup, share: float) -> None:
     """Warns if a large share of first answers was truncated: the model may have been about to solve the problem."""
-    if setup.world.is_main and share > MANY_TRUNCATED:
-        print(
-            f"warning: {share:.0%} of the first answers were cut at rollout.max_answer_tokens="
-            f"{setup.config.rollout.max_answer_tokens}; if the model needs more, raise it and mine anew",
-            file=sys.stderr,
-            flush=True,
+    if share > MANY_TRUNCATED:
+        warn(
+            f"{share:.0%} of the first answers were cut at rollout.max_answer_tokens="
+            f"{setup.config.rollout.max_answer_tokens}; if the model needs more, raise it and mine anew"
         )
 
 

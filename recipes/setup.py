@@ -5,7 +5,6 @@ CONFIG.yaml key=value ... -> settings, task, model: checked -> ranks, device, ru
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
 from nemo_r3.precision import without_fp8
-from nemo_r3.progress import Progress
+from nemo_r3.progress import Progress, warn
 from nemo_r3.rollout import environment
 from nemo_r3.run_directory import RunDirectory
 from nemo_r3.runtime import World
@@ -83,8 +82,8 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     environment.prepare(config, torch.cuda.is_available())
     world = runtime.start(config)
     fp8_support.prepare(config if trains else without_fp8(config), arch)
-    if world.is_main and (advice := fp8_support.advice(config)):
-        print(f"warning: {advice}", file=sys.stderr, flush=True)
+    if advice := fp8_support.advice(config):
+        warn(advice)
     run = RunDirectory(config, world)
     run.check_directory()
     progress = Progress(world.is_main, engines=world.size // config.rollout.tensor_parallel)

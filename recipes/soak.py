@@ -87,7 +87,7 @@ def soak(argv: Sequence[str]) -> None:
         killed = Launch(argv, ranks, home / f"round_{tally.rounds + 1:03d}")
         outcome = kill(killed, whole.path, config, tally, patience)
         write_whole(file, json.dumps(asdict(tally), indent=1) + "\n")
-        print(f"{killed.path.name}: {outcome}, at step {State.of(killed.path).step}", flush=True)
+        print(f"{killed.path.name}: {outcome}, at step {latest_step(killed.checkpoints)}", flush=True)
     print(json.dumps(asdict(tally)))
     if tally.harm:
         raise UserError(f"{file}: {tally.harm}; {home} is left as it is, to be looked at")
@@ -99,14 +99,14 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
     Returns:
         What happened, in words.
     """
-    before, kind, now = State.of(launch.path), next_kind(launch.path, tally.total), time.time()
+    step, shards = latest_step(launch.checkpoints), mined_shards(launch.path)
+    kind, now = next_kind(launch.path, tally.total), time.time()
     waits = waits_of(launch, kind, random.Random(f"{config.seed}/{tally.total}"))
     code, lived = launch.interrupt(SIGUSR1 if kind == "SIGUSR1" else SIGKILL, waits, patience)
-    after = State.of(launch.path)
     tally.seconds = round(tally.seconds + lived, 1)
-    tally.corrupt_checkpoints += sum(not is_sound(path) for path in complete(launch.path / "checkpoints"))
-    tally.lost_checkpoints += after.step < before.step
-    for name in sorted(before.shards | after.shards):
+    tally.corrupt_checkpoints += sum(not is_sound(path) for path in complete(launch.checkpoints))
+    tally.lost_checkpoints += latest_step(launch.checkpoints) < step
+    for name in shards | mined_shards(launch.path):
         tally.lost_failure_rows += rows_lost(launch.path / "failures" / name, whole / "failures" / name)
     ours, theirs = (untimed(path / "metrics.jsonl") for path in (launch.path, whole))
     tally.double_counted_steps += len(ours) - len({line["step"] for line in ours})
@@ -120,18 +120,9 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
     return f"kill {tally.total}/{config.drill.kills} {kind} after {lived:.1f} s"
 
 
-@dataclass(frozen=True)
-class State:
-    """What a kill must not lose: the step of the newest checkpoint, and the mined shards."""
-
-    step: int
-    shards: frozenset[str]
-
-    @classmethod
-    def of(cls, path: Path) -> State:
-        """Reads it from a run directory, which need not exist yet."""
-        shards = path.glob("failures/shard_*.jsonl")
-        return cls(latest_step(path / "checkpoints"), frozenset(shard.name for shard in shards))
+def mined_shards(path: Path) -> set[str]:
+    """The names of a run's shards of the failure bank."""
+    return {shard.name for shard in path.glob("failures/shard_*.jsonl")}
 
 
 def next_kind(path: Path, number: int) -> str:

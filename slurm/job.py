@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nemo_r3.config import Config, check_world, load
 from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.progress import warn
 from slurm import slices
 
 SCRIPT = "slurm/train.sh"
@@ -122,13 +123,13 @@ def sbatch_line(config: Config, argv: Sequence[str]) -> str:
 
 
 def resource_warning(config: Config) -> str:
-    """A warning if GPUs are asked for without cores or memory; empty if they are not."""
+    """What to warn of if GPUs are asked for without cores or memory; empty if they are not."""
     cluster = config.cluster
     asked = {"cluster.cpus_per_task": cluster.cpus_per_task, "cluster.memory_gb": cluster.memory_gb}
     unasked = [f"{name}=0" for name, value in asked.items() if not value]
     if not cluster.gpus_per_node or not unasked:
         return ""
-    return f"warning: {', '.join(unasked)}: Slurm's default may be one core per rank, and memory for no more than that"
+    return f"{', '.join(unasked)}: Slurm's default may be one core per rank, and memory for no more than that"
 
 
 def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:
@@ -186,7 +187,7 @@ def begin(config: Config) -> None:
     got = read_allocation(os.environ)
     values = launch(config, got)
     slices.begin(config, got.job, got.restarts)
-    ranks = got.nodes * int(str(values["RANKS_PER_NODE"]))
+    ranks = got.nodes * ranks_per_node(config, got)
     print(f"{ranks} ranks on {got.nodes} nodes, restart {got.restarts}; logs: {values['LOGS']}", file=sys.stderr)
     print(assignments(values), end="")
 
@@ -199,7 +200,7 @@ def main(argv: Sequence[str]) -> int:
             config = load(rest)
             print(sbatch_line(config, rest))
             if warning := resource_warning(config):
-                print(warning, file=sys.stderr)
+                warn(warning)
         elif verb == "begin":
             begin(load(rest))
         elif verb == "end":

@@ -29,6 +29,7 @@ from nemo_r3.config.schema import Layer, build
 from nemo_r3.errors import ConfigError, ModelNotFoundError, UserError
 from nemo_r3.models import planned_architecture
 from nemo_r3.plan import plan_of
+from nemo_r3.progress import warn
 from slurm import chain
 from slurm.chain import JobArray
 from slurm.job import resource_warning
@@ -49,21 +50,19 @@ def job_arrays(args: argparse.Namespace) -> list[JobArray]:
     cluster = _cluster_settings(args.cluster) if args.cluster else []
     base = [args.config[0], *cluster, *args.config[1:]]
     config = load(base)
+    folder = chain.folder_of(Path(config.run.dir))
     points = _points(args.sweep)
-    keys = {key for point in points for key in point}
-    shares = all(key.partition(".")[0] in SHARED for key in keys)
+    shares = all(key.partition(".")[0] in SHARED for point in points for key in point)
     arrays = []
-    recipes = [
-        recipe for recipe in STAGES[STAGES.index(args.first) :] if recipe != "mine" or config.failures.source == "bank"
-    ]
-    for recipe in recipes:
+    for recipe in STAGES[STAGES.index(args.first) :]:
+        if recipe == "mine" and config.failures.source == "online":
+            continue
         own = getattr(args, recipe)
-        one = recipe == "mine" and shares
-        argvs = {"": [*base, *own]} if one else {}
-        for point in [] if one else points:
-            argvs[_label(point)] = [*base, *_settings(config, point, shares), *own]
+        if recipe == "mine" and shares:
+            argvs = {"": [*base, *own]}
+        else:
+            argvs = {_label(point): [*base, *_settings(config, point, shares), *own] for point in points}
         configs = [_checked(recipe, argv) for argv in argvs.values()]
-        folder = chain.folder_of(Path(config.run.dir))
         stages = (Stage(recipe, label, tuple(argv), folder) for label, argv in argvs.items())
         arrays.append(JobArray(tuple(stages), configs[0]))
     return arrays
@@ -199,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
             run_here(arrays)
             return 0
         for warning in filter(None, dict.fromkeys(resource_warning(array.config) for array in arrays)):
-            print(warning, file=sys.stderr)
+            warn(warning)
         for verdict in dict.fromkeys(verdicts(arrays, disk=not args.dry_run)):
             print(f"{'# ' if args.dry_run else ''}{verdict}")
         print(chain.batch_scripts(arrays) if args.dry_run else chain.submit(arrays))

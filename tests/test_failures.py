@@ -152,7 +152,7 @@ def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path)
 
 def test_a_half_mined_foreign_bank_is_refused_even_when_told(tmp_path: Path) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
-    bank(tmp_path)._write_index(complete=False, shards={})
+    bank(tmp_path)._write_index(2, complete=False)
     with pytest.raises(UserError, match="another model"):
         bank(tmp_path, Stamp(**{**vars(STAMP), "model": "m1"}), allow_foreign=True).check()
 
@@ -241,7 +241,10 @@ def test_a_shard_that_changes_under_a_run_is_named(tmp_path: Path) -> None:
 
 
 def test_a_bank_of_an_older_nemo_r3_is_refused(tmp_path: Path) -> None:
-    bank(tmp_path)._write_index(complete=True, problems=2)
+    bank(tmp_path).mine(Scripted(), problems(2))
+    index = json.loads((tmp_path / "bank.json").read_text())
+    del index["shards"]
+    (tmp_path / "bank.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="mined by an older nemo_r3"):
         bank(tmp_path, allow_foreign=True).check()
 

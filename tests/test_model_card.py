@@ -32,4 +32,4 @@ def test_model_card() -> None:
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert settings["model"]["path"] == "models/tiny"
     assert "Results" not in model_card(config, summary, 80, "tiny"), "measured at another step"
-    assert "Results" not in model_card(config, None, 80, "tiny")
+    assert "Results" not in model_card(config, {}, 80, "tiny")

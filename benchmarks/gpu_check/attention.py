@@ -10,17 +10,16 @@ times are medians of forward and backward at the size of an update.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check import command_line
 from benchmarks.update import Point, rows_of
 from nemo_r3.actor.attention import Packed, SharedContextAttention
 from nemo_r3.algo.layout import Layout
@@ -169,11 +168,7 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
 
 def main() -> None:
     """Writes what was found as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = command_line(__doc__).parse_args()
     options.out.write_text(json.dumps(measure(torch.device(options.device), options.small)))
 
 

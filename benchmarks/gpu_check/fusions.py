@@ -106,7 +106,7 @@ def measure(shape: str, arithmetic: str, rounds: int) -> Iterator[dict[str, Any]
 
 def main() -> None:
     """Writes what was found as JSON, after each change: one that fails costs only those after it."""
-    options = arguments(__doc__.splitlines()[0])
+    options = arguments(__doc__)
     for found in measure(options.shape, options.precision, SMALL_ROUNDS if options.small else ROUNDS):
         write_whole(options.out, json.dumps(found))
 

@@ -9,7 +9,6 @@ to one that could sample.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu_check import command_line
 from benchmarks.gpu_check.update import distance, model_of
 from nemo_r3 import fp8_support, runtime
 from nemo_r3.config import Config
@@ -127,12 +127,9 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Writes what was found as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = command_line(__doc__)
     parser.add_argument("--shape", choices=("8b-full", "1b"), default="1b")
     parser.add_argument("--quantization", choices=("none", *fp8_support.VLLM), default="none")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     found = measure("tiny" if options.small else options.shape, options.quantization, options.small)
     options.out.write_text(json.dumps(found))

@@ -6,7 +6,6 @@ steps, `plus_minus` half of its 95 % interval over those steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_check import command_line
 from benchmarks.machine import ROOT
 
 STEPS, LAST = 100, 20
@@ -61,11 +61,8 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     """Writes what was found as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = command_line(__doc__)
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         options.out.write_text(json.dumps(run(options.precision, options.small, Path(home))))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu_check import command_line
 from benchmarks.machine import ROOT
 from benchmarks.update import Point, rows_of
 from nemo_r3 import fp8_support, runtime
@@ -149,14 +150,11 @@ def distance(ours: list[list[float]], theirs: list[list[float]]) -> dict[str, fl
     return {"prob_error": statistics.fmean(map(math.exp, gaps)), "largest_gap": max(gaps)}
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(doc: str) -> argparse.Namespace:
     """The command line of a check of the update; `shape` is tiny with `--small`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = command_line(doc)
     parser.add_argument("--shape", choices=("8b", "8b-16", "1b"), default="8b")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.small:
         options.shape = "tiny"
@@ -165,7 +163,7 @@ def arguments(description: str) -> argparse.Namespace:
 
 def main() -> None:
     """Writes what was found as JSON."""
-    options = arguments(__doc__.splitlines()[0])
+    options = arguments(__doc__)
     options.out.write_text(json.dumps(measure(options.shape, options.precision)))
 
 

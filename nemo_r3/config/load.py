@@ -59,6 +59,8 @@ def _fill(config: Config, path: Path) -> None:
     config.run.dir = expanduser(config.run.dir) or str(Path("runs", path.stem))
     config.failures.path = expanduser(config.failures.path) or str(Path(config.run.dir, "failures"))
     config.evaluate.checkpoint = expanduser(config.evaluate.checkpoint)
+    if config.dialogue.chat_template is not None:
+        config.dialogue.chat_template = expanduser(config.dialogue.chat_template)
 
 
 def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
@@ -111,16 +113,12 @@ def _read(path: Path, named_by: str) -> dict[Any, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
     except UNREADABLE as error:
-        raise ConfigError(f"{path}{_broken(error)}") from None
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: broken YAML: {_reason(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections and keys, as in `train: {{steps: 10}}`")
     return values
-
-
-def _broken(error: Exception) -> str:
-    """What is wrong with a YAML file: ":line: reason"."""
-    mark = getattr(error, "problem_mark", None)
-    return f"{f':{mark.line + 1}' if mark else ''}: broken YAML: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:

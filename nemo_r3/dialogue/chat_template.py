@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from os.path import expanduser
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,6 +97,6 @@ class ChatTemplate:
 
 def _read(path: str) -> str:
     try:
-        return Path(expanduser(path)).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"dialogue.chat_template: {path!r} cannot be read ({error}); name a Jinja file") from None

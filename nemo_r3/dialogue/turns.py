@@ -36,8 +36,8 @@ class Dialogue:
 
         Args:
             tokenizer: with the chat template of the model.
-            config: the template, the system turn, how to offer tools, and what replaces the task's wording.
-            wording: the task's own words.
+            config: the template, the system turn, and how to offer tools.
+            wording: the task's, with what `dialogue.*` replaces.
             stop_ids: the checkpoint's further end-of-turn ids, see `stop_token_ids`.
 
         Raises:
@@ -46,10 +46,7 @@ class Dialogue:
         """
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, config)
-        self._task = wording.task if config.task is None else config.task
-        self._reflect = wording.reflect if config.reflect is None else config.reflect
-        self._retry = wording.retry if config.retry is None else config.retry
-        self._tools_text = config.tools_text
+        self._wording, self._tools_text = wording, config.tools_text
         self._pieces: dict[str, tuple[int, ...]] = {}
         reason = objection(self._template)
         if reason is not None:
@@ -71,11 +68,11 @@ class Dialogue:
 
     def reflect(self, trajectory: Trajectory) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of a reflection on what was sampled last."""
-        return self._ask(trajectory, self._reflect)
+        return self._ask(trajectory, self._wording.reflect)
 
     def retry(self, trajectory: Trajectory) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of another try after the reflection."""
-        return self._ask(trajectory, self._retry)
+        return self._ask(trajectory, self._wording.retry)
 
     def _ask(self, trajectory: Trajectory, text: str) -> Trajectory:
         """Closes the turn that was sampled last and adds a user turn and the generation prompt.
@@ -139,7 +136,7 @@ class Dialogue:
             self._encode(self._template.render(USER[:1])),
             self.task(PROBLEM).ids,
             self._piece(USER[1]),
-            self._task,
+            self._wording.task,
             self.end_of_turn,
         )
         return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.failures.stamp import Stamp, differences
 from nemo_r3.failures.tally import Tally, tally, total
 from nemo_r3.files import take_lock, write_whole
-from nemo_r3.progress import Progress
+from nemo_r3.progress import Progress, warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
 from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
@@ -73,6 +72,7 @@ class Bank:
         self.example: Attempt | None = None
         self._config, self._stamp, self._world, self._decode = config, stamp, world, decode
         self._index = self.path / "bank.json"
+        self._shards: dict[str, str] = {}
         self._tallies: dict[str, dict[str, int]] = {}
 
     def check(self) -> bool:
@@ -121,13 +121,12 @@ class Bank:
         samples = self._config.failures.samples_per_problem
         starts = range(0, len(problems), SHARD_PROBLEMS)
         parts = {f"shard_{i:05d}.jsonl": problems[start : start + SHARD_PROBLEMS] for i, start in enumerate(starts)}
-        mined: dict[str, str] = {}
         if self._world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             take_lock(self.path)
-            mined = self._mined_before()
-            self._write_index(complete=False, problems=len(problems), shards=mined)
-        missing = self._world.broadcast([name for name in parts if name not in mined])
+            self._read_mined()
+            self._write_index(len(problems), complete=False)
+        missing = self._world.broadcast([name for name in parts if name not in self._shards])
         at_once = self._shards_at_once()
         for first in range(0, len(missing), at_once):
             names = missing[first : first + at_once]
@@ -140,15 +139,17 @@ class Bank:
             if self._world.is_main:
                 left = iter(attempts)
                 for name in names:
-                    own = list(islice(left, len(parts[name]) * samples))
-                    self._tallies[name] = vars(tally(own))
-                    rows = _rows(own, samples)
-                    write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
-                    mined[name] = sum_of(self.path / name)
-                    self._write_index(complete=False, problems=len(problems), shards=mined)
+                    self._keep(name, list(islice(left, len(parts[name]) * samples)))
+                    self._write_index(len(problems), complete=False)
         if self._world.is_main:
-            self._write_index(complete=True, problems=len(problems), shards=mined)
+            self._write_index(len(problems), complete=True)
         self._world.barrier()
+
+    def _keep(self, name: str, attempts: Sequence[Attempt]) -> None:
+        """Writes a shard."""
+        rows = _rows(attempts, self._config.failures.samples_per_problem)
+        write_whole(self.path / name, "".join(f"{json.dumps(row)}\n" for row in rows))
+        self._shards[name], self._tallies[name] = sum_of(self.path / name), vars(tally(attempts))
 
     def _shards_at_once(self) -> int:
         """The fewest shards that give every engine MINED_BATCHES times `rollout.max_num_seqs` prompts."""
@@ -192,14 +193,15 @@ class Bank:
         most = self._config.failures.max_solve_rate
         return most == 1.0 or json.loads(line)["solve_rate"] <= most
 
-    def _mined_before(self) -> dict[str, str]:
-        """The shards that earlier processes mined: name -> SHA-256."""
-        index = self._read_index() if self._index.exists() else {"shards": {}, "tallies": {}}
-        mined, self._tallies = index["shards"], index["tallies"]
-        for name in [name for name in mined if not (self.path / name).exists()]:
-            print(f"warning: {self.path / name} is missing; its problems are asked again", file=sys.stderr, flush=True)
-            del mined[name]
-        return mined
+    def _read_mined(self) -> None:
+        """Takes over the shards that earlier processes mined."""
+        if not self._index.exists():
+            return
+        index = self._read_index()
+        self._shards, self._tallies = index["shards"], index["tallies"]
+        for name in [name for name in self._shards if not (self.path / name).exists()]:
+            warn(f"{self.path / name} is missing; its problems are asked again")
+            del self._shards[name]
 
     def _read_index(self) -> dict[str, Any]:
         try:
@@ -214,9 +216,10 @@ class Bank:
             )
         return read | {"shards": index["shards"], "tallies": index.get("tallies", {})}
 
-    def _write_index(self, **entries: Any) -> None:
-        entries |= {"tallies": self._tallies}
-        write_whole(self._index, json.dumps({"stamp": vars(self._stamp), **entries}, indent=1) + "\n")
+    def _write_index(self, problems: int, complete: bool) -> None:
+        kept = {"shards": self._shards, "tallies": self._tallies}
+        index = {"stamp": vars(self._stamp), "complete": complete, "problems": problems, **kept}
+        write_whole(self._index, json.dumps(index, indent=1) + "\n")
 
 
 def _rows(attempts: Sequence[Attempt], samples: int) -> list[dict[str, Any]]:

@@ -34,8 +34,9 @@ class Tally:
 
     def line(self, problems: int) -> str:
         """E.g. "0 of 288 problems solved at first try"."""
-        what = "problems" if self.asked == problems else f"answers to {problems} problems"
-        return f"{self.passed} of {self.asked} {what} {'solved' if what == 'problems' else 'right'} at first try"
+        if self.asked == problems:
+            return f"{self.passed} of {self.asked} problems solved at first try"
+        return f"{self.passed} of {self.asked} answers to {problems} problems right at first try"
 
     def doubt(self) -> str:
         """A question to ask if all answers fared alike; empty if they did not."""

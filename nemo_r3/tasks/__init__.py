@@ -75,7 +75,7 @@ def find(name: str) -> ModuleType:
     """
     module = None
     if re.fullmatch(r"\w+(\.\w+)*", name):
-        module = (None if "." in name else _import(f"{__name__}.{name}")) or _import(name)
+        module = _import(f"{__name__}.{name}" if name in _own() else name)
     if module is None:
         raise ConfigError(f"task.name: no task is called {name!r}{_near(name)} {_known()}")
     wanted = BUILT if hasattr(module, "build") else FUNCTIONS

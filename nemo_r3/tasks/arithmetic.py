@@ -23,8 +23,9 @@ MAX_DEPTH = 40
 _SYMBOLS = str.maketrans("×·⋅∗•＊÷／−–—－＋（）＝", "******//----+()=")
 _COMMANDS = {"times": "*", "cdot": "*", "ast": "*", "div": "/", "frac": "frac", "dfrac": "frac", "tfrac": "frac"}
 _IGNORED_COMMANDS = {"left", "right", "quad", "qquad"}
-_SPACE = re.compile(r"(?:[ \t\r\n]|\\[,:;! ])*")
-_TOKEN = re.compile(r"(?P<integer>[0-9]+)|\\(?P<command>[A-Za-z]+)|(?P<symbol>[-+*/(){}])")
+_TOKEN = re.compile(
+    r"(?P<space>[ \t\r\n]|\\[,:;! ])|\\(?P<command>[A-Za-z]+)|(?P<plain>[0-9]+|[-+*/(){}])|(?P<other>.)", re.DOTALL
+)
 _INTEGER = re.compile(r"0|[1-9][0-9]*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _AROUND = (("**", "**"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
@@ -110,25 +111,17 @@ def _refuse_long(text: str) -> None:
 
 
 def _tokens(text: str) -> list[str]:
-    tokens, position = [], _after_space(text, 0)
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise NotArithmeticError(f"unexpected {text[position]!r}")
-        position = _after_space(text, match.end())
+    tokens = []
+    for match in _TOKEN.finditer(text):
         command = match["command"]
-        if command in _IGNORED_COMMANDS:
+        if match["other"]:
+            raise NotArithmeticError(f"unexpected {match[0]!r}")
+        if match["space"] or command in _IGNORED_COMMANDS:
             continue
         if command is not None and command not in _COMMANDS:
             raise NotArithmeticError(f"unknown command {command!r}")
-        tokens.append(_COMMANDS[command] if command is not None else match["integer"] or match["symbol"])
+        tokens.append(match[0] if command is None else _COMMANDS[command])
     return tokens
-
-
-def _after_space(text: str, start: int) -> int:
-    match = _SPACE.match(text, start)
-    assert match is not None, "matches nothing, too"
-    return match.end()
 
 
 class _Parser:

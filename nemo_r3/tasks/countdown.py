@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, combinations_with_replacement
 from math import comb
-from pathlib import Path
 
 from nemo_r3.config.option import option
-from nemo_r3.errors import ConfigError, UserError, describe
+from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.arithmetic import Expression, NotArithmeticError, answer_of, parse_equation
+from nemo_r3.tasks.data_set import read_columns
 from nemo_r3.tasks.lazy_problems import LazyProblems
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import fill
@@ -198,7 +198,7 @@ def _every_deal(options: Options) -> Iterator[Deal]:
 def _random_deals(options: Options) -> Iterable[Deal]:
     """`size` distinct problems: draw numbers, join them at random, keep what lands in the range of targets."""
     rng = random.Random(options.seed)
-    deals: dict[tuple[Hand, int], Deal] = {}
+    deals: dict[str, Deal] = {}
     fruitless = 0
     while len(deals) < options.size:
         count = rng.randint(options.numbers_min, options.numbers_max)
@@ -206,7 +206,8 @@ def _random_deals(options: Options) -> Iterable[Deal]:
         value = _join_at_random(hand, options.operators, rng)
         known = len(deals)
         if value is not None and options.target_min <= value <= options.target_max:
-            deals.setdefault((tuple(sorted(hand)), value), Deal(hand, value))
+            deal = Deal(hand, value)
+            deals.setdefault(deal.id, deal)
         fruitless = 0 if len(deals) > known else fruitless + 1
         if fruitless == FRUITLESS_DRAWS:
             found = f"only {len(deals)} distinct problems turned up"
@@ -227,31 +228,16 @@ def _join_at_random(hand: Hand, operators: str, rng: random.Random) -> int | Non
 
 
 def _read_deals(source: str) -> Iterator[Deal]:
-    """The rows of a data set on the hub or on disk, in its order."""
-    from datasets import load_dataset  # heavy, and needed for real data only
-
-    path = Path(source)
-    try:
-        if path.is_file():
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            rows = load_dataset(kind, data_files=str(path), split="train")
-        else:
-            rows = load_dataset(source, split="train")
-        targets, hands = rows["target"], rows["nums"]
-    except Exception as error:  # whatever the loader raises, the user's way out is the same
-        raise UserError(
-            f"task.options.source: {source!r} cannot be read ({describe(error)}); "
-            "offline, download the data set elsewhere and give the path of its parquet or JSON-lines files, with "
-            "columns target and nums, or use source=generated"
-        ) from error
-    return (Deal(tuple(map(int, hand)), int(target)) for target, hand in zip(targets, hands, strict=True))
+    """The rows of a data set, in its order."""
+    rows = read_columns(source, ("target", "nums"), instead="generated")
+    return (Deal(tuple(map(int, hand)), int(target)) for target, hand in rows)
 
 
 def _unique(deals: Iterable[Deal]) -> list[Deal]:
     """The deals without those that only reorder an earlier one's numbers."""
-    first: dict[tuple[Hand, int], Deal] = {}
+    first: dict[str, Deal] = {}
     for deal in deals:
-        first.setdefault((tuple(sorted(deal.numbers)), deal.target), deal)
+        first.setdefault(deal.id, deal)
     return list(first.values())
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from nemo_r3.errors import ConfigError, UserError, in_one_line
-from nemo_r3.progress import is_rank_0
+from nemo_r3.progress import warn
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.slow_calls import warn_if_slow
 from nemo_r3.tasks.template import fill
@@ -52,7 +51,7 @@ class FunctionTask:
         self._compare_splits()
         problems = [problem for split in SPLITS for problem in self._splits[split]]
         if accepted := [problem.id for problem in problems if self.verify(problem, "")]:
-            _warn(
+            warn(
                 f"{self.name}.verify accepts an empty answer to {len(accepted)} of {len(problems)} problems, such as "
                 f"{accepted[0]!r}: does it refuse wrong ones? They are what this method learns from"
             )
@@ -95,7 +94,7 @@ class FunctionTask:
         if len(again) == count:
             raise ConfigError(f"task.name: {self.name}: {said}: evaluation would measure memory; hold other ones out")
         if again:
-            _warn(f"{self.name}: {said}, such as {again[0]!r}: evaluation will measure memory there")
+            warn(f"{self.name}: {said}, such as {again[0]!r}: evaluation will measure memory there")
 
     def _read(self, split: str, options: tuple[Any, ...]) -> tuple[Problem, ...]:
         """The problems of a split in the words of the task turn."""
@@ -154,12 +153,6 @@ def _is_unicode(text: str) -> bool:
 def _asked(problem: Problem) -> tuple[str, str]:
     """What the model sees of a problem."""
     return problem.text, json.dumps(problem.tools) if problem.tools else ""
-
-
-def _warn(text: str) -> None:
-    """Prints a warning, on rank 0."""
-    if is_rank_0():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _version(module: ModuleType, options: Any) -> str:

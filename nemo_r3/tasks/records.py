@@ -21,16 +21,14 @@ from typing import Any
 from nemo_r3.errors import UserError
 from nemo_r3.progress import Progress, is_rank_0
 from nemo_r3.tasks.calls import parse_json
+from nemo_r3.tasks.data_set import read_columns
 from nemo_r3.tasks.schemas import as_declared, object_of_python, tool
 from nemo_r3.tasks.template import fill
 from nemo_r3.types import Problem
 
 MOST_CALLS = 64
 SHOWN = 5
-WAY_OUT = (
-    "offline, download the data set elsewhere and give the path of its .json, .jsonl or .parquet file, with columns "
-    "query, tools and answers, or use source=bfcl"
-)
+COLUMNS = ("query", "tools", "answers")
 
 Row = tuple[str, Any]
 """Where a row stands ("line 3") and what stands there: its text, or its fields."""
@@ -105,7 +103,11 @@ def read_xlam(source: str, max_malformed: float) -> list[Record]:
         UserError: it cannot be read, or too many rows are malformed.
     """
     path = Path(source)
-    rows = _lines(path) if path.is_file() and path.suffix in (".json", ".jsonl") else _data_set(source)
+    if path.is_file() and path.suffix in (".json", ".jsonl"):
+        rows = _lines(path)
+    else:
+        values = read_columns(source, COLUMNS, instead="bfcl")
+        rows = ((f"row {number}", dict(zip(COLUMNS, row, strict=True))) for number, row in enumerate(values, 1))
     return well_formed(rows, xlam_record, source, max_malformed)
 
 
@@ -115,7 +117,7 @@ def xlam_record(row: Any) -> Record:
     Raises:
         ValueError: the row is malformed; says how.
     """
-    query, tools, answers = (_field(row, name) for name in ("query", "tools", "answers"))
+    query, tools, answers = (_field(row, name) for name in COLUMNS)
     offered = [_xlam_tool(one) for one in _list_in(tools, "tools")]
     schemas = {one["function"]["name"]: one["function"]["parameters"]["properties"] for one in offered}
     gold = [_xlam_call(one, schemas) for one in _list_in(answers, "answers")]
@@ -179,22 +181,3 @@ def _lines(path: Path) -> Iterator[Row]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"task.options.source: {str(path)!r} cannot be read ({error})") from error
     return ((f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _data_set(source: str) -> Iterator[Row]:
-    from datasets import load_dataset  # heavy, and needed for real data only
-
-    try:
-        if Path(source).suffix == ".parquet" and Path(source).is_file():
-            rows = load_dataset("parquet", data_files=source, split="train")
-        else:
-            rows = load_dataset(source, split="train")
-        columns = [list(rows[name]) for name in ("query", "tools", "answers")]
-    except Exception as error:  # whatever the loader raises, the user's way out is the same
-        reason, *_ = f"{type(error).__name__}: {error}".splitlines()
-        raise UserError(f"task.options.source: {source!r} cannot be read ({reason}); {WAY_OUT}") from error
-    named = zip(*columns, strict=True)
-    return (
-        (f"row {number}", dict(zip(("query", "tools", "answers"), row, strict=True)))
-        for number, row in enumerate(named, 1)
-    )

@@ -91,6 +91,7 @@ def test_a_home_directory_is_found_in_paths(tmp_path: Path, monkeypatch: pytest.
     assert (config.run.dir, config.evaluate.checkpoint) == ("/home/me/a", "/home/me/c")
     assert config.failures.path == "/home/me/a/failures"
     assert load([file, "failures.path=~/b"]).failures.path == "/home/me/b"
+    assert load([file, "dialogue.chat_template=~/t.jinja"]).dialogue.chat_template == "/home/me/t.jinja"
 
 
 def test_a_hash_sign_is_kept_where_yaml_keeps_it(tmp_path: Path) -> None:

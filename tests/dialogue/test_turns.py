@@ -180,7 +180,7 @@ def test_fingerprint_follows_what_a_first_answer_depends_on(trained: Tokenizer) 
     prints = [
         dialogue_of(trained, PLAIN).fingerprint,
         dialogue_of(trained, CHATML).fingerprint,
-        dialogue_of(trained, PLAIN, task="Other words for {target}.").fingerprint,
+        Dialogue(tokenizer_of(trained, PLAIN), DialogueConfig(), Wording("Other words.", "Why?", "Again.")).fingerprint,
         dialogue_of(trained, PLAIN, system="Hello.").fingerprint,
         Dialogue(tokenizer_of(trained, PLAIN), DialogueConfig(), WORDING, [5]).fingerprint,
     ]

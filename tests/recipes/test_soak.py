@@ -9,7 +9,7 @@ import pytest
 from launch import ROOT, run
 
 from recipes.fault_injection import untimed
-from recipes.soak import State, Tally, next_kind, rows_lost
+from recipes.soak import Tally, mined_shards, next_kind, rows_lost
 
 
 def test_lost_rows_and_steps_logged_twice_are_found(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_harm_is_all_but_the_kills_themselves() -> None:
 
 
 def test_a_round_begins_with_kills_while_it_mines(tmp_path: Path) -> None:
-    assert State.of(tmp_path) == State(0, frozenset())
+    assert mined_shards(tmp_path) == set()
     assert [next_kind(tmp_path, number) for number in range(3)] == ["while saving", "while mining", "while mining"]
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "bank.json").write_text('{"complete": true}')

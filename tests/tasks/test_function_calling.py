@@ -142,7 +142,7 @@ def test_a_source_that_cannot_be_read_says_what_to_do(tmp_path, monkeypatch) -> 
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     for source, found in (
-        (tmp_path / "none.jsonl", "query, tools and answers"),
+        (tmp_path / "none.jsonl", "query, tools, answers"),
         (broken, "line 1"),
         (empty, "no rows"),
     ):

@@ -110,6 +110,13 @@ def test_a_users_module_is_a_task(tmp_path, monkeypatch) -> None:
         load(TaskConfig("my_tasks.broken"), DialogueConfig())
 
 
+def test_a_users_module_may_be_called_as_a_part_of_ours(tmp_path, monkeypatch) -> None:
+    (tmp_path / "records.py").write_text(USER_TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options, _ = load(TaskConfig("records", {"loud": True}), DialogueConfig())
+    assert options.loud
+
+
 def test_loading_a_task_imports_nothing_heavy() -> None:
     code = (
         "import sys; from nemo_r3.tasks import load; from nemo_r3.config.task import DialogueConfig, TaskConfig;"
