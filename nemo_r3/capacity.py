@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_r3.actor.manifest import WRITING, step_of
+from nemo_r3.actor.manifest import WRITING, all_steps, step_of
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
@@ -226,8 +226,8 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> float:
 
 def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
     """Why the checkpoints do not fit on the disk, or None."""
-    steps = [step_of(found) for found in checkpoints.glob("step_*")]
-    if max(steps, default=0) >= config.train.steps:
+    steps = all_steps(checkpoints)
+    if steps and step_of(steps[0]) >= config.train.steps:
         return None  # there is nothing left to save
     each = checkpoint_bytes(config, arch)
     more = config.train.keep_checkpoints + 1 - len(steps)

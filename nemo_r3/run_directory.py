@@ -275,7 +275,7 @@ class RunDirectory:
         """The summary; an empty one if there is none or, with a warning, if it is damaged."""
         try:
             summary = json.loads(file.read_text()) if file.exists() else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             summary = None
         if isinstance(summary, dict):
             return summary
@@ -289,7 +289,7 @@ class RunDirectory:
         spent: dict[str, dict[str, float]] = {}
         for line in [*logged, self.times]:
             for name, value in line.items():
-                if name.startswith("time/"):
+                if name.startswith("time/") and isinstance(value, float):
                     kind = "cpu" if name.startswith("time/cpu_") else "wall"
                     phase = name.removeprefix("time/").removeprefix("cpu_")
                     spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from nemo_r3.errors import UserError
 from nemo_r3.html_report import write_report
 from nemo_r3.html_report.health import ENDS
+from nemo_r3.html_report.read import number
 from nemo_r3.report import curve, read_metrics
 from recipes.metrics import versions
 from recipes.setup import Setup
@@ -47,7 +48,7 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
     draw_curve(setup)
     report(setup)
     try:
-        success = [line["retry_success"] for line in read_metrics(run.metrics)]
+        success = [number(line, "retry_success") for line in read_metrics(run.metrics)]
     except UserError:
         return  # draw_curve has warned
     verb = "the same command with recipes.evaluate"
