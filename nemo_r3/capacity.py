@@ -226,8 +226,8 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> float:
 
 def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
     """Why the checkpoints do not fit on the disk, or None."""
-    steps = [step_of(found) for found in steps_in(checkpoints)]
-    if max(steps, default=0) >= config.train.steps:
+    steps = steps_in(checkpoints)
+    if steps and step_of(steps[0]) >= config.train.steps:
         return None  # there is nothing left to save
     each = checkpoint_bytes(config, arch)
     more = config.train.keep_checkpoints + 1 - len(steps)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,6 +69,32 @@ def parse_json_object(text: str, place: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{place} holds no object")
     return content
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A JSON object's text, with a SHA-256 of all the rest of it under "sum"."""
+    return json.dumps({**content, "sum": _sum(content)}, indent=1) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The object that `sealed` wrote; one without a sum, of an older nemo_r3, is taken as it is.
+
+    Raises:
+        ValueError: it is no JSON object, or was changed.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    if content.pop("sum", None) not in (None, _sum(content)):
+        raise ValueError("changed since it was written")
+    return content
+
+
+def _sum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from nemo_r3.errors import UserError
+from nemo_r3.errors import UserError, describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,20 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The table's cells under HEADINGS, one tuple per row: sampled and greedy are before -> after."""
+    """The table's cells under HEADINGS, one tuple per row: sampled and greedy are before -> after.
+
+    Raises:
+        UserError: the summary holds something else.
+    """
+    try:
+        return _rates(summary)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"summary.json holds damaged rates ({describe(error)}); remove it and run recipes.evaluate again"
+        ) from error
+
+
+def _rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for key, name in ROWS.items():
         sampled, greedy = ([_rate(summary, when, key, mode) for when in WHEN] for mode in ("sampled", "greedy"))
@@ -120,11 +133,15 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         UserError: it cannot be read.
     """
     try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); train first") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} holds a line that is not JSON ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+            raise UserError(f"{file}:{number}: not the metrics of a step")
+    return lines
 
 
 def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -267,7 +267,7 @@ class RunDirectory:
         spent: dict[str, dict[str, float]] = {}
         for line in [*logged, self.times]:
             for name, value in line.items():
-                if name.startswith("time/"):
+                if name.startswith("time/") and isinstance(value, float):
                     kind = "cpu" if name.startswith("time/cpu_") else "wall"
                     phase = name.removeprefix("time/").removeprefix("cpu_")
                     spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value
@@ -278,7 +278,7 @@ def _read_summary(file: Path) -> dict[str, Any]:
     """A summary.json; an empty one if there is none or, with a warning, if it is damaged."""
     if not file.exists():
         return {}
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         if isinstance(summary := json.loads(file.read_text()), dict):
             return summary
     warn(f"{file} is damaged, and starts again")

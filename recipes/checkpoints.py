@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside
 from nemo_r3.actor.saver import Saver
@@ -152,6 +150,6 @@ def _restore_turns(setup: Setup, rollout: Rollout, home: Path, step: int) -> Non
         try:
             turns = turn_cache.read(file)
             setup.progress.say(f"continuing with {len(turns)} turns of step {step} from {file}")
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             warn(f"step {step} is sampled again: {file} is damaged ({error})")
     rollout.turns.restore(step, setup.world.broadcast(turns))

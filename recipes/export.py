@@ -62,9 +62,12 @@ def probe_of(run: Path, arch: Architecture) -> list[list[int]]:
             rows: dict[str, dict[str, Any]] = {}
             for row in map(json.loads, file.read_text().splitlines()):  # the context is on a group's first line alone
                 rows.setdefault(row["problem_id"], {}).update(row)
-            if probes := [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]:
+            probes = [row["context_ids"] + row["reflection_ids"] for row in rows.values()][:PROBES]
+            if not all(0 <= token < arch.vocab_size for ids in probes for token in ids):
+                raise ValueError("a token that the model does not have")
+            if probes:
                 return [ids[-PROBE_TOKENS:] for ids in probes]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             warn(f"{file} is damaged; the export is compared on random tokens")
     draw = random.Random(0)
     length = min(PROBE_TOKENS, arch.max_positions)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nemo_r3.errors import UserError
 from nemo_r3.html_report import write_report
 from nemo_r3.html_report.health import ENDS
+from nemo_r3.html_report.read import number
+from nemo_r3.progress import warn
 from nemo_r3.report import curve, read_metrics
 from recipes.metrics import versions
 from recipes.setup import Setup
@@ -35,7 +36,7 @@ def _only_a_warning(file: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  a picture must not end a run
-        print(f"warning: no {file}: {error}", file=sys.stderr, flush=True)
+        warn(f"no {file}: {error}")
 
 
 def conclude(setup: Setup, argv: Sequence[str]) -> None:
@@ -47,7 +48,7 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
     draw_curve(setup)
     report(setup)
     try:
-        success = [line["retry_success"] for line in read_metrics(run.metrics)]
+        success = [number(line, "retry_success") for line in read_metrics(run.metrics)]
     except UserError:
         return  # draw_curve has warned
     verb = "the same command with recipes.evaluate"

@@ -363,6 +363,9 @@ def test_the_probe_is_what_the_run_sampled(tmp_path: Path) -> None:
         lines = [json.dumps(row) for row in rows]
         (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
     assert probe_of(tmp_path, arch) == [[1] * 62 + [2 * problem + 1, 9] for problem in range(8)]
+    first_step = tmp_path / "rollouts" / "step_000001.jsonl"
+    first_step.write_text(first_step.read_text().replace("9]", "50]"))  # damaged: the model has no such token
+    assert probe_of(tmp_path, arch) == drawn
 
 
 if __name__ == "__main__":

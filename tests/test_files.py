@@ -11,7 +11,7 @@ import pytest
 
 from nemo_r3 import files
 from nemo_r3.errors import UserError
-from nemo_r3.files import filename_in_errors, take_lock, write_whole
+from nemo_r3.files import filename_in_errors, sealed, take_lock, unsealed, write_whole
 
 
 @pytest.mark.parametrize("content", ["ä\n", b"\xff\r\n"])
@@ -27,6 +27,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         write_whole(file, cast(str, 3))
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_object_that_was_changed_since_it_was_sealed_is_refused() -> None:
+    content = {"b": [1, 2.5, None], "a": {"ä": "\ud800"}}
+    text = sealed(content)
+    assert unsealed(text) == content
+    assert unsealed('{"a": 1}') == {"a": 1}, "as an older nemo_r3 wrote it"
+    for changed in (text.replace("2.5", "3.5"), text[:-5], "[1]", "[" * 100_000):
+        with pytest.raises(ValueError, match="changed since|JSON|string"):
+            unsealed(changed)
 
 
 def test_a_write_that_finds_no_room_names_the_file() -> None:

@@ -84,6 +84,12 @@ def test_table_of_what_was_not_measured(unknown: float | None) -> None:
     assert report.table({"before": scores(0.22, unknown, 0.4)}) == UNFINISHED
 
 
+def test_a_damaged_table_is_named() -> None:
+    lost = {"first_try": {"sampled": {"value": 0.5}}}
+    with pytest.raises(UserError, match="summary.json holds damaged rates"):
+        report.table({"before": lost})
+
+
 def test_table_in_a_narrow_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     assert report.table(SUMMARY) == GOLDEN
@@ -169,6 +175,9 @@ def test_curve_of_no_run(tmp_path: Path) -> None:
         report.curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(UserError, match="not JSON"):
+        report.curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"stfp": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not the metrics of a step"):
         report.curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     with pytest.raises(UserError, match="cannot write"):
         report.curve(metrics_of(tmp_path / "run", 2), tmp_path / "none" / "curve.png")

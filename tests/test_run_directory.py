@@ -220,6 +220,7 @@ def test_times_add_up_per_phase_and_start_anew_with_each_step(tmp_path: Path, mo
         "memory/refit_rss",
     ]
     with run.metrics.open("a") as log:
+        log.write('{"step": 3, "time/update": "x"}\n')  # damaged
         log.write('{"step": 3, "time/upd')  # a crash cut it short
     assert run.add_to_summary()["seconds"] == {
         "update": {"wall": 15.0, "cpu": 6.5},

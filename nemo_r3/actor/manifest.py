@@ -2,7 +2,7 @@
 
     checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer, schedule
                 manifest.json  written last: format, step, weights version, model shape, which of longrope's factors,
-                               the other files' sizes and SHA-256, and the loop's own counters
+                               the other files' sizes and SHA-256, the loop's own counters, and a SHA-256 of all that
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm's batch script lacks.
@@ -10,7 +10,6 @@ Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm'
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from hashlib import file_digest
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_r3.errors import UserError
-from nemo_r3.files import write_whole
+from nemo_r3.files import sealed, unsealed, write_whole
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
@@ -49,7 +48,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def steps_in(directory: Path) -> list[Path]:
-    """What a run's `checkpoints` keep of steps, newest first; a user's copies have other names, and do not count."""
+    """A run's `checkpoints`, complete or not, newest first; not what a user keeps there as step_000040_best."""
     found = (path for path in directory.glob("step_*") if path.name.removeprefix("step_").isdecimal())
     return sorted(found, key=step_of, reverse=True)
 
@@ -78,10 +77,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         UserError: it is of another format.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        found = unsealed((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{checkpoint} is not a complete checkpoint ({error}); {WAY_OUT}") from error
-    found = manifest if isinstance(manifest, dict) else {}
+        raise DamagedError(f"{checkpoint} is not a complete checkpoint ({MANIFEST}: {error}); {WAY_OUT}") from error
     wrong = sorted(name for name, kind in FIELDS.items() if not isinstance(found.get(name), kind))
     form = found.get("format", FORMAT if wrong else 1)  # the first format did not say so; others may have other fields
     if form != FORMAT:
@@ -156,7 +154,7 @@ def publish(directory: Path, manifest: dict[str, Any], sums: Mapping[str, str]) 
     writing, final = directory / WRITING, step_path(directory, manifest["step"])
     manifest = {"format": FORMAT} | manifest
     files = {name: [(writing / name).stat().st_size, sums[name]] for name in sorted(sums)}
-    write_whole(writing / MANIFEST, json.dumps(manifest | {"files": files}, indent=1))
+    write_whole(writing / MANIFEST, sealed(manifest | {"files": files}))
     if final.exists():
         _remove(final)  # left by a run that was cut back to an earlier step
     writing.rename(final)

@@ -26,7 +26,8 @@ USAGE = (
 )
 OF_A_TASK = (("task", "options"), ("dialogue", "task"))
 """Sections and keys that belong to one task: its options, and its wording with {placeholders}."""
-UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError)
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError, KeyError, AttributeError)
+"""What reading YAML raises; PyYAML the last two, at `!!bool 3` and `!!timestamp x`."""
 
 
 def load(argv: Sequence[str]) -> Config:
@@ -122,6 +123,8 @@ def _read(path: Path, named_by: str) -> dict[Any, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     return getattr(error, "problem", None) or str(error).partition("\n")[0]
 
 

@@ -1,6 +1,6 @@
 """`Bank`: failed first attempts on disk, mined once from the starting model, as in the paper.
 
-failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; and the shards' SHA-256 sums
+failures/bank.json          what mined it: model, task, verifier, dialogue, sampling; the shards' SHA-256 and its own
 failures/shard_00000.jsonl  the rejected answers to a fixed slice of the problems, written whole: mining resumes
 """
 
@@ -18,7 +18,7 @@ from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.failures.stamp import Stamp, differences
 from nemo_r3.failures.tally import Tally, tally, total
-from nemo_r3.files import take_lock, write_whole
+from nemo_r3.files import sealed, take_lock, unsealed, write_whole
 from nemo_r3.progress import Progress, warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
@@ -205,9 +205,9 @@ class Bank:
 
     def _read_index(self) -> dict[str, Any]:
         try:
-            index = json.loads(self._index.read_text())
+            index = unsealed(self._index.read_text())
             read = {name: index[name] for name in ("stamp", "complete")}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError) as error:
             raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
         if "shards" not in index:
             raise UserError(
@@ -219,7 +219,7 @@ class Bank:
     def _write_index(self, problems: int, complete: bool) -> None:
         kept = {"shards": self._shards, "tallies": self._tallies}
         index = {"stamp": vars(self._stamp), "complete": complete, "problems": problems, **kept}
-        write_whole(self._index, json.dumps(index, indent=1) + "\n")
+        write_whole(self._index, sealed(index))
 
 
 def _rows(attempts: Sequence[Attempt], samples: int) -> list[dict[str, Any]]:

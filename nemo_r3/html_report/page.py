@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nemo_r3.config import Config
 from nemo_r3.config.resume import differing
 from nemo_r3.config.schema import show
+from nemo_r3.errors import UserError
 from nemo_r3.failures.tally import Tally, total
 from nemo_r3.files import write_whole
 from nemo_r3.html_report import chart, health, rollouts
@@ -138,7 +139,7 @@ def _rates(run: RunFiles) -> list[tuple[str, ...]]:
     """The evaluation's table, if there was one."""
     try:
         return rates(run.summary) if {"before", "after"} & run.summary.keys() else []
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except UserError:
         run.unread.append(f"the rates in {run.path / 'summary.json'}")
         return []
 

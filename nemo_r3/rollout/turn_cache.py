@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from nemo_r3.files import write_whole
@@ -77,21 +77,36 @@ def write(file: Path, turns: Mapping[str, Completion]) -> None:
         "logprobs": torch.tensor([value for turn in turns.values() for value in turn.logprobs], dtype=torch.float32),
     }
     rows = [[name, len(turn.ids), turn.finish_reason, turn.version] for name, turn in turns.items()]
-    write_whole(file, save(tensors, {"turns": json.dumps(rows)}))
+    written = json.dumps(rows)
+    write_whole(file, save(tensors, {"turns": written, "sum": _sum(written, tensors)}))
 
 
 def read(file: Path) -> dict[str, Completion]:
     """The inverse of `write`.
 
     Raises:
-        SafetensorError: the file is cut.
+        ValueError: the file is damaged.
         OSError: it cannot be read.
     """
-    with safe_open(file, "pt") as tensors:
-        rows = json.loads(tensors.metadata()["turns"])
-        ids, logprobs = (tensors.get_tensor(name).tolist() for name in ("ids", "logprobs"))
+    try:
+        with safe_open(file, "pt") as opened:
+            written, total = (opened.metadata()[name] for name in ("turns", "sum"))
+            tensors = {name: opened.get_tensor(name) for name in ("ids", "logprobs")}
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"not a file of turns: {error}") from error
+    if _sum(written, tensors) != total:
+        raise ValueError("changed since it was written")
+    rows, ids, logprobs = json.loads(written), tensors["ids"].tolist(), tensors["logprobs"].tolist()
     spans = pairwise(accumulate((length for _, length, _, _ in rows), initial=0))
     return {
         name: Completion(name, tuple(ids[start:end]), tuple(logprobs[start:end]), reason, version)
         for (name, _, reason, version), (start, end) in zip(rows, spans, strict=True)
     }
+
+
+def _sum(written: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a file says."""
+    digest = hashlib.sha256(written.encode())
+    for name in ("ids", "logprobs"):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

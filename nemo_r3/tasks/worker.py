@@ -75,8 +75,9 @@ class Worker:
     def _reply(process: subprocess.Popen[str], seconds: float) -> dict[str, Any] | None:
         """The next line of a process; None when none comes in time, or the process has ended."""
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        line = process.stdout.readline() if ready else ""
+        poll = select.poll()  # select.select would refuse file numbers above 1023
+        poll.register(process.stdout, select.POLLIN)
+        line = process.stdout.readline() if poll.poll(1000 * seconds) else ""
         reply: dict[str, Any] | None = json.loads(line) if line else None
         return reply
 

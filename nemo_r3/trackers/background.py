@@ -11,6 +11,7 @@ from threading import Event, Thread
 
 from nemo_r3.errors import describe
 from nemo_r3.files import read_json_object, write_whole
+from nemo_r3.progress import warn
 from nemo_r3.trackers.tracker import Metrics, Server
 
 RETRY_SECONDS = 60.0
@@ -100,4 +101,4 @@ class InBackground:
         write_whole(self._file, json.dumps(sent))
 
     def _warn(self, message: str) -> None:
-        print(f"warning: {self._setting}: {message}", file=sys.stderr, flush=True)
+        warn(f"{self._setting}: {message}")

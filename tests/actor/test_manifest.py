@@ -64,6 +64,14 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert complete(tmp_path) == [steps[2], steps[1]]
 
 
+def test_a_copy_that_a_user_keeps_there_is_left_alone(tmp_path: Path) -> None:
+    kept = saved(tmp_path, 1).rename(tmp_path / "step_000001_best")
+    two = saved(tmp_path, 2)
+    assert complete(tmp_path) == [two]
+    keep_newest(tmp_path, 1)
+    assert sorted(tmp_path.iterdir()) == [kept, two]
+
+
 def test_one_that_is_set_aside_no_longer_counts(tmp_path: Path) -> None:
     for _ in range(2):
         set_aside(saved(tmp_path))
@@ -79,7 +87,9 @@ def test_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
     (cut / "shard").write_bytes(b"weight")
     (lost / "shard").unlink()
     (unsaid / MANIFEST).write_text((unsaid / MANIFEST).read_text()[:20])
-    assert not any(is_sound(checkpoint) for checkpoint in (altered, cut, lost, unsaid, tmp_path / "nowhere"))
+    other = saved(tmp_path / "other", 2)
+    (other / MANIFEST).write_text((other / MANIFEST).read_text().replace('"step": 2', '"step": 3'))
+    assert not any(is_sound(checkpoint) for checkpoint in (altered, cut, lost, unsaid, other, tmp_path / "nowhere"))
     with pytest.raises(DamagedError, match="is not a complete checkpoint"):
         read_manifest(unsaid)
 
@@ -103,7 +113,8 @@ def test_another_version_s_checkpoint_is_no_damage(tmp_path: Path, change: dict[
     ("content", "expected"),
     [
         (b"\xff\xfe\x00{", "is not a complete checkpoint"),
-        (b"[]", "it has no proper architecture, files, model, rope, state, step, version"),
+        (b"[" * 100_000, "is not a complete checkpoint"),
+        (b"{}", "it has no proper architecture, files, model, rope, state, step, version"),
         (
             b'{"step": 1, "version": 1, "architecture": {}, "files": null, "state": {}, "rope": "", "model": ""}',
             "files;",

@@ -135,6 +135,9 @@ def test_extends_names_one_file(tmp_path: Path, parent: str) -> None:
         ("- 1\n- 2\n", "a.yaml: expected sections and keys"),
         ("5", "a.yaml: broken YAML"),
         ("seed: 1\n---\nseed: 2\n", "a.yaml:2: broken YAML"),
+        ("seed: !!bool 3", "a.yaml: broken YAML"),
+        ("seed: !!timestamp x", "a.yaml: broken YAML"),
+        ("seed: " + "[" * 5000 + "]" * 5000, "a.yaml: broken YAML: nested too deeply"),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from hashlib import sha256
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from launch import QUICKSTART, SMALL, run
 
+from nemo_r3.files import sealed, unsealed
 from nemo_r3.models import EMBEDDED
 
 
@@ -84,8 +84,8 @@ def test_a_bank_of_another_model_is_refused_and_kept(bank: Path, tmp_path: Path)
 def test_an_empty_bank_is_refused(bank: Path, tmp_path: Path) -> None:
     empty = tmp_path / "bank"
     empty.mkdir()
-    index = json.loads((bank / "bank.json").read_text())
-    (empty / "bank.json").write_text(json.dumps(index | {"shards": {"shard_00000.jsonl": sha256(b"").hexdigest()}}))
+    index = unsealed((bank / "bank.json").read_text())
+    (empty / "bank.json").write_text(sealed(index | {"shards": {"shard_00000.jsonl": sha256(b"").hexdigest()}}))
     (empty / "shard_00000.jsonl").write_text("")
     line = refused("train", QUICKSTART, *SMALL, f"failures.path={empty}", f"run.dir={tmp_path}/run")
     assert "holds no failures" in line

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 
 from nemo_r3.config.rollout import RolloutConfig
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, is_deterministic
@@ -25,11 +24,16 @@ def test_turns_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["turns"]
 
 
-def test_a_cut_file_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "turns", TURNS)
-    (tmp_path / "turns").write_bytes((tmp_path / "turns").read_bytes()[:-3])
-    with pytest.raises(SafetensorError):
-        read(tmp_path / "turns")
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """Whichever byte it is that was changed: a token that nobody sampled would be trained on."""
+    file = tmp_path / "turns"
+    write(file, TURNS)
+    whole = file.read_bytes()
+    changed = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in range(len(whole))]
+    for damaged in (b"", whole[:-3], *changed):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="file of turns|changed since"):
+            read(file)
 
 
 def test_a_turn_is_found_by_all_that_was_asked() -> None:

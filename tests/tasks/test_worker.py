@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -17,6 +20,18 @@ def test_results_come_back_until_time_runs_out_and_then_again() -> None:
     assert power(9, 10**9) is None  # one long instruction, which no signal interrupts
     assert time.monotonic() - began < 30
     assert power(3, 2) == 9
+
+
+def test_it_works_in_a_process_with_many_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2000)), hard))
+    try:
+        with ExitStack() as files:
+            for _ in range(1100):
+                files.enter_context(open(os.devnull))
+            assert Worker("operator:pow")(2, 10) == 1024
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_memory_is_limited() -> None:
