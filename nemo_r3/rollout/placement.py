@@ -67,9 +67,11 @@ class Fleet:
             Stopped: an engine was asked to stop.
         """
         self.world.leave_if_asked()
-        is_first = self.world.rank % self.tensor_parallel == 0  # all ranks of an engine have the same results
+        place = (
+            self.world.rank % self.tensor_parallel
+        )  # all ranks of an engine have the same results: each gives a part
         merged: dict[int, T] = {}
-        for part in self.world.gather(dict(done) if is_first else {}):
+        for part in self.world.gather({item: done[item] for item in sorted(done)[place :: self.tensor_parallel]}):
             merged.update(part)
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[item] for item in range(count)]
