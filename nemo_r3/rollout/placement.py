@@ -67,11 +67,10 @@ class Fleet:
             Stopped: an engine was asked to stop.
         """
         self.world.leave_if_asked()
-        place = (
-            self.world.rank % self.tensor_parallel
-        )  # all ranks of an engine have the same results: each gives a part
+        # all ranks of an engine have the same results, so each gives a part of them
+        own = sorted(done)[self.world.rank % self.tensor_parallel :: self.tensor_parallel]
         merged: dict[int, T] = {}
-        for part in self.world.gather({item: done[item] for item in sorted(done)[place :: self.tensor_parallel]}):
+        for part in self.world.gather({item: done[item] for item in own}):
             merged.update(part)
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[item] for item in range(count)]
