@@ -76,6 +76,7 @@ def _leave(message: str, code: int, follows: bool = False) -> None:
     if rank:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    if not rank or code != signals.STOPPED:  # all ranks stop together, and one says so
+        print(message, file=sys.stderr, flush=True)
     trackers.close(code)
     os._exit(code)

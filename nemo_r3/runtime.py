@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import resource
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -133,6 +134,7 @@ def start(config: Config) -> World:
     timeout = timedelta(minutes=config.run.timeout_minutes)
     signals.listen()
     watchdog.watch(timeout.total_seconds())
+    _allow_open_files()
     _name_interface(size)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     store = None
@@ -191,6 +193,16 @@ def _has_cuda(local: int) -> bool:
             "one of its local rank. Leave out --gpu-bind, --gpus-per-task and a CUDA_VISIBLE_DEVICES of each task's own"
         )
     return True
+
+
+def _allow_open_files() -> None:
+    """Raises this process's limit of open files as far as it may go.
+
+    A gloo group has a socket to each of its other ranks. Data parallelism alone makes ten groups of all ranks, so 90
+    ranks would exceed 1,024, which is a common limit.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _refuse_mixed_devices(world: World) -> None:

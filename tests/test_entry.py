@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nemo_r3 import entry
+from nemo_r3 import entry, signals
 
 SCRIPT = """
 __doc__ = "What this recipe is for."
@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-from nemo_r3 import entry, trackers
+from nemo_r3 import entry, signals, trackers
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # as recipes/__init__.py has it while modules are imported
 from nemo_r3.errors import ConfigError
@@ -27,6 +27,8 @@ def recipe(arguments):
     print("said before", end="")
     if arguments == ["mend"]:
         raise ConfigError("model.path: mend me")
+    if arguments == ["stop"]:
+        raise signals.Stopped("stopped by SIGUSR1")
     if arguments == ["bug"]:
         raise ZeroDivisionError("a bug")
     if arguments == ["interrupt"]:
@@ -43,7 +45,7 @@ class Tracker:
         print("closed with", code, file=sys.stderr)
 
 home, children = Path(sys.argv[1]), {}
-ways = ["0 mend", "1 mend", "0 bug", "0 interrupt", "0 ctrl-c", "0 --help", "0 shown", "0 well x=1"]
+ways = ["0 mend", "1 mend", "0 stop", "1 stop", "0 bug", "0 interrupt", "0 ctrl-c", "0 --help", "0 shown", "0 well x=1"]
 for rank, *arguments in map(str.split, ways):
     name = f"{arguments[0]} {rank}"
     child = os.fork()  # importing torch once is enough
@@ -83,6 +85,12 @@ def test_trackers_are_told_how_the_process_ends(ends: dict[str, tuple[int, str, 
 
 def test_another_rank_says_who_it_is(ends: dict[str, tuple[int, str, str]]) -> None:
     assert ends["mend 1"] == (2, "said before", "[rank 1] error: model.path: mend me\n")
+
+
+def test_of_all_ranks_that_stop_one_says_so(ends: dict[str, tuple[int, str, str]]) -> None:
+    said = "stopped by SIGUSR1: the same command goes on from what is saved\n"
+    assert ends["stop 0"] == (signals.STOPPED, "said before", said)
+    assert ends["stop 1"] == (signals.STOPPED, "said before", "")
 
 
 def test_a_bug_shows_its_traceback_and_code_1(ends: dict[str, tuple[int, str, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,17 @@ def test_ranks_that_do_not_fit_the_layout_are_refused_before_any_group_is_made(
         runtime.start(config)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_rank_may_open_as_many_files_as_the_system_lets_it() -> None:
+    """Gloo opens a socket for every other rank of every group."""
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        runtime._allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most > 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
 
 
 def test_what_rank_0_finds_or_refuses_is_every_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

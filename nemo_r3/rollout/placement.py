@@ -68,7 +68,8 @@ class Fleet:
             Stopped: an engine was asked to stop.
         """
         self.world.leave_if_asked()
-        is_first = self.world.rank % self.tensor_parallel == 0  # all ranks of an engine have the same results
-        merged = self.world.merge(done if is_first else {})
+        # all ranks of an engine have the same results, so each gives a part of them
+        own = sorted(done)[self.world.rank % self.tensor_parallel :: self.tensor_parallel]
+        merged = self.world.merge({item: done[item] for item in own})
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[item] for item in range(count)]

@@ -60,6 +60,12 @@ def four(two: Launch) -> Launch:
 
 
 @pytest.fixture(scope="session")
+def eight(one: Launch) -> Launch:
+    """TP2xPP2xDP2, TP2xPP4, PP4xDP2 and DP8."""
+    return launch("eight", one.home, 8)
+
+
+@pytest.fixture(scope="session")
 def devices(one: Launch) -> Launch:
     """TP2 and PP2 on a GPU that is pretended."""
     return launch("devices", one.home, 2)

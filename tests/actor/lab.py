@@ -44,6 +44,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
     "tp2pp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
     "tp2dp2": {"tensor_parallel": 2, "sequence_parallel": True},
+    "tp2pp2dp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
+    "tp2pp4": {"tensor_parallel": 2, "pipeline_parallel": 4, "sequence_parallel": True},
+    "pp4dp2": {"pipeline_parallel": 4},
+    "dp8": {},
 }
 
 STEP = 3

@@ -3,6 +3,7 @@
     python probe.py one HOME            makes the models and what the others are compared with; kills itself at the end
     torchrun ... probe.py two HOME      TP2, PP2 and DP2, one after the other; ends in a full disk on one rank
     torchrun ... probe.py four HOME     TP2xPP2 and TP2xDP2, both with sequence parallel
+    torchrun ... probe.py eight HOME    TP2xPP2xDP2, TP2xPP4, PP4xDP2 and DP8, where a rank has no row
     torchrun ... probe.py devices HOME  TP2 and PP2 on a GPU that is pretended
     python probe.py ceiling HOME        an update with a vocabulary of 150,000 under a memory limit
 
@@ -99,11 +100,16 @@ def four(lab: Lab) -> None:
     lab.resume("tp2pp2", "tp2dp2", "llama_tied")
 
 
+def eight(lab: Lab) -> None:
+    for layout, kind in (("tp2pp2dp2", "qwen2"), ("tp2pp4", "llama"), ("pp4dp2", "llama_tied"), ("dp8", "qwen2")):
+        lab.trial(layout, kind)
+
+
 def probe(arguments: Sequence[str]) -> None:
     verb, home = arguments
     if verb == "devices":
         pretend()
-    verbs = {"one": one, "two": two, "four": four, "devices": devices, "ceiling": ceiling}
+    verbs = {"one": one, "two": two, "four": four, "eight": eight, "devices": devices, "ceiling": ceiling}
     verbs[verb](Lab(Path(home)))
 
 

@@ -271,10 +271,10 @@ def test_a_damaged_checkpoint_and_a_request_to_stop_cost_nothing_but_time(
     ("ranks", "layout"),
     [
         pytest.param(
-            4,
+            8,
             ("actor.tensor_parallel=2", "actor.pipeline_parallel=2", "rollout.tensor_parallel=2"),
             marks=pytest.mark.slow,
-            id="tp2_pp2_engines_of_2",
+            id="tp2_pp2_dp2_engines_of_2",
         ),
         pytest.param(4, ("actor.tensor_parallel=2", "actor.sequence_parallel=true"), id="tp2_dp2_sp"),
     ],
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_and_a_request_to_stop_cost_nothing_but_time(
 def test_another_layout_resumes_trains_and_exports_the_same(
     trained: Path, bank: Path, tmp_path: Path, ranks: int, layout: tuple[str, ...]
 ) -> None:
-    """From one process's checkpoint at step 2, four ranks repeat steps 3 and 4, after a killed engine's leavings."""
+    """From one process's checkpoint at step 2, several ranks repeat steps 3 and 4, after a killed engine's leavings."""
     Path("/dev/shm/-tp:0-[0-1]-cpushm_0").touch()
     path = tmp_path / "other"
     shutil.copytree(trained, path)

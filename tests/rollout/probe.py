@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 from probed import STOPS, TEMPERATURE, Probe
@@ -24,6 +24,7 @@ from probed import STOPS, TEMPERATURE, Probe
 from nemo_r3 import signals
 from nemo_r3.models import architecture_of
 from nemo_r3.rollout.sampling import Completion, Sampling
+from nemo_r3.runtime import World
 from nemo_r3.types import Failure, Group, Trajectory
 
 
@@ -280,7 +281,7 @@ def run_donated(probe: Probe) -> list[Any]:
 def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     probe = Probe(home, tensor_parallel)
     before = run_rollout(probe)
-    donated = run_donated(probe)
+    donated, given = run_donated(probe), parts_given(probe)
     probe.load("b", 1)
     text = list(range(34, 234))
     scores = probe.score_error("b", text)
@@ -290,12 +291,21 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
         "ahead": probe.engine._llm.engine_core.engine_core.batch_queue is not None,
         "before": before,
         "donated": donated,
+        "given": given,
         "after": run_rollout(probe),
         "stopped": probe_stop(probe, failures_of(probe)) if tensor_parallel > 1 else None,
         "score_b": scores,
         "tensor_parallel": tensor_parallel,
         "looks": looks_until_stop(probe),
     }
+
+
+def parts_given(probe: Probe) -> list[int]:
+    """Of ten results, how many each rank hands to the others."""
+    parts, gather = [], World.gather
+    with patch.object(World, "gather", lambda world, part: parts.append(part) or gather(world, part)):
+        probe.rollout.first_attempts(probe.task.problems("train"), 1, samples=2)
+    return probe.world.gather(len(parts[-1]))
 
 
 def looks_until_stop(probe: Probe) -> int:

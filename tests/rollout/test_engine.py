@@ -147,6 +147,12 @@ def test_ranks_and_engines_do_not_change_the_rollout(fleet: list[dict[str, Any]]
         assert rank["donated"] == engine["rollout"]["donated"] != []
 
 
+def test_every_rank_hands_on_a_part_of_its_engines_results(fleet: list[dict[str, Any]]) -> None:
+    """`all_gather_object` sends as much for every rank as for the one with the most."""
+    given = fleet[0]["given"]
+    assert sum(given) == 10 and (fleet[0]["tensor_parallel"] == 1 or given == [5, 5])
+
+
 def test_a_signal_to_one_rank_stops_all_ranks_of_its_engine_at_the_same_step(fleet: list[dict[str, Any]]) -> None:
     first, last = (rank["looks"] for rank in fleet)
     if fleet[0]["tensor_parallel"] == 1:
