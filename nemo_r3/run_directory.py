@@ -149,7 +149,7 @@ class RunDirectory:
         if changed := self._changed_settings():
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Name another run.dir, or give these settings back their old values"
+                f"Name another run.dir, or give these settings their old values, which {self.path / 'config.yaml'} has"
             )
 
     def _changed_settings(self) -> list[str]:

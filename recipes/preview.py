@@ -6,13 +6,13 @@ after CONFIG.yaml says how many dialogues to show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nemo_r3 import entry
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.failures.bank import MINING_STEP
 from nemo_r3.failures.tally import tally
-from nemo_r3.types import Answer, Phase, Trajectory
+from nemo_r3.types import NO_ROOM, Answer, Phase, Trajectory
 from recipes.metrics import warn_of_long_problems
 from recipes.setup import join
 from recipes.start import start_rollout
@@ -20,6 +20,12 @@ from recipes.start import start_rollout
 SHOWN = 3
 ASKED_PER_SHOWN = 8
 """So many problems are asked for each dialogue shown: a model may solve most of them, and failures are shown first."""
+
+CUT_REFLECTION = "--- cut at rollout.max_reflection_tokens"
+UNFINISHED = {
+    "length": " (cut at rollout.max_answer_tokens)",
+    NO_ROOM: " (not asked: no room in rollout.max_model_len)",
+}
 
 
 def preview(argv: Sequence[str]) -> None:
@@ -38,21 +44,26 @@ def preview(argv: Sequence[str]) -> None:
         setup.progress.say(f"\n=== problem {attempt.problem.id} {attempt.problem.data}")
         reflections = groups[number].reflections if number < len(groups) else ()
         whole = reflections[0].trajectory if reflections else attempt.context
-        retries = [(it.retry, it.reward > 0) for it in reflections]
-        setup.progress.say(written(setup.dialogue, whole, [(attempt.answer, attempt.passed), *retries]))
+        notes = [verdict(attempt.answer, attempt.passed)]
+        for it in reflections:
+            notes += [CUT_REFLECTION if it.answer.truncated else "", verdict(it.retry, it.reward > 0)]
+        setup.progress.say(written(setup.dialogue, whole, notes))
     counts = tally(attempts)
     setup.progress.say(f"\n{counts.line(len(problems))}\n{counts.doubt()}".rstrip())
 
 
-def written(dialogue: Dialogue, trajectory: Trajectory, judged: Sequence[tuple[Answer, bool]]) -> str:
-    """A dialogue as text, with its special tokens, and the verdicts after attempt and retry."""
-    verdicts, parts = iter(judged), []
+def verdict(answer: Answer, passed: bool) -> str:
+    """The line after an attempt or a retry; it says whether the model could not finish."""
+    return f"--- verdict: {'passed' if passed else 'failed'}{UNFINISHED.get(answer.finish_reason, '')}"
+
+
+def written(dialogue: Dialogue, trajectory: Trajectory, notes: Iterable[str]) -> str:
+    """A dialogue as text, with its special tokens. Each sampled turn is followed by its note, unless that is empty."""
+    remaining, parts = iter(notes), []
     for segment in trajectory.segments:
         parts.append(f"--- {segment.phase}\n{dialogue.whole(segment.ids)}")
-        if segment.phase in (Phase.ATTEMPT, Phase.RETRY):
-            answer, passed = next(verdicts)
-            cut = " (cut at rollout.max_answer_tokens)" if answer.truncated else ""
-            parts.append(f"--- verdict: {'passed' if passed else 'failed'}{cut}")
+        if segment.phase in (Phase.ATTEMPT, Phase.REFLECTION, Phase.RETRY) and (note := next(remaining)):
+            parts.append(note)
     return "\n".join(parts)
 
 

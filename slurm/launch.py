@@ -118,7 +118,8 @@ def _cluster_settings(path: str) -> list[str]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--cluster {path}: {' '.join(str(error).split())}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"--cluster {path}: {' '.join(reason.split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--cluster {path}: expected settings of `cluster`, as in `partition: gpu`")
     build(ClusterConfig, [Layer(values, f"{path}: ")], "cluster")
@@ -192,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
                 )
             print(chain.status(Path(argv[1])) if argv[0] == "status" else chain.cancel(Path(argv[1])))
             return 0
-        args = parser().parse_args(argv)
+        args = parser().parse_intermixed_args(argv)
         arrays = job_arrays(args)
         if args.local:
             run_here(arrays)

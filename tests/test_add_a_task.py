@@ -97,7 +97,7 @@ def test_the_laptops_config_shows_dialogues_and_mines(home: Path) -> None:
 
     shown = run("preview", "2", "seed=2")
     parts = ["task", "attempt", "verdict: failed", "request", "reflection", "request", "retry", "verdict: failed"]
-    assert re.findall(r"^--- ([a-z]+(?:: [a-z]+)?)", shown, flags=re.MULTILINE) == 2 * parts
+    assert re.findall(r"^--- (?!cut at)([a-z]+(?:: [a-z]+)?)", shown, flags=re.MULTILINE) == 2 * parts
     assert "=== problem double-100 {'sum': 200}\n--- task\n<|user|>What is 100 + 100?<|end|><|assistant|>\n" in shown
     doubt = "every answer failed: are they too hard, or does verify reject right answers?"
     assert shown.endswith(f"0 of 16 problems solved at first try\n{doubt}\n")

@@ -131,7 +131,7 @@ def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> 
 def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: str, value: str) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
     other = Stamp(**{**vars(STAMP), field: value})
-    with pytest.raises(UserError, match=f"another {field}") as error:
+    with pytest.raises(UserError, match=f"mined otherwise: {field}") as error:
         bank(tmp_path, other).check()
     assert "\n" not in str(error.value)
     assert bank(tmp_path, other, allow_foreign=True).check()
@@ -153,7 +153,7 @@ def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path)
 def test_a_half_mined_foreign_bank_is_refused_even_when_told(tmp_path: Path) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
     bank(tmp_path)._write_index(2, complete=False)
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="mined otherwise: model"):
         bank(tmp_path, Stamp(**{**vars(STAMP), "model": "m1"}), allow_foreign=True).check()
 
 

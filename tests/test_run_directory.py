@@ -107,6 +107,17 @@ def test_steps_before_the_first_checkpoint_make_way_for_other_settings_and_are_k
     assert f"which no checkpoint has, to {run.path}/tried_2 (seed: 2 -> 3)" in capsys.readouterr().out
 
 
+def test_other_settings_are_refused_and_the_runs_own_config_has_them_all(tmp_path: Path) -> None:
+    directory(tmp_path / "run", "algo.group_size=4").open(resuming=False)
+    _locks.pop().close()
+    own = tmp_path / "run" / "config.yaml"
+    with pytest.raises(UserError, match=rf"algo\.group_size: 4 -> 8\. .* old values, which {own} has"):
+        directory(tmp_path / "run").refuse_other_settings()
+    run = RunDirectory(load([str(own)]), cast(World, None))
+    assert run.path == tmp_path / "run"
+    run.refuse_other_settings()
+
+
 def test_settings_may_change_while_no_step_is_logged(tmp_path: Path) -> None:
     run = directory(tmp_path / "run")
     run.open(resuming=False)

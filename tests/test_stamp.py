@@ -24,7 +24,7 @@ def test_a_problem_that_was_changed_is_another_one_to_the_stamp(changed: dict[st
 def test_the_settings_behind_a_difference_are_named() -> None:
     other = replace(STAMP, problems="p1", task="mine", temperature=0.5)
     assert differences(vars(STAMP), vars(other)) == [
-        "problems 'p0' != 'p1' (failures.problems, task.options or the task's data)",
+        "problems 'p0' != 'p1' (failures.problems, task.options or the task's data; or problems() varies)",
         "task 'countdown' != 'mine'",
         "temperature 1.0 != 0.5 (rollout.temperature)",
     ]

@@ -14,7 +14,9 @@ def check(config: Config) -> None:
         ConfigError: the settings, their values and what would fit.
     """
     if not config.model.path:
-        raise ConfigError("model.path: name a Hugging Face checkpoint directory, or 'embedded'")
+        raise ConfigError(
+            "model.path: name a Hugging Face checkpoint, by its directory or its name on the hub, or 'embedded'"
+        )
     _check_lengths(config)
     _check_arithmetic(config)
     _check_optimizer(config)

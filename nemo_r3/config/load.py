@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from io import StringIO
 from os.path import expanduser
 from pathlib import Path
@@ -106,7 +107,9 @@ def _read(path: Path, named_by: str) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file{named_by}") from None
+        near = get_close_matches(path.name.removesuffix(".yaml"), [file.stem for file in path.parent.glob("*.yaml")])
+        meant = f"; did you mean {path.with_name(f'{near[0]}.yaml')}?" if near else ""
+        raise ConfigError(f"{path}: no such config file{named_by}{meant}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text{named_by}") from None
     except OSError as error:
@@ -132,7 +135,7 @@ def _override(argument: str) -> Layer:
     """One `key=value` argument; the value is YAML without comments, and no value is empty text."""
     key, equals, value = argument.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise ConfigError(f"{show(argument)}: expected key=value, as in train.steps=10")
+        raise ConfigError(f"{show(argument)}: expected key=value without spaces, as in train.steps=10")
     try:
         comment = _comment(value)
         tree = OmegaConf.from_dotlist([f"{key}={value}" if value else f"{key}=''"])

@@ -197,6 +197,8 @@ def _unknown(key: str, section: str, allowed: list[str], known: list[str]) -> st
     same = [other for other in known if other.rpartition(".")[2] == leaf]
     near = [_join(section, name) for name in get_close_matches(leaf, allowed, n=1)]
     hint = next(iter(same or near or get_close_matches(key, known, n=1)), None)
+    if hint == key:  # a dotted key of a file
+        hint = f"{': {'.join(key.split('.'))}: ...{'}' * key.count('.')}"
     meant = f"; did you mean {hint}?" if hint else ";"
     return f"{key}: unknown key{meant} {section or 'the top level'} has {', '.join(allowed)}"
 

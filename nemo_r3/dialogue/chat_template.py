@@ -29,8 +29,8 @@ class Tokenizer(Protocol):
         """Renders messages as text."""
         ...
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Text -> ids; special tokens written out in the text become their ids."""
+    def encode(self, text: str, add_special_tokens: bool, verbose: bool) -> list[int]:
+        """Text -> ids; special tokens written out in the text become their ids. `verbose` warns of long texts."""
         ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:

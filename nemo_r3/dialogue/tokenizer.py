@@ -26,7 +26,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         )
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        tokenizer.encode("What is broken may show only here.", add_special_tokens=False)
+        tokenizer.encode("What is broken may show only here.", add_special_tokens=False, verbose=False)
     except Exception as error:  # of any type: transformers and tokenizers check little of what is in the files
         raise UserError(f"model.path: {path} has no tokenizer that can be read: {describe(error)}") from error
     return tokenizer

@@ -129,7 +129,7 @@ class Dialogue:
         )
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def _fingerprint(self) -> str:
         pieces = (

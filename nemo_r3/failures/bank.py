@@ -95,7 +95,7 @@ class Bank:
         complete = bool(index["complete"]) and not lost
         if differing and not (self._config.failures.allow_foreign and complete):
             raise UserError(
-                f"failures.path: {self.path} was mined with another {', '.join(differing)}; mine a new bank at another "
+                f"failures.path: {self.path} was mined otherwise: {', '.join(differing)}; mine a new bank at another "
                 "failures.path, or accept this one, if it is complete, with failures.allow_foreign=true"
                 + "".join(f"; {name} is missing" for name in lost)
             )

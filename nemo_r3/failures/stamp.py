@@ -12,7 +12,7 @@ from nemo_r3.types import Problem
 
 SETTINGS = {
     "model": "model.path",
-    "problems": "failures.problems, task.options or the task's data",
+    "problems": "failures.problems, task.options or the task's data; or problems() varies",
     "dialogue": "dialogue.* or the chat template",
     "temperature": "rollout.temperature",
     "max_answer_tokens": "rollout.max_answer_tokens",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nemo_r3.config.schema import show
 from nemo_r3.errors import ConfigError, UserError, in_one_line
 from nemo_r3.progress import warn
 from nemo_r3.tasks.protocol import Wording
@@ -37,10 +38,12 @@ class FunctionTask:
             wording: its task turn has the problem's text as `{problem}`.
 
         Raises:
-            ConfigError: there are no problems, or they cannot be used.
+            ConfigError: there are no problems, or they cannot be used; the wording lacks `{problem}`.
             UserError: `problems` or `verify` raised, or `verify` gave something else than True or False.
         """
         self.name = module.__name__
+        if "{problem}" not in wording.task:
+            raise ConfigError(f"dialogue.task: {{problem}}, a problem's text, is missing in {show(wording.task)}")
         self.wording = wording
         self.verifier = f"{self.name} {_version(module, options)}"
         self._module = module
@@ -68,7 +71,7 @@ class FunctionTask:
         """
         answer = f"on an answer to problem {problem.id!r}"
         with (
-            user_code(f"{self.name}.verify", f" {answer}; it must give a verdict on any text"),
+            user_code(f"{self.name}.verify", f" {answer}; verify(problem, text) must give a verdict on any text"),
             warn_if_slow(f"{self.name}.verify", answer),
         ):
             verdict = self._module.verify(problem, text)
@@ -77,7 +80,7 @@ class FunctionTask:
             name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
             raise UserError(
                 f"task.name: {self.name}.verify returned {in_one_line(repr(verdict))} of type {name} {answer}; it must "
-                f"return True or False: {'return something, or ' if verdict is None else ''}wrap it in bool(...)"
+                f"return True or False{' on every path' if verdict is None else ''}, such as bool(match) or score == 1"
             )
         return verdict
 
@@ -99,7 +102,8 @@ class FunctionTask:
     def _read(self, split: str, options: tuple[Any, ...]) -> tuple[Problem, ...]:
         """The problems of a split in the words of the task turn."""
         problems: dict[str, Problem] = {}
-        with user_code(f"{self.name}.problems({split!r})", "; it must give the problems of that split"):
+        call = f"problems(split{', options' if options else ''})"
+        with user_code(f"{self.name}.problems({split!r})", f"; {call} must give the Problems of that split"):
             for problem in self._module.problems(split, *options):
                 self._check(split, problem)
                 if problem.id in problems:
@@ -115,7 +119,8 @@ class FunctionTask:
             raise ConfigError(f"{where} gives {problem!r:.80}; it must give nemo_r3.types.Problem objects")
         if not (isinstance(problem.id, str) and isinstance(problem.text, str) and problem.id and problem.text):
             raise ConfigError(
-                f"{where} gives the id {problem.id!r} and the text {problem.text!r:.80}; both must be text"
+                f"{where} gives the id {problem.id!r} and the text {problem.text!r:.80}; both must be text, "
+                "and not empty"
             )
         if not _is_unicode(problem.id + problem.text):
             raise ConfigError(f"{where}: id or text of problem {problem.id!r} holds half a character, a lone surrogate")

@@ -109,8 +109,16 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     assert "nowhere.yaml: no such config file" in error_of(str(tmp_path / "nowhere.yaml"))
     child = write(tmp_path, "child.yaml", "extends: gone.yaml")
     assert "gone.yaml: no such config file" in error_of(child)
+    assert f"childd: no such config file; did you mean {child}?" in error_of(child.removesuffix(".yaml") + "d")
+    assert "did you mean" not in error_of(child)
     assert f"{child} extends it" in error_of(child)
     assert "cannot be read: Is a directory" in error_of(str(tmp_path))
+
+
+def test_a_dotted_key_of_a_file_is_shown_nested(tmp_path: Path) -> None:
+    assert "train.steps: unknown key; did you mean train: {steps: ...}?" in error_of(
+        write(tmp_path, "a.yaml", "train.steps: 3")
+    )
 
 
 def test_extends_in_a_circle(tmp_path: Path) -> None:
@@ -193,7 +201,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("algo.trained_phases=[attempt]", ["'attempt' is not allowed; it must be one of reflection, retry"]),
         ("model.path=${oc.env:HOME}", ["model.path: '${oc.env:HOME}' is not allowed", "write the value"]),
         ("model.path=???", ["model.path: '???' is not allowed"]),
-        ("model.path=", ["model.path: name a Hugging Face checkpoint directory, or 'embedded'"]),
+        ("model.path=", ["model.path: name a Hugging Face checkpoint, by its directory or its name on the hub"]),
         ("seed", ["'seed': expected key=value"]),
         ("=3", ["expected key=value"]),
         ("a..b=3", ["expected key=value"]),

@@ -6,9 +6,19 @@ from pathlib import Path
 
 from launch import QUICKSTART, run
 
+from nemo_r3.types import NO_ROOM, Answer, Phase, Segment
+from recipes.preview import CUT_REFLECTION, verdict
+
 
 def test_failures_come_first_and_a_right_answer_is_not_reflected_on(tmp_path: Path) -> None:
-    shown = run("preview", QUICKSTART, "20", "task.options.test_size=1844", f"run.dir={tmp_path}/run").stdout
+    shown = run(
+        "preview",
+        QUICKSTART,
+        "20",
+        "task.options.test_size=1844",
+        "rollout.max_reflection_tokens=2",
+        f"run.dir={tmp_path}/run",
+    ).stdout
     head, *dialogues = shown.split("\n=== problem ")
     assert "\n--- " not in head and len(dialogues) == 20
     verdicts = [[line for line in text.splitlines() if line.startswith("--- verdict")] for text in dialogues]
@@ -16,4 +26,12 @@ def test_failures_come_first_and_a_right_answer_is_not_reflected_on(tmp_path: Pa
     assert [len(found) for found in verdicts] == sorted((len(found) for found in verdicts), reverse=True)
     assert all(len(found) == (1 if found[0].endswith("passed") else 2) for found in verdicts)
     assert " of 20 problems solved at first try" in dialogues[-1] and "every answer" not in dialogues[-1]
+    assert [text.count(f"\n{CUT_REFLECTION}\n") for text in dialogues] == [len(found) - 1 for found in verdicts]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_verdict_says_why_there_is_no_whole_answer() -> None:
+    reasons = ("stop", "length", NO_ROOM)
+    said = [verdict(Answer(Segment(Phase.RETRY, ()), "", reason), False) for reason in reasons]
+    assert said[0] == "--- verdict: failed"
+    assert "max_answer_tokens" in said[1] and "max_model_len" in said[2]

@@ -23,7 +23,7 @@ LLAMA = "configs/countdown-llama-3.1-8b-1n8g-tp2dp4.yaml"
 SIZES = {
     "1_node": [QUICKSTART, "run.dir=runs/one", "cluster.time_minutes=60"],
     "8_nodes": [
-        *(QUICKSTART, "run.dir=runs/eight", "cluster.nodes=8", "--cluster", EXAMPLE),
+        *(QUICKSTART, "run.dir=runs/eight", "--cluster", EXAMPLE, "cluster.nodes=8"),  # settings may come later
         *("--mine", "cluster.nodes=4", "--export", "cluster.nodes=1"),
     ],
     "64_nodes": [
@@ -56,7 +56,7 @@ def test_dry_run_prints_every_batch_script(size: str) -> None:
         (["--evaluate", "cluster.gpus_per_node=3", "actor.tensor_parallel=2"], "stage evaluate: "),
         (["--train", "cluster.nodes=3", "actor.tensor_parallel=2"], "stage train: "),
         (["cluster.options=[-p gpu]"], "cluster.options: a chain takes --name and --name=value, got -p gpu"),
-        (["--cluster", "nowhere.yaml"], "--cluster nowhere.yaml: "),
+        (["--cluster", "nowhere.yaml"], "--cluster nowhere.yaml: No such file or directory\n"),
         (["--cluster", "configs/quickstart.yaml"], "configs/quickstart.yaml: "),
     ],
 )

@@ -81,6 +81,8 @@ def test_problems_keep_their_text_or_get_words_around_it(write: Write) -> None:
     assert write(PROBLEMS, VERIFY, task="Now: {problem}").problems("test")[0].text == "Now: Say {word} in the test."
     with pytest.raises(ConfigError, match=r"dialogue\.task: unknown placeholder \{word\}"):
         write(PROBLEMS, VERIFY, task="{word}")
+    with pytest.raises(ConfigError, match=r"dialogue\.task: \{problem\}, .* is missing in 'Think first\.'"):
+        write(PROBLEMS, VERIFY, task="Think first.")
     with pytest.raises(KeyError):
         task.problems("validation")
 
@@ -124,7 +126,10 @@ GIVES = "from nemo_r3.types import Problem\ndef problems(split):\n    "
         (GIVES + "return [Problem('a', 't', {'word': 'x'})]" + VERIFY, "problem 'a' is in train and in test"),
         (GIVES + "return [('a', 't')]" + VERIFY, r"gives \('a', 't'\); it must give nemo_r3.types.Problem"),
         (GIVES + "return [Problem(1, 't', {})]" + VERIFY, "gives the id 1 and the text 't'"),
-        (GIVES + "return [Problem('a', '', {})]" + VERIFY, "gives the id 'a' and the text ''"),
+        (
+            GIVES + "return [Problem('a', '', {})]" + VERIFY,
+            "gives the id 'a' and the text ''; both must be text, and not empty",
+        ),
         (GIVES + "return [Problem('a', 't', {'word': (1, 2)})]" + VERIFY, "data of problem 'a' is not what JSON would"),
         (GIVES + "return [Problem('a', 't', {'word': {1}})]" + VERIFY, "data of problem 'a' is not what JSON would"),
         (GIVES + "return [Problem('a', 't', {'word': float('nan')})]" + VERIFY, "data of problem 'a' is not"),
@@ -151,7 +156,15 @@ def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, messa
         ("class Options: pass" + PROBLEMS + VERIFY, r"said\.Options is no dataclass: write @dataclass above it"),
         ("Options = 3" + PROBLEMS + VERIFY, r"said\.Options raised TypeError"),
         ("problems = [1]" + VERIFY, r"said\.problems\('train'\) raised TypeError \('list' object is not callable\);"),
-        ("def problems(): pass" + VERIFY, r"said\.problems\('train'\) raised TypeError \(.* takes 0 positional"),
+        (
+            "def problems(): pass" + VERIFY,
+            r"said\.problems\('train'\) raised TypeError .*; problems\(split\) must give",
+        ),
+        (
+            OPTIONS.replace("(split, options)", "(split)") + VERIFY,
+            r"TypeError .*; problems\(split, options\) must give",
+        ),
+        (PROBLEMS + "def verify(text): pass", r"said\.verify raised TypeError .*; verify\(problem, text\) must give"),
         (GIVES + "return None" + VERIFY, r"said\.problems\('train'\) raised TypeError \('NoneType' object is not iter"),
         (GIVES + "open('/nowhere')" + VERIFY, r"problems\('train'\) raised FileNotFoundError \(.*\) in .*said\.py:3;"),
         (GIVES + "import json; json.loads('{')" + VERIFY, r"raised JSONDecodeError \(.*\) in .*said\.py:3;"),
@@ -190,10 +203,10 @@ def test_a_users_module_leaves_the_working_directory_where_it_was(write: Write) 
             "return text.index('x') > 0",
             r"said\.verify raised ValueError \(.*\) in .*said\.py:8 on .* problem 'train-1'",
         ),
-        ("return None", r"returned None of type NoneType .*: return something, or wrap it in bool\(\.\.\.\)"),
+        ("return None", r"returned None of type NoneType .* True or False on every path"),
         ("return 1", "returned 1 of type int"),
-        ("import numpy; return numpy.True_", r"returned np\.True_ of type numpy\.bool .*: wrap it in bool\(\.\.\.\)"),
-        ("import re; return re.match('', text)", r"of type re\.Match .*: wrap it in bool\(\.\.\.\)"),
+        ("import numpy; return numpy.True_", r"returned np\.True_ of type numpy\.bool .*, such as bool\(match\)"),
+        ("import re; return re.match('', text)", r"of type re\.Match .*, such as bool\(match\)"),
     ],
 )
 def test_a_verifier_that_gives_no_verdict_is_refused_at_load(write: Write, body: str, message: str) -> None:
