@@ -240,15 +240,6 @@ def test_a_shard_that_changes_under_a_run_is_named(tmp_path: Path) -> None:
         row.load()
 
 
-def test_a_bank_of_an_older_nemo_r3_is_refused(tmp_path: Path) -> None:
-    bank(tmp_path).mine(Scripted(), problems(2))
-    index = json.loads((tmp_path / "bank.json").read_text())
-    del index["shards"]
-    (tmp_path / "bank.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="mined by an older nemo_r3"):
-        bank(tmp_path, allow_foreign=True).check()
-
-
 def test_all_ranks_draw_what_rank_0_reads(tmp_path: Path) -> None:
     bank(tmp_path / "here").mine(Scripted(), problems(9))
     said: list[Any] = []

@@ -79,8 +79,8 @@ class Bank:
         """Whether the bank is complete, and not missing, half mined or lacking a shard.
 
         Raises:
-            UserError: it was mined with another model, task, verifier, dialogue or sampling, or by an older nemo_r3; or
-                it is accepted as foreign but holds token ids of another tokenizer.
+            UserError: it was mined with another model, task, verifier, dialogue or sampling; or it is accepted as
+                foreign but holds token ids of another tokenizer.
         """
         return self._world.on_main(self._is_complete)
 
@@ -206,15 +206,9 @@ class Bank:
     def _read_index(self) -> dict[str, Any]:
         try:
             index = unsealed(self._index.read_text())
-            read = {name: index[name] for name in ("stamp", "complete")}
+            return {name: index[name] for name in ("stamp", "complete", "shards", "tallies")}
         except (ValueError, KeyError) as error:
             raise UserError(f"failures.path: {self._index} is damaged ({error}); remove {self.path}") from error
-        if "shards" not in index:
-            raise UserError(
-                f"failures.path: {self.path} was mined by an older nemo_r3, and its bank.json does not say what its "
-                "shards hold; remove it or name another failures.path to mine a new bank"
-            )
-        return read | {"shards": index["shards"], "tallies": index.get("tallies", {})}
 
     def _write_index(self, problems: int, complete: bool) -> None:
         kept = {"shards": self._shards, "tallies": self._tallies}

@@ -47,15 +47,13 @@ class Tally:
         return "every answer failed: are they too hard, or does verify reject right answers?"
 
     def why_no_failures(self, config: Config) -> str:
-        """Why a bank with these answers has nothing to reflect on; one of an older nemo_r3 has no counts."""
+        """Why a bank with these answers has nothing to reflect on."""
         longest, most = config.rollout.max_model_len, config.failures.max_solve_rate
         counts = {
             "passed": self.passed,
             f"found no room in rollout.max_model_len={longest}": self.no_room,
             f"are left out by failures.max_solve_rate={most:g}": self.asked - self.passed - self.no_room,
         }
-        if not self.asked:
-            return "how its first answers fared is not recorded"
         return f"of {self.asked} first answers " + ", ".join(
             f"{count} {what}" for what, count in counts.items() if count
         )
