@@ -77,7 +77,7 @@ def test_a_bank_of_another_model_is_refused_and_kept(bank: Path, tmp_path: Path)
     line = refused(
         "mine", QUICKSTART, *SMALL, f"failures.path={bank}", f"model.path={model}", f"run.dir={tmp_path}/run"
     )
-    assert "another model" in line and "failures.allow_foreign=true" in line
+    assert "was mined otherwise: model" in line and "failures.allow_foreign=true" in line
     assert {file.name: file.read_bytes() for file in bank.iterdir()} == before
 
 
