@@ -279,7 +279,8 @@ def _read_summary(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     with suppress(ValueError, RecursionError):
-        if isinstance(summary := json.loads(file.read_text()), dict):
+        summary = json.loads(file.read_text())
+        if isinstance(summary, dict) and isinstance(summary.get("seconds", {}), dict):
             return summary
     warn(f"{file} is damaged, and starts again")
     return {}

@@ -167,7 +167,10 @@ def test_checkpoints_whose_settings_are_unknown_are_not_resumed(
     assert "\n" not in str(error.value)
 
 
-def test_damaged_logs_cost_their_own_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("summary", ["[]", '{"seconds": 5}'])
+def test_damaged_logs_cost_their_own_lines_only(
+    summary: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = directory(tmp_path / "run")
     run.open(resuming=False)
     for step in (1, 2, 3):
@@ -175,7 +178,7 @@ def test_damaged_logs_cost_their_own_lines_only(tmp_path: Path, capsys: pytest.C
     lines = run.metrics.read_bytes().splitlines()
     run.metrics.write_bytes(b"\n".join([b"5", b"\xff\xfe", lines[1], lines[2]]) + b"\n")
     (run.path / "rollouts" / "step_notes.jsonl").touch()
-    (run.path / "summary.json").write_text("[]")
+    (run.path / "summary.json").write_text(summary)
     run.cut_back(3)
     assert steps(run) == [2, 3]
     assert run.add_to_summary(export="here")["export"] == "here"

@@ -39,7 +39,7 @@ def test_a_library_that_is_missing_is_refused(
         trackers.check(settings(tmp_path, f"{setting}=x"), tmp_path / "run")
 
 
-def test_mlflow_does_not_wait_minutes_for_a_server_unless_the_user_says_so(
+def test_mlflow_neither_waits_minutes_for_a_server_nor_sends_telemetry_unless_the_user_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9"})
@@ -54,7 +54,8 @@ def test_mlflow_does_not_wait_minutes_for_a_server_unless_the_user_says_so(
         UserError, match=r"^run.mlflow_experiment: ConnectionError \(nobody answers\) \(MLFLOW_TRACKING"
     ):
         trackers.check(settings(tmp_path, "run.mlflow_experiment=x"), tmp_path / "run")
-    assert asked == [("x", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"})]
+    quiet = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    assert asked == [("x", {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9", **quiet})]
 
 
 class Service:

@@ -128,6 +128,8 @@ def _read(path: Path, named_by: str) -> dict[Any, Any]:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if type(error) in (KeyError, AttributeError):
+        return "a value is not what its !!type says"
     return getattr(error, "problem", None) or str(error).partition("\n")[0]
 
 

@@ -135,7 +135,7 @@ def read_wording(module: ModuleType, dialogue: DialogueConfig) -> Wording:
     """The task's wording with what `dialogue` replaces.
 
     Raises:
-        ConfigError: a {placeholder} in `dialogue.task` or `dialogue.tools_text` that nothing fills, or one that is
+        ConfigError: a {placeholder} of the task turn or of `dialogue.tools_text` that nothing fills, or one that is
             missing there; or a WORDING that is none.
     """
     given = {name: getattr(dialogue, name) for name in ("task", "reflect", "retry")}
@@ -145,17 +145,19 @@ def read_wording(module: ModuleType, dialogue: DialogueConfig) -> Wording:
             f"task.name: {module.__name__}.WORDING must be a nemo_r3.tasks.protocol.Wording of texts, got {show(own)}"
         )
     wording = replace(own, **{name: text for name, text in given.items() if text is not None})
-    placeholders = module.PLACEHOLDERS if hasattr(module, "build") else PLACEHOLDERS
-    _check_placeholders("dialogue.task", wording.task, placeholders)
-    _check_placeholders("dialogue.tools_text", dialogue.tools_text, TOOLS_PLACEHOLDERS)
-    for name in TOOLS_PLACEHOLDERS:
-        if f"{{{name}}}" not in dialogue.tools_text:
-            raise ConfigError(f"dialogue.tools_text: {{{name}}} is missing in {show(dialogue.tools_text)}")
+    place = f"task.name: {module.__name__}.WORDING" if dialogue.task is None else "dialogue.task"
+    if hasattr(module, "build"):
+        _check_placeholders(place, wording.task, module.PLACEHOLDERS, needed=())
+    else:
+        _check_placeholders(place, wording.task, PLACEHOLDERS, needed=PLACEHOLDERS)
+    _check_placeholders("dialogue.tools_text", dialogue.tools_text, TOOLS_PLACEHOLDERS, needed=TOOLS_PLACEHOLDERS)
     return wording
 
 
-def _check_placeholders(key: str, text: str, placeholders: Sequence[str]) -> None:
-    unknown = unknown_placeholders(text, placeholders)
-    if unknown:
+def _check_placeholders(place: str, text: str, placeholders: Sequence[str], needed: Sequence[str]) -> None:
+    if unknown := unknown_placeholders(text, placeholders):
         known = ", ".join(f"{{{name}}}" for name in placeholders)
-        raise ConfigError(f"{key}: unknown placeholder {{{unknown[0]}}} in {text!r}; known: {known}")
+        raise ConfigError(f"{place}: unknown placeholder {{{unknown[0]}}} in {text!r}; known: {known}")
+    for name in needed:
+        if f"{{{name}}}" not in text:
+            raise ConfigError(f"{place}: {{{name}}} is missing in {show(text)}")

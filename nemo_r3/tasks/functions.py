@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nemo_r3.config.schema import show
 from nemo_r3.errors import ConfigError, UserError, in_one_line
 from nemo_r3.progress import warn
 from nemo_r3.tasks.protocol import Wording
@@ -38,12 +37,10 @@ class FunctionTask:
             wording: its task turn has the problem's text as `{problem}`.
 
         Raises:
-            ConfigError: there are no problems, or they cannot be used; the wording lacks `{problem}`.
+            ConfigError: there are no problems, or they cannot be used.
             UserError: `problems` or `verify` raised, or `verify` gave something else than True or False.
         """
         self.name = module.__name__
-        if "{problem}" not in wording.task:
-            raise ConfigError(f"dialogue.task: {{problem}}, a problem's text, is missing in {show(wording.task)}")
         self.wording = wording
         self.verifier = f"{self.name} {_version(module, options)}"
         self._module = module

@@ -16,8 +16,12 @@ from nemo_r3.trackers.tracker import Metrics, library
 SETTING = "run.mlflow_experiment"
 PARAMS_PER_CALL = 100
 """The server takes no more."""
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""Unless the user has set them: a call would wait 4 to 20 minutes for a lost server, and `InBackground` asks again."""
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # with its own numbers a call waits 4 to 20 minutes for a lost server,
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # and `InBackground` asks again
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Unless the user has set them; telemetry begins with the import."""
 
 
 def check(experiment: str, begun: bool) -> None:
@@ -63,6 +67,6 @@ class MLflow:
 
 
 def _library() -> Any:
-    for name, value in PATIENCE.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return library("mlflow", SETTING)

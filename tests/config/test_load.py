@@ -143,8 +143,8 @@ def test_extends_names_one_file(tmp_path: Path, parent: str) -> None:
         ("- 1\n- 2\n", "a.yaml: expected sections and keys"),
         ("5", "a.yaml: broken YAML"),
         ("seed: 1\n---\nseed: 2\n", "a.yaml:2: broken YAML"),
-        ("seed: !!bool 3", "a.yaml: broken YAML"),
-        ("seed: !!timestamp x", "a.yaml: broken YAML"),
+        ("seed: !!bool 3", "a.yaml: broken YAML: a value is not what its !!type says"),
+        ("seed: !!timestamp x", "a.yaml: broken YAML: a value is not what its !!type says"),
         ("seed: " + "[" * 5000 + "]" * 5000, "a.yaml: broken YAML: nested too deeply"),
     ],
 )

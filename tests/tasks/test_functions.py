@@ -81,8 +81,13 @@ def test_problems_keep_their_text_or_get_words_around_it(write: Write) -> None:
     assert write(PROBLEMS, VERIFY, task="Now: {problem}").problems("test")[0].text == "Now: Say {word} in the test."
     with pytest.raises(ConfigError, match=r"dialogue\.task: unknown placeholder \{word\}"):
         write(PROBLEMS, VERIFY, task="{word}")
-    with pytest.raises(ConfigError, match=r"dialogue\.task: \{problem\}, .* is missing in 'Think first\.'"):
+    with pytest.raises(ConfigError, match=r"dialogue\.task: \{problem\} is missing in 'Think first\.'"):
         write(PROBLEMS, VERIFY, task="Think first.")
+    own = "from nemo_r3.tasks.protocol import Wording\nWORDING = Wording('Solve: {problems}')"
+    with pytest.raises(ConfigError, match=r"task\.name: said\.WORDING: unknown placeholder \{problems\}"):
+        write(own, PROBLEMS, VERIFY)
+    with pytest.raises(ConfigError, match=r"task\.name: said\.WORDING: \{problem\} is missing in 'Solve: it'"):
+        write(own.replace("{problems}", "it"), PROBLEMS, VERIFY)
     with pytest.raises(KeyError):
         task.problems("validation")
 
