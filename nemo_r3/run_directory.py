@@ -253,7 +253,8 @@ class RunDirectory:
         """
         file = self.path / "summary.json"
         summary = _read_summary(file)
-        entries["seconds"] = summary.get("seconds", {}) | self._seconds()
+        before = summary.get("seconds")
+        entries["seconds"] = (before if isinstance(before, dict) else {}) | self._seconds()
         merged = {name: value for name, value in (summary | entries).items() if value is not None}
         self._world.barrier()  # everyone has read the old summary
         if self._world.is_main:

@@ -179,6 +179,8 @@ def test_damaged_logs_cost_their_own_lines_only(tmp_path: Path, capsys: pytest.C
     run.cut_back(3)
     assert steps(run) == [2, 3]
     assert run.add_to_summary(export="here")["export"] == "here"
+    (run.path / "summary.json").write_text('{"export": "here", "seconds": "many"}')
+    assert run.add_to_summary() == {"export": "here", "seconds": {}}
     errors = capsys.readouterr().err
     assert f"{run.metrics} lacks 1 of the 3 steps before" in errors
     assert f"{run.path}/summary.json is damaged, and starts again" in errors
