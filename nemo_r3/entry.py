@@ -44,10 +44,11 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "writing failed"
             _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", 2)
-        from nemo_r3.runtime import is_collective  # torch, which recipes.report does without
+        if "torch" in sys.modules:  # recipes.plan and recipes.report do without
+            from nemo_r3.runtime import is_collective
 
-        if is_collective(error):
-            _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
+            if is_collective(error):
+                _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)
     trackers.close(0)
     sys.stdout.flush()

@@ -77,7 +77,7 @@ def sealed(content: Mapping[str, Any]) -> str:
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """The object that `sealed` wrote; one without a sum, of an older nemo_r3, is taken as it is.
+    """The object that `sealed` wrote; one without a sum is taken as it is, so that another version can be named.
 
     Raises:
         ValueError: it is no JSON object, or was changed.

@@ -253,7 +253,8 @@ class RunDirectory:
         """
         file = self.path / "summary.json"
         summary = _read_summary(file)
-        entries["seconds"] = summary.get("seconds", {}) | self._seconds()
+        before = summary.get("seconds")
+        entries["seconds"] = (before if isinstance(before, dict) else {}) | self._seconds()
         merged = {name: value for name, value in (summary | entries).items() if value is not None}
         self._world.barrier()  # everyone has read the old summary
         if self._world.is_main:
@@ -280,7 +281,7 @@ def _read_summary(file: Path) -> dict[str, Any]:
         return {}
     with suppress(ValueError, RecursionError):
         summary = json.loads(file.read_text())
-        if isinstance(summary, dict) and isinstance(summary.get("seconds", {}), dict):
+        if isinstance(summary, dict):
             return summary
     warn(f"{file} is damaged, and starts again")
     return {}

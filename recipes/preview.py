@@ -21,12 +21,6 @@ SHOWN = 3
 ASKED_PER_SHOWN = 8
 """So many problems are asked for each dialogue shown: a model may solve most of them, and failures are shown first."""
 
-CUT_REFLECTION = "--- cut at rollout.max_reflection_tokens"
-UNFINISHED = {
-    "length": " (cut at rollout.max_answer_tokens)",
-    NO_ROOM: " (not asked: no room in rollout.max_model_len)",
-}
-
 
 def preview(argv: Sequence[str]) -> None:
     """`python -m recipes.preview CONFIG.yaml [how many] key=value ...`."""
@@ -46,7 +40,8 @@ def preview(argv: Sequence[str]) -> None:
         whole = reflections[0].trajectory if reflections else attempt.context
         notes = [verdict(attempt.answer, attempt.passed)]
         for it in reflections:
-            notes += [CUT_REFLECTION if it.answer.truncated else "", verdict(it.retry, it.reward > 0)]
+            reason = unfinished(it.answer, "max_reflection_tokens")
+            notes += [f"--- {reason}" if reason else "", verdict(it.retry, it.reward > 0)]
         setup.progress.say(written(setup.dialogue, whole, notes))
     counts = tally(attempts)
     setup.progress.say(f"\n{counts.line(len(problems))}\n{counts.doubt()}".rstrip())
@@ -54,7 +49,14 @@ def preview(argv: Sequence[str]) -> None:
 
 def verdict(answer: Answer, passed: bool) -> str:
     """The line after an attempt or a retry; it says whether the model could not finish."""
-    return f"--- verdict: {'passed' if passed else 'failed'}{UNFINISHED.get(answer.finish_reason, '')}"
+    reason = unfinished(answer, "max_answer_tokens")
+    return f"--- verdict: {'passed' if passed else 'failed'}{f' ({reason})' if reason else ''}"
+
+
+def unfinished(answer: Answer, limit: str) -> str:
+    """Why there is no whole answer; empty if there is one."""
+    reasons = {"length": f"cut at rollout.{limit}", NO_ROOM: "not asked: no room in rollout.max_model_len"}
+    return reasons.get(answer.finish_reason, "")
 
 
 def written(dialogue: Dialogue, trajectory: Trajectory, notes: Iterable[str]) -> str:

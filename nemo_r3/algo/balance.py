@@ -11,6 +11,7 @@ tried, from few large microbatches to many small ones, and the fastest is taken.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -204,11 +205,11 @@ def deal(costs: Sequence[float], hands: int) -> list[list[int]]:
     Example: ``deal([5, 1, 1, 3], 2)`` is ``[[0], [3, 1, 2]]``
     """
     dealt: list[list[int]] = [[] for _ in range(hands)]
-    loads = [0.0] * hands
+    loads = [(0.0, hand) for hand in range(hands)]
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        hand = loads.index(min(loads))
+        load, hand = loads[0]
         dealt[hand].append(item)
-        loads[hand] += costs[item]
+        heapq.heapreplace(loads, (load + costs[item], hand))
     return dealt
 
 

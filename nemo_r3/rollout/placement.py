@@ -68,8 +68,10 @@ class Fleet:
             Stopped: an engine was asked to stop.
         """
         self.world.leave_if_asked()
-        # all ranks of an engine have the same results, so each gives a part of them
-        own = sorted(done)[self.world.rank % self.tensor_parallel :: self.tensor_parallel]
+        # all ranks of an engine have the same results, so each gives a part: neighbours, which share a context
+        items, ranks = sorted(done), self.tensor_parallel
+        place = self.world.rank % ranks
+        own = items[len(items) * place // ranks : len(items) * (place + 1) // ranks]
         merged = self.world.merge({item: done[item] for item in own})
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[item] for item in range(count)]

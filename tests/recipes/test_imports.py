@@ -50,6 +50,13 @@ def test_what_runs_with_the_packages_that_docs_training_names(
     assert f"pip install {packages}`" in (ROOT / "docs" / "training.md").read_text()
 
 
+def test_a_bug_shows_its_traceback_where_there_is_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "buggy.py").write_text("import recipes\nfrom nemo_r3 import entry\nentry.main(lambda argv: 1 / 0)\n")
+    done = subprocess.run(bare.command(tmp_path, "omegaconf", "buggy"), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback") and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
 def test_threads_without_work_sleep() -> None:
     code = "import os, recipes; print(os.environ['OMP_WAIT_POLICY'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

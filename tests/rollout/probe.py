@@ -300,12 +300,12 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
     }
 
 
-def parts_given(probe: Probe) -> list[int]:
-    """Of ten results, how many each rank hands to the others."""
+def parts_given(probe: Probe) -> list[list[int]]:
+    """Of ten results, two to a problem, those that each rank hands to the others."""
     parts, gather = [], World.gather
     with patch.object(World, "gather", lambda world, part: parts.append(part) or gather(world, part)):
         probe.rollout.first_attempts(probe.task.problems("train"), 1, samples=2)
-    return probe.world.gather(len(parts[-1]))
+    return probe.world.gather(list(parts[-1]))
 
 
 def looks_until_stop(probe: Probe) -> int:
