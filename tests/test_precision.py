@@ -7,6 +7,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from nemo_r3.actor.model import transformer_config
@@ -62,7 +63,10 @@ def test_transformer_config(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_optimizer_config(name: str) -> None:
+def test_gradients_and_optimizer(name: str) -> None:
+    gradients = DistributedDataParallelConfig(**PRECISIONS[name].gradient_fields())
+    assert gradients.grad_reduce_in_fp32
+    assert not gradients.fp8_param_gather and not gradients.reuse_grad_buf_for_mxfp8_param_ag
     optimizer = OptimizerConfig(**PRECISIONS[name].optimizer_fields())
     assert (optimizer.bf16, optimizer.fp16) == (name != "fp32", False)
     assert optimizer.params_dtype == TRANSFORMER[name]["params_dtype"]
