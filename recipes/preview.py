@@ -12,7 +12,9 @@ from nemo_r3 import entry
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.failures.bank import MINING_STEP
 from nemo_r3.failures.tally import tally
-from nemo_r3.types import NO_ROOM, Answer, Phase, Trajectory
+from nemo_r3.progress import warn
+from nemo_r3.tasks.protocol import Task
+from nemo_r3.types import NO_ROOM, Answer, Attempt, Group, Phase, Trajectory
 from recipes.metrics import warn_of_long_problems
 from recipes.setup import join
 from recipes.start import start_rollout
@@ -45,6 +47,19 @@ def preview(argv: Sequence[str]) -> None:
         setup.progress.say(written(setup.dialogue, whole, notes))
     counts = tally(attempts)
     setup.progress.say(f"\n{counts.line(len(problems))}\n{counts.doubt()}".rstrip())
+    warn_of_other_verdicts(setup.task, attempts, groups)
+
+
+def warn_of_other_verdicts(task: Task, attempts: Sequence[Attempt], groups: Sequence[Group]) -> None:
+    """Verifies everything a second time; warns of a verifier that changes its mind, since banks keep its verdicts."""
+    judged = [(it.problem, it.answer, it.passed) for it in attempts]
+    judged += [(group.failure.problem, it.retry, it.reward > 0) for group in groups for it in group.reflections]
+    asked = [(problem, answer.text, passed) for problem, answer, passed in judged if answer.finish_reason != NO_ROOM]
+    if other := [problem.id for problem, text, passed in asked if task.verify(problem, text) != passed]:
+        warn(
+            f"{task.name}.verify gave {len(other)} of {len(asked)} answers another verdict when it was asked again, "
+            f"such as one to problem {other[0]!r}: the same answer must always get the same verdict"
+        )
 
 
 def verdict(answer: Answer, passed: bool) -> str:

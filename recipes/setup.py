@@ -15,6 +15,8 @@ from nemo_r3 import capacity, fp8_support, runtime, tasks, trackers, watchdog
 from nemo_r3 import config as configuration
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
+from nemo_r3.errors import UserError
+from nemo_r3.failures.stamp import hash_of
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
 from nemo_r3.precision import without_fp8
 from nemo_r3.progress import Progress, warn
@@ -71,7 +73,7 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
         ConfigError: a setting is wrong; ranks, model and layout do not fit each other, or a training run does not fit
             its machines.
         UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its chat
-            template cannot be used; a training run's trackers cannot be used.
+            template cannot be used; the task's problems differ between ranks; a training run's trackers cannot be used.
     """
     config = configuration.load(argv)
     with watchdog.watched(60 * config.run.timeout_minutes):  # a user's task may hang
@@ -81,6 +83,7 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     check_layout(config, arch)
     environment.prepare(config, torch.cuda.is_available())
     world = runtime.start(config)
+    _refuse_other_problems(task, world)
     fp8_support.prepare(config if trains else without_fp8(config), arch)
     if advice := fp8_support.advice(config):
         warn(advice)
@@ -94,3 +97,13 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
         capacity.check(config, arch, world, run.checkpoints)
         setup.check_trackers()
     return setup
+
+
+def _refuse_other_problems(task: Task, world: World) -> None:
+    """Refuses a task that gives ranks other problems or another order, as one does that reads them from a set."""
+    problems = (problem for split in ("train", "test") for problem in task.problems(split))
+    if world.size > 1 and len(set(world.gather(hash_of(problems)))) > 1:
+        raise UserError(
+            f"task.name: {task.name}: problems() differ between ranks: they must always be the same, in the same order "
+            "(that of a set, for one, differs between processes)"
+        )

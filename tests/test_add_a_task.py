@@ -85,6 +85,21 @@ def test_a_verb_finds_a_task_in_the_working_directory(home: Path) -> None:
     assert "error: model.path: /nowhere" in done.stderr  # the task comes before the model
 
 
+def test_problems_that_differ_between_ranks_are_refused(home: Path) -> None:
+    """Each would have a share of other problems than rank 0 thinks."""
+    with (home / "doubles.py").open("a") as file:
+        file.write("\n\nproblems_in_order = problems\n\n\ndef problems(split):\n")
+        file.write(
+            "    by_id = {it.id: it for it in problems_in_order(split)}\n    return map(by_id.get, set(by_id))\n"
+        )
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = [sys.executable, *ranks, "-m", "recipes.mine", "doubles_laptop.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert "error: task.name: doubles: problems() differ between ranks" in done.stderr
+    assert not (home / "runs").exists()
+
+
 def test_the_laptops_config_shows_dialogues_and_mines(home: Path) -> None:
     """On the embedded model, which solves none of these problems."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from launch import QUICKSTART, run
 
-from nemo_r3.types import NO_ROOM, Answer, Phase, Segment
-from recipes.preview import unfinished, verdict
+from nemo_r3.types import NO_ROOM, Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from recipes.preview import unfinished, verdict, warn_of_other_verdicts
 
 
 def test_failures_come_first_and_a_right_answer_is_not_reflected_on(tmp_path: Path) -> None:
@@ -38,3 +41,24 @@ def test_what_is_not_whole_says_why() -> None:
     assert "max_answer_tokens" in said[1] and "max_model_len" in said[2]
     assert unfinished(answers[0], "max_reflection_tokens") == ""
     assert "max_model_len" in unfinished(answers[2], "max_reflection_tokens")
+
+
+def test_a_verifier_that_changes_its_mind_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(reason: str = "stop") -> Answer:
+        return Answer(Segment(Phase.RETRY, ()), "42", reason)
+
+    whole, right, wrong, unasked = Trajectory(), *(Problem(name, "?", {}) for name in ("right", "wrong", "unasked"))
+    attempts = [Attempt(right, 0, whole, answer(), True), Attempt(wrong, 0, whole, answer(), False)]
+    attempts.append(Attempt(unasked, 0, whole, answer(NO_ROOM), False))
+    groups = [Group(Failure(wrong, whole, answer()), (Reflection(0, whole, answer(), answer(), 1.0),))]
+    pure: Any = SimpleNamespace(name="pure", verify=lambda problem, text: problem.id == "right")
+    fair: Any = SimpleNamespace(name="fair", verify=lambda problem, text: True)
+    warn_of_other_verdicts(pure, attempts, [])
+    assert capsys.readouterr().err == ""
+    warn_of_other_verdicts(pure, attempts, groups)
+    assert "pure.verify gave 1 of 3 answers another verdict" in capsys.readouterr().err
+    warn_of_other_verdicts(fair, attempts, groups)
+    assert (
+        "fair.verify gave 1 of 3 answers another verdict when it was asked again, such as one to problem 'wrong'"
+        in (capsys.readouterr().err)
+    )
