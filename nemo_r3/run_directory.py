@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from nemo_r3 import memory, trackers, watchdog
@@ -58,24 +59,20 @@ class RunDirectory:
         self.metrics, self.layers = self.path / "metrics.jsonl", self.path / "layers.jsonl"
         self.times: dict[str, float] = {}
         self.memory: dict[str, float] = {}
+        self._logged_times: dict[str, float] = {}
         self._config, self._world = config, world
 
     def check_directory(self) -> None:
-        """Checks that the directory can be written; every rank calls this.
+        """Checks that the directory can be written or made, which leaves nothing there; every rank calls this.
 
         Raises:
             UserError: it is not the directory of a run, or rank 0 cannot write there.
         """
 
         def write() -> None:
-            existed = self.path.exists()
             try:
                 self._refuse_other_contents()
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_whole(self.path / ".writable", "")
-                (self.path / ".writable").unlink()
-                if not existed:
-                    self.path.rmdir()  # so that a mistyped run.dir leaves nothing
+                TemporaryFile(dir=next(place for place in (self.path, *self.path.parents) if place.exists())).close()
             except OSError as error:
                 raise UserError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
 
@@ -179,7 +176,10 @@ class RunDirectory:
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if (name := file.stem.removeprefix("step_")).isdigit() and int(name) > step:
                 file.unlink()
-        trackers.open_all(self._config, self.path, step, [json.loads(line) for line in logged.values()])
+        before = [json.loads(line) for line in logged.values()]
+        for metrics in before:
+            _add_times(self._logged_times, metrics)
+        trackers.open_all(self._config, self.path, step, before)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -188,14 +188,15 @@ class RunDirectory:
         memory.restart_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         yield
-        for name, spent in ((phase, time.perf_counter() - wall), (f"cpu_{phase}", time.process_time() - cpu)):
-            self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + spent
+        spent = {f"time/{phase}": time.perf_counter() - wall, f"time/cpu_{phase}": time.process_time() - cpu}
+        _add_times(self.times, spent)
         self.memory |= memory.measured(phase)
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Appends a step to metrics.jsonl, with the times since the last one, and to the trackers."""
         line = {"step": step, **_finite(metrics), **{name: round(spent, 4) for name, spent in self.times.items()}}
         line |= self.memory
+        _add_times(self._logged_times, self.times)
         self.times, self.memory = {}, {}
         if not self._world.is_main:
             return
@@ -263,16 +264,21 @@ class RunDirectory:
         return merged
 
     def _seconds(self) -> dict[str, dict[str, float]]:
-        """Wall and CPU seconds (of rank 0) by phase: of all logged steps, and of this verb after them."""
-        logged = [json.loads(line) for line in _lines(self.metrics) if _step_of(line) is not None]
-        spent: dict[str, dict[str, float]] = {}
-        for line in [*logged, self.times]:
-            for name, value in line.items():
-                if name.startswith("time/") and isinstance(value, float):
-                    kind = "cpu" if name.startswith("time/cpu_") else "wall"
-                    phase = name.removeprefix("time/").removeprefix("cpu_")
-                    spent.setdefault(phase, {"wall": 0.0, "cpu": 0.0})[kind] += value
-        return {phase: {kind: round(value, 2) for kind, value in kinds.items()} for phase, kinds in spent.items()}
+        """Wall and CPU seconds (of rank 0) of this verb by phase; a training's are those of all its run's steps."""
+        spent = dict(self._logged_times)
+        _add_times(spent, self.times)
+        phases = [name.removeprefix("time/") for name in spent if not name.startswith("time/cpu_")]
+        return {
+            phase: {"wall": round(spent[f"time/{phase}"], 2), "cpu": round(spent.get(f"time/cpu_{phase}", 0.0), 2)}
+            for phase in phases
+        }
+
+
+def _add_times(total: dict[str, float], line: Mapping[str, Any]) -> None:
+    """Adds the times in a line of metrics.jsonl."""
+    for name, spent in line.items():
+        if name.startswith("time/") and isinstance(spent, float):
+            total[name] = total.get(name, 0.0) + spent
 
 
 def _read_summary(file: Path) -> dict[str, Any]:

@@ -190,9 +190,8 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run\.dir: cannot write to .*file/run \(Not a directory\)"):
         directory(tmp_path / "file" / "run").check_directory()
-    run = directory(tmp_path / "run")
-    run.check_directory()
-    assert not run.path.exists()
+    directory(tmp_path / "mistyped" / "run").check_directory()
+    assert not (tmp_path / "mistyped").exists()
 
 
 @pytest.mark.parametrize("override", ["actor.tensor_parallel=2", "train.steps=9", "run.tensorboard=true"])
@@ -240,6 +239,13 @@ def test_times_add_up_per_phase_and_start_anew_with_each_step(tmp_path: Path, mo
         "refit": {"wall": 0.5, "cpu": 0.25},
         "evaluate": {"wall": 7.0, "cpu": 6.0},
     }
+    later = directory(run.path)  # another verb leaves a training's seconds as they are
+    with later.timed("export"):
+        clock.spend(1.0, 1.0)
+    assert later.add_to_summary()["seconds"]["update"] == {"wall": 15.0, "cpu": 6.5}
+    resumed = directory(run.path)
+    resumed.cut_back(1)
+    assert resumed.add_to_summary()["seconds"]["update"] == {"wall": 5.0, "cpu": 2.5}
 
 
 def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
