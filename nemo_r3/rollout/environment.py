@@ -15,7 +15,7 @@ from nemo_r3.models import architecture_of, model_path
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head widths of vLLM's CPU attention; with any other it fails at the first token, not at start-up."""
 CACHES = {
-    "VLLM_CACHE_ROOT": "vllm",
+    "XDG_CACHE_HOME": "",  # of vLLM
     "TRITON_CACHE_DIR": "triton",
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "MPLCONFIGDIR": "matplotlib",

@@ -42,17 +42,18 @@ def test_head_width_that_the_cpu_attention_lacks(tmp_path: Path) -> None:
     assert "head_dim 16" in refusal(tmp_path, num_attention_heads=8, hidden_size=128)
 
 
+@pytest.mark.parametrize("given", [{}, {"XDG_CACHE_HOME": "/large", "TRITON_CACHE_DIR": "/fast"}])
 @pytest.mark.parametrize("home", ["missing/below", "ours"])
 def test_caches_are_in_a_home_that_can_be_written_or_in_the_run_directory(
-    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "missing").write_text("no directory")
-    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / home), "TRITON_CACHE_DIR": "/fast"})
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / home), **given})
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     config = Config()
     config.model.path, config.run.dir = "embedded", str(tmp_path / "run")
     environment.prepare(config, on_cuda=False)
-    found = {name: value for name, value in os.environ.items() if name in environment.CACHES}
-    moved = {name: f"{tmp_path}/run/.cache/{folder}" for name, folder in environment.CACHES.items()}
-    assert found == ({} if home == "ours" else moved) | {"TRITON_CACHE_DIR": "/fast"}
+    found = {name: value for name, value in os.environ.items() if name in (*environment.CACHES, "VLLM_CACHE_ROOT")}
+    moved = {name: str(tmp_path / "run" / ".cache" / folder) for name, folder in environment.CACHES.items()}
+    assert found == ({} if home == "ours" else moved) | given
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
