@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Says what to do about a package that is not installed, in a line instead of a stack."""
-    if not isinstance(error, ModuleNotFoundError):
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:  # without a name it is not Python's
         return sys.__excepthook__(kind, error, trace)
     print(
         f"error: {sys.executable} has no {error.name}: activate the environment first (. .venv/bin/activate), or make "

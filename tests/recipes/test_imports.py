@@ -10,6 +10,8 @@ import bare
 import pytest
 from launch import QUICKSTART, ROOT
 
+import recipes
+
 READ_THE_ENVIRONMENT = {"megatron", "transformer_engine", "vllm"}
 SLOW = READ_THE_ENVIRONMENT | {"transformers"}
 
@@ -48,6 +50,11 @@ def test_what_runs_with_the_packages_that_docs_training_names(
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
     assert f"pip install {packages}`" in (ROOT / "docs" / "training.md").read_text()
+
+
+def test_an_import_error_of_someone_else_s_making_keeps_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes._explain(ModuleNotFoundError, ModuleNotFoundError("build the kernels first"), None)
+    assert "build the kernels first" in capsys.readouterr().err
 
 
 def test_a_bug_shows_its_traceback_where_there_is_no_torch(tmp_path: Path) -> None:
