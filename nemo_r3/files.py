@@ -77,7 +77,7 @@ def sealed(content: Mapping[str, Any]) -> str:
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """The object that `sealed` wrote; one without a sum is taken as it is, so that another version can be named.
+    """The object that `sealed` wrote.
 
     Raises:
         ValueError: it is no JSON object, or was changed.
@@ -88,7 +88,7 @@ def unsealed(text: str) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
-    if content.pop("sum", None) not in (None, _sum(content)):
+    if content.pop("sum", None) != _sum(content):
         raise ValueError("changed since it was written")
     return content
 

@@ -276,11 +276,11 @@ def test_a_bank_that_is_read_stays_on_the_disk(tmp_path: Path) -> None:
     assert held < 500 * len(rows)  # bytes; its text has 5000 for each
 
 
-@pytest.mark.parametrize("damage", [lambda text: "{", lambda text: text.replace('"asked": ', '"asked": 1')])
-def test_a_damaged_index_is_named(tmp_path: Path, damage: Callable[[str], str]) -> None:
+@pytest.mark.parametrize(("part", "damaged"), [('"stamp"', ""), ('"asked": ', '"asked": 1'), ('"sum"', '"son"')])
+def test_a_damaged_index_is_named(tmp_path: Path, part: str, damaged: str) -> None:
     index = tmp_path / "bank.json"
     bank(tmp_path).mine(Scripted(), problems(1))
-    index.write_text(damage(index.read_text()))
+    index.write_text(index.read_text().replace(part, damaged))
     with pytest.raises(UserError, match=r"bank\.json is damaged"):
         bank(tmp_path).check()
 

@@ -33,8 +33,7 @@ def test_an_object_that_was_changed_since_it_was_sealed_is_refused() -> None:
     content = {"b": [1, 2.5, None], "a": {"ä": "\ud800"}}
     text = sealed(content)
     assert unsealed(text) == content
-    assert unsealed('{"a": 1}') == {"a": 1}, "as another version may have written it"
-    for changed in (text.replace("2.5", "3.5"), text[:-5], "[1]", "[" * 100_000):
+    for changed in (text.replace("2.5", "3.5"), text.replace("sum", "sun"), "{}", text[:-5], "[1]", "[" * 100_000):
         with pytest.raises(ValueError, match="changed since|JSON|string"):
             unsealed(changed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -24,6 +23,7 @@ from nemo_r3.actor.saver import Saver
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
+from nemo_r3.files import sealed
 
 
 def bad_checkpoints(lab: Lab) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def garble(file: Path) -> None:
 
 def began_with_other_weights(path: Path) -> None:
     manifest = read_manifest(path) | {"model": "0123456789abcdef"}
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / MANIFEST).write_text(sealed(manifest))
 
 
 def other_factors(lab: Lab) -> dict[str, Any]:

@@ -38,7 +38,7 @@ DAMAGED = {
     "format_cut": "metadata.json has 10 bytes of",
     "manifest_lost": "is not a complete checkpoint",
     "manifest_cut": "is not a complete checkpoint",
-    "manifest_empty": "manifest.json is damaged: it has no proper architecture, files, model, rope, state",
+    "manifest_empty": "is not a complete checkpoint",
     "absent": "is not a complete checkpoint",
 }
 FOREIGN = {
