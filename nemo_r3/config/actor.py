@@ -34,16 +34,20 @@ class ActorConfig:
         "none",
         choices=("none", "selective", "full"),
         help="what the backward pass computes again instead of keeping it: full: each layer, one more forward pass; "
-        "selective: attention alone, which saves little here",
+        "selective: attention alone, which saves little here; TRL's `gradient_checkpointing` is full",
         resume=True,
     )
     microbatch_tokens: int = option(
-        8192, low=1, help="most tokens in a packed microbatch; a pipeline takes fewer where that is faster", resume=True
+        8192,
+        low=1,
+        help="most tokens in a packed microbatch; a pipeline takes fewer where that is faster; in place of TRL's "
+        "`per_device_train_batch_size`",
+        resume=True,
     )
     shared_context: bool = option(
         True, help="lay a group's context once, before its reflections; false: once per reflection", resume=True
     )
-    lr: float = option(5e-7, low=0.0, help="peak learning rate")
+    lr: float = option(5e-7, low=0.0, help="peak learning rate; TRL's `learning_rate`")
     lr_min: float = option(0.0, low=0.0, help="learning rate at the end of the cosine")
     lr_decay_steps: int = option(
         0, low=0, help="length of the cosine, fixed for the run; 0: train.steps when the run first starts"
@@ -53,4 +57,6 @@ class ActorConfig:
     adam_beta1: float = option(0.9, low=0.0, high=1.0, help="AdamW's first beta")
     adam_beta2: float = option(0.999, low=0.0, high=1.0, help="AdamW's second beta")
     adam_eps: float = option(1e-8, above=0.0, help="AdamW's epsilon")
-    clip_grad: float = option(1.0, low=0.0, help="largest gradient norm; 0: no clipping")
+    clip_grad: float = option(
+        1.0, low=0.0, help="largest gradient norm; 0: no clipping; TRL's `max_grad_norm`, verl's `grad_clip`"
+    )

@@ -11,7 +11,7 @@ PHASES = ("reflection", "retry")
 class AlgoConfig:
     """GRPO with the paper's settings."""
 
-    group_size: int = option(8, low=2, help="reflections per failure (G)")
+    group_size: int = option(8, low=2, help="reflections per failure (G); TRL's `num_generations`, verl's `n`")
     loss: str = option(
         "grpo",
         choices=("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
@@ -23,7 +23,11 @@ class AlgoConfig:
     mask_truncated: bool = option(
         False, help="leave out reflections cut at their token limit; their rewards still count in their groups' mean"
     )
-    kl_beta: float = option(0.001, low=0.0, help="weight of the KL to the starting model; 0: no reference is kept")
+    kl_beta: float = option(
+        0.001,
+        low=0.0,
+        help="weight of the KL to the starting model; 0: no reference is kept; TRL's `beta`, verl's `kl_loss_coef`",
+    )
     kl_estimator: str = option(
         "k3",
         choices=("k2", "k3"),

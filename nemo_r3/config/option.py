@@ -22,7 +22,7 @@ def option(
 
     Args:
         default: of the setting; nothing else sets one.
-        help: one line for docs/config.md.
+        help: one line for docs/config.md. A `name` in it is another library's for the setting, and leads to it.
         factory: makes a mutable default instead.
         choices: the only values allowed (of each element, for a list).
         low: the smallest value allowed.

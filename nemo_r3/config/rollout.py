@@ -23,7 +23,9 @@ class RolloutConfig:
         1.0, low=1.0, high=1.0, help="nucleus sampling, off: a truncated distribution is not the policy's"
     )
     top_k: int = option(-1, low=-1, high=-1, help="top-k sampling, off for the same reason")
-    max_answer_tokens: int = option(512, low=1, help="token limit of attempts and retries")
+    max_answer_tokens: int = option(
+        512, low=1, help="token limit of attempts and retries; TRL's `max_completion_length`"
+    )
     max_reflection_tokens: int = option(256, low=1, help="token limit of reflections")
     max_model_len: int = option(4096, low=1, help="longest whole dialogue the engine holds, in tokens")
     deterministic: bool | None = option(

@@ -68,7 +68,7 @@ def build(schema: type[T], layers: Iterable[Layer], prefix: str = "") -> T:
     Raises:
         ConfigError: a key, a type or a value that the dataclass does not allow.
     """
-    known = [leaf.key for leaf in leaves(schema, prefix)]
+    known = {leaf.key: leaf.field.metadata.get("help", "") for leaf in leaves(schema, prefix)}
     tree = OmegaConf.structured(schema)
     for layer in layers:
         try:
@@ -80,7 +80,7 @@ def build(schema: type[T], layers: Iterable[Layer], prefix: str = "") -> T:
     return cast(T, OmegaConf.to_object(tree))
 
 
-def _checked(schema: type, values: Mapping[Any, Any], prefix: str, known: list[str]) -> dict[str, Any]:
+def _checked(schema: type, values: Mapping[Any, Any], prefix: str, known: Mapping[str, str]) -> dict[str, Any]:
     """The values, once they are checked, without empty sections."""
     members, checked = _members(schema), {}
     for name, value in values.items():
@@ -192,9 +192,9 @@ def _quote_hint(value: Any, hint: Any) -> str:
     return "; put quotes inside the value to keep it text" if wants_text and value is not None else ""
 
 
-def _unknown(key: str, section: str, allowed: list[str], known: list[str]) -> str:
+def _unknown(key: str, section: str, allowed: list[str], known: Mapping[str, str]) -> str:
     leaf = key.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    same = [other for other, about in known.items() if other.rpartition(".")[2] == leaf or f"`{leaf}`" in about]
     near = [_join(section, name) for name in get_close_matches(leaf, allowed, n=1)]
     hint = next(iter(same or near or get_close_matches(key, known, n=1)), None)
     if hint == key:  # a dotted key of a file
@@ -212,7 +212,7 @@ def _is_union(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) or get_origin(hint) is Union
 
 
-def _first(known: list[str], section: str) -> str:
+def _first(known: Iterable[str], section: str) -> str:
     return next(key for key in known if key.startswith(section + "."))
 
 

@@ -9,9 +9,14 @@ from nemo_r3.config.option import option
 class TrainConfig:
     """One step = a refit if needed, one rollout of `failures_per_step` groups, at most one optimizer step."""
 
-    steps: int = option(1750, low=0, help="training steps (in the paper the most that a run took)", resume=True)
+    steps: int = option(
+        1750, low=0, help="training steps (in the paper the most that a run took); TRL's `max_steps`", resume=True
+    )
     failures_per_step: int = option(
-        32, low=1, help="groups per step; times algo.group_size = 256, our reading of the paper's batch"
+        32,
+        low=1,
+        help="groups per step; times algo.group_size = 256, our reading of the paper's batch; verl's "
+        "`train_batch_size`",
     )
     save_every: int = option(50, low=1, help="steps between checkpoints; the last step is always saved", resume=True)
     save_minutes: float = option(

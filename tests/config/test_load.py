@@ -162,6 +162,10 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
     [
         ("actor.lrr=1", ["actor.lrr: unknown key; did you mean actor.lr?", "actor has tensor_parallel"]),
         ("group_size=4", ["group_size: unknown key; did you mean algo.group_size?"]),
+        ("actor.learning_rate=1e-6", ["actor.learning_rate: unknown key; did you mean actor.lr?"]),
+        ("num_generations=8", ["did you mean algo.group_size?"]),
+        ("rollout.n=8", ["did you mean algo.group_size?"]),
+        ("beta=0.04", ["did you mean algo.kl_beta?"]),
         ("modle.path=x", ["modle: unknown key; did you mean model?"]),
         ("qqq.x=1", ["qqq: unknown key; the top level has seed, run"]),
         ("extends=a.yaml", ["extends: unknown key"]),
