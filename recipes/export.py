@@ -13,6 +13,7 @@ from nemo_r3 import config as configuration
 from nemo_r3.errors import UserError
 from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
+from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
 from nemo_r3.report import table
 from recipes.metrics import versions
@@ -47,9 +48,10 @@ def export(argv: Sequence[str]) -> None:
         difference, explained = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
+        dtype = str(precision_of(config).dtype).removeprefix("torch.")
         print(
-            f"exported step {step} to {out}; reloaded, its log-probabilities are within {difference:.1e} of the "
-            f"actor's (rounding explains up to {explained:.1e})"
+            f"exported step {step} to {out}; check passed: read by transformers, it gives a token's log-probability "
+            f"within {difference:.1g} of the actor's, where rounding to {dtype} explains up to {explained:.1g}"
         )
         if has_results(summary, step):
             print(table(summary))
