@@ -34,10 +34,10 @@ from typing import Any, cast
 from nemo_r3.config.schema import Layer, build, show
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError
-from nemo_r3.tasks.functions import PLACEHOLDERS, FunctionTask
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import unknown_placeholders
 from nemo_r3.tasks.user_code import user_code
+from nemo_r3.tasks.user_task import PLACEHOLDERS, UserTask
 
 BUILT = ("Options", "WORDING", "PLACEHOLDERS", "build")
 FUNCTIONS = ("problems", "verify")
@@ -63,7 +63,7 @@ def load(task: TaskConfig, dialogue: DialogueConfig) -> Task:
     if hasattr(module, "build"):
         with user_code(f"{task.name}.build", "; it must give a task"):
             return cast(Task, module.build(options, wording))
-    return FunctionTask(module, options, wording)
+    return UserTask(module, options, wording)
 
 
 def find(name: str) -> ModuleType:

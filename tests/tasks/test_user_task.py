@@ -12,7 +12,7 @@ import pytest
 
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.tasks import functions, load, slow_calls
+from nemo_r3.tasks import load, slow_calls, user_task
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import Problem
 
@@ -114,7 +114,7 @@ def test_the_verifiers_stamp_follows_the_file_and_its_options(write: Write) -> N
 
 def test_the_verifiers_stamp_follows_what_verifiers_are_made_of(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = write(PROBLEMS, VERIFY).verifier
-    monkeypatch.setattr(functions, "HELPERS_VERSION", functions.HELPERS_VERSION + 1)
+    monkeypatch.setattr(user_task, "HELPERS_VERSION", user_task.HELPERS_VERSION + 1)
     assert write(PROBLEMS, VERIFY).verifier != stamp
 
 

@@ -1,4 +1,4 @@
-"""`FunctionTask`: a task made of the two functions `problems` and `verify` of a user's module, which it checks."""
+"""`UserTask`: a task made of the two functions `problems` and `verify` of a user's module, which it checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELPERS_VERSION = 2
 """Version of `nemo_r3.tasks.arithmetic` and `.latex`; raise it when they change a verdict."""
 
 
-class FunctionTask:
+class UserTask:
     """The task (see `nemo_r3.tasks.protocol.Task`)."""
 
     def __init__(self, module: ModuleType, options: Any, wording: Wording) -> None:
