@@ -132,7 +132,8 @@ def save_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     There is nothing to write if rollouts are deterministic, or before the first checkpoint. A failed write is only a
     warning: the turns will be sampled again.
     """
-    turns = setup.world.merge(rollout.turns.nonempty(step))
+    speaks = setup.world.rank % setup.config.rollout.tensor_parallel == 0  # all ranks of an engine have the same
+    turns = setup.world.merge(rollout.turns.nonempty(step) if speaks else {})
     home = latest(setup.run.checkpoints)
     if setup.world.is_main and turns and home is not None:
         file = home / turn_cache.FILE
