@@ -18,8 +18,6 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-TRL := $(VENV)-trl
-TRL_STAMP := $(TRL)/.installed
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 # two at a time, see tests/conftest.py
@@ -30,7 +28,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all test-slurm soak gpu-check check format bench
+.PHONY: help setup quickstart test test-all test-slurm soak gpu-check check format bench bench-verl
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -84,17 +82,20 @@ format: setup ## rewrite code and docs/config.md as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/python -m nemo_r3.config > docs/config.md
 
-# Python's own files aside, TRL's environment holds TRL and accelerate; torch, transformers and vLLM are .venv's
+# Python's own files aside, a peer's environment holds what its lock adds; torch, transformers and vLLM are .venv's
 PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
 
-$(TRL_STAMP): requirements/trl.lock $(STAMP)
-	$(BIN)/python -m venv $(TRL)
-	$(BIN)/python -c "$(PACKAGES)" > "$$($(TRL)/bin/python -c "$(PACKAGES)")/project.pth"
-	@$(TRL)/bin/python -m pip install -qq --no-deps -r requirements/trl.lock
+$(VENV)-%/.installed: requirements/%.lock $(STAMP)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c "$(PACKAGES)" > "$$($(@D)/bin/python -c "$(PACKAGES)")/project.pth"
+	@$(@D)/bin/python -m pip install -qq --no-deps -r $<
 	@touch $@
 
 # alone on the machine: what else runs there is in the numbers
-bench: export OMP_NUM_THREADS := 2
-bench: setup $(TRL_STAMP) ## the update by layout, and a whole step against TRL's GRPOTrainer: benchmarks/results/
+bench bench-verl: export OMP_NUM_THREADS := 2
+bench: setup $(VENV)-trl/.installed ## the update by layout, and a whole step against TRL's GRPOTrainer: benchmarks/results/
 	$(BIN)/python -W ignore -m benchmarks.update $(ARGS)
 	$(BIN)/python -m benchmarks.step_vs_trl $(ARGS)
+
+bench-verl: setup $(VENV)-verl/.installed ## the update against verl's FSDP workers: benchmarks/results/
+	$(BIN)/python -m benchmarks.update_vs_verl $(ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.step_vs_trl import ratios
+from benchmarks.sides import apart, ratios
 from benchmarks.workload import SMALL, Workload, make
 
 
@@ -34,6 +34,15 @@ def test_ratios_are_of_medians_and_pairs() -> None:
     def steps(*seconds: float) -> list[dict[str, dict[str, float]]]:
         return [{"wall": {"step": s, "update": s, "rollout": s}} for s in seconds]
 
-    found = ratios({"r3": steps(1, 2, 4), "trl": steps(4, 6, 4)}, "trl")
+    found = ratios({"r3": steps(1, 2, 4), "trl": steps(4, 6, 4)}, "trl", ("step", "update"))
     assert (found["step_ratio"], found["step_ratio_low"], found["step_ratio_high"]) == (2, 1, 4)
-    assert ratios({"r3": steps(2), "trl_vllm": steps(3)}, "trl_vllm")["update_ratio_vllm"] == 1.5
+    assert "rollout_ratio" not in found
+    assert ratios({"r3": steps(2), "trl_vllm": steps(3)}, "trl_vllm", ("update",), "_vllm")["update_ratio_vllm"] == 1.5
+
+
+def test_losses_that_differ_or_are_nan_are_named() -> None:
+    assert apart({"loss_difference": 1e-6, "grad_norm_difference": 1e-4}) == []
+    assert apart({"loss_difference": 2e-5, "grad_norm_difference": float("nan")}) == [
+        "loss_difference",
+        "grad_norm_difference",
+    ]

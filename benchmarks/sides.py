@@ -1,0 +1,180 @@
+"""Both sides of a comparison: a process each, which take turns.
+
+    ours and a peer -> step 0 (a warm-up, not counted), then steps 1, 2, ... of each side in turn
+                    -> loss of one given batch on both sides, which must agree
+
+Taking turns, with the other side first each time, lets a slow minute of the machine hit both sides alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+
+Steps = dict[str, list[dict[str, Any]]]
+"""The answers of each side, step by step."""
+TOLERANCES = {"loss_difference": 1e-5, "grad_norm_difference": 1e-3}
+"""The loss's is absolute, the gradient norm's relative: fp32 sums in another order, through all layers."""
+
+
+class Side:
+    """One worker process."""
+
+    def __init__(self, name: str, command: list[str], threads: int, logs: Path) -> None:
+        """Starts it and waits until it is ready."""
+        self._name = name
+        self._log = logs / f"{name}.log"
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment(threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.open("w"),
+            text=True,
+        )
+        self._read()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Sends a command and waits for its answer."""
+        assert self._process.stdin is not None
+        print(command, file=self._process.stdin, flush=True)
+        return self._read()
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._name} ended early:\n{self._log.read_text()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The same for all sides: threads, nothing compiled, vLLM inside the process, and freed memory kept.
+
+    The last one nemo_r3 does by itself; it spares TRL and verl time in the kernel, too.
+    """
+    return {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+
+
+def compare(
+    peer: str, command: list[str], workload: Path, threads: int, steps: int, part: str = "step"
+) -> tuple[Steps, dict[str, float]]:
+    """The answers of both sides, and what their losses say.
+
+    Args:
+        peer: name of the other side.
+        command: which starts it.
+        workload: the file that both sides read; logs and weights go next to it.
+        threads: of each side.
+        steps: counted steps.
+        part: of a step, whose seconds are printed.
+    """
+    commands = {"r3": [sys.executable, "-m", "benchmarks.r3_worker", str(workload)], peer: command}
+    sides: dict[str, Side] = {}
+    try:
+        for name, words in commands.items():
+            sides[name] = Side(name, words, threads, workload.parent)
+        found = take_turns(sides, steps, part)
+        agreed = agreement(sides, peer, workload.with_name("policy.safetensors"))
+    finally:
+        for side in sides.values():
+            side.stop()
+    return found, agreed
+
+
+def take_turns(sides: dict[str, Side], steps: int, part: str) -> Steps:
+    """Each side's answers, step by step, without the warm-up."""
+    found: Steps = {name: [] for name in sides}
+    names = list(sides)
+    for step in range(steps + 1):
+        first = step % len(names)
+        for name in names[first:] + names[:first]:
+            answer = sides[name].ask(f"step {step}")
+            print(f"step {step}  {name:<9}{answer['wall'][part]:8.1f} s", flush=True)
+            if step:
+                found[name].append(answer)
+    return found
+
+
+def agreement(sides: dict[str, Side], peer: str, weights: Path) -> dict[str, float]:
+    """How far the peer's loss, and the norm of its gradient, are from ours on one batch with one set of weights."""
+    ours, theirs = (sides[name].ask(f"loss {weights}") for name in ("r3", peer))
+    return {
+        "loss": ours["loss"],
+        "loss_peer": theirs["loss"],
+        "loss_kl": ours["kl"],
+        "loss_difference": abs(ours["loss"] - theirs["loss"]),
+        "grad_norm_difference": abs(ours["grad_norm"] / theirs["grad_norm"] - 1),
+    }
+
+
+def apart(agreed: dict[str, float]) -> list[str]:
+    """What differs by more than it may."""
+    return [name for name, most in TOLERANCES.items() if not agreed[name] <= most]
+
+
+def ratios(found: Steps, peer: str, parts: Sequence[str], ending: str = "") -> dict[str, float]:
+    """The peer's wall time over ours: of the medians, and the lowest and highest of the steps done side by side.
+
+    Args:
+        found: the sides' answers.
+        peer: name of the other side.
+        parts: of a step.
+        ending: of the numbers' names.
+    """
+    numbers = {}
+    for part in parts:
+        theirs, ours = ([step["wall"][part] for step in found[side]] for side in (peer, "r3"))
+        pairs = [their / our for their, our in zip(theirs, ours, strict=True)]
+        key = f"{part}_ratio{ending}"
+        numbers[key] = statistics.median(theirs) / statistics.median(ours)
+        numbers[f"{key}_low"], numbers[f"{key}_high"] = min(pairs), max(pairs)
+    return numbers
+
+
+def versions(python: str, packages: Sequence[str]) -> dict[str, str]:
+    """Of Python and the packages, as the peer's environment sees them; it sees ours."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {packages}}}))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return {"python": platform.python_version(), **json.loads(found.stdout)}
+
+
+def table(found: Steps, parts: Sequence[str]) -> str:
+    """Median seconds of each part, with CPU seconds in brackets."""
+    lines = [f"{'median s (CPU s)':<18}" + "".join(f"{part:>17}" for part in parts)]
+    for name, steps in found.items():
+        cells = []
+        for part in parts:
+            wall, cpu = (statistics.median(step[clock].get(part, 0.0) for step in steps) for clock in ("wall", "cpu"))
+            cells.append(f"{wall:8.2f} ({cpu:.1f})".rjust(17))
+        lines.append(f"{name:<18}" + "".join(cells))
+    return "\n".join(lines)
