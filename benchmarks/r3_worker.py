@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from benchmarks.worker import Channel, Stopwatch
+from benchmarks.worker import Stopwatch, serve
 from benchmarks.workload import Context, Workload, wording
 from nemo_r3 import entry, runtime
 from nemo_r3.algo.batch import build_update
@@ -193,12 +193,7 @@ def given_group(context: Context, completions: Sequence[Sequence[int]]) -> Group
 
 def main(argv: Sequence[str]) -> None:
     """Serves commands until there are no more."""
-    channel = Channel()
-    bench = Bench(Workload.read(Path(argv[0])))
-    channel.answer(ready=True)
-    while command := channel.next_command():
-        verb, argument = command
-        channel.answer(**(bench.step(int(argument)) if verb == "step" else bench.loss(Path(argument))))
+    serve(lambda: Bench(Workload.read(Path(argv[0]))))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
-from benchmarks.worker import Channel, Stopwatch
+from benchmarks.worker import Stopwatch, serve
 from benchmarks.workload import SPECIAL, Context, Workload
 
 Ids = list[list[int]]
@@ -131,6 +131,7 @@ class Bench:
 
     def __init__(self, workload: Workload) -> None:
         """Loads both."""
+        adapt()
         config = settings(workload)
         self.workload = workload
         self.actor, self.reference = (ActorRolloutRefWorker(config, role) for role in ("actor", "ref"))
@@ -227,13 +228,7 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 
 def main(argv: Sequence[str]) -> None:
     """Serves commands until there are no more."""
-    channel = Channel()
-    adapt()
-    bench = Bench(Workload.read(Path(argv[0])))
-    channel.answer(ready=True)
-    while command := channel.next_command():
-        verb, argument = command
-        channel.answer(**(bench.step(int(argument)) if verb == "step" else bench.loss(Path(argument))))
+    serve(lambda: Bench(Workload.read(Path(argv[0]))))
 
 
 if __name__ == "__main__":

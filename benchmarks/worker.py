@@ -14,7 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 
 class Channel:
@@ -31,6 +32,28 @@ class Channel:
     def answer(self, **values: Any) -> None:
         """One line of JSON."""
         print(json.dumps(values), file=self._answers, flush=True)
+
+
+class Bench(Protocol):
+    """What a side can be asked for."""
+
+    def step(self, number: int) -> dict[str, Any]:
+        """One step with its times."""
+        ...
+
+    def loss(self, weights: Path) -> dict[str, Any]:
+        """Loss, gradient norm and KL of a given batch."""
+        ...
+
+
+def serve(start: Callable[[], Bench]) -> None:
+    """Starts a bench and answers commands until there are no more."""
+    channel = Channel()
+    bench = start()
+    channel.answer(ready=True)
+    while command := channel.next_command():
+        verb, argument = command
+        channel.answer(**(bench.step(int(argument)) if verb == "step" else bench.loss(Path(argument))))
 
 
 class Stopwatch:
