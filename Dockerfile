@@ -3,7 +3,6 @@
 # At run time nothing is downloaded, and FlashInfer, which compiles and fetches kernels then, stays off for want of nvcc.
 
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS build
-SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -12,7 +11,8 @@ ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # everything is a wheel but Transformer Engine's torch extension, which is compiled against the torch installed before it
 COPY requirements/gpu.lock /tmp/
-RUN pip install --no-deps --only-binary :all: --requirement <(grep -v ^transformer-engine-torch /tmp/gpu.lock)
+RUN grep --invert-match ^transformer-engine-torch /tmp/gpu.lock > /tmp/wheels.lock \
+    && pip install --no-deps --only-binary :all: --requirement /tmp/wheels.lock
 ENV NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0
 RUN pip install --no-deps --no-build-isolation --requirement /tmp/gpu.lock
 WORKDIR /nemo_r3
