@@ -184,13 +184,14 @@ def describe(plan: Plan) -> str:
     gpus = f"each with a GPU of {node.gpu / GIB:.0f} GiB ({plan.source})" if node.gpu else "without GPUs"
     sequence = " with sequence parallel" if actor.sequence_parallel else ""
     kept, each = config.train.keep_checkpoints, checkpoint_bytes(config, plan.arch)
+    engines, groups = plan.ranks // rollout.tensor_parallel, config.train.failures_per_step
+    idle = f", {engines - groups} of them idle (train.failures_per_step={groups})" if groups < engines else ""
     lines = [
         f"model     {config.model.path}: {count_parameters(plan.arch) / 1e6:,.1f}M parameters, {actor.precision}",
         f"ranks     {plan.ranks} on {_number(nodes, 'node')}, {gpus}",
         f"actor     tensor parallel {actor.tensor_parallel}{sequence}, pipeline parallel {actor.pipeline_parallel}, "
         f"data parallel {plan.data_parallel}",
-        f"rollout   {_number(plan.ranks // rollout.tensor_parallel, 'engine')} of "
-        f"{_number(rollout.tensor_parallel, 'rank')}",
+        f"rollout   {_number(engines, 'engine')} of {_number(rollout.tensor_parallel, 'rank')}{idle}",
         "",
         *(_on_gpus(plan) if node.gpu else _on_a_cpu(plan)),
         f"disk      {kept + 1} x {show(each)}: train.keep_checkpoints={kept}, and the one being written",

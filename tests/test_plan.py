@@ -85,6 +85,13 @@ def test_the_70b_on_four_nodes_by_hand() -> None:
     assert "32 on 4 nodes" in text and "4 engines of 8 ranks" in text
 
 
+@pytest.mark.parametrize(("groups", "said"), [(32, ", 32 of them idle (train.failures_per_step=32)\n"), (64, "\n")])
+def test_engines_without_a_failure_to_work_on(groups: int, said: str) -> None:
+    settings = ("cluster.nodes=64", f"train.failures_per_step={groups}")
+    text = describe(plan("llama-3.1-70b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *settings))
+    assert f"64 engines of 8 ranks{said}" in text
+
+
 def test_what_a_step_of_the_8b_computes_at_most() -> None:
     """32 groups of 8 reflections of 256 tokens on contexts of 3,840; a row's last token is never an input."""
     said = describe_step(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4"))

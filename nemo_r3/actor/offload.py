@@ -16,8 +16,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, UntypedStorage, nn
 
-PIECE = 32 * 2**20
-"""Bytes per piece of a host buffer: torch rounds each pinned allocation up to a power of two."""
+PIECE, LEAST = 32 * 2**20, 2**20
+"""Bytes of the largest pieces of a host buffer, and how many are not cut further, see `sizes_of_pieces`."""
 
 
 class HostBuffer:
@@ -26,20 +26,31 @@ class HostBuffer:
     def __init__(self, tensor: Tensor) -> None:
         """Copies a contiguous tensor, as `read_from` does."""
         self.nbytes = tensor.nbytes
-        sizes = (min(PIECE, self.nbytes - start) for start in range(0, self.nbytes, PIECE))
-        pinned = tensor.device.type == "cuda"
-        self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+        self._sizes, pinned = sizes_of_pieces(self.nbytes), tensor.device.type == "cuda"
+        self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in self._sizes]
         self.read_from(tensor)
 
     def read_from(self, tensor: Tensor) -> None:
         """Copies a contiguous tensor of `nbytes` into this buffer; on a GPU the copy is only queued."""
-        for piece, part in zip(self._pieces, _bytes(tensor).split(PIECE), strict=True):
+        for piece, part in zip(self._pieces, _bytes(tensor).split(self._sizes), strict=True):
             piece.copy_(part, non_blocking=True)
 
     def write_to(self, tensor: Tensor) -> None:
         """Copies this buffer into a contiguous tensor of `nbytes`; on a GPU the copy is only queued."""
-        for piece, part in zip(self._pieces, _bytes(tensor).split(PIECE), strict=True):
+        for piece, part in zip(self._pieces, _bytes(tensor).split(self._sizes), strict=True):
             part.copy_(piece, non_blocking=True)
+
+
+def sizes_of_pieces(count: int) -> list[int]:
+    """Sizes of the pieces that `count` bytes are kept in: powers of two, but for fewer than LEAST at the end.
+
+    torch rounds each pinned allocation up to a power of two, which would make a single last piece up to twice as large.
+    """
+    sizes = []
+    while count:
+        sizes.append(min(PIECE, 1 << (count.bit_length() - 1)) if count >= LEAST else count)
+        count -= sizes[-1]
+    return sizes
 
 
 class Offload:

@@ -28,14 +28,14 @@ class Fleet:
     """
 
     def __init__(self, world: World, tensor_parallel: int) -> None:
-        """Every rank calls this."""
+        """The ranks of an engine call this together; other engines' need not wait for them."""
         self.world, self.tensor_parallel = world, tensor_parallel
         self.engines = world.size // tensor_parallel
         self._steps = 0
         if tensor_parallel > 1:
-            starts = range(0, world.size, tensor_parallel)
-            groups = [dist.new_group(range(at, at + tensor_parallel), world.timeout, "gloo") for at in starts]
-            self._group = groups[self.index]
+            first = self.index * tensor_parallel
+            ranks = range(first, first + tensor_parallel)
+            self._group = dist.new_group(ranks, world.timeout, "gloo", use_local_synchronization=True)
 
     @property
     def index(self) -> int:

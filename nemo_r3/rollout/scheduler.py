@@ -129,8 +129,9 @@ class Rollout(Generic[EngineT]):
         Returns:
             len(problems) * samples attempts: all of the first problem's, then the next one's.
         """
-        prompts = [self._dialogue.task(problem) for problem in problems]
-        own = self._fleet.own_items([len(prompt) * samples for prompt in prompts])
+        # dealt by their text: to tokenise other engines' prompts, with all their tools, can take minutes
+        own = self._fleet.own_items([len(problem.text) for problem in problems])
+        prompts = {item: self._dialogue.task(problems[item]) for item in own}
         done: dict[int, Attempt] = {}
 
         def judge(item: int, sample: int, answer: Answer) -> None:

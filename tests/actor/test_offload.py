@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+from nemo_r3.actor.offload import LEAST, HostBuffer, sizes_of_pieces
 
 CASES = [(layout, precision) for layout in ("one", "dp2") for precision in ("bf16", "fp32")]
 
@@ -32,3 +35,18 @@ def test_a_checkpoint_saved_while_offloaded_is_whole(every: dict[str, Any], layo
     found = every[f"offload-{layout}"][precision]
     assert found["third"] == [True] * 4
     assert found["states"] == [True] * 4
+
+
+@pytest.mark.parametrize("count", [1, LEAST - 1, LEAST, 3 * LEAST + 1, 33 * LEAST, 66_355_200, 2**30 - 1])
+def test_pinned_pieces_take_little_more_than_they_hold(count: int) -> None:
+    sizes = sizes_of_pieces(count)
+    as_torch_rounds_them = sum(1 << (size - 1).bit_length() for size in sizes)
+    assert sum(sizes) == count <= as_torch_rounds_them < count + LEAST / 2
+    assert len(sizes) <= count // 2**25 + 6, "few enough to allocate one by one"
+
+
+def test_what_is_kept_in_several_pieces_comes_back() -> None:
+    there, back = torch.randint(256, (3 * LEAST + 1,), dtype=torch.uint8), torch.zeros(3 * LEAST + 1, dtype=torch.uint8)
+    kept = HostBuffer(there)
+    kept.write_to(back)
+    assert kept.nbytes == 3 * LEAST + 1 and torch.equal(back, there)

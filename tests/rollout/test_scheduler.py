@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from pytest import MonkeyPatch
 from transformers import AutoTokenizer
 
 from nemo_r3.config import load
@@ -18,7 +19,7 @@ from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Wording
-from nemo_r3.types import NO_ROOM, Answer, Phase, Problem, Segment
+from nemo_r3.types import NO_ROOM, Answer, Attempt, Phase, Problem, Segment
 
 ROOT = Path(__file__).parents[2]
 ALONE = cast(World, SimpleNamespace(rank=0, size=1, is_main=True, merge=dict, leave_if_asked=lambda: None))
@@ -65,7 +66,7 @@ class Scripted:
         self.resets += 1
 
 
-def scripted(*texts: str) -> tuple[Rollout[Scripted], Eight, Scripted, Dialogue]:
+def scripted(*texts: str, world: World = ALONE) -> tuple[Rollout[Scripted], Eight, Scripted, Dialogue]:
     """A rollout whose engine says these texts, and what it is made of."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     config = load([str(ROOT / "configs" / "quickstart.yaml")])
@@ -73,7 +74,7 @@ def scripted(*texts: str) -> tuple[Rollout[Scripted], Eight, Scripted, Dialogue]
     task, engine = Eight(), Scripted(tokenizer, texts)
     dialogue = Dialogue(tokenizer, config.dialogue, task.wording)
     progress = cast(Progress, lambda *turns: engine.progress.append(turns))
-    return Rollout(engine, dialogue, task, config, ALONE, progress), task, engine, dialogue
+    return Rollout(engine, dialogue, task, config, world, progress), task, engine, dialogue
 
 
 def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
@@ -85,6 +86,21 @@ def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits()
     assert group.rewards == [0.0, 1.0]
     assert engine.limits == [5, 9, 9, 5, 5]
     assert engine.resets == 2, "what is cached does not depend on what came before"
+
+
+def test_an_engine_makes_no_prompt_of_another(monkeypatch: MonkeyPatch) -> None:
+    def merge(own: dict[int, Attempt]) -> dict[int, Attempt]:
+        return dict.fromkeys(range(4), own[max(own)]) | own
+
+    second = SimpleNamespace(rank=1, size=2, is_main=False, merge=merge, leave_if_asked=lambda: None)
+    rollout, _, _, dialogue = scripted("9", "8", world=cast(World, second))
+    made: list[str] = []
+    prompt_of = dialogue.task
+    monkeypatch.setattr(dialogue, "task", lambda problem: made.append(problem.id) or prompt_of(problem))
+    texts = {"a": "Make 8 of 1 and 7.", "b": "Make 8.", "c": "Make 9.", "d": "Make 8 of 3 and 5."}
+    attempts = rollout.first_attempts([Problem(name, text, {}) for name, text in texts.items()], 1)
+    assert made == ["c", "d"], "each engine has a long problem and a short one"
+    assert [(attempt.problem.id, attempt.passed) for attempt in attempts[2:]] == [("c", False), ("d", True)]
 
 
 def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
