@@ -291,12 +291,9 @@ def test_files(home: Path, found: dict[str, Any]) -> None:
         assert new == {**old, "dtype": "float32"}
 
 
-def test_a_chat_template_that_replaced_the_models_goes_along(home: Path, found: dict[str, Any]) -> None:
-    assert transformers.AutoTokenizer.from_pretrained(home / "out" / "bf16").chat_template == OWN_CHAT
-
-
-def test_chat_template(found: dict[str, Any]) -> None:
+def test_the_models_chat_template_or_what_replaced_it_goes_along(home: Path, found: dict[str, Any]) -> None:
     assert found["chat"] == "<|user|>hi<|end|>"
+    assert (home / "out" / "bf16" / "chat_template.jinja").read_text() == OWN_CHAT
 
 
 def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -> None:
