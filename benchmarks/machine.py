@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ def machine(threads: int) -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "threads": threads}
 
 
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python and of packages in this environment."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+def versions(packages: Sequence[str], python: str = sys.executable) -> dict[str, str]:
+    """Of Python and packages, as the environment of an interpreter sees them; a peer's sees ours."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {packages}}}))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return {"python": platform.python_version(), **json.loads(found.stdout)}

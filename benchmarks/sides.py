@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -159,13 +158,6 @@ def ratios(found: Steps, peer: str, parts: Sequence[str], ending: str = "") -> d
         numbers[key] = statistics.median(theirs) / statistics.median(ours)
         numbers[f"{key}_low"], numbers[f"{key}_high"] = min(pairs), max(pairs)
     return numbers
-
-
-def versions(python: str, packages: Sequence[str]) -> dict[str, str]:
-    """Of Python and the packages, as the peer's environment sees them; it sees ours."""
-    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {packages}}}))"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return {"python": platform.python_version(), **json.loads(found.stdout)}
 
 
 def table(found: Steps, parts: Sequence[str]) -> str:

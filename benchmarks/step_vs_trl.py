@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, machine, results
-from benchmarks.sides import Steps, apart, compare, ratios, table, versions
+from benchmarks.machine import ROOT, machine, results, versions
+from benchmarks.sides import Steps, apart, compare, ratios, table
 from benchmarks.workload import SMALL, Sizes, make
 
 PARTS = ("rollout", "update", "sync", "step")
@@ -74,7 +74,7 @@ def main() -> None:
         numbers[f"sizes{rival.ending}"] = asdict(sizes)
         differ += [f"{name}{rival.ending}" for name in apart(agreed)]
         print(table(steps[other], PARTS), flush=True)
-    about = {"rows": args.rows, "versions": versions(args.trl_python, PACKAGES), "machine": machine(args.threads)}
+    about = {"rows": args.rows, "versions": versions(PACKAGES, args.trl_python), "machine": machine(args.threads)}
     out = results("step_vs_trl.json", args.small)
     out.write_text(json.dumps(numbers | about | {"steps": steps}, indent=2) + "\n")
     print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items() if isinstance(value, float)))

@@ -18,8 +18,8 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.machine import ROOT, machine, results
-from benchmarks.sides import apart, compare, ratios, table, versions
+from benchmarks.machine import ROOT, machine, results, versions
+from benchmarks.sides import apart, compare, ratios, table
 from benchmarks.workload import SMALL, Sizes, make
 
 CONTEXTS = 2
@@ -49,7 +49,7 @@ def main() -> None:
     numbers = ratios(steps, "verl", ("update",)) | agreed
     about = {
         "sizes": asdict(sizes),
-        "versions": versions(args.verl_python, PACKAGES),
+        "versions": versions(PACKAGES, args.verl_python),
         "machine": machine(args.threads),
     }
     out = results("update_vs_verl.json", args.small)

@@ -35,13 +35,13 @@ LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of one rank of the actor, on the pipeline stage that holds most; `saved` is its part of a checkpoint."""
+    """Bytes of one rank of the actor, on the pipeline stage that holds most."""
 
     weights: float
     gradients: float
     optimizer: float
     reference: float
-    saved: float  # what it writes to a checkpoint, on average
+    saved: float  # its part of a checkpoint, on average
     model: float  # the weights of the whole model, as an engine holds them
     token: float  # a token's part of the KV cache, on each rank of an engine
 

@@ -80,32 +80,27 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
     expected = policy.score(probe)
     writing = out.with_name(f"{out.name}.writing")
     shards = _Shards(writing) if policy.world.is_main else None
-    result: tuple[float, float, str] | None = None
     try:
         for name, tensor in policy.export_hf():
             if shards:
                 shards.add(name, tensor)
-        if shards:
-            result = _finish(shards, policy.config, source, out, card, probe, expected)
+        return policy.world.on_main(lambda: _finish(shards, policy.config, source, out, card, probe, expected))
     finally:
         if shards:
             shutil.rmtree(writing, ignore_errors=True)
-    difference, explained, problem = policy.world.broadcast(result)
-    if problem:
-        raise UserError(problem)
-    return difference, explained
 
 
 def _finish(
-    shards: _Shards,
+    shards: _Shards | None,
     config: Config,
     source: Path,
     out: Path,
     card: str,
     probe: Sequence[Sequence[int]],
     expected: Sequence[Tensor],
-) -> tuple[float, float, str]:
-    """Completes, checks and moves the directory: the difference, how much rounding explains, what went wrong or ""."""
+) -> tuple[float, float]:
+    """On rank 0, completes, checks and moves the directory; see `export`."""
+    assert shards is not None, "rank 0 has them"
     writing, dtype = shards.directory, precision_of(config).dtype
     try:
         shards.close()
@@ -115,13 +110,15 @@ def _finish(
         if config.dialogue.chat_template is not None:  # the model was trained with this one
             shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
         regime = architecture_of(writing).rope.regime(config.rollout.max_model_len)
-        difference, explained = _compare(writing, probe, expected, config.rollout.temperature, dtype, regime)
+        found = _compare(writing, probe, expected, config.rollout.temperature, dtype, regime)
         _replace(out, writing)
     except (OSError, SafetensorError) as error:
-        return 0.0, 0.0, f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
+        raise UserError(
+            f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
+        ) from error
     except UserError as error:
-        return 0.0, 0.0, f"{error}; {out} was not written"
-    return difference, explained, ""
+        raise UserError(f"{error}; {out} was not written") from error
+    return found
 
 
 class _Shards:

@@ -39,6 +39,11 @@ def write_whole(file: Path, content: str | bytes) -> None:
             writing.unlink(missing_ok=True)
 
 
+def lines_of(file: Path) -> list[str]:
+    """The lines of a log; none if it does not exist."""
+    return file.read_text(errors="replace").splitlines() if file.exists() else []
+
+
 def read_json_object(file: Path, setting: str) -> dict[str, Any]:
     """The JSON object in a file.
 

@@ -37,31 +37,32 @@ class Progress:
     def __init__(self, enabled: bool, engines: int = 1) -> None:
         self._enabled, self._engines = enabled, engines
         self._live = enabled and sys.stdout.isatty()
-        self._counts: dict[str, tuple[int, int, int]] = {}
-        self._title = ""
-        self._items = self._part = (0, 0)
-        self._begun = self._shown = time.monotonic()
-        self._tokens = 0
+        self._shown = time.monotonic()
+        self._start("")
+
+    def _start(self, title: str) -> None:
+        self._title, self._begun, self._tokens = title, time.monotonic(), 0
+        self._counts: dict[str, tuple[int, int, int]] = {}  # of this rollout's phases: turns ended, turns, tokens
+        self._first = self._done = self._count = self._total = 0  # items: done at first, done, under way, in all
 
     def begin(self, title: str) -> None:
         """Starts a new line, e.g. "step 3/40"."""
-        self._title, self._counts, self._items, self._part, self._tokens = title, {}, (0, 0), (0, 0), 0
-        self._begun = time.monotonic()
+        self._start(title)
         if self._live:
             self._draw("...")
 
     def part(self, done: int, count: int, total: int) -> None:
         """Of `total` items, `done` are done, and the turns reported next belong to the next `count`."""
-        if not self._part[1]:
-            self._items = (done, total)
-        self._tokens += self._sampled()
-        self._part, self._counts = (done, count), {}
+        if not self._total:
+            self._first = done
+        self._done, self._count, self._total, self._counts = done, count, total, {}
 
     def __call__(self, phase: str, done: int, total: int, tokens: int) -> None:
         """`done` of `total` turns of `phase` have ended on rank 0's engine, with `tokens` tokens sampled."""
-        if tokens < self._counts.get(phase, (0, 0, 0))[2]:  # another rollout has begun under this title
-            self._tokens += self._sampled()
-            self._counts = {}
+        _, _, before = self._counts.get(phase, (0, 0, 0))
+        if tokens < before:  # another rollout has begun under this title
+            self._counts, before = {}, 0
+        self._tokens += tokens - before
         self._counts[phase] = (done, total, tokens)
         self._show(self.rates())
 
@@ -76,27 +77,20 @@ class Progress:
     def rates(self) -> str:
         """E.g. "reflection 47%, retry 38% | 2,310 tok/s", or "1,200/5,000 | 2,310 tok/s | 12 min left"."""
         seconds = max(time.monotonic() - self._begun, 1e-3)
-        speed = f"{(self._tokens + self._sampled()) * self._engines / seconds:,.0f} tok/s"
-        first, total = self._items
-        if not total:
-            turns = ", ".join(f"{phase} {done / max(of, 1):.0%}" for phase, (done, of, _) in self._counts.items())
-            return f"{turns} | {speed}"
-        done = self._part[0] + int(self._part[1] * self._ended())
-        left = f" | {duration(seconds * (total - done) / (done - first))} left" if done > first else ""
-        return f"{done:,}/{total:,} | {speed}{left}"
+        speed = f"{self._tokens * self._engines / seconds:,.0f} tok/s"
+        counts = self._counts.items()
+        if not self._total:
+            return ", ".join(f"{phase} {ended / max(of, 1):.0%}" for phase, (ended, of, _) in counts) + f" | {speed}"
+        ended = sum(ended for _, (ended, _, _) in counts) / max(sum(of for _, (_, of, _) in counts), 1)
+        done = self._done + int(self._count * ended)
+        new, rest = done - self._first, self._total - done
+        return f"{done:,}/{self._total:,} | {speed}" + (f" | {duration(seconds * rest / new)} left" if new else "")
 
     def say(self, line: str) -> None:
         """Prints a line that stays, in place of the live one."""
         if self._enabled:
             self._shown = time.monotonic()
             print(f"\r\033[K{line}" if self._live else line, flush=True)
-
-    def _sampled(self) -> int:
-        return sum(tokens for _, _, tokens in self._counts.values())
-
-    def _ended(self) -> float:
-        """The share of the reported turns that have ended."""
-        return sum(done for done, _, _ in self._counts.values()) / max(sum(of for _, of, _ in self._counts.values()), 1)
 
     def _show(self, text: str) -> None:
         """Draws or prints, unless that has just been done."""

@@ -7,35 +7,14 @@ One tensor at a time: the whole model never stands beside itself. Every rank tak
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-
-class Source(Protocol):
-    """What gives weights: `actor.Policy`."""
-
-    version: int
-
-    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
-        """Streams (Hugging Face name, full tensor); collective."""
-        ...
+if TYPE_CHECKING:
+    from nemo_r3.actor.policy import Policy
+    from nemo_r3.rollout.engine import Engine
 
 
-class Sink(Protocol):
-    """What takes weights: `rollout.Engine`."""
-
-    def wake(self, *tags: str) -> None:
-        """Takes back memory given away by sleep."""
-        ...
-
-    def load(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Replaces all weights and resets the prefix cache."""
-        ...
-
-
-def refit(policy: Source, engine: Sink) -> None:
+def refit(policy: Policy, engine: Engine) -> None:
     """Brings the engine to the policy's weights and version; its weights wake before its KV cache needs room."""
     engine.wake("weights")
     engine.load(policy.export_hf(), policy.version)

@@ -60,23 +60,20 @@ def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         UserError: the summary holds something else.
     """
     try:
-        return _rates(summary)
+        return [_cells(summary, key, name) for key, name in ROWS.items()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"summary.json holds damaged rates ({describe(error)}); remove it and run recipes.evaluate again"
         ) from error
 
 
-def _rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for key, name in ROWS.items():
-        sampled, greedy = ([_rate(summary, when, key, mode) for when in WHEN] for mode in ("sampled", "greedy"))
-        counts = dict.fromkeys(str(rate["n"]) for rate in (*sampled, *greedy) if rate)
-        with_intervals = " → ".join(_with_interval(rate) for rate in sampled)
-        alone = " → ".join(f"{rate['value']:.2f}" if rate else NONE for rate in greedy)
-        change = _with_margin(_rate(summary, "difference", key, "sampled"))
-        rows.append((name, with_intervals, change, alone, " / ".join(counts) or NONE))
-    return rows
+def _cells(summary: Mapping[str, Any], key: str, name: str) -> tuple[str, ...]:
+    sampled, greedy = ([_rate(summary, when, key, mode) for when in WHEN] for mode in ("sampled", "greedy"))
+    counts = dict.fromkeys(str(rate["n"]) for rate in (*sampled, *greedy) if rate)
+    with_intervals = " → ".join(_with_interval(rate) for rate in sampled)
+    alone = " → ".join(f"{rate['value']:.2f}" if rate else NONE for rate in greedy)
+    change = _with_margin(_rate(summary, "difference", key, "sampled"))
+    return name, with_intervals, change, alone, " / ".join(counts) or NONE
 
 
 def _rate(summary: Mapping[str, Any], when: str, key: str, mode: str) -> Mapping[str, Any] | None:

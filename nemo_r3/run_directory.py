@@ -20,7 +20,7 @@ from typing import Any
 from nemo_r3 import memory, trackers, watchdog
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.files import filename_in_errors, take_lock, write_whole
+from nemo_r3.files import filename_in_errors, lines_of, take_lock, write_whole
 from nemo_r3.progress import warn
 from nemo_r3.runtime import World
 from nemo_r3.types import Failure, Group, Problem, UpdateBatch
@@ -109,7 +109,7 @@ class RunDirectory:
             )
         if resuming:
             self.refuse_other_settings()
-        logged = sum(_step_of(line) is not None for line in _lines(self.metrics))
+        logged = sum(_step_of(line) is not None for line in lines_of(self.metrics))
         changed = self._changed_settings() if logged and not resuming else []
         self._world.barrier()  # everyone has read the old config
         try:
@@ -163,15 +163,15 @@ class RunDirectory:
         """Removes what was logged after `step`, so that a resumed run logs every step once."""
         if not self._world.is_main:
             return
-        logged = {number: line for line in _lines(self.metrics) if (number := _step_of(line)) and number <= step}
+        logged = {number: line for line in lines_of(self.metrics) if (number := _step_of(line)) and number <= step}
         if lost := step - len(logged):
             warn(f"{self.metrics} lacks {lost} of the {step} steps before")
-        if not step and (lost := len(_lines(self.metrics))):
+        if not step and (lost := len(lines_of(self.metrics))):
             again = f"the run starts again at step 1 and replaces the {lost} steps in {self.metrics}"
             warn(f"no checkpoint in {self.checkpoints}: {again}")
         for log in (self.metrics, self.layers):
             if log.exists():
-                lines = [line for line in _lines(log) if (number := _step_of(line)) and number <= step]
+                lines = [line for line in lines_of(log) if (number := _step_of(line)) and number <= step]
                 write_whole(log, "".join(f"{line}\n" for line in lines))
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if (name := file.stem.removeprefix("step_")).isdigit() and int(name) > step:
@@ -312,10 +312,6 @@ def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _lines(log: Path) -> list[str]:
-    return log.read_text(errors="replace").splitlines() if log.exists() else []
 
 
 def _step_of(line: str) -> int | None:

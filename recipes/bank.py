@@ -54,11 +54,6 @@ def open_bank(setup: Setup) -> Bank | None:
     return bank
 
 
-def is_mined(bank: Bank | None) -> bool:
-    """Whether nothing is left to mine: the bank is complete, or there is none. Every rank calls this."""
-    return bank is None or bank.check()
-
-
 def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     """The bank's failures, after mining what is missing, for which the engine must hold the starting weights."""
     if bank.check():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -187,7 +188,7 @@ def differences(whole: Path, killed: Path, steps: int) -> list[str]:
     return differing
 
 
-def untimed(file: Path) -> list[dict[str, object]]:
+def untimed(file: Path) -> list[dict[str, Any]]:
     """A run's metrics by step, without times and other measurements; a last line that was cut short is left out."""
     text = file.read_text() if file.exists() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

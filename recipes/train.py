@@ -14,7 +14,7 @@ from nemo_r3 import entry, runtime, signals, trackers
 from nemo_r3.algo.batch import build_update
 from nemo_r3.errors import UserError
 from nemo_r3.progress import Pace
-from recipes.bank import failure_source, is_mined, open_bank
+from recipes.bank import failure_source, open_bank
 from recipes.counters import reason_to_stop
 from recipes.layers import Layers
 from recipes.metrics import measures, report_memory, speed, summary
@@ -33,7 +33,7 @@ def train(argv: Sequence[str]) -> None:
     bank, trainer = open_bank(setup), start_trainer(setup)
     checkpoints.check_new_run(setup, trainer)
     rollout = start_rollout(setup, with_weights=False)
-    if not is_mined(bank):
+    if bank is not None and not bank.check():
         refit_if_behind(setup, trainer.policy, rollout)
     source = failure_source(setup, bank, rollout)
     counters, last_checkpoint = checkpoints.resume(setup, trainer, rollout)

@@ -22,6 +22,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.files import lines_of
 from slurm.commands import ask
 from slurm.job import sbatch_options
 from slurm.stage import Stage
@@ -191,7 +192,7 @@ def _outcome(stage: Stage, job: str, failed: str | None) -> str:
         return "did not run"
     if code is None:
         return f"ended by Slurm: cancelled, out of time or out of memory; see {log} and `sacct --jobs={job}`"
-    slices = [line for line in log.read_text().splitlines() if line.startswith("slice ")] if log.exists() else []
+    slices = [line for line in lines_of(log) if line.startswith("slice ")]
     return f"failed with code {code}: {slices[-1] if slices else 'see its output'}" + (f" ({log})" if job else "")
 
 

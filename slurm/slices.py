@@ -18,7 +18,7 @@ from nemo_r3 import signals
 from nemo_r3.actor.manifest import latest_step
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.files import write_whole
+from nemo_r3.files import lines_of, write_whole
 from slurm.commands import ATTEMPTS, ask
 
 FINISHED, REFUSED, STOPPED = 0, 2, signals.STOPPED
@@ -142,7 +142,7 @@ def read_end(logs: Path, code: int, hosts: list[str], health_minutes: int) -> En
     if code == FINISHED:
         return End(FINISHED, "finished")
     late = f"the health check took longer than cluster.health_minutes={health_minutes}" if code == TIMED_OUT else ""
-    answers = dict(line.split(": ", 1) for line in _lines(logs / "health.log") if ": " in line)
+    answers = dict(line.split(": ", 1) for line in lines_of(logs / "health.log") if ": " in line)
     if not answers:
         silent = late or "no node answered the health check"
         return End(FAULT, f"{silent} (cluster.setup, cluster.container?); see the lines above")
@@ -249,7 +249,7 @@ def _host_trouble(logs: Path, rank: int, code: int) -> str:
     """What a rank died of, if a broken host may have caused it: a signal or a GPU's own error; otherwise empty."""
     if number := _signal(code):
         return "" if number in NOT_THE_HOSTS else number.name
-    return next((match[1] for line in _lines(_log(logs, rank)) if (match := DEVICE_ERROR.search(line))), "")
+    return next((match[1] for line in lines_of(_log(logs, rank)) if (match := DEVICE_ERROR.search(line))), "")
 
 
 def _signal(code: int) -> signal.Signals | None:
@@ -260,9 +260,5 @@ def _said(log: Path, code: int) -> str:
     """What a rank died of: a signal, or the first error in its log."""
     if number := _signal(code):
         return f"was killed by signal {number.value} ({number.name})"
-    said = next((line for line in _lines(log) if ERROR_LINE.match(line)), "its log names no error")
+    said = next((line for line in lines_of(log) if ERROR_LINE.match(line)), "its log names no error")
     return f"ended with code {code}: {said} ({log})"
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text(errors="replace").splitlines() if file.exists() else []

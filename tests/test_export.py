@@ -6,10 +6,8 @@ The launches run this file: `python test_export.py one HOME`, `torchrun ... test
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from processes import run_script
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -203,18 +202,10 @@ def four(home: Path) -> None:
 # the tests
 
 
-def launch(*command: str) -> None:
-    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, timeout=400, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("export")
-    launch(__file__, "one", str(place))
+    run_script(Path(__file__), "one", place, TORCHDYNAMO_DISABLE="1")
     return place
 
 
@@ -226,10 +217,9 @@ def found(home: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found_by_four(found: dict[str, Any], home: Path) -> list[dict[str, Any]]:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     tokenizer = (home / "llama" / "tokenizer.json").read_text()  # `one` has broken it
     (home / "qwen2" / "tokenizer.json").write_text(tokenizer)
-    launch(*torchrun, __file__, "four", str(home))
+    run_script(Path(__file__), "four", home, ranks=4, TORCHDYNAMO_DISABLE="1")
     return json.loads((home / "ranks-4.json").read_text())
 
 
@@ -291,12 +281,9 @@ def test_files(home: Path, found: dict[str, Any]) -> None:
         assert new == {**old, "dtype": "float32"}
 
 
-def test_a_chat_template_that_replaced_the_models_goes_along(home: Path, found: dict[str, Any]) -> None:
-    assert transformers.AutoTokenizer.from_pretrained(home / "out" / "bf16").chat_template == OWN_CHAT
-
-
-def test_chat_template(found: dict[str, Any]) -> None:
+def test_the_models_chat_template_or_what_replaced_it_goes_along(home: Path, found: dict[str, Any]) -> None:
     assert found["chat"] == "<|user|>hi<|end|>"
+    assert (home / "out" / "bf16" / "chat_template.jinja").read_text() == OWN_CHAT
 
 
 def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -> None:

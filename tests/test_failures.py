@@ -115,16 +115,6 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     assert read(wide) == read(bank(tmp_path / "narrow"))
 
 
-def test_a_bank_whose_mining_was_interrupted_is_not_complete(tmp_path: Path) -> None:
-    class Interrupted(Scripted):
-        def first_attempts(self, *args: object, **kwargs: object) -> list[Attempt]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bank(tmp_path).mine(Interrupted(), problems(3))
-    assert not bank(tmp_path).check()
-
-
 @pytest.mark.parametrize(
     ("field", "value"), [("model", "m1"), ("problems", "p1"), ("verifier", "v2"), ("dialogue", "d1")]
 )

@@ -79,12 +79,10 @@ def test_a_run_without_a_checkpoint_starts_its_log_anew_and_says_so(
     assert "starts again at step 1 and replaces the 1 steps in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("override", ["actor.lr=1e-3", "algo.group_size=4", "seed=2", "rollout.temperature=0.5"])
-def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path, override: str) -> None:
+def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path) -> None:
     directory(tmp_path / "run").open(resuming=False)
-    key = override.split("=")[0]
-    with pytest.raises(UserError, match=key) as error:
-        directory(tmp_path / "run", override).open(resuming=True)
+    with pytest.raises(UserError, match=r"actor\.lr") as error:
+        directory(tmp_path / "run", "actor.lr=1e-3").open(resuming=True)
     assert "\n" not in str(error.value)
 
 
@@ -194,13 +192,13 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
     assert not (tmp_path / "mistyped").exists()
 
 
-@pytest.mark.parametrize("override", ["actor.tensor_parallel=2", "train.steps=9", "run.tensorboard=true"])
-def test_resuming_may_change_layout_steps_and_logging(tmp_path: Path, override: str) -> None:
+def test_resuming_may_change_layout_steps_and_logging(tmp_path: Path) -> None:
+    changed = "actor.tensor_parallel=2", "train.steps=9", "run.tensorboard=true"
     directory(tmp_path / "run").open(resuming=False)
     _locks.pop().close()  # as the end of its process would
-    directory(tmp_path / "run", override).open(resuming=True)
+    directory(tmp_path / "run", *changed).open(resuming=True)
     assert load([str(tmp_path / "run" / "config.yaml")]) == load(
-        [str(tmp_path / "run.yaml"), f"run.dir={tmp_path}/run", override]
+        [str(tmp_path / "run.yaml"), f"run.dir={tmp_path}/run", *changed]
     )
 
 

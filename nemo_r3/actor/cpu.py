@@ -55,9 +55,7 @@ class _CudaNamesToCpu(TorchFunctionMode):
 
 
 def _is_cuda(device: object) -> bool:
-    return (isinstance(device, torch.device) and device.type == "cuda") or (
-        isinstance(device, str) and device.startswith("cuda")
-    )
+    return isinstance(device, (torch.device, str)) and str(device).startswith("cuda")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm'
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def sums_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of files by name, or UNREADABLE."""
-    return {name: sum_of(directory / name) for name in names}
-
-
 def sum_of(file: Path) -> str:
     """A file's SHA-256, or UNREADABLE."""
     try:
@@ -127,7 +122,7 @@ def is_sound(checkpoint: Path) -> bool:
     try:
         files = read_manifest(checkpoint)["files"]
         check_sizes(checkpoint, files)
-        check_sums(checkpoint, files, sums_of(checkpoint, files))
+        check_sums(checkpoint, files, {name: sum_of(checkpoint / name) for name in files})
     except DamagedError:
         return False
     return True

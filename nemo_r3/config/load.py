@@ -89,15 +89,16 @@ def _of_one_task(places: Sequence[Sequence[Layer]]) -> list[Layer]:
         name = names[-1] if names else current or (TaskConfig().name if sections else "")
         if name != current:
             if current:
-                merged[since:] = [_without(layer, OF_A_TASK) for layer in merged[since:]]
+                merged[since:] = [_without_task(layer) for layer in merged[since:]]
             current, since = name, len(merged)
         merged += layers
     return merged
 
 
-def _without(layer: Layer, keys: Sequence[tuple[str, str]]) -> Layer:
+def _without_task(layer: Layer) -> Layer:
+    """The layer without what is `OF_A_TASK`."""
     values = dict(layer.values)
-    for section, key in keys:
+    for section, key in OF_A_TASK:
         if isinstance(values.get(section), dict):
             values[section] = {name: value for name, value in values[section].items() if name != key}
     return replace(layer, values=values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 from nemo_r3.config.schema import Leaf, leaves, show
@@ -23,9 +22,5 @@ def diff_for_resume(old: Config, new: Config) -> list[str]:
 
 def differing(old: Config, new: Config) -> list[tuple[Leaf, Any, Any]]:
     """The settings whose values differ, with both values."""
-    compared = [(leaf, _get(old, leaf.key), _get(new, leaf.key)) for leaf in leaves(Config)]
+    compared = [(leaf, leaf.of(old), leaf.of(new)) for leaf in leaves(Config)]
     return [(leaf, before, after) for leaf, before, after in compared if before != after]
-
-
-def _get(config: Config, key: str) -> Any:
-    return reduce(getattr, key.split("."), config)

@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import reduce
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
@@ -45,6 +46,10 @@ class Leaf:
     key: str
     field: Field[Any]
     type: Any
+
+    def of(self, tree: Any) -> Any:
+        """Its value in an object of that dataclass."""
+        return reduce(getattr, self.key.split("."), tree)
 
 
 def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:

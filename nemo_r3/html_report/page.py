@@ -160,8 +160,8 @@ def _charts(run: RunFiles) -> list[Chart]:
     def of(name: str) -> list[float]:
         return [number(line, name) for line in metrics]
 
-    def drawn(title: str, names: dict[str, str], low: float = 0.0, high: float = 0.0) -> Chart | None:
-        return draw(title, steps, {label: of(name) for name, label in names.items()}, low, high)
+    def drawn(title: str, names: dict[str, str], high: float = 0.0) -> Chart | None:
+        return draw(title, steps, {label: of(name) for name, label in names.items()}, high=high)
 
     window = min(50, max(5, len(steps) // 10))
     success, mismatch = of("retry_success"), of("token_mult_prob_error")

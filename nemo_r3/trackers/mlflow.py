@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ class MLflow:
         run = mlflow.active_run() or mlflow.start_run(run_id, run_name=path.name)  # it is active after a failure below
         self.run_id: str = run.info.run_id
         if run_id is None:
-            settings = [(leaf.key, reduce(getattr, leaf.key.split("."), config)) for leaf in leaves(Config)]
+            settings = [(leaf.key, leaf.of(config)) for leaf in leaves(Config)]
             for first in range(0, len(settings), PARAMS_PER_CALL):
                 mlflow.log_params(dict(settings[first : first + PARAMS_PER_CALL]))
 

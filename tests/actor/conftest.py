@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_script
 
 PROBE = Path(__file__).with_name("probe.py")
-PYTHONPATH = os.pathsep.join([str(PROBE.parents[1]), os.environ.get("PYTHONPATH", "")])
 
 
 @dataclass(frozen=True)
@@ -27,15 +24,7 @@ class Launch:
 
 
 def launch(verb: str, home: Path, ranks: int) -> Launch:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *torchrun, str(PROBE), verb, str(home)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = run_script(PROBE, verb, home, ranks=ranks, check=False, TORCHDYNAMO_DISABLE="1")
     file = home / f"{verb}.json"
     assert file.is_file(), done.stdout[-2000:] + done.stderr[-6000:]
     return Launch(home, done.returncode, done.stderr, json.loads(file.read_text()))

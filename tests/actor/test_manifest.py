@@ -19,7 +19,7 @@ from nemo_r3.actor.manifest import (
     read_manifest,
     set_aside,
     step_path,
-    sums_of,
+    sum_of,
 )
 from nemo_r3.errors import UserError
 from nemo_r3.files import sealed
@@ -30,7 +30,7 @@ def saved(directory: Path, step: int = 1) -> Path:
     writing = directory / WRITING
     writing.mkdir(parents=True)
     (writing / "shard").write_bytes(b"weights")
-    publish(directory, {"step": step}, sums_of(writing, ["shard"]))
+    publish(directory, {"step": step}, {"shard": sum_of(writing / "shard")})
     return step_path(directory, step)
 
 

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from layers import Layer
 from torch import Tensor, nn
 
 from nemo_r3.actor import numerics
-from nemo_r3.actor.numerics import MATRICES, LayerWatch, Rounding, measure_rounding, rounded
+from nemo_r3.actor.numerics import LayerWatch, Rounding, measure_rounding, rounded
 from nemo_r3.precision import TENSORWISE
 from nemo_r3.runtime import World
 
@@ -100,23 +101,6 @@ def test_zeros_cost_nothing_and_nan_is_seen() -> None:
     for part in (measure_rounding(numbers(2, 2), E4M3), broken, measure_rounding(numbers(2, 2), E4M3)):
         sums.add(part)
     assert math.isnan(sums.shares()["amax"]) and math.isnan(sums.shares()["error"])
-
-
-class Layer(nn.Module):
-    """The four matrices of a layer, one after the other."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.layer_number = number
-        self.self_attention, self.mlp = nn.Module(), nn.Module()
-        for name in MATRICES:
-            part, matrix = name.split(".")
-            self.get_submodule(part).add_module(matrix, nn.Linear(8, 8, bias=False))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        for name in MATRICES:
-            inputs = self.get_submodule(name)(inputs)
-        return inputs
 
 
 def test_a_watch_rounds_as_the_recipe_does_and_knows_the_layers_that_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:

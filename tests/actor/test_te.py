@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from paper_models import shape
+from processes import run_script
 
 from nemo_r3.models import Architecture, convert, names
 from nemo_r3.models.names import full_shape, rows
@@ -23,16 +21,7 @@ STAGES = Path(__file__).with_name("te_stages.py")
 
 
 def stages(model: str, tensor_parallel: int, pipeline_parallel: int, precision: str) -> list[dict[str, Any]]:
-    root = str(STAGES.parents[2])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(STAGES), model, str(tensor_parallel), str(pipeline_parallel), precision],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert not done.returncode, done.stdout[-2000:] + done.stderr[-6000:]
+    done = run_script(STAGES, model, tensor_parallel, pipeline_parallel, precision)
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -106,17 +95,7 @@ def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def launch(layout: str, ranks: int, home: Path) -> dict[str, Any]:
     (home / "embedded").symlink_to(EMBEDDED)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    paths = [str(POLICIES.parents[2]), str(POLICIES.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *torchrun, str(POLICIES), layout, str(home)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert not done.returncode, done.stdout[-2000:] + done.stderr[-6000:]
+    run_script(POLICIES, layout, home, ranks=ranks, TORCHDYNAMO_DISABLE="1")
     found: dict[str, Any] = json.loads((home / f"{layout}.json").read_text())["policies"]
     return found
 

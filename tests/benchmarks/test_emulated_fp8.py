@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import Layer
 from torch import nn
 
-from benchmarks.emulated_fp8 import IN_FLOAT32, MATRICES, Emulation, Product, emulate, rounded, verdict
+from benchmarks.emulated_fp8 import IN_FLOAT32, Emulation, Product, emulate, rounded, verdict
 from nemo_r3.precision import BLOCKWISE, TENSORWISE, Recipe
 
 
@@ -31,20 +32,12 @@ def test_all_three_products_have_rounded_operands(recipe: Recipe) -> None:
 
 
 def test_first_and_last_layer_are_left_out() -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.self_attention, self.mlp = nn.Module(), nn.Module()
-            for name in MATRICES:
-                room, matrix = name.split(".")
-                setattr(getattr(self, room), matrix, nn.Linear(4, 4, bias=False))
-
     trunk = nn.Module()
     trunk.decoder = nn.Module()
-    trunk.decoder.layers = nn.ModuleList(Layer() for _ in range(4))
+    trunk.decoder.layers = nn.ModuleList(Layer(number) for number in range(1, 5))
     emulation = Emulation(TENSORWISE)
     assert emulate(trunk, emulation) == 8
-    x = torch.randn(3, 4)
+    x = torch.randn(3, 8)
     outs = [layer.mlp.linear_fc1(x) for layer in trunk.decoder.layers]
     assert [isinstance(out, tuple) for out in outs] == [False, True, True, False]
     emulation.exact = True

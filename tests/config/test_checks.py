@@ -41,7 +41,6 @@ def load_with(folder: Path, *overrides: str) -> Config:
             ["actor.precision=fp8-delayed", "actor.layer_spec=local"],
             ["actor.precision: fp8-delayed", "layer_spec=local"],
         ),
-        (["actor.precision=mxfp8", "actor.layer_spec=local"], ["actor.precision: mxfp8", "layer_spec=local"]),
         (["train.on_mismatch=bf16"], ["train.on_mismatch: bf16", "actor.precision=bf16"]),
         (["actor.precision=fp32", "actor.layer_spec=te"], ["actor.precision: fp32", "TF32", "actor.layer_spec=te"]),
         (

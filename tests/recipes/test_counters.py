@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_r3.config import Config, TrainConfig
+from nemo_r3.config import TrainConfig
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 from recipes.counters import Counters, reason_to_stop
-from recipes.metrics import summary
 
 CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
 FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "skipped": 0.0}
@@ -72,11 +71,3 @@ def test_a_run_with_nothing_to_train_on_says_how_retries_ended(groups: list[Grou
     reason = reason_to_stop(walk(EMPTY, EMPTY), CONFIG, None, groups)
     assert reason is not None and "\n" not in reason
     assert f"{ended} 'say\\nabc' to problem 'sort-1' (Sort abc.)" in reason
-
-
-def test_a_mismatch_is_warned_of_in_the_steps_line() -> None:
-    metrics = {"retry_success": 0.5, "grad_norm": 1.0, "kl": 0.0, "reflection_tokens": 9.0, "truncated": 0.0} | FINE
-    metrics |= {"speed/rollout_tokens": 100.0}
-    assert "MISMATCH" not in summary(metrics, Config(train=CONFIG))
-    line = summary(metrics | {"token_mult_prob_error": 1.07}, Config(train=CONFIG))
-    assert "MISMATCH: token_mult_prob_error 1.070 > train.mismatch_warn=1.05" in line

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from layers import Layer
 from torch import nn
 
-from nemo_r3.actor.numerics import MATRICES, LayerWatch
+from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.config import Config
 from recipes.counters import Counters, reason_to_stop
 from recipes.layers import Layers, worst_layers
@@ -39,23 +40,6 @@ def test_input_and_weight_count_together_gradients_do_not_and_nan_is_the_worst()
     assert worst_layers([*found, *rows({2: math.nan})]) == {2: math.inf}
 
 
-class Layer(nn.Module):
-    """The four matrices one after the other, as far as a watch can tell a transformer layer."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.layer_number = number + 1
-        self.self_attention, self.mlp = nn.Module(), nn.Module()
-        for name in MATRICES:
-            room, matrix = name.split(".")
-            self.get_submodule(room).add_module(matrix, nn.Linear(8, 8, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for name in MATRICES:
-            x = self.get_submodule(name)(x)
-        return x
-
-
 class Run:
     """A run of eight layers: what it logged, what it said, and which layers left FP8."""
 
@@ -68,7 +52,7 @@ class Run:
         self.said: list[str] = []
         self.left: list[int] = []
         torch.manual_seed(0)
-        self.layers = nn.Sequential(*(Layer(number) for number in range(8)))
+        self.layers = nn.Sequential(*(Layer(number) for number in range(1, 9)))
 
         def leave_fp8(watch: LayerWatch, layers: Collection[int]) -> None:
             watch._plain |= set(layers)

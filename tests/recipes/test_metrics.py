@@ -86,3 +86,5 @@ def test_a_step_in_one_line() -> None:
     assert summary(metrics, config) == shown
     config.algo.kl_beta = 0.0
     assert summary(metrics, config) == shown.replace("  kl 0.0004", ""), "without a reference there is none"
+    mismatched = summary(metrics | {"token_mult_prob_error": 1.07}, config)
+    assert "MISMATCH: token_mult_prob_error 1.070 > train.mismatch_warn=1.05" in mismatched

@@ -22,17 +22,12 @@ from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
 from nemo_r3.report import rates
-from nemo_r3.run_directory import MEASURED
 from nemo_r3.tasks import load as load_task
-from nemo_r3.types import Phase, Segment
+from recipes.fault_injection import untimed
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def untimed(file: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines(file)]
 
 
 def settings(bank: Path, path: Path, *more: str) -> tuple[str, ...]:
@@ -302,8 +297,3 @@ def test_another_layout_resumes_trains_and_exports_the_same(
     assert exported.keys() == expected.keys()
     for name, tensor in exported.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4)
-
-
-def test_segments_say_who_wrote_them() -> None:
-    assert not Segment(Phase.REQUEST, (1, 2)).sampled
-    assert Segment(Phase.REFLECTION, (1, 2), (-1.0, -1.0), 0).sampled

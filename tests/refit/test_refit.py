@@ -6,9 +6,6 @@ An engine that starts without weights refuses to sample, and after a refit is th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +13,16 @@ from typing import Any
 
 import pytest
 from families import KINDS, make_checkpoint
+from processes import run_script
 
 from nemo_r3.refit import refit
 
-ROOT = Path(__file__).parents[2]
+PROBE = Path(__file__).with_name("probe.py")
 SETTINGS = """
 actor: {precision: fp32, lr: 1.0e-3, microbatch_tokens: 512}
 rollout: {max_model_len: 256, max_answer_tokens: 32, max_reflection_tokens: 32, max_num_seqs: 16}
 train: {steps: 10}
 """
-
-
-PYTHONPATH = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 
 def test_weights_wake_before_they_are_replaced_and_the_cache_afterwards() -> None:
@@ -46,17 +41,7 @@ def launch(home: Path, kinds: Iterable[str], ranks: int, *overrides: str) -> dic
     for kind in kinds:
         make_checkpoint(home / kind, kind)
     models = ",".join(str(home / kind) for kind in kinds)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).with_name("probe.py")), yaml, out, models, *overrides],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(PROBE, yaml, out, models, *overrides, ranks=ranks)
     return json.loads(out.read_text())
 
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_script
 
 PROBE = Path(__file__).with_name("probe.py")
 TOLERANCE = 1e-4
 
 
-def launch(home: Path, *arguments: str, ranks: int = 1) -> list[dict[str, Any]]:
+def launch(home: Path, verb: str, *rest: str, ranks: int = 1) -> list[dict[str, Any]]:
     """What each rank of one launch found."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    verb, *rest = arguments
-    command = [sys.executable, *torchrun, str(PROBE), verb, str(home), *rest]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_script(PROBE, verb, home, *rest, ranks=ranks)
     return [json.loads((home / f"result-{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -14,18 +14,13 @@ import pytest
 from cluster import Cluster
 from launch import QUICKSTART, SMALL, run
 
-from nemo_r3.run_directory import MEASURED
+from recipes.fault_injection import untimed
 
 pytestmark = pytest.mark.slurm
 
 SCRIPT = "slurm/train.sh"
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 LAYOUT = ("actor.tensor_parallel=2", "actor.pipeline_parallel=2")
-
-
-def untimed(run_dir: Path) -> list[dict[str, Any]]:
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in step.items() if not key.startswith(MEASURED)} for step in steps]
 
 
 def settings(failures: Path, run_dir: Path, *more: str) -> list[str]:
@@ -37,7 +32,7 @@ def by_torchrun(failures: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     """The metrics of the run that torchrun starts on this machine alone."""
     path = tmp_path_factory.mktemp("torchrun") / "run"
     run("train", *settings(failures, path), ranks=4)
-    return untimed(path)
+    return untimed(path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
@@ -47,7 +42,7 @@ def test_a_job_trains_as_torchrun_does(
     path = tmp_path / "run dir"  # a blank in the name: everything is quoted
     job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, path, f"cluster.launcher={launcher}"))
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-    assert untimed(path) == by_torchrun
+    assert untimed(path / "metrics.jsonl") == by_torchrun
     assert "step    5/5" in cluster.output(job), "rank 0's log is shown as it grows"
     logs = path / "logs" / f"{job}_0"
     assert sorted(log.name for log in logs.glob("rank_*.log")) == [f"rank_{rank}.log" for rank in range(4)]
@@ -75,7 +70,7 @@ def test_a_killed_rank_is_named_and_the_job_resumes(
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert "rank 3 on n2 was killed by signal 9 (SIGKILL); requeued: fault 1 of 3 allowed" in cluster.output(job)
     assert cluster.show(job)["Restarts"] == "1"
-    assert untimed(tmp_path) == by_torchrun
+    assert untimed(tmp_path / "metrics.jsonl") == by_torchrun
     assert json.loads((tmp_path / "slurm.json").read_text())["hosts"] == {}, "what followed was progress"
 
 
@@ -123,7 +118,7 @@ def test_a_stop_saves_and_goes_on_as_if_nothing_had_happened(
     assert f"slice 0 of job {job}: stopped on request; requeued" in said
     assert re.search(r"resuming after step [1-4] ", said), said  # a fast machine is past step 1 when the signal arrives
     assert (tmp_path / "logs" / f"{job}_0" / "rank_0.exit").read_text().startswith("75 n1 ")
-    assert untimed(tmp_path) == by_torchrun
+    assert untimed(tmp_path / "metrics.jsonl") == by_torchrun
 
 
 def preempt(cluster: Cluster, job: str) -> None:
@@ -156,7 +151,7 @@ def test_slurm_interrupts_a_job_and_it_goes_on(
     finally:
         cluster.mend("n1", "n2")
     assert cluster.show(job)["Restarts"] == "1"
-    assert untimed(tmp_path) == by_torchrun
+    assert untimed(tmp_path / "metrics.jsonl") == by_torchrun
     assert json.loads((tmp_path / "slurm.json").read_text())["faults"] == 0, "not the job's fault"
 
 
@@ -169,7 +164,7 @@ def test_a_time_limit_ends_slices_and_the_job_goes_on(cluster: Cluster, failures
     until(lambda: stopped in cluster.output(job), cluster, job)
     until_resumed(cluster, job, "time limit")
     assert cluster.wait(job, 600) == "COMPLETED", cluster.output(job)
-    assert [line["step"] for line in untimed(tmp_path)] == list(range(1, 251))
+    assert [line["step"] for line in untimed(tmp_path / "metrics.jsonl")] == list(range(1, 251))
 
 
 @pytest.mark.slow
