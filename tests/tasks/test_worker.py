@@ -55,6 +55,7 @@ def starts_and_hangs(file):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     open(file, "w").write(str(child.pid))
     if os.fork() == 0:
+        os.setsid()  # gets away, and keeps the worker's pipes open
         time.sleep(60)
     time.sleep(60)
 
