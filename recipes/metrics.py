@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MANY_TRUNCATED = 0.2
 """A larger share of truncated answers is warned of."""
+SLOW_VERIFIER = 0.2
+"""A step's line says that the engine waited for the verifier for more than this share of the rollout."""
 
 
 def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | None]:
@@ -43,7 +45,9 @@ def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | N
     }
 
 
-def speed(setup: Setup, groups: Sequence[Group], metrics: Mapping[str, float | None]) -> dict[str, float]:
+def speed(
+    setup: Setup, rollout: Rollout, groups: Sequence[Group], metrics: Mapping[str, float | None]
+) -> dict[str, float]:
     """How fast the step's rollout and update were, as they have just been timed; see `flops.speed`."""
     config, world, times = setup.config, setup.world, setup.run.times
     quantization, plain = config.rollout.quantization, "bf16" if precision_of(config).bf16 else "fp32"
@@ -53,7 +57,10 @@ def speed(setup: Setup, groups: Sequence[Group], metrics: Mapping[str, float | N
         done["update"] = (update, config.actor.precision)
     turns = [turn for group in groups for it in group.reflections for turn in (it.answer, it.retry)]
     tokens = sum(len(turn.segment.ids) for turn in turns)
-    speeds = {"speed/rollout_tokens": round(tokens / times["time/rollout"], 1)}
+    speeds = {
+        "speed/rollout_tokens": round(tokens / times["time/rollout"], 1),
+        "speed/verifier_share": round(rollout.verifier_seconds / times["time/rollout"], 3),
+    }
     for phase, (count, precision) in done.items():
         speeds |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)
     return speeds
@@ -63,6 +70,8 @@ def summary(metrics: Mapping[str, float | None], config: Config) -> str:
     """A step in one line; docs/metrics.md explains it."""
     line = f"retry success {metrics['retry_success']:.3f}  groups {metrics['groups_used']:.0f}"
     line += f"/{config.train.failures_per_step}"
+    if (waited := metrics["speed/verifier_share"] or 0) > SLOW_VERIFIER:
+        line += f"  verifier {waited:.0%} of the rollout"
     if metrics["loss"] is None:
         return f"{line}  nothing to train on: no update"
     if not (mismatch := metrics["token_mult_prob_error"] or 0) <= config.train.mismatch_warn:

@@ -58,7 +58,7 @@ def train(argv: Sequence[str]) -> None:
                     rollout.engine.sleep()
                     metrics = dict(trainer.update(batch))
 
-            metrics |= measures(groups, batch) | speed(setup, groups, metrics)
+            metrics |= measures(groups, batch) | speed(setup, rollout, groups, metrics)
             counters = layers.move_worst_to_bf16(counters.after(step, source.cursor, metrics, config.train))
             report_memory(setup, trainer, rollout, step)
             run.log_rollouts(step, groups, batch)

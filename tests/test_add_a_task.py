@@ -41,8 +41,9 @@ def task_of(config: str) -> Task:
     return load_task(loaded.task, loaded.dialogue)
 
 
-def test_the_document_shows_three_tasks() -> None:
-    assert [name for name in FILES if name.endswith(".py")] == ["doubles.py", "final_answers.py", "gym_task.py"]
+def test_the_document_shows_four_tasks() -> None:
+    shown = [name for name in FILES if name.endswith(".py")]
+    assert shown == ["doubles.py", "final_answers.py", "gym_task.py", "code_tests.py"]
 
 
 def test_two_functions_are_a_task(home: Path) -> None:
@@ -77,6 +78,29 @@ def test_a_generator_of_reasoning_gym_is_a_task(home: Path) -> None:
     assert train[0].text.endswith("End with the answer on a line of its own.")
     assert task.verify(train[0], f"I add.\n{train[0].data['answer']}")
     assert not task.verify(train[0], f"I add.\n__import__('os').getpid()*0 + {train[0].data['answer']}")
+
+
+@pytest.mark.parametrize(
+    ("code", "right"),
+    [
+        ("def times(x):\n    return 21 * x", True),
+        ("print('x' * 2**10)\nprint(input.__name__)\ndef times(x):\n    return 21 * x", True),
+        ("def times(x):\n    return 20 * x", False),
+        ("def times(x):", False),
+        ("import os\nos._exit(0)", False),
+        ("raise SystemExit(0)", False),
+        ("while True: pass", False),
+        ("import os, time\nos.fork()\ntime.sleep(99)", False),
+        ("x = 'x' * 2**31\ndef times(x):\n    return 21 * x", False),
+        ("while True: print('x' * 2**16)", False),
+    ],
+)
+def test_answers_that_are_code_run_within_limits(home: Path, code: str, right: bool) -> None:
+    loaded = load(["doubles.yaml", "task.name=code_tests"])
+    task = load_task(loaded.task, loaded.dialogue)
+    problem = next(problem for problem in task.problems("train") if problem.id == "times-21")
+    assert task.verify(problem, f"Here it is:\n```python\n{code}\n```") is right
+    assert not task.verify(problem, code), "without a block"
 
 
 def test_a_verb_finds_a_task_in_the_working_directory(home: Path) -> None:

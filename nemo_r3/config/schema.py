@@ -140,6 +140,15 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
+def can_be_set(hint: Any) -> bool:
+    """Whether YAML has values of a type: text, numbers, true, false, null, and lists and mappings of such."""
+    if _is_union(hint):
+        return all(can_be_set(part) for part in get_args(hint))
+    if get_origin(hint) in (list, dict):
+        return can_be_set(get_args(hint)[-1])
+    return hint is Any or hint in NAMES
+
+
 def describe(hint: Any) -> str:
     """A type, in words."""
     if _is_union(hint):

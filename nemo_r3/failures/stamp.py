@@ -64,5 +64,10 @@ def _difference(key: str, old: Any, new: Any) -> str:
     before, after = str(old).split(" "), str(new).split(" ")
     if key != "verifier" or not len(before) == len(after) == 4 or before[0] != after[0]:
         return f"{key} {old!r} != {new!r}" + (f" ({SETTINGS[key]})" if key in SETTINGS else "")
-    parts = ("", f"the file {after[0].replace('.', '/')}.py has", "task.options have", "nemo_r3.tasks has")
+    parts = (
+        "",
+        f"{after[0].replace('.', '/')}.py or a file beside it that it imports has",
+        "task.options have",
+        "nemo_r3.tasks has",
+    )
     return f"verifier ({next(part for part, a, b in zip(parts, before, after, strict=True) if a != b)} changed since)"

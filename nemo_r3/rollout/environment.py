@@ -34,15 +34,17 @@ def prepare(config: Config, on_cuda: bool) -> None:
         on_cuda: whether the ranks have GPUs.
 
     Raises:
-        ConfigError: vLLM's CPU attention lacks the model's head width.
-        RuntimeError: vLLM was imported before its environment was ready.
+        ConfigError: vLLM's CPU attention lacks the model's head width, or a task's module has imported vLLM.
     """
     head_dim = architecture_of(model_path(config)).head_dim
     if not on_cuda and head_dim not in CPU_HEAD_DIMS:
         allowed = ", ".join(map(str, CPU_HEAD_DIMS))
         raise ConfigError(f"model.path: head_dim {head_dim} does not run in vLLM on a CPU (it has {allowed})")
     if "vllm" in sys.modules:
-        raise RuntimeError("nemo_r3.rollout.environment.prepare must run before vllm is imported")
+        raise ConfigError(
+            f"task.name: {config.task.name} imports vllm, whose environment is not ready yet; a task may use it only "
+            "in a process of its own, see nemo_r3.tasks.worker"
+        )
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_PLUGINS", "")  # nemo-toolkit registers one that prints a traceback on every rank
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -9,6 +9,7 @@ may depend on time or rank.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Rollout(Generic[EngineT]):
         too_long: ids of the problems that were not asked, because the task alone fills `rollout.max_model_len`.
         turns: what this rank's engine has sampled in the current step; empty if rollouts are deterministic, because
             then a repeated step gives the same.
+        verifier_seconds: how long this rank's engine waited for the verifier in the last call.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Rollout(Generic[EngineT]):
         self._deterministic = is_deterministic(config.rollout, torch.cuda.is_available())
         self.too_long: set[str] = set()
         self.turns = TurnCache(enabled=not self._deterministic)
+        self.verifier_seconds = 0.0
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
@@ -231,6 +234,7 @@ class Rollout(Generic[EngineT]):
     def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, phases: Sequence[Phase]) -> None:
         """Samples turns and those that follow, one of each phase, until none is left or a signal asks to stop."""
         in_flight = _InFlight(step, greedy)
+        self.verifier_seconds = 0.0
         self.turns.begin(step)
         if self._deterministic:  # a resumed run has less in its cache: what an engine computes must not depend on it
             self.engine.reset_prefix_cache()
@@ -294,4 +298,7 @@ class Rollout(Generic[EngineT]):
         return Answer(segment, self._dialogue.decode(completion.ids), completion.finish_reason)
 
     def _verify(self, problem: Problem, answer: Answer) -> bool:
-        return answer.finish_reason != NO_ROOM and self._task.verify(problem, answer.text)
+        began = time.monotonic()
+        passed = answer.finish_reason != NO_ROOM and self._task.verify(problem, answer.text)
+        self.verifier_seconds += time.monotonic() - began
+        return passed

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from nemo_r3.config.schema import Layer, build, show
+from nemo_r3.config.schema import Layer, build, can_be_set, leaves, show
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.protocol import Task, Wording
@@ -125,6 +125,12 @@ def read_options(module: ModuleType, task: TaskConfig) -> Any:
         if isinstance(module.Options, type) and not is_dataclass(module.Options):
             raise ConfigError(f"task.name: {module.__name__}.Options is no dataclass: write @dataclass above it")
         with user_code(f"{module.__name__}.Options", "; it must be a dataclass of text, numbers, lists and mappings"):
+            if fixed := [leaf for leaf in leaves(module.Options) if not can_be_set(leaf.type)]:
+                raise ConfigError(
+                    f"task.name: {module.__name__}.Options.{fixed[0].key} is of type {fixed[0].type}, of which YAML "
+                    "has no values: use str, int, float, bool, list[...] or dict[str, ...] of these, or None beside "
+                    "one; for a choice, option(choices=...)"
+                )
             return build(module.Options, [Layer(task.options)], "task.options")
     if task.options:
         raise ConfigError(f"task.options: {task.name} has no options, got {show(task.options)}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import json
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +24,8 @@ from nemo_r3.types import Problem
 
 PLACEHOLDERS = ("problem",)
 SPLITS = ("train", "test")
+TRIED_SECONDS = 10.0
+"""How long `verify` is tried on empty answers when a command starts."""
 HELPERS_VERSION = 2
 """Version of `nemo_r3.tasks.arithmetic` and `.latex`; raise it when they change a verdict."""
 
@@ -28,7 +34,7 @@ class UserTask:
     """The task (see `nemo_r3.tasks.protocol.Task`)."""
 
     def __init__(self, module: ModuleType, options: Any, wording: Wording) -> None:
-        """Calls `problems` for both splits, and `verify` on an empty answer to each problem.
+        """Calls `problems` for both splits, and `verify` on an empty answer to each problem, for `TRIED_SECONDS`.
 
         Args:
             module: has `problems(split)`, or `problems(split, options)` where there are options, and `verify(problem,
@@ -38,7 +44,7 @@ class UserTask:
 
         Raises:
             ConfigError: there are no problems, or they cannot be used.
-            UserError: `problems` or `verify` raised, or `verify` gave something else than True or False.
+            UserError: `problems` raised, or `verify` gave no verdict, see there.
         """
         self.name = module.__name__
         self.wording = wording
@@ -49,12 +55,7 @@ class UserTask:
         if shared:
             raise ConfigError(f"task.name: {self.name}: problem {min(shared)!r} is in train and in test")
         self._compare_splits()
-        problems = [problem for split in SPLITS for problem in self._splits[split]]
-        if accepted := [problem.id for problem in problems if self.verify(problem, "")]:
-            warn(
-                f"{self.name}.verify accepts an empty answer to {len(accepted)} of {len(problems)} problems, such as "
-                f"{accepted[0]!r}: does it refuse wrong ones? They are what this method learns from"
-            )
+        self._try_verify([problem for split in SPLITS for problem in self._splits[split]])
 
     def problems(self, split: str) -> tuple[Problem, ...]:
         """The problems of "train" or "test"; KeyError for any other split."""
@@ -64,12 +65,21 @@ class UserTask:
         """The verdict of the module's own `verify`.
 
         Raises:
-            UserError: it raised, or gave something else than True or False.
+            UserError: it raised, gave something else than True or False, or changed the problem's data. The whole
+                answer is on standard error then.
         """
+        try:
+            return self._verdict(problem, text)
+        except UserError:
+            print(f"the answer to problem {problem.id!r} was {text!r}", file=sys.stderr, flush=True)
+            raise
+
+    def _verdict(self, problem: Problem, text: str) -> bool:
         answer = f"on an answer to problem {problem.id!r}"
+        before = copy.copy(problem.data)
         with (
-            user_code(f"{self.name}.verify", f" {answer}; verify(problem, text) must give a verdict on any text"),
             warn_if_slow(f"{self.name}.verify", answer),
+            user_code(f"{self.name}.verify", f" {answer}; verify(problem, text) must give a verdict on any text"),
         ):
             verdict = self._module.verify(problem, text)
         if not isinstance(verdict, bool):
@@ -79,7 +89,32 @@ class UserTask:
                 f"task.name: {self.name}.verify returned {in_one_line(repr(verdict))} of type {name} {answer}; it must "
                 f"return True or False{' on every path' if verdict is None else ''}, such as bool(match) or score == 1"
             )
+        if problem.data != before:
+            raise UserError(
+                f"task.name: {self.name}.verify changed the data {answer}, which banks keep; work on a copy, and keep "
+                "what another call needs in a variable of the module"
+            )
         return verdict
+
+    def _try_verify(self, problems: Sequence[Problem]) -> None:
+        """Calls `verify` on an empty answer to each problem while time lasts; warns if it accepts one."""
+        began, tried = time.monotonic(), 0
+        accepted: list[str] = []
+        while tried < len(problems) and time.monotonic() < began + TRIED_SECONDS:
+            if self.verify(problems[tried], ""):
+                accepted.append(problems[tried].id)
+            tried += 1
+        if accepted:
+            warn(
+                f"{self.name}.verify accepts an empty answer to {len(accepted)} of {tried} problems, such as "
+                f"{accepted[0]!r}: does it refuse wrong ones? They are what this method learns from"
+            )
+        if tried < len(problems):
+            seconds = (time.monotonic() - began) / tried
+            warn(
+                f"{self.name}.verify took {seconds:.2g} s for an empty answer, and was tried on {tried:,} of "
+                f"{len(problems):,} problems; an engine waits for each call, two for each reflection"
+            )
 
     def _compare_splits(self) -> None:
         """Warns of test problems that are training problems under other ids.
@@ -162,12 +197,35 @@ def _version(module: ModuleType, options: Any) -> str:
 
     `nemo_r3.failures.stamp` says which of them changed.
     """
-    source = Path(str(module.__file__)).read_bytes()
-    try:
-        code = _written(ast.parse(source)).encode()
-    except (SyntaxError, ValueError):  # compiled
-        code = source
+    code = b"".join(_sources(Path(str(module.__file__))))
     return f"{_hash(code)} {_hash(repr(options).encode())} {HELPERS_VERSION}"
+
+
+def _sources(path: Path) -> list[bytes]:
+    """The code of a file, and of the files beside it that it imports, without comments and layout."""
+    waiting = [path]
+    found: dict[Path, bytes] = {}
+    for file in waiting:  # grows
+        source = file.read_bytes()
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):  # compiled
+            found[file] = source
+            continue
+        found[file] = _written(tree).encode()
+        beside = [file.with_name(f"{name}.py") for name in _imported(tree)]
+        waiting += [other for other in beside if other not in waiting and other.is_file()]
+    return list(found.values())
+
+
+def _imported(tree: ast.AST) -> list[str]:
+    """Every name that an import names, in order: of `from a.b import c` a, b and c."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            dotted = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            names += [part for name in dotted for part in name.split(".") if part]
+    return names
 
 
 def _written(node: Any) -> str:

@@ -14,17 +14,22 @@ import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 from nemo_r3.errors import UserError, describe
+from nemo_r3.progress import warn
 
 START_SECONDS = 120.0
 
 
 class Worker:
     """Calls a function in another process, which starts with the first call, and again after it was killed.
+
+    It has a session of its own, so that what the function starts is killed with it, and Ctrl-C reaches neither.
 
     Example: ``Worker("nemo_r3.tasks.latex.comparison:compare", seconds=2)(r"\\frac{1}{2}", "0.5")``
 
@@ -37,12 +42,15 @@ class Worker:
     def __init__(self, function: str, seconds: float = 5.0, megabytes: int = 2048) -> None:
         self._function, self._seconds, self._megabytes = function, seconds, megabytes
         self._process: subprocess.Popen[str] | None = None
+        self._warned = False
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns, or None if it ran out of time or memory.
+        """What the function returns, or None if it ran out of time or memory or ended its process.
+
+        The first such end is warned of.
 
         Raises:
-            UserError: the function raised, or its module cannot be imported.
+            UserError: the function raised, or returned what JSON cannot write, or its module cannot be imported.
         """
         process = self._started()
         assert process.stdin is not None
@@ -50,6 +58,7 @@ class Worker:
         process.stdin.flush()
         reply = self._reply(process, self._seconds)
         if reply is None:
+            self._warn_once(process)
             self._end()
             return None
         if "raised" in reply:
@@ -60,11 +69,12 @@ class Worker:
         if self._process is None or self._process.poll() is not None:
             path = os.pathsep.join(place or os.getcwd() for place in sys.path)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, self._function, str(self._megabytes)],
+                [sys.executable, "-m", __name__, self._function, str(self._megabytes), str(self._seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,
             )
             if self._reply(self._process, START_SECONDS) is None:
                 self._end()
@@ -81,31 +91,55 @@ class Worker:
         reply: dict[str, Any] | None = json.loads(line) if line else None
         return reply
 
+    def _warn_once(self, process: subprocess.Popen[str]) -> None:
+        if not self._warned:
+            self._warned = True
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)  # its pipe closes just before it ends
+            ended = f"ran out of {self._megabytes} MiB or ended its process (exit code {process.returncode})"
+            why = f"took longer than {self._seconds:g} s" if process.returncode is None else ended
+            warn(f"{self._function} {why}: a call gives None then; more such calls are not warned of")
+
     def _end(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):  # of a call that it has not read
+                    pipe.close()
             self._process = None
 
 
-def serve(function: str, megabytes: int) -> None:
-    """Answers calls, a JSON line each, until standard input ends; what the function prints goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w")
+def serve(function: str, megabytes: int, seconds: float) -> None:
+    """Answers calls, a JSON line each, until standard input ends; what the function prints goes to standard error.
+
+    The function's own standard input is empty. A copy of this process that it forks does not answer, and a call whose
+    caller has died ends by itself.
+    """
+    server = os.getpid()
+    calls, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
     limit = megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print("{}", file=answers, flush=True)
-    for line in sys.stdin:
+    for line in calls:
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         try:
-            reply = {"returned": call(*json.loads(line))}
+            reply = json.dumps({"returned": call(*json.loads(line))})
         except MemoryError:
             return
         except Exception as error:  # the caller hears of any
-            reply = {"raised": describe(error)}
-        print(json.dumps(reply), file=answers, flush=True)
+            reply = json.dumps({"raised": describe(error)})
+        if os.getpid() != server:
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(reply, file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

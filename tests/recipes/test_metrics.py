@@ -55,9 +55,14 @@ def test_each_phases_speed_is_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -
         world=SimpleNamespace(size=2, gpu_name=""),
         run=SimpleNamespace(times={"time/rollout": 2.0, "time/update": 5.0}),
     )
-    found = speed(setup, groups, {"update_flops": 30e12})
-    assert found == {"speed/rollout_tokens": 11.0, "speed/rollout_tflops": 1.0, "speed/update_tflops": 3.0}
-    assert "speed/update_tflops" not in speed(setup, groups, {}), "a step without anything to train on"
+    rollout: Any = SimpleNamespace(verifier_seconds=0.5)
+    assert speed(setup, rollout, groups, {"update_flops": 30e12}) == {
+        "speed/rollout_tokens": 11.0,
+        "speed/verifier_share": 0.25,
+        "speed/rollout_tflops": 1.0,
+        "speed/update_tflops": 3.0,
+    }
+    assert "speed/update_tflops" not in speed(setup, rollout, groups, {}), "a step without anything to train on"
 
 
 def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +76,7 @@ def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]
 
 def test_a_skipped_update_names_its_cause() -> None:
     skipped = {"retry_success": 0.5, "groups_used": 2.0, "loss": 0.1, "grad_norm": 1.0, "skipped": 1.0}
-    skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0}
+    skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0, "speed/verifier_share": 0.0}
     for rejected, cause in ((40.0, "all tokens rejected"), (39.0, "NaN or Inf gradient")):
         line = summary(skipped | {"rejected_tokens": rejected}, Config())
         assert line == f"retry success 0.500  groups 2/32  {cause}: update skipped"
@@ -80,10 +85,12 @@ def test_a_skipped_update_names_its_cause() -> None:
 def test_a_step_in_one_line() -> None:
     metrics = {"retry_success": 0.4732, "groups_used": 31.0, "loss": -0.01, "kl": 0.00041, "grad_norm": 1.154}
     metrics |= {"token_mult_prob_error": 1.0, "skipped": 0.0, "reflection_tokens": 12.4, "truncated": 0.004}
-    metrics |= {"speed/rollout_tokens": 5011.7}
+    metrics |= {"speed/rollout_tokens": 5011.7, "speed/verifier_share": 0.2}
     config = Config()
     shown = "retry success 0.473  groups 31/32  kl 0.0004  grad 1.15  reflection 12 tok (0% cut)  5,012 tok/s"
     assert summary(metrics, config) == shown
+    slow = summary(metrics | {"speed/verifier_share": 0.912}, config)
+    assert slow == shown.replace("  kl", "  verifier 91% of the rollout  kl")
     config.algo.kl_beta = 0.0
     assert summary(metrics, config) == shown.replace("  kl 0.0004", ""), "without a reference there is none"
     mismatched = summary(metrics | {"token_mult_prob_error": 1.07}, config)

@@ -42,6 +42,14 @@ def test_head_width_that_the_cpu_attention_lacks(tmp_path: Path) -> None:
     assert "head_dim 16" in refusal(tmp_path, num_attention_heads=8, hidden_size=128)
 
 
+def test_a_task_that_has_imported_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", sys)
+    config = Config()
+    config.model.path, config.task.name = "embedded", "mine.judge"
+    with pytest.raises(ConfigError, match=r"task\.name: mine\.judge imports vllm.* nemo_r3\.tasks\.worker"):
+        environment.prepare(config, on_cuda=False)
+
+
 @pytest.mark.parametrize("given", [{}, {"XDG_CACHE_HOME": "/large", "TRITON_CACHE_DIR": "/fast"}])
 @pytest.mark.parametrize("home", ["missing/below", "ours"])
 def test_caches_are_in_a_home_that_can_be_written_or_in_the_run_directory(

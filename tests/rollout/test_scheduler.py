@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_an_engine_makes_no_prompt_of_another(monkeypatch: MonkeyPatch) -> None:
     attempts = rollout.first_attempts([Problem(name, text, {}) for name, text in texts.items()], 1)
     assert made == ["c", "d"], "each engine has a long problem and a short one"
     assert [(attempt.problem.id, attempt.passed) for attempt in attempts[2:]] == [("c", False), ("d", True)]
+
+
+def test_the_time_that_the_engine_waits_for_the_verifier_is_that_of_the_last_call() -> None:
+    rollout, task, *_ = scripted("9", "8", "7", "9", "8", "9")
+    judge = task.verify
+    task.verify = lambda problem, text: time.sleep(0.05) or judge(problem, text)  # type: ignore[method-assign, func-returns-value]
+    (attempt,) = rollout.first_attempts(task.problems("train"), 1)
+    rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+    assert rollout.verifier_seconds >= 0.2, "two reflections and two retries"
+    task.verify = judge  # type: ignore[method-assign]
+    rollout.first_attempts(task.problems("train"), 2)
+    assert rollout.verifier_seconds < 0.2
 
 
 def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:

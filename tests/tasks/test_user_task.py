@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -112,6 +113,20 @@ def test_the_verifiers_stamp_follows_the_file_and_its_options(write: Write) -> N
     assert name == "said" and stamps[1].split(" ")[1] == file and stamps[2].split(" ")[2] == options
 
 
+def test_the_verifiers_stamp_follows_the_files_beside_it_that_it_imports(write: Write, tmp_path: Path) -> None:
+    beside, further, other = (tmp_path / f"{name}.py" for name in ("beside", "further", "other"))
+    beside.write_text("import further")
+    further.write_text("RIGHT = 1")
+    other.write_text("RIGHT = 1")
+    parts = PROBLEMS, "\ndef verify(problem, text):\n    from beside import further\n    return False\n"
+    stamp = write(*parts).verifier
+    other.write_text("RIGHT = 2")
+    further.write_text("RIGHT = 1  # a comment")
+    assert write(*parts).verifier == stamp
+    further.write_text("RIGHT = 2")
+    assert write(*parts).verifier != stamp
+
+
 def test_the_verifiers_stamp_follows_what_verifiers_are_made_of(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = write(PROBLEMS, VERIFY).verifier
     monkeypatch.setattr(user_task, "HELPERS_VERSION", user_task.HELPERS_VERSION + 1)
@@ -172,7 +187,10 @@ def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, messa
         (PROBLEMS + "def verify(text): pass", r"said\.verify raised TypeError .*; verify\(problem, text\) must give"),
         (GIVES + "return None" + VERIFY, r"said\.problems\('train'\) raised TypeError \('NoneType' object is not iter"),
         (GIVES + "open('/nowhere')" + VERIFY, r"problems\('train'\) raised FileNotFoundError \(.*\) in .*said\.py:3;"),
-        (GIVES + "import json; json.loads('{')" + VERIFY, r"raised JSONDecodeError \(.*\) in .*said\.py:3;"),
+        (
+            GIVES + "import json; json.loads('{')" + VERIFY,
+            r"raised JSONDecodeError \(.*\) in .*said\.py:3 \(at .*json/decoder\.py:\d+\);",
+        ),
         (
             GIVES + "raise ValueError('a\\nb' * 999)" + VERIFY,
             r"raised ValueError \(a ba .{280,296}\.\.\.\) in .*said\.py:3;",
@@ -184,6 +202,15 @@ def test_whatever_a_users_module_raises_is_one_line_with_its_place(write: Write,
     with pytest.raises(UserError, match=rf"task\.name: .*{message}") as caught:
         write(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tuple", "dict", "list[bytes]", "bytes | None"])
+def test_an_option_that_no_setting_can_give_is_refused(write: Write, kind: str) -> None:
+    text = OPTIONS.replace('word: str = option("one"', f"word: {kind} = option(factory=lambda: None")
+    with pytest.raises(
+        ConfigError, match=r"task\.name: said\.Options\.word is of type .*, of which YAML has no values"
+    ):
+        write(text, VERIFY)
 
 
 def test_an_option_without_a_default_must_be_set(write: Write) -> None:
@@ -198,6 +225,30 @@ def test_a_users_module_leaves_the_working_directory_where_it_was(write: Write) 
     leaves = "\nimport os\nos.chdir('/')\ndef verify(problem, text):\n    os.chdir('/')\n    return True\n"
     task = write(PROBLEMS, leaves)
     assert task.verify(task.problems("test")[0], "") and Path.cwd() == here
+
+
+def test_a_users_time_limit_leaves_our_signals_as_they_were(write: Write) -> None:
+    """`signal.alarm` is one timer for all: without this a hang of the run would not end it, or Ctrl-C not stop it."""
+    limits = """
+import signal
+
+def verify(problem, text):
+    for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGVTALRM):
+        signal.signal(number, lambda *_: 1 / 0)
+    signal.alarm(1)
+    signal.alarm(0)
+    return text == "yes"
+"""
+    ours = [signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGVTALRM]
+    task = write(PROBLEMS, limits)
+    before = [signal.getsignal(number) for number in ours]
+    signal.setitimer(signal.ITIMER_REAL, 50)
+    try:
+        assert task.verify(task.problems("test")[0], "yes")
+        assert 40 < signal.getitimer(signal.ITIMER_REAL)[0] <= 50
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert [signal.getsignal(number) for number in ours] == before
 
 
 @pytest.mark.parametrize(
@@ -224,11 +275,35 @@ def test_a_verifier_is_tried_on_every_problem_at_load(write: Write) -> None:
         write(PROBLEMS, "\ndef verify(problem, text):\n    return bool({'train-1': text}[problem.id])\n")
 
 
-def test_a_verifier_that_fails_later_stops_with_its_problem(write: Write) -> None:
+def test_a_slow_verifier_is_tried_on_empty_answers_while_time_lasts(
+    write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_task, "TRIED_SECONDS", 0.15)
+    write(
+        SAME.format(tests=2, tools=TOOLS),
+        "\ndef verify(problem, text):\n    import time; time.sleep(0.1)\n    return True",
+    )
+    slow = r"warning: said\.verify took 0\.1\d? s for an empty answer, and was tried on 2 of 10 problems; "
+    accepts, took = capsys.readouterr().err.splitlines()
+    assert "accepts an empty answer to 2 of 2 problems" in accepts and re.match(slow, took)
+
+
+def test_a_verifier_that_changes_a_problems_data_is_refused(write: Write) -> None:
+    """A bank would keep what it became, or could not: here what a verifier keeps for the next call."""
+    task = write(
+        PROBLEMS, "\ndef verify(problem, text):\n    return bool(text and problem.data.setdefault('seen', {text}))\n"
+    )
+    with pytest.raises(UserError, match=r"said\.verify changed the data on an answer to problem 'test-1'"):
+        task.verify(task.problems("test")[0], "x")
+
+
+def test_a_verifier_that_fails_later_stops_with_its_problem(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     task = write(PROBLEMS, "\ndef verify(problem, text):\n    return text == '' or int(text) == 1\n")
     assert task.verify(task.problems("test")[0], "1")
     with pytest.raises(UserError, match=r"said\.verify raised ValueError .*on an answer to problem 'test-1'"):
-        task.verify(task.problems("test")[0], "one")
+        task.verify(task.problems("test")[0], "one" * 200)
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said == f"the answer to problem 'test-1' was {'one' * 200!r}", "all of it, to call verify by hand"
 
 
 SAME = """
