@@ -51,7 +51,9 @@ def prepare(config: Config, on_cuda: bool) -> None:
             os.environ.setdefault(name, str(Path(config.run.dir, ".cache", folder).absolute()))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_cuda else "ERROR")
     warnings.filterwarnings("ignore", message="`torch.distributed\\..*` is deprecated", category=FutureWarning)
-    if not on_cuda:
+    if on_cuda:
+        os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0")  # it needs nvcc at run time; CUTLASS multiplies FP8's blocks
+    else:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one needs triton
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks share cores with their own actor

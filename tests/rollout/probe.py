@@ -53,6 +53,7 @@ def probe_engine(home: Path) -> dict[str, Any]:
     ]
     result["greedy"] = follows == list(greedy.ids)
     result["batched_tokens"] = batched_tokens(probe)
+    result["attention"] = attention(probe)
     result["asleep"] = asleep(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
@@ -87,6 +88,20 @@ def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
         for device, numbers in found.items():
             args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
             numbers.append(args.max_num_batched_tokens)
+    return found
+
+
+def attention(probe: Probe) -> dict[str, list[str | None]]:
+    """By device, the attention that vLLM is asked for in bf16, FP8 and fp32; None leaves the choice to vLLM."""
+    from nemo_r3.rollout.engine import arguments
+
+    found: dict[str, list[str | None]] = {"cpu": [], "cuda": []}
+    for precision in ("bf16", "fp8-tensorwise", "fp32"):
+        config = replace(probe.config, actor=replace(probe.config.actor, precision=precision))
+        model = Path(config.model.path)
+        for device, names in found.items():
+            args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
+            names.append(args.attention_backend and args.attention_backend.name)
     return found
 
 

@@ -83,6 +83,11 @@ def test_prompts_are_cut_on_a_gpu_only(engine: dict[str, Any]) -> None:
     assert engine["batched_tokens"] == {"cpu": [4096, 20_000], "cuda": [8192, 8192]}
 
 
+def test_attention_on_a_gpu_needs_no_compiler(engine: dict[str, Any]) -> None:
+    """Left to itself, vLLM takes FlashInfer on Blackwell; for float32 FlashAttention would be refused."""
+    assert engine["attention"] == {"cpu": [None] * 3, "cuda": ["FLASH_ATTN", "FLASH_ATTN", None]}
+
+
 def test_an_engine_that_slept_has_no_weights_until_it_is_given_some(engine: dict[str, Any]) -> None:
     found = engine["asleep"]
     assert (found["version"], found["slept"], found["woken"]) == (-1, [2], [[["weights"]]])
