@@ -193,7 +193,8 @@ class Engine:
 
     def end(self) -> None:
         """Before the process ends: of an engine asleep vLLM would free each piece of memory a second time."""
-        self.wake("weights", "kv_cache")
+        if self._can_sleep and self._llm.is_sleeping():
+            self._llm.wake_up()  # all that sleeps: of tags that are named, vLLM wakes none if one is awake
 
     def cache_bytes(self) -> int:
         """Bytes of this rank's KV cache, as large as it is when the engine is awake."""

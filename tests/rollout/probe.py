@@ -62,19 +62,22 @@ def probe_engine(home: Path) -> dict[str, Any]:
 
 
 def probe_sleep(probe: Probe) -> dict[str, Any]:
-    """As on a GPU: what sleeps, whether it can sample, and what still sleeps at the end."""
-    engine, asleep = probe.engine, set()
+    """What sleeps of vLLM's own bookkeeping, as on a GPU (a CPU's worker frees nothing), and whether it can sample."""
+    engine = probe.engine
+    executor = engine._llm.engine_core.engine_core.model_executor
     engine._can_sleep = True
-    engine._llm.is_sleeping = lambda: bool(asleep)
-    engine._llm.sleep = lambda level: asleep.update(("weights", "kv_cache"))
-    engine._llm.wake_up = asleep.difference_update
     engine.sleep()
-    found = {"asleep": sorted(asleep), "refused": refusal(engine.step)}
+    found = {"asleep": sorted(executor.sleeping_tags), "refused": refusal(engine.step)}
     engine.wake("weights")
     probe.load("a", 7)
-    found |= {"loaded": [sorted(asleep), engine.version]}
+    found |= {"loaded": [sorted(executor.sleeping_tags), engine.version]}
     engine.end()
-    return found | {"end": sorted(asleep)}
+    found |= {"end": [sorted(executor.sleeping_tags), engine._llm.is_sleeping()]}
+    engine.sleep()
+    engine.wake("weights")
+    probe.load("a", 8)
+    engine.wake("kv_cache")
+    return found | {"awake": [sorted(executor.sleeping_tags), probe.sample([[40, 41, 42]], [0])[0].version]}
 
 
 def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:

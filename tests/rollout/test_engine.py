@@ -138,7 +138,8 @@ def test_a_stopped_step_continues_after_its_tokens(engine: dict[str, Any]) -> No
 def test_an_engine_that_sleeps_cannot_sample_and_is_awake_at_the_end(engine: dict[str, Any]) -> None:
     sleep = engine["sleep"]
     assert sleep["asleep"] == ["kv_cache", "weights"] and "it needs a refit first" in sleep["refused"]
-    assert sleep["loaded"] == [["kv_cache"], 7] and sleep["end"] == []
+    assert sleep["loaded"] == [["kv_cache"], 7] and sleep["end"] == [[], False]
+    assert sleep["awake"] == [[], 8]
 
 
 def test_no_room_is_marked_and_not_rewarded(engine: dict[str, Any]) -> None:
