@@ -21,6 +21,11 @@ CACHES = {
     "MPLCONFIGDIR": "matplotlib",
 }
 """Where libraries keep what they compile, by default in the home directory -> the name in `<run.dir>/.cache`."""
+COMPILERS = (
+    "VLLM_USE_DEEP_GEMM",  # FP8's blocks: CUTLASS multiplies them instead
+    "VLLM_ALLREDUCE_USE_FLASHINFER",  # engines of several GPUs: vLLM's own all-reduce instead
+)
+"""What vLLM uses on a GPU without asking whether there is nvcc, with which it compiles its kernels at run time."""
 
 
 def prepare(config: Config, on_cuda: bool) -> None:
@@ -52,7 +57,8 @@ def prepare(config: Config, on_cuda: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_cuda else "ERROR")
     warnings.filterwarnings("ignore", message="`torch.distributed\\..*` is deprecated", category=FutureWarning)
     if on_cuda:
-        os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0")  # it needs nvcc at run time; CUTLASS multiplies FP8's blocks
+        for name in COMPILERS:
+            os.environ.setdefault(name, "0")
     else:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one needs triton
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)

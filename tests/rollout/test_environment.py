@@ -60,12 +60,13 @@ def test_caches_are_in_a_home_that_can_be_written_or_in_the_run_directory(
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "0"), ({"VLLM_USE_DEEP_GEMM": "1"}, "1")])
-def test_fp8_on_a_gpu_needs_no_compiler_unless_it_is_asked_for(
-    given: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["VLLM_USE_DEEP_GEMM", "VLLM_ALLREDUCE_USE_FLASHINFER"])
+def test_nothing_on_a_gpu_needs_nvcc_unless_it_is_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert prepared(given, tmp_path, monkeypatch, on_cuda=True)["VLLM_USE_DEEP_GEMM"] == expected
-    assert "VLLM_USE_DEEP_GEMM" not in prepared({}, tmp_path, monkeypatch, on_cuda=False)
+    assert prepared({}, tmp_path, monkeypatch, on_cuda=True)[name] == "0"
+    assert prepared({name: "1"}, tmp_path, monkeypatch, on_cuda=True)[name] == "1"
+    assert name not in prepared({}, tmp_path, monkeypatch, on_cuda=False)
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
