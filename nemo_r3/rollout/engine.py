@@ -22,6 +22,7 @@ from vllm.logprobs import FlatLogprobs, SampleLogprobs
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from nemo_r3 import watchdog
 from nemo_r3.config import Config
@@ -192,7 +193,8 @@ class Engine:
 
     def end(self) -> None:
         """Before the process ends: of an engine asleep vLLM would free each piece of memory a second time."""
-        self.wake("weights", "kv_cache")
+        if self._can_sleep and self._llm.is_sleeping():
+            self._llm.wake_up()  # all that sleeps: of tags that are named, vLLM wakes none if one is awake
 
     def cache_bytes(self) -> int:
         """Bytes of this rank's KV cache, as large as it is when the engine is awake."""
@@ -224,15 +226,18 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
 
     On a GPU its scheduler is a step ahead of what has been sampled, by its own choice. It waits for each step's result
     in turn, so that all ranks of an engine still run the same steps (`EngineCore.step_with_batch_queue`).
+
+    Attention is FlashAttention there, from vLLM's wheel. On Blackwell vLLM would prefer FlashInfer, even where there is
+    no nvcc, with which FlashInfer compiles its kernels at run time. float32 is left to vLLM: FlashAttention lacks it.
     """
-    rollout = config.rollout
+    rollout, precision = config.rollout, precision_of(config)
     batched = GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS)
     return EngineArgs(
         model=str(model_dir),
         load_format="auto" if reads else "dummy",
         skip_tokenizer_init=True,
         generation_config="vllm",
-        dtype=precision_of(config).dtype_name,
+        dtype=precision.dtype_name,
         quantization=None if rollout.quantization == "none" else rollout.quantization,
         seed=config.seed,
         max_model_len=rollout.max_model_len,
@@ -240,6 +245,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         tensor_parallel_size=rollout.tensor_parallel,
         distributed_executor_backend="external_launcher",
         enable_prefix_caching=rollout.prefix_caching,
+        attention_backend=AttentionBackendEnum.FLASH_ATTN if on_cuda and precision.bf16 else None,
         block_size=None if on_cuda else KV_BLOCK,
         enforce_eager=rollout.enforce_eager or not on_cuda,
         logprobs_mode="processed_logprobs",

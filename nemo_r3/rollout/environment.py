@@ -21,6 +21,11 @@ CACHES = {
     "MPLCONFIGDIR": "matplotlib",
 }
 """Where libraries keep what they compile, by default in the home directory -> the name in `<run.dir>/.cache`."""
+COMPILERS = (
+    "VLLM_USE_DEEP_GEMM",  # FP8's blocks: CUTLASS multiplies them instead
+    "VLLM_ALLREDUCE_USE_FLASHINFER",  # engines of several GPUs: vLLM's own all-reduce instead
+)
+"""What vLLM uses on a GPU without asking whether there is nvcc, with which it compiles its kernels at run time."""
 
 
 def prepare(config: Config, on_cuda: bool) -> None:
@@ -53,7 +58,10 @@ def prepare(config: Config, on_cuda: bool) -> None:
             os.environ.setdefault(name, str(Path(config.run.dir, ".cache", folder).absolute()))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_cuda else "ERROR")
     warnings.filterwarnings("ignore", message="`torch.distributed\\..*` is deprecated", category=FutureWarning)
-    if not on_cuda:
+    if on_cuda:
+        for name in COMPILERS:
+            os.environ.setdefault(name, "0")
+    else:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one needs triton
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks share cores with their own actor

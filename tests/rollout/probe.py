@@ -53,6 +53,7 @@ def probe_engine(home: Path) -> dict[str, Any]:
     ]
     result["greedy"] = follows == list(greedy.ids)
     result["batched_tokens"] = batched_tokens(probe)
+    result["attention"] = attention(probe)
     result["asleep"] = asleep(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
@@ -61,19 +62,22 @@ def probe_engine(home: Path) -> dict[str, Any]:
 
 
 def probe_sleep(probe: Probe) -> dict[str, Any]:
-    """As on a GPU: what sleeps, whether it can sample, and what still sleeps at the end."""
-    engine, asleep = probe.engine, set()
+    """What sleeps of vLLM's own bookkeeping, as on a GPU (a CPU's worker frees nothing), and whether it can sample."""
+    engine = probe.engine
+    executor = engine._llm.engine_core.engine_core.model_executor
     engine._can_sleep = True
-    engine._llm.is_sleeping = lambda: bool(asleep)
-    engine._llm.sleep = lambda level: asleep.update(("weights", "kv_cache"))
-    engine._llm.wake_up = asleep.difference_update
     engine.sleep()
-    found = {"asleep": sorted(asleep), "refused": refusal(engine.step)}
+    found = {"asleep": sorted(executor.sleeping_tags), "refused": refusal(engine.step)}
     engine.wake("weights")
     probe.load("a", 7)
-    found |= {"loaded": [sorted(asleep), engine.version]}
+    found |= {"loaded": [sorted(executor.sleeping_tags), engine.version]}
     engine.end()
-    return found | {"end": sorted(asleep)}
+    found |= {"end": [sorted(executor.sleeping_tags), engine._llm.is_sleeping()]}
+    engine.sleep()
+    engine.wake("weights")
+    probe.load("a", 8)
+    engine.wake("kv_cache")
+    return found | {"awake": [sorted(executor.sleeping_tags), probe.sample([[40, 41, 42]], [0])[0].version]}
 
 
 def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
@@ -87,6 +91,20 @@ def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
         for device, numbers in found.items():
             args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
             numbers.append(args.max_num_batched_tokens)
+    return found
+
+
+def attention(probe: Probe) -> dict[str, list[str | None]]:
+    """By device, the attention that vLLM is asked for in bf16, FP8 and fp32; None leaves the choice to vLLM."""
+    from nemo_r3.rollout.engine import arguments
+
+    found: dict[str, list[str | None]] = {"cpu": [], "cuda": []}
+    for precision in ("bf16", "fp8-tensorwise", "fp32"):
+        config = replace(probe.config, actor=replace(probe.config.actor, precision=precision))
+        model = Path(config.model.path)
+        for device, names in found.items():
+            args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
+            names.append(args.attention_backend and args.attention_backend.name)
     return found
 
 

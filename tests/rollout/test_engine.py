@@ -75,6 +75,11 @@ def test_prompts_are_cut_on_a_gpu_only(engine: dict[str, Any]) -> None:
     assert engine["batched_tokens"] == {"cpu": [4096, 20_000], "cuda": [8192, 8192]}
 
 
+def test_attention_on_a_gpu_needs_no_compiler(engine: dict[str, Any]) -> None:
+    """Left to itself, vLLM takes FlashInfer on Blackwell; for float32 FlashAttention would be refused."""
+    assert engine["attention"] == {"cpu": [None] * 3, "cuda": ["FLASH_ATTN", "FLASH_ATTN", None]}
+
+
 def test_an_engine_that_slept_has_no_weights_until_it_is_given_some(engine: dict[str, Any]) -> None:
     found = engine["asleep"]
     assert (found["version"], found["slept"], found["woken"]) == (-1, [2], [[["weights"]]])
@@ -125,7 +130,8 @@ def test_a_stopped_step_continues_after_its_tokens(engine: dict[str, Any]) -> No
 def test_an_engine_that_sleeps_cannot_sample_and_is_awake_at_the_end(engine: dict[str, Any]) -> None:
     sleep = engine["sleep"]
     assert sleep["asleep"] == ["kv_cache", "weights"] and "it needs a refit first" in sleep["refused"]
-    assert sleep["loaded"] == [["kv_cache"], 7] and sleep["end"] == []
+    assert sleep["loaded"] == [["kv_cache"], 7] and sleep["end"] == [[], False]
+    assert sleep["awake"] == [[], 8]
 
 
 def test_no_room_is_marked_and_not_rewarded(engine: dict[str, Any]) -> None:

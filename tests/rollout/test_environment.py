@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,32 @@ def test_caches_are_in_a_home_that_can_be_written_or_in_the_run_directory(
     moved = {name: str(tmp_path / "run" / ".cache" / folder) for name, folder in environment.CACHES.items()}
     assert found == ({} if home == "ours" else moved) | given
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+
+
+@pytest.mark.parametrize("name", ["VLLM_USE_DEEP_GEMM", "VLLM_ALLREDUCE_USE_FLASHINFER"])
+def test_nothing_on_a_gpu_needs_nvcc_unless_it_is_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepared({}, tmp_path, monkeypatch, on_cuda=True)[name] == "0"
+    assert prepared({name: "1"}, tmp_path, monkeypatch, on_cuda=True)[name] == "1"
+    assert name not in prepared({}, tmp_path, monkeypatch, on_cuda=False)
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_this_vllm_reads_what_is_set_for_it(on_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations is not None
+    known = Path(spec.submodule_search_locations[0], "envs.py").read_text()
+    names = [name for name in prepared({}, tmp_path, monkeypatch, on_cuda) if name.startswith("VLLM_")]
+    assert len(names) >= 5
+    assert [name for name in names if f'"{name}":' not in known] == []
+
+
+def prepared(given: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool) -> dict[str, str]:
+    """The environment after `prepare`."""
+    monkeypatch.setattr(os, "environ", {"HOME": str(home), **given})
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    config = Config()
+    config.model.path, config.run.dir = "embedded", str(home / "run")
+    environment.prepare(config, on_cuda)
+    return dict(os.environ)
