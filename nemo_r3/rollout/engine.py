@@ -230,7 +230,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
     Attention is FlashAttention there, from vLLM's wheel. On Blackwell vLLM would prefer FlashInfer, even where there is
     no nvcc, with which FlashInfer compiles its kernels at run time. float32 is left to vLLM: FlashAttention lacks it.
     """
-    rollout, precision = config.rollout, precision_of(config)
+    rollout, precision, patience = config.rollout, precision_of(config), config.run.timeout_minutes * 60
     batched = GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS)
     return EngineArgs(
         model=str(model_dir),
@@ -244,6 +244,8 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel,
         distributed_executor_backend="external_launcher",
+        distributed_timeout_seconds=patience,
+        cpu_distributed_timeout_seconds=patience,
         enable_prefix_caching=rollout.prefix_caching,
         attention_backend=AttentionBackendEnum.FLASH_ATTN if on_cuda and precision.bf16 else None,
         block_size=None if on_cuda else KV_BLOCK,

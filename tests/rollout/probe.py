@@ -315,7 +315,16 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
         "score_b": scores,
         "tensor_parallel": tensor_parallel,
         "looks": looks_until_stop(probe),
+        "patience": patience(probe),
     }
+
+
+def patience(probe: Probe) -> list[float]:
+    """Minutes that the collectives of vLLM's own groups may wait: all ranks', and an engine's."""
+    from vllm.distributed.parallel_state import get_tp_group, get_world_group
+
+    gloo = [group.cpu_group._get_backend(torch.device("cpu")) for group in (get_world_group(), get_tp_group())]
+    return [backend.options._timeout.total_seconds() / 60 for backend in gloo]
 
 
 def parts_given(probe: Probe) -> list[list[int]]:

@@ -22,6 +22,7 @@ TEMPERATURE = 0.7
 
 def settings(home: Path, tensor_parallel: int) -> Config:
     config = Config()
+    config.run.timeout_minutes = 20  # none of torch's own
     config.model.path = str(home / "a")
     config.actor.precision = "fp32"
     config.rollout.tensor_parallel = tensor_parallel

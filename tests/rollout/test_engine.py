@@ -171,6 +171,11 @@ def test_ranks_of_an_engine_agree_though_it_is_a_step_ahead(fleet: list[dict[str
     assert 8 < stopped["longest_begun"] < 16, "a stop loses what is under way, and no more"
 
 
+def test_vllms_groups_wait_as_long_as_ours(fleet: list[dict[str, Any]]) -> None:
+    for rank in fleet:
+        assert rank["patience"] == [20, 20]
+
+
 def test_every_rank_is_refitted(fleet: list[dict[str, Any]]) -> None:
     for rank in fleet:
         assert rank["score_b"] < TOLERANCE
