@@ -34,7 +34,8 @@ def pretend_gpu(capability: tuple[int, int]) -> None:
     cuda.is_available = lambda: True
     cuda.current_device = lambda: META
     cuda.get_device_capability = lambda device=None: capability
-    cuda.get_device_properties = lambda device=None: SimpleNamespace(major=capability[0], minor=capability[1])
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
+    cuda.get_device_properties = lambda device=None: properties
 
 
 def stage(config: Config, arch: Architecture, number: int) -> dict[str, Any]:
