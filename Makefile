@@ -23,6 +23,9 @@ ARGS ?=
 # two at a time, see tests/conftest.py
 JOBS ?= -n 2 --no-loadscope-reorder
 
+# the CPU stack stays on the CPU where there is a GPU, too, which PyPI's torch would find
+quickstart test test-all test-slurm soak check bench bench-verl: export CUDA_VISIBLE_DEVICES :=
+
 # several ranks share a small machine's cores; more threads each would only queue
 export OMP_NUM_THREADS ?= 1
 

@@ -74,13 +74,14 @@ class Engine:
 
         Raises:
             ConfigError: the checkpoint's weights are missing, cut, or of another model.
-            UserError: vLLM refuses the settings, or finds too little memory.
+            UserError: vLLM was built for other devices, refuses the settings, or finds too little memory.
         """
         assert dist.is_initialized(), "runtime.start comes before Engine.start"
         rollout, arch = config.rollout, architecture_of(model_dir)
         with HFTensors(model_dir) as checkpoint:
             checkpoint.check(arch)  # vLLM's own error would be a traceback
-        on_cuda = not current_platform.is_cpu()
+        on_cuda = torch.cuda.is_available()
+        _refuse_other_build(on_cuda)
         if not on_cuda and rollout.tensor_parallel > 1:
             _remove_stale_memory(rollout.tensor_parallel)
         # vLLM quantises weights as it reads them; starting it without any is untested
@@ -219,6 +220,20 @@ class Engine:
                     module.quant_method.process_weights_after_loading(module)
 
         self._llm.apply_model(repack)
+
+
+def _refuse_other_build(on_cuda: bool) -> None:
+    if current_platform.device_type == ("cuda" if on_cuda else "cpu"):
+        return
+    if on_cuda:
+        raise UserError(
+            "the vLLM installed here is for CPUs, but torch finds a GPU: to run on the CPU, set CUDA_VISIBLE_DEVICES "
+            "to nothing; for the GPU, see docs/install-gpu.md"
+        )
+    raise UserError(
+        "the vLLM installed here is for GPUs, but torch finds none: start where there is one (a container needs --gpus "
+        "all, or --nv), or use the CPU's environment, which `make setup` installs"
+    )
 
 
 def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool, reads: bool) -> EngineArgs:

@@ -14,7 +14,9 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -22,6 +24,7 @@ import torch
 from probed import STOPS, TEMPERATURE, Probe
 
 from nemo_r3 import signals
+from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.runtime import World
@@ -54,6 +57,7 @@ def probe_engine(home: Path) -> dict[str, Any]:
     result["greedy"] = follows == list(greedy.ids)
     result["batched_tokens"] = batched_tokens(probe)
     result["attention"] = attention(probe)
+    result["builds"] = builds()
     result["asleep"] = asleep(probe)
     result["refit"] = probe_refit(probe, text, long)
     result["rollout"] = probe_rollout(probe)
@@ -105,6 +109,17 @@ def attention(probe: Probe) -> dict[str, list[str | None]]:
         for device, names in found.items():
             args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
             names.append(args.attention_backend and args.attention_backend.name)
+    return found
+
+
+def builds() -> dict[str, list[str]]:
+    """By the device that vLLM was built for, what it says without a GPU and with one."""
+    from nemo_r3.rollout import engine
+
+    found = {}
+    for device in ("cpu", "cuda", ""):  # vLLM's for GPUs has none where it finds no GPU
+        with patch.object(engine, "current_platform", SimpleNamespace(device_type=device)):
+            found[device] = [refusal(partial(engine._refuse_other_build, on_cuda)) for on_cuda in (False, True)]
     return found
 
 
@@ -347,7 +362,7 @@ def looks_until_stop(probe: Probe) -> int:
 def refusal(call: Any) -> str:
     try:
         call()
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         return str(error)
     return "accepted"
 

@@ -80,6 +80,15 @@ def test_attention_on_a_gpu_needs_no_compiler(engine: dict[str, Any]) -> None:
     assert engine["attention"] == {"cpu": [None] * 3, "cuda": ["FLASH_ATTN", "FLASH_ATTN", None]}
 
 
+def test_a_vllm_for_other_devices_is_refused(engine: dict[str, Any]) -> None:
+    (on_cpu, is_for_cpus), (is_for_gpus, on_cuda), (finds_none, _) = (
+        engine["builds"][device] for device in ("cpu", "cuda", "")
+    )
+    assert on_cpu == on_cuda == "accepted"
+    assert "is for CPUs, but torch finds a GPU" in is_for_cpus and "CUDA_VISIBLE_DEVICES" in is_for_cpus
+    assert finds_none == is_for_gpus and "is for GPUs, but torch finds none" in is_for_gpus
+
+
 def test_an_engine_that_slept_has_no_weights_until_it_is_given_some(engine: dict[str, Any]) -> None:
     found = engine["asleep"]
     assert (found["version"], found["slept"], found["woken"]) == (-1, [2], [[["weights"]]])
