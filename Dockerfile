@@ -2,7 +2,7 @@
 #   docker build --tag nemo_r3 .
 # At run time nothing is downloaded, and FlashInfer, which compiles and fetches kernels then, stays off for want of nvcc.
 
-FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS build
+FROM docker.io/nvidia/cuda:13.0.2-devel-ubuntu24.04 AS build
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -20,7 +20,7 @@ COPY . .
 RUN pip install --no-deps --no-build-isolation --editable .
 
 # Triton compiles its launchers with gcc at run time
-FROM nvidia/cuda:13.0.2-base-ubuntu24.04
+FROM docker.io/nvidia/cuda:13.0.2-base-ubuntu24.04
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/* \
