@@ -14,6 +14,8 @@ from nemo_r3 import signals, trackers
 from nemo_r3.config.load import USAGE
 from nemo_r3.errors import UserError
 
+USER_ERROR = 2
+"""Exit code of a process that ended with an error that the user can fix."""
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
@@ -35,7 +37,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
         else:
             recipe(sys.argv[1:])
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        _leave(f"error: {error}", USER_ERROR)
     except signals.Stopped as error:
         _leave(f"{error}: the same command goes on from what is saved", signals.STOPPED)
     except KeyboardInterrupt:
@@ -43,7 +45,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
     except Exception as error:  # noqa: BLE001  the last frame of the process
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "writing failed"
-            _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", 2)
+            _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", USER_ERROR)
         if "torch" in sys.modules:  # recipes.plan and recipes.report do without
             from nemo_r3.runtime import is_collective
 

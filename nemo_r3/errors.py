@@ -12,6 +12,10 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot be right, or that does not fit the others, the model or the machine."""
 
 
+class VerifierError(UserError):
+    """The task's verifier failed on an answer; what was trained before can be saved."""
+
+
 class ModelNotFoundError(ConfigError):
     """`model.path` is not to be had on this machine; on another it may be."""
 

@@ -59,7 +59,7 @@ def speed(
     tokens = sum(len(turn.segment.ids) for turn in turns)
     speeds = {
         "speed/rollout_tokens": round(tokens / times["time/rollout"], 1),
-        "speed/verifier_share": round(rollout.verifier_seconds / times["time/rollout"], 3),
+        "speed/verifier_share": round(rollout.judge.seconds / times["time/rollout"], 3),
     }
     for phase, (count, precision) in done.items():
         speeds |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)

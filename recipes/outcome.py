@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from nemo_r3 import entry, signals, trackers
 from nemo_r3.errors import UserError
 from nemo_r3.html_report import write_report
 from nemo_r3.html_report.health import ENDS
@@ -55,6 +56,20 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
     if setup.world.size == 1:
         verb = f"python -m recipes.evaluate {shlex.join(argv)}"
     setup.progress.say(f"done: {change(success)}; curve: {run.path / 'curve.png'}; next: {verb}")
+
+
+def conclude_early(setup: Setup, end: Exception, step: int) -> None:
+    """Says what a run that stops has saved, and ends its trackers: a rank that left first would have the others killed.
+
+    Args:
+        setup: the run.
+        end: why it stops.
+        step: the last one that is saved; 0: none.
+    """
+    if step:
+        setup.progress.say(f"step {step} is saved")
+    code = signals.STOPPED if isinstance(end, signals.Stopped) else entry.USER_ERROR
+    setup.world.on_main(lambda: trackers.close(code))
 
 
 def change(success: Sequence[float]) -> str:

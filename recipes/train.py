@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from nemo_r3 import entry, runtime, signals, trackers
+from nemo_r3 import entry, runtime, signals
 from nemo_r3.algo.batch import build_update
-from nemo_r3.errors import UserError
+from nemo_r3.errors import UserError, VerifierError
 from nemo_r3.progress import Pace
 from recipes.bank import failure_source, open_bank
 from recipes.counters import reason_to_stop
 from recipes.layers import Layers
 from recipes.metrics import measures, report_memory, speed, summary
-from recipes.outcome import conclude, draw_curve
+from recipes.outcome import conclude, conclude_early, draw_curve
 from recipes.setup import join
 from recipes.start import refit_if_behind, start_rollout, start_trainer
 
@@ -73,12 +73,12 @@ def train(argv: Sequence[str]) -> None:
             if reason := reason_to_stop(counters, config.train, last_checkpoint, groups):
                 saver.finish()
                 raise UserError(reason)
-    except signals.Stopped:
+    except (signals.Stopped, VerifierError) as end:
         if counters.step > saved_step:
             saver.save(counters.step, asdict(counters))
         saver.finish()
         checkpoints.save_turns(setup, rollout, counters.step + 1)
-        world.on_main(lambda: trackers.close(signals.STOPPED))  # ranks that leave first would have the others killed
+        conclude_early(setup, end, counters.step)
         raise
     saver.finish()
     conclude(setup, argv)

@@ -23,6 +23,12 @@ class TaskConfig:
         factory=dict,
         help="the task's own settings: the Options in nemo_r3/tasks/countdown.py, function_calling.py or your own file",
     )
+    verifier_threads: int = option(
+        0,
+        low=0,
+        resume=True,
+        help="calls of verify at once on each rank, while the engine samples on; 0: one, while the engine waits for it",
+    )
 
 
 @dataclass

@@ -46,32 +46,44 @@ class Fleet:
         """The items that this rank's engine works on, in ascending order."""
         return sorted(deal(costs, self.engines)[self.index])
 
-    def asked_to_stop(self) -> bool:
-        """Whether this rank's engine should stop; its ranks call this before each step, and all hear the same."""
+    def share(self, own: Sequence[int], samples: int) -> frozenset[int]:
+        """The results of its engine that this rank judges and gives to the others: neighbours, which share a context.
+
+        Args:
+            own: the engine's items.
+            samples: results of an item; those of item i are numbered from i * samples.
+        """
+        results = [item * samples + sample for item in own for sample in range(samples)]
+        place, ranks = self.world.rank % self.tensor_parallel, self.tensor_parallel
+        return frozenset(results[len(results) * place // ranks : len(results) * (place + 1) // ranks])
+
+    def asked_to_stop(self, failed: bool = False) -> bool:
+        """Whether this rank's engine should stop; its ranks call this before each step, and all hear the same.
+
+        Args:
+            failed: whether this rank has a reason of its own.
+        """
+        stop = failed or signals.noted() is not None
         if self.tensor_parallel == 1:
-            return signals.noted() is not None
+            return stop
         self._steps += 1
         if self._steps % STEPS_BETWEEN_VOTES:
             return False
-        asked = torch.tensor(signals.noted() is not None, dtype=torch.int32)
+        asked = torch.tensor(stop, dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         return bool(asked)
 
     def collect(self, done: Mapping[int, T], count: int) -> list[T]:
-        """The results of all engines, in the order of the items, on every rank.
+        """The results of all engines, in their order, on every rank.
 
         Args:
-            done: item -> result of this rank's engine; incomplete if it was asked to stop.
-            count: number of items of all engines together.
+            done: number -> result, of this rank's `share`; incomplete if its engine was asked to stop.
+            count: number of results of all engines together.
 
         Raises:
             Stopped: an engine was asked to stop.
         """
         self.world.leave_if_asked()
-        # all ranks of an engine have the same results, so each gives a part: neighbours, which share a context
-        items, ranks = sorted(done), self.tensor_parallel
-        place = self.world.rank % ranks
-        own = items[len(items) * place // ranks : len(items) * (place + 1) // ranks]
-        merged = self.world.merge({item: done[item] for item in own})
+        merged = self.world.merge(done)
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
-        return [merged[item] for item in range(count)]
+        return [merged[number] for number in range(count)]

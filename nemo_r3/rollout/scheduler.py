@@ -9,9 +9,9 @@ may depend on time or rank.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,10 +19,12 @@ from typing import Generic, TypeVar
 
 import torch
 
-from nemo_r3 import watchdog
+from nemo_r3 import signals, watchdog
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.errors import VerifierError
 from nemo_r3.progress import Progress
+from nemo_r3.rollout.judge import Judge
 from nemo_r3.rollout.placement import Fleet
 from nemo_r3.rollout.sampling import (
     UNFINISHED,
@@ -38,6 +40,7 @@ from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import NO_ROOM, Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 EngineT = TypeVar("EngineT", bound=Sampler)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Rollout(Generic[EngineT]):
         too_long: ids of the problems that were not asked, because the task alone fills `rollout.max_model_len`.
         turns: what this rank's engine has sampled in the current step; empty if rollouts are deterministic, because
             then a repeated step gives the same.
-        verifier_seconds: how long this rank's engine waited for the verifier in the last call.
+        judge: asks the task's verifier; its seconds are those of the last call.
     """
 
     def __init__(
@@ -106,14 +109,13 @@ class Rollout(Generic[EngineT]):
     ) -> None:
         self.engine = engine
         self._dialogue = dialogue
-        self._task = task
         self._config = config
         self._fleet = Fleet(world, config.rollout.tensor_parallel)
         self._progress = progress if world.is_main else None
         self._deterministic = is_deterministic(config.rollout, torch.cuda.is_available())
         self.too_long: set[str] = set()
         self.turns = TurnCache(enabled=not self._deterministic)
-        self.verifier_seconds = 0.0
+        self.judge = Judge(task, config.task.verifier_threads)
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
@@ -128,6 +130,7 @@ class Rollout(Generic[EngineT]):
 
         Raises:
             Stopped: a signal asked to stop.
+            VerifierError: the verifier failed on an answer.
 
         Returns:
             len(problems) * samples attempts: all of the first problem's, then the next one's.
@@ -135,20 +138,21 @@ class Rollout(Generic[EngineT]):
         # dealt by their text: to tokenise other engines' prompts, with all their tools, can take minutes
         own = self._fleet.own_items([len(problem.text) for problem in problems])
         prompts = {item: self._dialogue.task(problems[item]) for item in own}
-        done: dict[int, Attempt] = {}
+        share = self._fleet.share(own, samples)
+        done: dict[int, Callable[[], Attempt]] = {}
 
-        def judge(item: int, sample: int, answer: Answer) -> None:
-            problem, context = problems[item], prompts[item].then(answer.segment)
-            passed = self._verify(problem, answer)
-            done[item * samples + sample] = Attempt(problem, sample, context, answer, passed)
+        def end(item: int, sample: int, answer: Answer) -> None:
+            problem, context, place = problems[item], prompts[item].then(answer.segment), item * samples + sample
+            passed = self.judge.ask(problem, answer, wanted=place in share)
+            done[place] = lambda: Attempt(problem, sample, context, answer, self.judge.verdict(passed))
 
         turns = [
-            _Turn(Phase.ATTEMPT, prompts[item], problems[item].id, sample, partial(judge, item, sample))
+            _Turn(Phase.ATTEMPT, prompts[item], problems[item].id, sample, partial(end, item, sample))
             for item in own
             for sample in range(samples)
         ]
         self._run(turns, step, greedy, [Phase.ATTEMPT])
-        attempts = self._fleet.collect(done, len(problems) * samples)
+        attempts = self._collect(done, share, len(problems) * samples)
         self.too_long |= {attempt.problem.id for attempt in attempts if attempt.answer.finish_reason == NO_ROOM}
         return attempts
 
@@ -168,15 +172,18 @@ class Rollout(Generic[EngineT]):
 
         Raises:
             Stopped: a signal asked to stop.
+            VerifierError: the verifier failed on an answer.
         """
         prompts = [self._dialogue.reflect(failure.context) for failure in failures]
         own = self._fleet.own_items([len(prompt) * group_size for prompt in prompts])
-        done: dict[int, Reflection] = {}
+        share = self._fleet.share(own, group_size)
+        done: dict[int, Callable[[], Reflection]] = {}
 
         def retry(item: int, sample: int, reflection: Answer) -> _Turn:
-            solves = self._verify(failures[item].problem, reflection)
-            keep = partial(done.__setitem__, item * group_size + sample)
-            return self._retry(failures[item], sample, prompts[item], reflection, solves, keep)
+            failure, wanted = failures[item], (place := item * group_size + sample) in share
+            solves = self.judge.ask(failure.problem, reflection, wanted)
+            keep = partial(done.__setitem__, place)
+            return self._retry(failure, sample, prompts[item], reflection, solves, wanted, keep)
 
         turns = [
             _Turn(Phase.REFLECTION, prompts[item], failures[item].id, sample, partial(retry, item, sample))
@@ -184,7 +191,7 @@ class Rollout(Generic[EngineT]):
             for sample in range(group_size)
         ]
         self._run(turns, step, greedy, [Phase.REFLECTION, Phase.RETRY])
-        reflections = iter(self._fleet.collect(done, len(failures) * group_size))
+        reflections = iter(self._collect(done, share, len(failures) * group_size))
         return [Group(failure, tuple(islice(reflections, group_size))) for failure in failures]
 
     def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
@@ -197,19 +204,24 @@ class Rollout(Generic[EngineT]):
 
         Raises:
             Stopped: a signal asked to stop.
+            VerifierError: the verifier failed on an answer.
 
         Returns:
             In the failures' order; the reflections themselves are not verified, so `solves` is False.
         """
         prompts = [self._dialogue.reflect(failure.context) for failure in failures]
         own = self._fleet.own_items([len(prompt) for prompt in prompts])
-        done: dict[int, Reflection] = {}
-        turns = [
-            self._retry(failures[item], 0, prompts[item], reflections[item], False, partial(done.__setitem__, item))
-            for item in own
-        ]
-        self._run(turns, step, greedy=False, phases=[Phase.RETRY])
-        return self._fleet.collect(done, len(failures))
+        share = self._fleet.share(own, 1)
+        done: dict[int, Callable[[], Reflection]] = {}
+
+        def retry(item: int) -> _Turn:
+            failure, reflection = failures[item], reflections[item]
+            unasked = self.judge.ask(failure.problem, reflection, wanted=False)
+            keep = partial(done.__setitem__, item)
+            return self._retry(failure, 0, prompts[item], reflection, unasked, item in share, keep)
+
+        self._run([retry(item) for item in own], step, greedy=False, phases=[Phase.RETRY])
+        return self._collect(done, share, len(failures))
 
     def _retry(
         self,
@@ -217,30 +229,31 @@ class Rollout(Generic[EngineT]):
         sample: int,
         prompt: Trajectory,
         reflection: Answer,
-        solves: bool,
-        keep: Callable[[Reflection], None],
+        solves: Future[bool],
+        wanted: bool,
+        keep: Callable[[Callable[[], Reflection]], None],
     ) -> _Turn:
-        """The retry that follows `prompt` and the reflection on it; `keep` takes what came of both."""
+        """The retry that follows `prompt` and the reflection on it; `keep` takes what makes both a `Reflection`."""
         trajectory = prompt.then(reflection.segment)
         retry_prompt = self._dialogue.retry(trajectory) if reflection.segment.ids else None
 
         def end(retry: Answer) -> None:
-            reward = float(self._verify(failure.problem, retry))
             whole = trajectory if retry_prompt is None else retry_prompt.then(retry.segment)
-            keep(Reflection(sample, whole, reflection, retry, reward, solves))
+            passed, verdict = self.judge.ask(failure.problem, retry, wanted), self.judge.verdict
+            keep(lambda: Reflection(sample, whole, reflection, retry, float(verdict(passed)), verdict(solves)))
 
         return _Turn(Phase.RETRY, retry_prompt, failure.id, sample, end)
 
     def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, phases: Sequence[Phase]) -> None:
-        """Samples turns and those that follow, one of each phase, until none is left or a signal asks to stop."""
+        """Samples turns and those that follow, one of each phase, until none is left or the engine has to stop."""
         in_flight = _InFlight(step, greedy)
-        self.verifier_seconds = 0.0
+        self.judge.seconds = 0.0
         self.turns.begin(step)
         if self._deterministic:  # a resumed run has less in its cache: what an engine computes must not depend on it
             self.engine.reset_prefix_cache()
         for turn in turns:
             self._request(turn, in_flight)
-        while in_flight.requests and not self._fleet.asked_to_stop():
+        while in_flight.requests and not self._fleet.asked_to_stop(self.judge.failure is not None):
             watchdog.alive()
             completions = self.engine.step()
             for completion in completions:
@@ -251,6 +264,26 @@ class Rollout(Generic[EngineT]):
                     self._progress(phase, in_flight.ended[phase], len(turns), in_flight.tokens[phase])
         for completion in self.engine.abort():
             self._take(completion, in_flight)
+
+    def _collect(self, done: Mapping[int, Callable[[], Result]], share: Set[int], count: int) -> list[Result]:
+        """The results of all engines, once their verdicts are there.
+
+        Args:
+            done: number -> what makes the result, of this rank's engine; incomplete if it was asked to stop.
+            share: the numbers of those that this rank has judged.
+            count: number of results of all engines together.
+
+        Raises:
+            Stopped: a signal asked to stop.
+            VerifierError: the verifier failed on some rank.
+        """
+        results = {}
+        for place, result in done.items():
+            if place in share and signals.noted() is None:
+                results[place] = result()
+        if failures := [failure for failure in self._fleet.world.gather(self.judge.failure) if failure is not None]:
+            raise VerifierError(str(failures[0]))
+        return self._fleet.collect(results, count)
 
     def _request(self, turn: _Turn | None, in_flight: _InFlight) -> None:
         """Adds a turn to the engine, or the first turn after it whose answer is not known without sampling."""
@@ -296,9 +329,3 @@ class Rollout(Generic[EngineT]):
     def _answer(self, phase: Phase, completion: Completion) -> Answer:
         segment = Segment(phase, completion.ids, completion.logprobs, completion.version)
         return Answer(segment, self._dialogue.decode(completion.ids), completion.finish_reason)
-
-    def _verify(self, problem: Problem, answer: Answer) -> bool:
-        began = time.monotonic()
-        passed = answer.finish_reason != NO_ROOM and self._task.verify(problem, answer.text)
-        self.verifier_seconds += time.monotonic() - began
-        return passed

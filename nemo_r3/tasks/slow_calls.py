@@ -19,8 +19,8 @@ LOOK = 1.0
 
 _seconds = 10.0
 """How long a call may take before a warning; doubles each time, so that a slow verifier is warned of only rarely."""
-_call: tuple[float, str, str] | None = None
-"""When the current call began, what runs, and on what."""
+_calls: dict[int, tuple[float, str, str]] = {}
+"""By thread, when its current call began, what runs, and on what."""
 
 
 @contextmanager
@@ -31,9 +31,10 @@ def warn_if_slow(what: str, where: str) -> Iterator[None]:
         what: the function, such as "doubles.verify".
         where: what it works on, such as "on an answer to problem 'double-7'".
     """
-    global _call
-    timed = _start_watching()
-    _call = (time.monotonic(), what, where)
+    _start_watching()
+    own = threading.get_ident()
+    timed = own == threading.main_thread().ident  # which handles the timer's signal
+    _calls[own] = time.monotonic(), what, where
     if timed:
         signal.setitimer(signal.ITIMER_VIRTUAL, _seconds, LOOK)
     try:
@@ -41,17 +42,17 @@ def warn_if_slow(what: str, where: str) -> Iterator[None]:
     finally:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        _call = None
+        _calls.pop(own, None)
 
 
 @cache
-def _start_watching() -> bool:
-    """Starts the thread; returns whether the timer's signal is handled, since it would kill the process otherwise."""
+def _start_watching() -> None:
+    """Starts the thread, and handles the timer's signal, which would kill the process otherwise.
+
+    The first call is the main thread's: a task tries its verifier when it is loaded.
+    """
     threading.Thread(target=_watch, daemon=True).start()
-    if threading.current_thread() is not threading.main_thread():
-        return False
     signal.signal(signal.SIGVTALRM, lambda *_: _look())
-    return True
 
 
 def _watch() -> None:
@@ -61,10 +62,11 @@ def _watch() -> None:
 
 
 def _look() -> None:
-    global _seconds, _call
-    call = _call
-    if call is None or time.monotonic() < call[0] + _seconds:
-        return
-    _, what, where = call
-    seconds, _seconds, _call = _seconds, 2 * _seconds, None
-    os.write(2, f"warning: {what} has been working for {seconds:.0f} s {where}; the run waits for it\n".encode())
+    global _seconds
+    for thread, (began, what, where) in list(_calls.items()):
+        if time.monotonic() > began + _seconds:
+            seconds, _seconds = _seconds, 2 * _seconds
+            _calls.pop(thread, None)
+            os.write(
+                2, f"warning: {what} has been working for {seconds:.0f} s {where}; the run waits for it\n".encode()
+            )

@@ -113,7 +113,8 @@ class UserTask:
             seconds = (time.monotonic() - began) / tried
             warn(
                 f"{self.name}.verify took {seconds:.2g} s for an empty answer, and was tried on {tried:,} of "
-                f"{len(problems):,} problems; an engine waits for each call, two for each reflection"
+                f"{len(problems):,} problems; an engine waits for each call, two for each reflection, unless "
+                "task.verifier_threads is set"
             )
 
     def _compare_splits(self) -> None:

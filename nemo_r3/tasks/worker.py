@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -26,10 +27,11 @@ from nemo_r3.progress import warn
 START_SECONDS = 120.0
 
 
-class Worker:
+class Worker(threading.local):
     """Calls a function in another process, which starts with the first call, and again after it was killed.
 
-    It has a session of its own, so that what the function starts is killed with it, and Ctrl-C reaches neither.
+    Every thread that calls has a process of its own. That has a session of its own, so that what the function starts is
+    killed with it, and Ctrl-C reaches neither.
 
     Example: ``Worker("nemo_r3.tasks.latex.comparison:compare", seconds=2)(r"\\frac{1}{2}", "0.5")``
 

@@ -28,11 +28,13 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
-def run(verb: str, *arguments: str, ranks: int = 1, succeed: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs a verb to its end; with `succeed`, a failure shows what it printed."""
+def run(
+    verb: str, *arguments: str, ranks: int = 1, succeed: bool = True, path: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Runs a verb to its end, in the directory `path`; with `succeed`, a failure shows what it printed."""
     done = subprocess.run(
         command(verb, *arguments, ranks=ranks),
-        cwd=ROOT,
+        cwd=path,
         env=environment(),
         capture_output=True,
         text=True,

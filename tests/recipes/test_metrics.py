@@ -55,7 +55,7 @@ def test_each_phases_speed_is_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -
         world=SimpleNamespace(size=2, gpu_name=""),
         run=SimpleNamespace(times={"time/rollout": 2.0, "time/update": 5.0}),
     )
-    rollout: Any = SimpleNamespace(verifier_seconds=0.5)
+    rollout: Any = SimpleNamespace(judge=SimpleNamespace(seconds=0.5))
     assert speed(setup, rollout, groups, {"update_flops": 30e12}) == {
         "speed/rollout_tokens": 11.0,
         "speed/verifier_share": 0.25,

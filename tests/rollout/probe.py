@@ -225,7 +225,7 @@ def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
     kept = []
     for _ in range(2):
         steps = iter(range(9))
-        rollout._fleet.asked_to_stop = lambda steps=steps: next(steps) == 8
+        rollout._fleet.asked_to_stop = lambda _, steps=steps: next(steps) == 8
         try:
             rollout.reflect_and_retry(failures, 3, 4)
         except AssertionError:  # no signal came, so `collect` misses what is unfinished
@@ -343,11 +343,15 @@ def patience(probe: Probe) -> list[float]:
 
 
 def parts_given(probe: Probe) -> list[list[int]]:
-    """Of ten results, two to a problem, those that each rank hands to the others."""
+    """Of ten results, two to a problem, those that each rank judges and hands to the others."""
     parts, gather = [], World.gather
-    with patch.object(World, "gather", lambda world, part: parts.append(part) or gather(world, part)):
+    with (
+        patch.object(World, "gather", lambda world, part: parts.append(part) or gather(world, part)),
+        patch.object(probe.task, "verify", MagicMock(return_value=True)) as verify,
+    ):
         probe.rollout.first_attempts(probe.task.problems("train"), 1, samples=2)
-    return probe.world.gather(list(parts[-1]))
+    assert verify.call_count == len(parts[-1]), "each answer is judged once"
+    return probe.world.gather(sorted(parts[-1]))
 
 
 def looks_until_stop(probe: Probe) -> int:

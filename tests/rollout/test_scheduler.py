@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from pytest import MonkeyPatch
 from transformers import AutoTokenizer
 
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.errors import UserError, VerifierError
 from nemo_r3.models import EMBEDDED
 from nemo_r3.progress import Progress
 from nemo_r3.rollout.sampling import Completion, Sampling
@@ -23,7 +26,10 @@ from nemo_r3.tasks.protocol import Wording
 from nemo_r3.types import NO_ROOM, Answer, Attempt, Phase, Problem, Segment
 
 ROOT = Path(__file__).parents[2]
-ALONE = cast(World, SimpleNamespace(rank=0, size=1, is_main=True, merge=dict, leave_if_asked=lambda: None))
+ALONE = cast(
+    World,
+    SimpleNamespace(rank=0, size=1, is_main=True, merge=dict, gather=lambda item: [item], leave_if_asked=lambda: None),
+)
 
 
 class Eight:
@@ -67,11 +73,14 @@ class Scripted:
         self.resets += 1
 
 
-def scripted(*texts: str, world: World = ALONE) -> tuple[Rollout[Scripted], Eight, Scripted, Dialogue]:
+def scripted(
+    *texts: str, world: World = ALONE, threads: int = 0
+) -> tuple[Rollout[Scripted], Eight, Scripted, Dialogue]:
     """A rollout whose engine says these texts, and what it is made of."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     config = load([str(ROOT / "configs" / "quickstart.yaml")])
     config.rollout.max_answer_tokens, config.rollout.max_reflection_tokens = 5, 9
+    config.task.verifier_threads = threads
     task, engine = Eight(), Scripted(tokenizer, texts)
     dialogue = Dialogue(tokenizer, config.dialogue, task.wording)
     progress = cast(Progress, lambda *turns: engine.progress.append(turns))
@@ -93,7 +102,7 @@ def test_an_engine_makes_no_prompt_of_another(monkeypatch: MonkeyPatch) -> None:
     def merge(own: dict[int, Attempt]) -> dict[int, Attempt]:
         return dict.fromkeys(range(4), own[max(own)]) | own
 
-    second = SimpleNamespace(rank=1, size=2, is_main=False, merge=merge, leave_if_asked=lambda: None)
+    second = SimpleNamespace(**vars(ALONE) | {"rank": 1, "size": 2, "is_main": False, "merge": merge})
     rollout, _, _, dialogue = scripted("9", "8", world=cast(World, second))
     made: list[str] = []
     prompt_of = dialogue.task
@@ -110,10 +119,41 @@ def test_the_time_that_the_engine_waits_for_the_verifier_is_that_of_the_last_cal
     task.verify = lambda problem, text: time.sleep(0.05) or judge(problem, text)  # type: ignore[method-assign, func-returns-value]
     (attempt,) = rollout.first_attempts(task.problems("train"), 1)
     rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
-    assert rollout.verifier_seconds >= 0.2, "two reflections and two retries"
+    assert rollout.judge.seconds >= 0.2, "two reflections and two retries"
     task.verify = judge  # type: ignore[method-assign]
     rollout.first_attempts(task.problems("train"), 2)
-    assert rollout.verifier_seconds < 0.2
+    assert rollout.judge.seconds < 0.2
+
+
+def test_the_engine_samples_on_while_threads_verify(monkeypatch: MonkeyPatch) -> None:
+    rollout, task, engine, _ = scripted("9", "8", "7", "9", "8", threads=1)
+    (attempt,) = rollout.first_attempts(task.problems("train"), 1)
+    judge, step, over = task.verify, engine.step, threading.Event()
+
+    def last_step() -> list[Completion]:
+        completions = step()
+        if len(engine.prompts) == 5 and not engine.waiting:
+            over.set()
+        return completions
+
+    monkeypatch.setattr(engine, "step", last_step)
+    monkeypatch.setattr(task, "verify", lambda problem, text: over.wait(20) and judge(problem, text))
+    (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+    assert [reflection.solves for reflection in group.reflections] == [True, False]
+    assert group.rewards == [0.0, 1.0]
+
+
+def test_a_verifier_that_fails_ends_the_rollout_with_its_message(monkeypatch: MonkeyPatch) -> None:
+    rollout, task, engine, _ = scripted("9", "8", "7", "9", "8")
+    (attempt,) = rollout.first_attempts(task.problems("train"), 1)
+
+    def verify(problem: Problem, text: str) -> bool:
+        raise UserError(f"the service is away on {text}")
+
+    monkeypatch.setattr(task, "verify", verify)
+    with pytest.raises(VerifierError, match="the service is away on 8"):
+        rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+    assert engine.waiting, "it samples no retries that nobody would judge"
 
 
 def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
