@@ -32,8 +32,6 @@ def activation_bytes(config: Config, arch: Architecture, width: int, tokens: int
     layers = arch.num_layers // stages
     stack = layers * (inputs if full else kept)
     again = (kept if full else 0) + working
-    if stages == 1:
-        return stack + max(_head(arch, actor.tensor_parallel, width, trained), again)
     # the first stage has as many microbatches under way as there are stages, the last has one and the head
     return max(stages * stack + again, stack + max(_head(arch, actor.tensor_parallel, width, trained), again))
 
