@@ -156,24 +156,17 @@ def measure_rounding(
         tile: rows and columns that share one scale, which maps their amax to the format's maximum; None: one scale
             for the whole tensor.
         powers_of_two: round scales down to powers of two.
-        scale: use this one instead.
+        scale: of the whole tensor, instead of its amax's.
     """
     rows, largest = tensor.reshape(-1, tensor.shape[-1]), torch.finfo(dtype).max
     height = 1 if tile is None else tile[0]
     parts = rows.split(max(CHUNK // rows.shape[1] // height, 1) * height)
     amax = torch.stack([part.abs().amax() for part in parts]).amax().float()
-
-    def scales_of(numbers: Tensor) -> Tensor:
-        if scale is not None:
-            return scale
-        if tile is None:
-            return _scale(amax, largest, powers_of_two)
-        return _spread(numbers, tile, largest, powers_of_two)
-
+    whole = _scale(amax, largest, powers_of_two) if scale is None else scale
     sums = torch.zeros(5, dtype=torch.float64, device=tensor.device)
     for part in parts:
         numbers = part.float()
-        scales = scales_of(numbers)
+        scales = whole if tile is None else _spread(numbers, tile, largest, powers_of_two)
         back, filled = _there_and_back(numbers, scales, dtype), numbers != 0
         counts = (filled, filled & (back == 0), (numbers * scales).abs() > largest * (1 + 1e-6))
         sums += torch.stack([count.sum() for count in counts] + [((back - numbers) ** 2).sum(), (numbers**2).sum()])
