@@ -128,16 +128,13 @@ def _check_machine(asked: str, recipe: Recipe, machine: Machine) -> None:
             f"{asked} needs Transformer Engine, which cannot be imported ({machine.te_error}); "
             "install transformer-engine[pytorch]: without it megatron-core would run BF16 and not say so"
         )
-    first, last = recipe.capabilities
-    if machine.capability < first:
+    here, (first, last) = machine.capability, recipe.capabilities
+    if not recipe.runs_on(here):
+        kind, limit = ("of", f"{_show(first)} or above") if here < first else ("below", _show(last))
+        others = [name for name, other in PRECISIONS.items() if other.fp8 and other.fp8.runs_on(here)]
         raise ConfigError(
-            f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
-            f"{_show(machine.capability)}{_other(machine.capability)}"
-        )
-    if machine.capability >= last:
-        raise ConfigError(
-            f"{asked} needs a GPU below CUDA compute capability {_show(last)}; this one has "
-            f"{_show(machine.capability)}{_other(machine.capability)}"
+            f"{asked} needs a GPU {kind} CUDA compute capability {limit}; this one has {_show(here)} "
+            + (f"(it has {', '.join(others)})" if others else "(ask for bf16)")
         )
     for name, found, oldest in (
         ("CUDA", machine.cuda, recipe.cuda),
@@ -157,16 +154,6 @@ def _check_rollout_machine(config: Config, machine: Machine) -> None:
             f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
             f"{_show(machine.capability)}, where vLLM would multiply in BF16"
         )
-
-
-def _other(capability: Version) -> str:
-    """The FP8 precisions that a GPU does have, for an error message."""
-    names = [
-        name
-        for name, precision in PRECISIONS.items()
-        if precision.fp8 is not None and precision.fp8.capabilities[0] <= capability < precision.fp8.capabilities[1]
-    ]
-    return f" (it has {', '.join(names)})" if names else " (ask for bf16)"
 
 
 def _show(version: Version) -> str:
