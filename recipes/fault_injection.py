@@ -21,6 +21,7 @@ from nemo_r3 import signals
 from nemo_r3.actor.manifest import WRITING
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.rollout.sampling import is_deterministic
 from nemo_r3.run_directory import MEASURED
 
 PATIENCE = 5.0
@@ -127,8 +128,9 @@ def ranks_of(config: Config) -> int:
     Raises:
         UserError: rollouts are not deterministic, so even two undisturbed runs differ.
     """
-    asked, actor = config.rollout.deterministic, config.actor
-    if asked is False or (asked is None and torch.cuda.is_available()):
+    rollout, actor = config.rollout, config.actor
+    if not is_deterministic(rollout, torch.cuda.is_available()):
+        asked = rollout.deterministic
         raise UserError(f"rollout.deterministic: {asked}: two runs would differ anyway; a drill needs true")
     return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel
 
