@@ -120,10 +120,10 @@ def _groups(lines: Sequence[dict[str, Any]]) -> list[WrittenGroup]:
     for line in lines:
         if isinstance(line.get("group"), int) and isinstance(line.get("reflection"), str):
             by_number.setdefault(line["group"], []).append(line)
-    return [_group(number, own) for number, own in sorted(by_number.items())]
+    return [_group(place, own) for place, own in sorted(by_number.items())]
 
 
-def _group(number_: int, lines: list[dict[str, Any]]) -> WrittenGroup:
+def _group(place: int, lines: list[dict[str, Any]]) -> WrittenGroup:
     shared = next((line for line in lines if "problem" in line), {})
     written = [
         Written(
@@ -138,7 +138,7 @@ def _group(number_: int, lines: list[dict[str, Any]]) -> WrittenGroup:
         for line in lines
     ]
     return WrittenGroup(
-        number_,
+        place,
         str(lines[0].get("problem_id", "")),
         str(shared.get("problem", "")),
         str(shared.get("attempt", "")),
