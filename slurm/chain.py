@@ -186,11 +186,11 @@ def _outcome(stage: Stage, job: str, failed: str | None) -> str:
     if code == 0:
         return "done"
     log = stage.folder / "jobs" / f"{job}_0_log.out"
-    if code is None and failed:
-        return f"cancelled: {failed} did not succeed"
-    if code is None and not job:
-        return "did not run"
     if code is None:
+        if failed:
+            return f"cancelled: {failed} did not succeed"
+        if not job:
+            return "did not run"
         return f"ended by Slurm: cancelled, out of time or out of memory; see {log} and `sacct --jobs={job}`"
     slices = [line for line in lines_of(log) if line.startswith("slice ")]
     return f"failed with code {code}: {slices[-1] if slices else 'see its output'}" + (f" ({log})" if job else "")
