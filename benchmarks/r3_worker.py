@@ -100,9 +100,7 @@ class Bench:
         save_file({name: tensor.detach().clone() for name, tensor in self.policy.export_hf()}, weights)
         check = self.workload.check
         self.config.algo.kl_beta = check.kl_beta
-        batch = self._batch(
-            [given_group(*item) for item in zip(check.contexts, check.completions, strict=True)],
-        )
+        batch = self._batch([given_group(*item) for item in zip(check.contexts, check.completions, strict=True)])
         advantages = [advantage for group in check.advantages for advantage in group]
         rows = [
             replace(row, advantages=[advantage if weight else 0.0 for weight in row.loss_weights])
