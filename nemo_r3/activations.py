@@ -40,7 +40,7 @@ def _per_token(config: Config, arch: Architecture) -> tuple[float, float, float]
     """Numbers that a rank holds of a token: a layer's input, all that the layer keeps, and its gradients at work."""
     ways = config.actor.tensor_parallel
     whole = arch.hidden_size / (ways if config.actor.sequence_parallel else 1)
-    queries, keys = arch.num_heads * arch.head_dim / ways, arch.num_kv_heads * arch.head_dim / ways
+    queries, keys = arch.query_width / ways, arch.key_width / ways
     columns = arch.ffn_hidden_size / ways
     # residual stream and norm, twice; rotated query and key, value, output; gate and up, and their product
     kept = 4 * whole + 2 * queries + 2 * keys + 3 * columns

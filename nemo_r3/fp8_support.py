@@ -182,10 +182,9 @@ def matrix_dimensions(arch: Architecture, ways: int) -> Iterator[Dimension]:
 
     Gate and up are one matrix of twice the feed-forward columns, which divides if those do.
     """
-    queries, keys = arch.num_heads * arch.head_dim, 2 * arch.num_kv_heads * arch.head_dim
     yield Dimension("hidden size", arch.hidden_size, 1)
-    yield Dimension("query, key and value columns", queries + keys, ways, summed=False)
-    yield Dimension("attention columns", queries, ways)
+    yield Dimension("query, key and value columns", arch.query_width + 2 * arch.key_width, ways, summed=False)
+    yield Dimension("attention columns", arch.query_width, ways)
     yield Dimension("feed-forward columns", arch.ffn_hidden_size, ways)
 
 

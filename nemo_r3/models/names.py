@@ -51,8 +51,7 @@ def rows(arch: Architecture) -> list[NameRow]:
 
 def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
     mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    hidden, ffn, head = arch.hidden_size, arch.ffn_hidden_size, arch.head_dim
-    queries, columns = arch.num_heads * head, (arch.num_heads + 2 * arch.num_kv_heads) * head
+    hidden, ffn, columns = arch.hidden_size, arch.ffn_hidden_size, arch.query_width + 2 * arch.key_width
 
     def row(name: str, shape: tuple[int, ...], *sources: str, kind: str = "copy", cut: int | None = None) -> NameRow:
         return NameRow(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), shape, kind, cut, layer)
@@ -63,7 +62,7 @@ def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
     rows = [
         row("input_layernorm.weight", (hidden,), "input_layernorm.weight"),
         row("self_attention.linear_qkv.weight", (columns, hidden), *weights, kind="qkv", cut=0),
-        row("self_attention.linear_proj.weight", (hidden, queries), "self_attn.o_proj.weight", cut=1),
+        row("self_attention.linear_proj.weight", (hidden, arch.query_width), "self_attn.o_proj.weight", cut=1),
         row("pre_mlp_layernorm.weight", (hidden,), "post_attention_layernorm.weight"),
         row("mlp.linear_fc1.weight", (2 * ffn, hidden), *(f"{name}.weight" for name in gate_up), kind="gate_up", cut=0),
         row("mlp.linear_fc2.weight", (hidden, ffn), "mlp.down_proj.weight", cut=1),
@@ -71,7 +70,8 @@ def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
     if arch.qkv_bias:
         rows.append(row("self_attention.linear_qkv.bias", (columns,), *biases, kind="qkv", cut=0))
     if arch.qk_norm:
-        rows += [row(f"self_attention.{x}_layernorm.weight", (head,), f"self_attn.{x}_norm.weight") for x in "qk"]
+        head = (arch.head_dim,)
+        rows += [row(f"self_attention.{x}_layernorm.weight", head, f"self_attn.{x}_norm.weight") for x in "qk"]
     return rows
 
 
@@ -92,8 +92,7 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
         return [(name, (slice(None),)) for name in row.hf]
     match row.kind:
         case "qkv":
-            query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-            lengths = [query, key, key]
+            lengths = [arch.query_width, arch.key_width, arch.key_width]
         case "gate_up":
             lengths = [arch.ffn_hidden_size] * 2
         case _:
