@@ -80,11 +80,11 @@ class Launch:
             raise UserError(f"{self.path} ended with code {code} although nothing disturbed it; see {self.path}.log")
         return time.monotonic() - begun
 
-    def interrupt(self, number: signal.Signals, waits: Sequence[Path | float], patience: float) -> tuple[int, float]:
+    def interrupt(self, kind: str, waits: Sequence[Path | float], patience: float) -> tuple[int, float]:
         """Starts the run and sends it a signal after some waits, unless it finishes first.
 
         Args:
-            number: SIGKILL, or SIGUSR1 to make the run save and stop.
+            kind: "SIGUSR1" to make the run save and stop; anything else is SIGKILL.
             waits: one after the other: until the run has written this path, or this many seconds.
             patience: seconds after which the run counts as hung.
 
@@ -94,6 +94,7 @@ class Launch:
         Raises:
             UserError: it hung, or ended with an unexpected code.
         """
+        number = signal.SIGUSR1 if kind == "SIGUSR1" else signal.SIGKILL
         process, begun, now = self.start(), time.monotonic(), time.time()
 
         def wait_for(sign: Path | float) -> None:
