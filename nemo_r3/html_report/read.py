@@ -97,8 +97,8 @@ def _object(file: Path, unread: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = _parsed(file.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        value = error.strerror
+    except OSError:
+        value = None
     if isinstance(value, dict):
         return value
     unread.append(str(file))
