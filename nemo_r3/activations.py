@@ -17,14 +17,9 @@ HEAD_LOGITS = 2**28
 
 
 def activation_bytes(config: Config, arch: Architecture, width: int, tokens: int, trained: int) -> float:
-    """Bytes of the pipeline stage that needs most.
+    """Bytes of the pipeline stage that needs most, with numbers of `width` bytes.
 
-    Args:
-        config: the run's settings.
-        arch: the model.
-        width: bytes of a number.
-        tokens: of a microbatch.
-        trained: how many of them carry loss.
+    A microbatch has `tokens`, of which `trained` carry loss.
     """
     actor, stages = config.actor, config.actor.pipeline_parallel
     full = actor.recompute == "full"

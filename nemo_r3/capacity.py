@@ -101,13 +101,7 @@ def largest_stage(arch: Architecture, stages: int) -> int:
 
 
 def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -> None:
-    """Refuses a training run that cannot fit; every rank calls it.
-
-    Args:
-        config: the run's settings.
-        arch: the model.
-        world: all ranks.
-        checkpoints: the run's `checkpoints`, which need not exist.
+    """Refuses a training run that cannot fit; every rank calls it. The run's `checkpoints` need not exist.
 
     Raises:
         ConfigError: naming what does not fit, by how much, and the settings that change that.

@@ -146,13 +146,7 @@ class Plan:
 
 
 def plan_of(config: Config, arch: Architecture, here: Node | None = None, gpu_name: str = "") -> Plan:
-    """The plan of a config.
-
-    Args:
-        config: the run's settings.
-        arch: the model.
-        here: this machine, for what the config leaves open; None if the run is for other machines alone.
-        gpu_name: of this machine.
+    """The plan of a config; what it leaves open is as on this machine (`here`), unless the run is for others alone.
 
     Raises:
         ConfigError: the layout does not fit the model, its FP8 or the ranks.

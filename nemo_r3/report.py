@@ -91,11 +91,9 @@ def _with_margin(change: Mapping[str, Any] | None) -> str:
 
 
 def curve(metrics_file: Path, out: Path) -> None:
-    """Draws the learning curve of a run: retry success, how its groups were used, and the KL where there is one.
+    """Draws a run's learning curve: retry success, how its groups were used, and the KL where there is one.
 
-    Args:
-        metrics_file: the run's metrics.jsonl.
-        out: a PNG, 1200 x 500 pixels.
+    `out` becomes a PNG of 1200 x 500 pixels.
 
     Raises:
         UserError: the metrics cannot be read, or the picture not be written.

@@ -55,12 +55,7 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def parameters(array: JobArray, before: JobArray | None, job: str) -> dict[str, Any]:
-    """submitit's parameters for an array.
-
-    Args:
-        array: what is to be submitted.
-        before: the array that must succeed first; None for the first one.
-        job: the job id of `before`.
+    """submitit's parameters for an array, which starts when the one before, of the given job id, has succeeded.
 
     Raises:
         ConfigError: `cluster` has something that a chain cannot submit.

@@ -82,9 +82,7 @@ def _checked(recipe: str, argv: Sequence[str]) -> Config:
 def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
     """Whether the trainings of a chain fit their GPUs and nodes, a line each; nothing of those that name no GPUs.
 
-    Args:
-        arrays: the chain.
-        disk: whether `run.dir` is on this machine what it will be in the jobs.
+    With `disk`, `run.dir` is on this machine what it will be in the jobs.
 
     Raises:
         ConfigError: one does not fit; which settings would.

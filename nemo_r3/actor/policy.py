@@ -68,9 +68,6 @@ class Policy:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities of every token but the first, at the rollout temperature.
 
-        Args:
-            sequences: token ids.
-
         Returns:
             One [length - 1] float32 tensor per sequence, on the CPU, on every rank.
         """

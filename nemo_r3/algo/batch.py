@@ -14,16 +14,12 @@ from nemo_r3.types import Group, Phase, Row, Segment, Trajectory, UpdateBatch
 
 
 def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBatch:
-    """The rows of one optimizer step.
+    """The rows of one optimizer step, from its rollouts, which are the same on every rank.
 
     A group whose rewards are all equal has no advantages: it is dropped and counted, unless `algo.keep_equal_groups`.
     The other rows share the loss as `algo.loss` aggregates it (GRPO: 1 / rows each, evenly over the row's trained
-    tokens), so the loss does not depend on how the step is cut into microbatches and ranks.
-
-    Args:
-        groups: this step's rollouts, the same on every rank.
-        config: the run's settings.
-        seed: of `algo.shuffle_rewards`.
+    tokens), so the loss does not depend on how the step is cut into microbatches and ranks. The seed is that of
+    `algo.shuffle_rewards`.
     """
     algo, loss = config.algo, loss_named(config.algo.loss)
     rewards = [group.rewards for group in groups]

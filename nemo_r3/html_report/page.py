@@ -47,10 +47,8 @@ SHOWN = _Shown()
 def write_report(config: Config) -> Path:
     """Writes `<run.dir>/report.html`: settings, results, curves, dialogues and health, as far as there are any.
 
-    The page asks for nothing outside of itself, runs no script, and has at most MOST_BYTES.
-
-    Args:
-        config: what names the run directory; its other settings count where none are recorded there.
+    The page asks for nothing outside of itself, runs no script, and has at most MOST_BYTES. The config names the
+    directory; its other settings count where none are recorded there.
 
     Raises:
         UserError: the directory holds no run.

@@ -37,10 +37,7 @@ class RunFiles:
 
 
 def read_run(config: Config) -> RunFiles:
-    """Reads the run in `run.dir`, all but its rollouts.
-
-    Args:
-        config: what names the directory; its other settings count where none are recorded.
+    """Reads the run in `run.dir`, all but its rollouts; other settings count where none are recorded.
 
     Raises:
         UserError: the directory holds no run.

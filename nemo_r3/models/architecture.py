@@ -74,10 +74,7 @@ class Architecture:
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face checkpoint.
-
-    Args:
-        path: the checkpoint's directory, or a config.json by any name.
+    """The config.json of a Hugging Face checkpoint: in its directory, or a file of any name that ends in .json.
 
     Raises:
         ConfigError: there is no readable config.json.
