@@ -76,7 +76,7 @@ class LayerWatch:
     def __init__(self, trunk: Any, recipe: Recipe | None) -> None:
         """Touches nothing before `watching`; `recipe` is the run's, None without FP8."""
         self._layers = {layer.layer_number - 1: layer for layer in trunk.decoder.layers}
-        self._recipe = recipe
+        self._recipe = recipe or TENSORWISE
         end = trunk.config.num_layers
         edge = end if recipe is None else recipe.edges
         self._plain = {number for number in self._layers if number < edge or number >= end - edge}
@@ -129,11 +129,10 @@ class LayerWatch:
         product.register_hook(partial(self._take, (number, matrix, "gradient"), module))
 
     def _take(self, key: Key, module: Any, tensor: Tensor) -> None:
-        recipe = self._recipe or TENSORWISE
-        operand = key[-1]
+        recipe, operand = self._recipe, key[-1]
         dtype = torch.float8_e5m2 if operand == "gradient" and recipe.format == "hybrid" else torch.float8_e4m3fn
         scale = None
-        if self._recipe is not None and recipe.delayed and key[0] not in self._plain:
+        if recipe.delayed and key[0] not in self._plain:
             held, place = OPERANDS[operand]
             scale = module.fp8_meta[held].scale[place]
         tile = recipe.weight_tile if operand == WEIGHT else recipe.tile
