@@ -81,15 +81,19 @@ def width_of(config: Config) -> int:
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
     actor = config.actor
-    ways, parameters = actor.tensor_parallel * actor.pipeline_parallel, count_parameters(arch)
     share = largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
-    owners = world_size // ways
+    owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     width = width_of(config)
     state = OPTIMIZER_BYTES if width == 2 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
-    reference = width * share if config.algo.kl_beta else 0
-    saved = checkpoint_bytes(config, arch) / world_size
-    token = arch.cached_bytes(config.rollout.tensor_parallel, width)
-    return Size(width * share, 4 * share, state * share / owners, reference, saved, width * parameters, token)
+    return Size(
+        weights=width * share,
+        gradients=4 * share,
+        optimizer=state * share / owners,
+        reference=width * share if config.algo.kl_beta else 0,
+        saved=checkpoint_bytes(config, arch) / world_size,
+        model=width * count_parameters(arch),
+        token=arch.cached_bytes(config.rollout.tensor_parallel, width),
+    )
 
 
 def largest_stage(arch: Architecture, stages: int) -> int:

@@ -50,13 +50,13 @@ def read_run(config: Config) -> RunFiles:
     rollouts = {int(name): file for name, file in files.items() if name.isdecimal()}
     config = _recorded(path / "config.yaml", unread) or config
     return RunFiles(
-        path,
-        config,
-        sorted(metrics, key=lambda line: line["step"]),
-        dict(sorted(rollouts.items())),
-        _object(path / "summary.json", unread),
-        _object(Path(config.failures.path) / "bank.json", unread),
-        unread,
+        path=path,
+        config=config,
+        metrics=sorted(metrics, key=lambda line: line["step"]),
+        rollouts=dict(sorted(rollouts.items())),
+        summary=_object(path / "summary.json", unread),
+        bank=_object(Path(config.failures.path) / "bank.json", unread),
+        unread=unread,
     )
 
 
