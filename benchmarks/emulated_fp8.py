@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Emulation:
         """Changes no policy yet."""
         self.recipe, self.exact = recipe, False
 
-    def update(self, trainer: Any, update: Callable[[Any, UpdateBatch], dict[str, float]], batch: UpdateBatch) -> Any:
+    def update(self, trainer: Any, update: Callable[[UpdateBatch], dict[str, float]], batch: UpdateBatch) -> Any:
         """The trainer's update, with what the batch's loss would have been without rounding."""
         from nemo_r3.actor import cpu
 
@@ -78,7 +79,7 @@ class Emulation:
         with trainer.at_work(), cpu.cuda_stand_in():
             sums = trainer._accumulate(trainer.policy.microbatches(batch.rows)[0])
         self.exact = False
-        return update(trainer, batch) | {name: sums[of] for name, of in IN_FLOAT32.items()}
+        return update(batch) | {name: sums[of] for name, of in IN_FLOAT32.items()}
 
 
 def emulate(trunk: nn.Module, emulation: Emulation) -> int:
@@ -102,39 +103,21 @@ def emulate(trunk: nn.Module, emulation: Emulation) -> int:
 
 def train(name: str, arguments: Sequence[str]) -> None:
     """`recipes.train` with a policy whose layers multiply in emulated FP8, as the precision `name` does."""
-    from recipes.train import train as training
-
-    recipe = PRECISIONS[name].fp8
-    assert recipe is not None
-    emulation = Emulation(recipe)
-
-    def emulating(arguments: Sequence[str]) -> None:
-        from nemo_r3.rollout import environment  # megatron-core is imported once the environment is ready
-
-        prepare = environment.prepare
-
-        def prepared(*settings: Any) -> None:
-            prepare(*settings)
-            from nemo_r3.actor import policy
-            from nemo_r3.actor.trainer import Trainer
-
-            build, update = policy.build_model, Trainer.update
-
-            def built(*parts: Any) -> Any:
-                trunk = build(*parts)
-                assert emulate(trunk, emulation) == 2 * len(MATRICES)
-                return trunk
-
-            policy.build_model = built
-            Trainer.update = lambda self, batch: emulation.update(self, update, batch)
-
-        environment.prepare = prepared
-        training(arguments)
-
     from nemo_r3 import entry
+    from recipes import train as recipe
 
+    fp8, start = PRECISIONS[name].fp8, recipe.start_trainer
+    assert fp8 is not None
+
+    def start_emulating(setup: Any) -> Any:
+        trainer, emulation = start(setup), Emulation(fp8)
+        assert emulate(trainer.policy.module, emulation) == 2 * len(MATRICES)
+        trainer.update = partial(emulation.update, trainer, trainer.update)
+        return trainer
+
+    recipe.start_trainer = start_emulating
     sys.argv = [sys.argv[0], *arguments]
-    entry.main(emulating)
+    entry.main(recipe.train)
 
 
 def run(seed: int, precision: str, home: Path, more: Sequence[str] = ()) -> list[dict[str, Any]]:

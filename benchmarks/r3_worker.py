@@ -25,7 +25,7 @@ from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.refit import refit
 from nemo_r3.rollout import environment
-from nemo_r3.rollout.sampling import Completion, Sampler, Sampling, request_seed
+from nemo_r3.rollout.sampling import Sampler, Sampling, request_seed
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
 
@@ -45,36 +45,16 @@ class RejectsAll:
         return False
 
 
-class ForcedLengths:
-    """An engine whose requests end at given lengths, which it looks up by the request's seed, and nowhere else."""
+def force_lengths(engine: Sampler) -> dict[int | None, int]:
+    """Makes an engine's requests end at given lengths, and by no token: request seed -> tokens, to be filled in."""
+    lengths: dict[int | None, int] = {}
+    add = engine.add
 
-    def __init__(self, engine: Sampler) -> None:
-        """Takes the real engine."""
-        self.lengths: dict[int | None, int] = {}
-        self.max_model_len = engine.max_model_len
-        self._engine = engine
+    def add_forced(request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        add(request_id, prompt_ids, replace(sampling, max_tokens=lengths[sampling.seed], stop_ids=()))
 
-    @property
-    def version(self) -> int:
-        """The engine's."""
-        return self._engine.version
-
-    def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Queues a request of the given length that no token can end."""
-        forced = replace(sampling, max_tokens=self.lengths[sampling.seed], stop_ids=())
-        self._engine.add(request_id, prompt_ids, forced)
-
-    def step(self) -> list[Completion]:
-        """The engine's."""
-        return self._engine.step()
-
-    def abort(self) -> list[Completion]:
-        """The engine's."""
-        return self._engine.abort()
-
-    def reset_prefix_cache(self) -> None:
-        """The engine's."""
-        self._engine.reset_prefix_cache()
+    engine.add = add_forced  # type: ignore[method-assign]
+    return lengths
 
 
 class Bench:
@@ -94,9 +74,9 @@ class Bench:
         model = Path(workload.model)
         self.policy = Policy(self.config, world)
         self.trainer, self.engine = Trainer(self.policy), Engine.start(self.config, model)
-        self.forced = ForcedLengths(self.engine)
+        self.lengths = force_lengths(self.engine)
         dialogue = Dialogue(AutoTokenizer.from_pretrained(model), self.config.dialogue, RejectsAll.wording)
-        self.rollout = Rollout(self.forced, dialogue, RejectsAll(), self.config, world)
+        self.rollout = Rollout(self.engine, dialogue, RejectsAll(), self.config, world)
 
     def step(self, number: int) -> dict[str, Any]:
         """One training step with its times."""
@@ -120,9 +100,7 @@ class Bench:
         save_file({name: tensor.detach().clone() for name, tensor in self.policy.export_hf()}, weights)
         check = self.workload.check
         self.config.algo.kl_beta = check.kl_beta
-        batch = self._batch(
-            [given_group(*item) for item in zip(check.contexts, check.completions, strict=True)],
-        )
+        batch = self._batch([given_group(*item) for item in zip(check.contexts, check.completions, strict=True)])
         advantages = [advantage for group in check.advantages for advantage in group]
         rows = [
             replace(row, advantages=[advantage if weight else 0.0 for weight in row.loss_weights])
@@ -135,12 +113,12 @@ class Bench:
 
     def _force(self, failures: Sequence[Failure], number: int) -> None:
         """Gives every request of the step its length."""
-        self.forced.lengths = {}
+        self.lengths.clear()
         for failed, context in zip(failures, self.workload.steps[number], strict=True):
             for sample, length in enumerate(context.lengths):
                 for phase, tokens in ((Phase.REFLECTION, length), (Phase.RETRY, self.workload.retry_tokens)):
                     seed = request_seed(self.config.seed, number, failed.id, sample, phase)
-                    self.forced.lengths[seed] = tokens
+                    self.lengths[seed] = tokens
 
 
 def settings(workload: Workload) -> Config:

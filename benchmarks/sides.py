@@ -144,11 +144,7 @@ def apart(agreed: dict[str, float]) -> list[str]:
 def ratios(found: Steps, peer: str, parts: Sequence[str], ending: str = "") -> dict[str, float]:
     """The peer's wall time over ours: of the medians, and the lowest and highest of the steps done side by side.
 
-    Args:
-        found: the sides' answers.
-        peer: name of the other side.
-        parts: of a step.
-        ending: of the numbers' names.
+    The numbers' names are of a part and `ending`.
     """
     numbers = {}
     for part in parts:

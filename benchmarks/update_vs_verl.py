@@ -47,11 +47,7 @@ def main() -> None:
         command = [args.verl_python, "-m", "benchmarks.verl_worker", str(workload)]
         steps, agreed = compare("verl", command, workload, args.threads, STEPS, part="update")
     numbers = ratios(steps, "verl", ("update",)) | agreed
-    about = {
-        "sizes": asdict(sizes),
-        "versions": versions(PACKAGES, args.verl_python),
-        "machine": machine(args.threads),
-    }
+    about = {"sizes": asdict(sizes), "versions": versions(PACKAGES, args.verl_python), "machine": machine(args.threads)}
     out = results("update_vs_verl.json", args.small)
     out.write_text(json.dumps(numbers | about | {"steps": steps}, indent=2) + "\n")
     print(table(steps, PARTS))

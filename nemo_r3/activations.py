@@ -17,14 +17,9 @@ HEAD_LOGITS = 2**28
 
 
 def activation_bytes(config: Config, arch: Architecture, width: int, tokens: int, trained: int) -> float:
-    """Bytes of the pipeline stage that needs most.
+    """Bytes of the pipeline stage that needs most, with numbers of `width` bytes.
 
-    Args:
-        config: the run's settings.
-        arch: the model.
-        width: bytes of a number.
-        tokens: of a microbatch.
-        trained: how many of them carry loss.
+    A microbatch has `tokens`, of which `trained` carry loss.
     """
     actor, stages = config.actor, config.actor.pipeline_parallel
     full = actor.recompute == "full"
@@ -32,8 +27,6 @@ def activation_bytes(config: Config, arch: Architecture, width: int, tokens: int
     layers = arch.num_layers // stages
     stack = layers * (inputs if full else kept)
     again = (kept if full else 0) + working
-    if stages == 1:
-        return stack + max(_head(arch, actor.tensor_parallel, width, trained), again)
     # the first stage has as many microbatches under way as there are stages, the last has one and the head
     return max(stages * stack + again, stack + max(_head(arch, actor.tensor_parallel, width, trained), again))
 
@@ -42,7 +35,7 @@ def _per_token(config: Config, arch: Architecture) -> tuple[float, float, float]
     """Numbers that a rank holds of a token: a layer's input, all that the layer keeps, and its gradients at work."""
     ways = config.actor.tensor_parallel
     whole = arch.hidden_size / (ways if config.actor.sequence_parallel else 1)
-    queries, keys = arch.num_heads * arch.head_dim / ways, arch.num_kv_heads * arch.head_dim / ways
+    queries, keys = arch.query_width / ways, arch.key_width / ways
     columns = arch.ffn_hidden_size / ways
     # residual stream and norm, twice; rotated query and key, value, output; gate and up, and their product
     kept = 4 * whole + 2 * queries + 2 * keys + 3 * columns

@@ -81,15 +81,19 @@ def width_of(config: Config) -> int:
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
     actor = config.actor
-    ways, parameters = actor.tensor_parallel * actor.pipeline_parallel, count_parameters(arch)
     share = largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
-    owners = world_size // ways
+    owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     width = width_of(config)
     state = OPTIMIZER_BYTES if width == 2 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
-    reference = width * share if config.algo.kl_beta else 0
-    saved = checkpoint_bytes(config, arch) / world_size
-    token = arch.cached_bytes(config.rollout.tensor_parallel, width)
-    return Size(width * share, 4 * share, state * share / owners, reference, saved, width * parameters, token)
+    return Size(
+        weights=width * share,
+        gradients=4 * share,
+        optimizer=state * share / owners,
+        reference=width * share if config.algo.kl_beta else 0,
+        saved=checkpoint_bytes(config, arch) / world_size,
+        model=width * count_parameters(arch),
+        token=arch.cached_bytes(config.rollout.tensor_parallel, width),
+    )
 
 
 def largest_stage(arch: Architecture, stages: int) -> int:
@@ -101,13 +105,7 @@ def largest_stage(arch: Architecture, stages: int) -> int:
 
 
 def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -> None:
-    """Refuses a training run that cannot fit; every rank calls it.
-
-    Args:
-        config: the run's settings.
-        arch: the model.
-        world: all ranks.
-        checkpoints: the run's `checkpoints`, which need not exist.
+    """Refuses a training run that cannot fit; every rank calls it. The run's `checkpoints` need not exist.
 
     Raises:
         ConfigError: naming what does not fit, by how much, and the settings that change that.
@@ -171,6 +169,27 @@ def host_problem(config: Config, size: Size, node: Node) -> str | None:
     )
 
 
+def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
+    """Why a node's ranks cannot share its host memory without GPUs, or None.
+
+    Activations and the KV cache come on top, and in a save's foreground copies of what are parts of larger tensors: the
+    weights, and the state of the feed-forward layers' gate and up. What is offloaded stays in its buffers during an
+    update, too.
+    """
+    actor = size.at_work + (size.optimizer if config.actor.offload_optimizer else 0.0)
+    engine = size.model / config.rollout.tensor_parallel
+    copy = size.saved if config.train.save_in_background else 0.0
+    if node.ranks * (actor + engine + copy) <= node.host:
+        return None
+    copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
+    return (
+        f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
+        f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
+        "share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
+        "(algo.kl_beta=0), or use a machine with more memory"
+    )
+
+
 def check_export(arch: Architecture, world: World) -> None:
     """Refuses an export whose comparison, which holds the model in fp32 on rank 0's host, cannot fit there.
 
@@ -195,27 +214,6 @@ def export_problem(arch: Architecture, free: float) -> str | None:
         f"{socket.gethostname()} has {free / GIB:.0f} GiB of host memory, and an export is checked by running the "
         f"model in fp32 on rank 0's CPU, which takes {needed / GIB:.0f}: export on a host with more, or ask for more "
         "(cluster.memory_gb)"
-    )
-
-
-def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
-    """Why a node's ranks cannot share its host memory without GPUs, or None.
-
-    Activations and the KV cache come on top, and in a save's foreground copies of what are parts of larger tensors: the
-    weights, and the state of the feed-forward layers' gate and up. What is offloaded stays in its buffers during an
-    update, too.
-    """
-    actor = size.at_work + (size.optimizer if config.actor.offload_optimizer else 0.0)
-    engine = size.model / config.rollout.tensor_parallel
-    copy = size.saved if config.train.save_in_background else 0.0
-    if node.ranks * (actor + engine + copy) <= node.host:
-        return None
-    copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
-    return (
-        f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
-        f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
-        "share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
-        "(algo.kl_beta=0), or use a machine with more memory"
     )
 
 

@@ -108,24 +108,25 @@ def measure(
         The verdicts, and the sampled failures of these weights, each with its reflection.
     """
     verdicts: Verdicts = {}
-    own: dict[str, list[Group]] = {}
     for mode, greedy in (("sampled", False), ("greedy", True)):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
-        own[mode] = _reflected(rollout, [attempt.failure for attempt in attempts if attempt.is_failure], greedy)
-        given = own["sampled"] if fixed is None else fixed
+        own = _reflected(rollout, [attempt.failure for attempt in attempts if attempt.is_failure], greedy)
+        if not greedy:
+            sampled = own
+        given = sampled if fixed is None else fixed
         failures = [group.failure for group in given]
-        retried = _only(own[mode] if given is own[mode] else _reflected(rollout, failures, greedy))
+        retried = _only(own if own is given else _reflected(rollout, failures, greedy))
         measured = {
             "first_try": [attempt.passed for attempt in attempts],
             "retry_success_fixed": _passed(retried),
-            "within_two": _within_two(attempts, _passed(_only(own[mode]))),
+            "within_two": _within_two(attempts, _passed(_only(own))),
             "reflection_solves": [reflection.solves for reflection in retried],
             "attempts_truncated": [attempt.answer.truncated for attempt in attempts],
             "reflections_truncated": [reflection.answer.truncated for reflection in retried],
             "retries_truncated": [reflection.retry.truncated for reflection in retried],
         }
         if not greedy:
-            again = rollout.first_attempts([group.failure.problem for group in own[mode]], RESAMPLING_STEP)
+            again = rollout.first_attempts([group.failure.problem for group in own], RESAMPLING_STEP)
             measured["within_two_resampled"] = _within_two(attempts, [attempt.passed for attempt in again])
             measured["retry_success_donor"] = _passed(_after_donors(rollout, failures, retried))
             if fixed is not None:
@@ -134,7 +135,7 @@ def measure(
             measured["retry_success_reread"] = _passed(retried)
         for name, values in measured.items():
             verdicts.setdefault(name, {})[mode] = values
-    return verdicts, own["sampled"]
+    return verdicts, sampled
 
 
 def _reflected(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> list[Group]:

@@ -101,16 +101,16 @@ def _finish(
 ) -> tuple[float, float]:
     """On rank 0, completes, checks and moves the directory; see `export`."""
     assert shards is not None, "rank 0 has them"
-    writing, dtype = shards.directory, precision_of(config).dtype
+    writing, precision = shards.directory, precision_of(config)
     try:
         shards.close()
-        _write_config(writing, source, dtype)
+        _write_config(writing, source, precision.dtype_name)
         (writing / "README.md").write_text(card)
         _check_tokenizer(writing, source)
         if config.dialogue.chat_template is not None:  # the model was trained with this one
             shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
         regime = architecture_of(writing).rope.regime(config.rollout.max_model_len)
-        found = _compare(writing, probe, expected, config.rollout.temperature, dtype, regime)
+        found = _compare(writing, probe, expected, config.rollout.temperature, precision.dtype, regime)
         _replace(out, writing)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -183,12 +183,12 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_config(directory: Path, source: Path, dtype: torch.dtype) -> None:
+def _write_config(directory: Path, source: Path, dtype: str) -> None:
     """Writes everything but weights and card, from the starting checkpoint's files and with the actor's dtype."""
     hf = read_hf_config(source)
     hf.pop("torch_dtype", None)  # the old name of dtype
     hf.pop("auto_map", None)  # it names Python files that an export neither has nor needs
-    _write_json(directory / "config.json", {**hf, "dtype": str(dtype).removeprefix("torch.")})
+    _write_json(directory / "config.json", {**hf, "dtype": dtype})
     for pattern in COPIED:
         for file in source.glob(pattern):
             shutil.copyfile(file, directory / file.name)

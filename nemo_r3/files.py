@@ -45,11 +45,7 @@ def lines_of(file: Path) -> list[str]:
 
 
 def read_json_object(file: Path, setting: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        file: what to read.
-        setting: the key that led here; error messages begin with it.
+    """The JSON object in a file; error messages begin with `setting`, the key that led there.
 
     Raises:
         ConfigError: it cannot be read, or holds no JSON object.

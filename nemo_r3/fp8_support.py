@@ -128,16 +128,13 @@ def _check_machine(asked: str, recipe: Recipe, machine: Machine) -> None:
             f"{asked} needs Transformer Engine, which cannot be imported ({machine.te_error}); "
             "install transformer-engine[pytorch]: without it megatron-core would run BF16 and not say so"
         )
-    first, last = recipe.capabilities
-    if machine.capability < first:
+    here, (first, last) = machine.capability, recipe.capabilities
+    if not recipe.runs_on(here):
+        kind, limit = ("of", f"{_show(first)} or above") if here < first else ("below", _show(last))
+        others = [name for name, other in PRECISIONS.items() if other.fp8 and other.fp8.runs_on(here)]
         raise ConfigError(
-            f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
-            f"{_show(machine.capability)}{_other(machine.capability)}"
-        )
-    if machine.capability >= last:
-        raise ConfigError(
-            f"{asked} needs a GPU below CUDA compute capability {_show(last)}; this one has "
-            f"{_show(machine.capability)}{_other(machine.capability)}"
+            f"{asked} needs a GPU {kind} CUDA compute capability {limit}; this one has {_show(here)} "
+            + (f"(it has {', '.join(others)})" if others else "(ask for bf16)")
         )
     for name, found, oldest in (
         ("CUDA", machine.cuda, recipe.cuda),
@@ -157,16 +154,6 @@ def _check_rollout_machine(config: Config, machine: Machine) -> None:
             f"{asked} needs a GPU of CUDA compute capability {_show(first)} or above; this one has "
             f"{_show(machine.capability)}, where vLLM would multiply in BF16"
         )
-
-
-def _other(capability: Version) -> str:
-    """The FP8 precisions that a GPU does have, for an error message."""
-    names = [
-        name
-        for name, precision in PRECISIONS.items()
-        if precision.fp8 is not None and precision.fp8.capabilities[0] <= capability < precision.fp8.capabilities[1]
-    ]
-    return f" (it has {', '.join(names)})" if names else " (ask for bf16)"
 
 
 def _show(version: Version) -> str:
@@ -195,10 +182,9 @@ def matrix_dimensions(arch: Architecture, ways: int) -> Iterator[Dimension]:
 
     Gate and up are one matrix of twice the feed-forward columns, which divides if those do.
     """
-    queries, keys = arch.num_heads * arch.head_dim, 2 * arch.num_kv_heads * arch.head_dim
     yield Dimension("hidden size", arch.hidden_size, 1)
-    yield Dimension("query, key and value columns", queries + keys, ways, summed=False)
-    yield Dimension("attention columns", queries, ways)
+    yield Dimension("query, key and value columns", arch.query_width + 2 * arch.key_width, ways, summed=False)
+    yield Dimension("attention columns", arch.query_width, ways)
     yield Dimension("feed-forward columns", arch.ffn_hidden_size, ways)
 
 

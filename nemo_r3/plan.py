@@ -146,13 +146,7 @@ class Plan:
 
 
 def plan_of(config: Config, arch: Architecture, here: Node | None = None, gpu_name: str = "") -> Plan:
-    """The plan of a config.
-
-    Args:
-        config: the run's settings.
-        arch: the model.
-        here: this machine, for what the config leaves open; None if the run is for other machines alone.
-        gpu_name: of this machine.
+    """The plan of a config; what it leaves open is as on this machine (`here`), unless the run is for others alone.
 
     Raises:
         ConfigError: the layout does not fit the model, its FP8 or the ranks.
@@ -257,15 +251,13 @@ def _table(of: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> 
     """Bytes under their columns, as GiB or, of a small model, as MiB."""
     widths = [max(len(column), 8) + 2 for column in columns]
     unit, name = (GIB, "GiB") if max(max(counts) for _, *counts in rows) > SMALL_BYTES else (2**20, "MiB")
-    lines = [
-        f"{name} of {of}".ljust(NAMES)
-        + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
-    ]
+
+    def line(what: str, cells: Sequence[str]) -> str:
+        return what.ljust(NAMES) + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    lines = [line(f"{name} of {of}", columns)]
     for what, *counts in rows:
-        cells = [f"{count / unit:,.1f}" if count else "-" for count in counts]
-        lines.append(
-            f"  {what:<{NAMES - 2}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        )
+        lines.append(line(f"  {what}", [f"{count / unit:,.1f}" if count else "-" for count in counts]))
     return lines
 
 

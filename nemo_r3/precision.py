@@ -58,6 +58,11 @@ class Recipe:
     powers_of_two: bool = False
     delayed: bool = False
 
+    def runs_on(self, capability: Version) -> bool:
+        """Whether a GPU of this CUDA compute capability can do it."""
+        first, last = self.capabilities
+        return first <= capability < last
+
 
 @dataclass(frozen=True)
 class Precision:

@@ -97,15 +97,14 @@ class Progress:
         now = time.monotonic()
         if self._enabled and now - self._shown > (REDRAW if self._live else QUIET):
             self._shown = now
-            if self._live:
-                self._draw(text)
-            else:
-                print(f"{self._title} {text}".lstrip(), flush=True)
+            self._draw(text)
 
     def _draw(self, text: str) -> None:
         line = f"{self._title} {text}".lstrip()
-        sys.stdout.write(f"\r\033[K{line}"[:160])
-        sys.stdout.flush()
+        if self._live:
+            print(f"\r\033[K{line}"[:160], end="", flush=True)
+        else:
+            print(line, flush=True)
 
 
 class Pace:

@@ -91,11 +91,9 @@ def _with_margin(change: Mapping[str, Any] | None) -> str:
 
 
 def curve(metrics_file: Path, out: Path) -> None:
-    """Draws the learning curve of a run: retry success, how its groups were used, and the KL where there is one.
+    """Draws a run's learning curve: retry success, how its groups were used, and the KL where there is one.
 
-    Args:
-        metrics_file: the run's metrics.jsonl.
-        out: a PNG, 1200 x 500 pixels.
+    `out` becomes a PNG of 1200 x 500 pixels.
 
     Raises:
         UserError: the metrics cannot be read, or the picture not be written.
@@ -148,12 +146,17 @@ def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _draw_success(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
-    window = min(50, max(5, len(steps) // 10))
+    window = window_of(len(steps))
     _dress(axes, "retry success on failures, per training step", steps)
     axes.plot(steps, values, "o", color=BLUE, markersize=4, alpha=0.35, markeredgewidth=0, label="step")
     axes.plot(steps, moving_mean(values, window), color=BLUE, linewidth=2.5, label=f"mean of the last {window} steps")
     axes.set_ylim(0, 1)
     axes.legend(loc="upper left", frameon=False, labelcolor=INK)
+
+
+def window_of(steps: int) -> int:
+    """Over how many steps a learning curve of `steps` is averaged."""
+    return min(50, max(5, steps // 10))
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:

@@ -27,9 +27,6 @@ def watch(seconds: float) -> None:
 
     In between, a hung collective fails by its own time-out, which says more. The kernel does the killing (SIGALRM),
     because a thread that hangs inside a library runs no Python.
-
-    Args:
-        seconds: `run.timeout_minutes` in seconds.
     """
     global _watched
     _watched = (seconds, 0.0)

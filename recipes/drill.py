@@ -11,7 +11,6 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from signal import SIGKILL, SIGUSR1
 
 from nemo_r3 import config as configuration
 from nemo_r3 import entry
@@ -35,11 +34,8 @@ def drill(argv: Sequence[str]) -> None:
     draw = random.Random(config.seed)
     for number in range(kills):
         kind, wait = KINDS[number % len(KINDS)], draw.uniform(0.3, 1.0) * seconds
-        code, lived = killed.interrupt(
-            SIGUSR1 if kind == "SIGUSR1" else SIGKILL,
-            waits=[killed.writing if kind == "while saving" else wait],
-            patience=PATIENCE * seconds,
-        )
+        waits = [killed.writing if kind == "while saving" else wait]
+        code, lived = killed.interrupt(kind, waits, patience=PATIENCE * seconds)
         print(f"kill {number + 1}/{kills} {kind}: after {lived:.0f} s, code {code}", flush=True)
     killed.finish()
     differing = differences(whole.path, killed.path, steps)

@@ -48,7 +48,7 @@ def export(argv: Sequence[str]) -> None:
         difference, explained = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
-        dtype = str(precision_of(config).dtype).removeprefix("torch.")
+        dtype = precision_of(config).dtype_name
         print(
             f"exported step {step} to {out}; check passed: read by transformers, it gives a token's log-probability "
             f"within {difference:.1g} of the actor's, where rounding to {dtype} explains up to {explained:.1g}"

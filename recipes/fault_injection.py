@@ -21,6 +21,7 @@ from nemo_r3 import signals
 from nemo_r3.actor.manifest import WRITING
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.rollout.sampling import is_deterministic
 from nemo_r3.run_directory import MEASURED
 
 PATIENCE = 5.0
@@ -79,11 +80,11 @@ class Launch:
             raise UserError(f"{self.path} ended with code {code} although nothing disturbed it; see {self.path}.log")
         return time.monotonic() - begun
 
-    def interrupt(self, number: signal.Signals, waits: Sequence[Path | float], patience: float) -> tuple[int, float]:
+    def interrupt(self, kind: str, waits: Sequence[Path | float], patience: float) -> tuple[int, float]:
         """Starts the run and sends it a signal after some waits, unless it finishes first.
 
         Args:
-            number: SIGKILL, or SIGUSR1 to make the run save and stop.
+            kind: "SIGUSR1" to make the run save and stop; anything else is SIGKILL.
             waits: one after the other: until the run has written this path, or this many seconds.
             patience: seconds after which the run counts as hung.
 
@@ -93,6 +94,7 @@ class Launch:
         Raises:
             UserError: it hung, or ended with an unexpected code.
         """
+        number = signal.SIGUSR1 if kind == "SIGUSR1" else signal.SIGKILL
         process, begun, now = self.start(), time.monotonic(), time.time()
 
         def wait_for(sign: Path | float) -> None:
@@ -127,8 +129,9 @@ def ranks_of(config: Config) -> int:
     Raises:
         UserError: rollouts are not deterministic, so even two undisturbed runs differ.
     """
-    asked, actor = config.rollout.deterministic, config.actor
-    if asked is False or (asked is None and torch.cuda.is_available()):
+    rollout, actor = config.rollout, config.actor
+    if not is_deterministic(rollout, torch.cuda.is_available()):
+        asked = rollout.deterministic
         raise UserError(f"rollout.deterministic: {asked}: two runs would differ anyway; a drill needs true")
     return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel
 

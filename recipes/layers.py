@@ -65,13 +65,10 @@ class Layers:
 
 
 def worst_layers(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """The quarter of the FP8 layers, at least one, with the largest relative error, and that error.
+    """Of `LayerWatch.rows`, the quarter of the FP8 layers, at least one, with the largest relative error, and that.
 
     A product's error is that of its input and its weight together; a layer's is that of its worst product. Errors of
     gradients do not count: a mismatch is an error of log-probabilities, which the forward pass alone makes.
-
-    Args:
-        rows: as `LayerWatch.rows` gives them.
     """
     squares: dict[tuple[int, str], float] = {}
     for row in rows:

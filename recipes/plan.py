@@ -61,7 +61,8 @@ def longest_rows(plan: Plan) -> list[Row]:
     limits = {"reflection": rollout.max_reflection_tokens, "retry": rollout.max_answer_tokens}
     trained = sum(limits[phase] for phase in algo.trained_phases)
     own = sum(limits.values()) if "retry" in algo.trained_phases else limits["reflection"]
-    length, shared = rollout.max_model_len, rollout.max_model_len - own if plan.config.actor.shared_context else 0
+    length = rollout.max_model_len
+    shared = length - own if plan.config.actor.shared_context else 0
     weights = [0.0] * (length - trained) + [1.0] * trained
     row = Row(range(length), (), (), weights, weights, weights, shared=shared)
     return [

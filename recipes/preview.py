@@ -26,8 +26,7 @@ ASKED_PER_SHOWN = 8
 
 def preview(argv: Sequence[str]) -> None:
     """`python -m recipes.preview CONFIG.yaml [how many] key=value ...`."""
-    numbers = [int(word) for word in argv if word.isdecimal()]
-    shown = numbers[0] if numbers else SHOWN
+    shown = next((int(word) for word in argv if word.isdecimal()), SHOWN)
     setup = join([word for word in argv if not word.isdecimal()], trains=False)
     rollout = start_rollout(setup)
     problems = setup.task.problems("train")[: shown * ASKED_PER_SHOWN]

@@ -63,11 +63,8 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     """Checks the command line and joins the ranks; from here on every rank makes the same calls.
 
     megatron-core (with Transformer Engine) and vLLM read the environment when they are imported. It is prepared here,
-    so whatever imports them, such as `recipes.checkpoints`, is imported after this call.
-
-    Args:
-        argv: CONFIG.yaml key=value ...
-        trains: whether there will be updates; without any, FP8 is not needed.
+    so whatever imports them, such as `recipes.checkpoints`, is imported after this call. A command that does not train
+    needs no FP8.
 
     Raises:
         ConfigError: a setting is wrong; ranks, model and layout do not fit each other, or a training run does not fit

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from signal import SIGKILL, SIGUSR1
 
 from nemo_r3 import config as configuration
 from nemo_r3 import entry
@@ -102,7 +101,7 @@ def kill(launch: Launch, whole: Path, config: Config, tally: Tally, patience: fl
     step, shards = latest_step(launch.checkpoints), mined_shards(launch.path)
     kind, now = next_kind(launch.path, tally.total), time.time()
     waits = waits_of(launch, kind, random.Random(f"{config.seed}/{tally.total}"))
-    code, lived = launch.interrupt(SIGUSR1 if kind == "SIGUSR1" else SIGKILL, waits, patience)
+    code, lived = launch.interrupt(kind, waits, patience)
     tally.seconds = round(tally.seconds + lived, 1)
     tally.corrupt_checkpoints += sum(not is_sound(path) for path in complete(launch.checkpoints))
     tally.lost_checkpoints += latest_step(launch.checkpoints) < step

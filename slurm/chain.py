@@ -55,12 +55,7 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def parameters(array: JobArray, before: JobArray | None, job: str) -> dict[str, Any]:
-    """submitit's parameters for an array.
-
-    Args:
-        array: what is to be submitted.
-        before: the array that must succeed first; None for the first one.
-        job: the job id of `before`.
+    """submitit's parameters for an array, which starts when the one before, of the given job id, has succeeded.
 
     Raises:
         ConfigError: `cluster` has something that a chain cannot submit.
@@ -186,11 +181,11 @@ def _outcome(stage: Stage, job: str, failed: str | None) -> str:
     if code == 0:
         return "done"
     log = stage.folder / "jobs" / f"{job}_0_log.out"
-    if code is None and failed:
-        return f"cancelled: {failed} did not succeed"
-    if code is None and not job:
-        return "did not run"
     if code is None:
+        if failed:
+            return f"cancelled: {failed} did not succeed"
+        if not job:
+            return "did not run"
         return f"ended by Slurm: cancelled, out of time or out of memory; see {log} and `sacct --jobs={job}`"
     slices = [line for line in lines_of(log) if line.startswith("slice ")]
     return f"failed with code {code}: {slices[-1] if slices else 'see its output'}" + (f" ({log})" if job else "")

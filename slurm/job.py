@@ -132,7 +132,7 @@ def resource_warning(config: Config) -> str:
     return f"{', '.join(unasked)}: Slurm's default may be one core per rank, and memory for no more than that"
 
 
-def launch(config: Config, got: Allocation) -> dict[str, str | list[str]]:
+def shell_variables(config: Config, got: Allocation) -> dict[str, str | list[str]]:
     """The shell variables with which train.sh and rank.sh start the ranks.
 
     Raises:
@@ -185,7 +185,7 @@ def assignments(values: Mapping[str, str | list[str]]) -> str:
 def begin(config: Config) -> None:
     """Begins a slice: makes its log directory and prints the shell assignments."""
     got = read_allocation(os.environ)
-    values = launch(config, got)
+    values = shell_variables(config, got)
     slices.begin(config, got.job, got.restarts)
     ranks = got.nodes * ranks_per_node(config, got)
     print(f"{ranks} ranks on {got.nodes} nodes, restart {got.restarts}; logs: {values['LOGS']}", file=sys.stderr)

@@ -82,9 +82,7 @@ def _checked(recipe: str, argv: Sequence[str]) -> Config:
 def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
     """Whether the trainings of a chain fit their GPUs and nodes, a line each; nothing of those that name no GPUs.
 
-    Args:
-        arrays: the chain.
-        disk: whether `run.dir` is on this machine what it will be in the jobs.
+    With `disk`, `run.dir` is on this machine what it will be in the jobs.
 
     Raises:
         ConfigError: one does not fit; which settings would.
@@ -186,12 +184,12 @@ def run_here(arrays: Sequence[JobArray]) -> None:
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     try:
-        if argv and argv[0] in ("status", "cancel"):
+        if argv and (about := {"status": chain.status, "cancel": chain.cancel}.get(argv[0])):
             if len(argv) != 2:
                 raise UserError(
                     f"{argv[0]}: expected the chain's run directory, got {shlex.join(argv[1:]) or 'nothing'}"
                 )
-            print(chain.status(Path(argv[1])) if argv[0] == "status" else chain.cancel(Path(argv[1])))
+            print(about(Path(argv[1])))
             return 0
         args = parser().parse_intermixed_args(argv)
         arrays = job_arrays(args)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from nemo_r3 import signals
 from nemo_r3.actor.manifest import latest_step
@@ -141,28 +142,39 @@ def read_end(logs: Path, code: int, hosts: list[str], health_minutes: int) -> En
     """
     if code == FINISHED:
         return End(FINISHED, "finished")
+    return _failed_check(logs, code, hosts, health_minutes) or _first_failure(logs, code)
+
+
+def _failed_check(logs: Path, code: int, hosts: list[str], health_minutes: int) -> End | None:
+    """The end of a slice whose nodes are not fit; None if they are."""
     late = f"the health check took longer than cluster.health_minutes={health_minutes}" if code == TIMED_OUT else ""
     answers = dict(line.split(": ", 1) for line in lines_of(logs / "health.log") if ": " in line)
     if not answers:
         silent = late or "no node answered the health check"
         return End(FAULT, f"{silent} (cluster.setup, cluster.container?); see the lines above")
-    sick = {host: answers.get(host, late or "no answer to the health check") for host in hosts}
-    sick = {host: cause for host, cause in sick.items() if cause != FINE}
-    if sick:  # a fault that all of several nodes share is no node's own
-        blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()
-        return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
-    failed = sorted((at, rank, code, host) for rank, code, host, at in _exits(logs) if code)
+    causes = {host: answers.get(host, late or "no answer to the health check") for host in hosts}
+    sick = {host: cause for host, cause in causes.items() if cause != FINE}
+    if not sick:
+        return None
+    # a fault that all of several nodes share is no node's own
+    blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()
+    return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
+
+
+def _first_failure(logs: Path, code: int) -> End:
+    """The end of a slice whose ranks ran: that of the first one that failed, if any says so."""
+    failed = sorted(rank for rank in _ended_ranks(logs) if rank.code)
     if not failed and code == STOPPED:
         return End(STOPPED, "stopped on request before the ranks began")
     if not failed:
         return End(FAULT, f"srun ended with code {code} and no rank said why; see the lines above")
-    _, rank, code, host = failed[0]
-    if code == STOPPED:
+    first, *others = failed
+    if first.code == STOPPED:
         return End(STOPPED, "stopped on request")
-    trouble = _host_trouble(logs, rank, code)
-    shared = trouble and any(_host_trouble(logs, n, c) == trouble for _, n, c, other in failed if other != host)
-    blamed = (host,) if trouble and not shared else ()
-    return End(code, f"rank {rank} on {host} {_said(_log(logs, rank), code)}", blamed)
+    trouble = _host_trouble(first)
+    shared = trouble and any(_host_trouble(other) == trouble for other in others if other.host != first.host)
+    blamed = (first.host,) if trouble and not shared else ()
+    return End(first.code, f"rank {first.rank} on {first.host} {_said(first)}", blamed)
 
 
 def decide(config: Config, record: Record, ended: End, progress: tuple[int, int]) -> Verdict:
@@ -234,31 +246,37 @@ def _file(config: Config) -> Path:
     return Path(config.run.dir, "slurm.json")
 
 
-def _exits(logs: Path) -> Iterator[tuple[int, int, str, float]]:
-    """Rank, exit code, host and time of every rank that ended by itself or was killed alone."""
+class _EndedRank(NamedTuple):
+    """A rank that ended by itself or was killed alone; the earlier one is the lesser."""
+
+    at: float
+    rank: int
+    code: int
+    host: str
+    log: Path
+
+
+def _ended_ranks(logs: Path) -> Iterator[_EndedRank]:
     for file in logs.glob("rank_*.exit"):
         if len(words := file.read_text().split()) == 3:
-            yield int(file.stem.removeprefix("rank_")), int(words[0]), words[1], float(words[2])
+            rank = int(file.stem.removeprefix("rank_"))
+            yield _EndedRank(float(words[2]), rank, int(words[0]), words[1], file.with_suffix(".log"))
 
 
-def _log(logs: Path, rank: int) -> Path:
-    return logs / f"rank_{rank}.log"
-
-
-def _host_trouble(logs: Path, rank: int, code: int) -> str:
+def _host_trouble(rank: _EndedRank) -> str:
     """What a rank died of, if a broken host may have caused it: a signal or a GPU's own error; otherwise empty."""
-    if number := _signal(code):
+    if number := _signal(rank.code):
         return "" if number in NOT_THE_HOSTS else number.name
-    return next((match[1] for line in lines_of(_log(logs, rank)) if (match := DEVICE_ERROR.search(line))), "")
+    return next((match[1] for line in lines_of(rank.log) if (match := DEVICE_ERROR.search(line))), "")
 
 
 def _signal(code: int) -> signal.Signals | None:
     return signal.Signals(code - 128) if code - 128 in [*signal.Signals] else None
 
 
-def _said(log: Path, code: int) -> str:
+def _said(rank: _EndedRank) -> str:
     """What a rank died of: a signal, or the first error in its log."""
-    if number := _signal(code):
+    if number := _signal(rank.code):
         return f"was killed by signal {number.value} ({number.name})"
-    said = next((line for line in lines_of(log) if ERROR_LINE.match(line)), "its log names no error")
-    return f"ended with code {code}: {said} ({log})"
+    said = next((line for line in lines_of(rank.log) if ERROR_LINE.match(line)), "its log names no error")
+    return f"ended with code {rank.code}: {said} ({rank.log})"

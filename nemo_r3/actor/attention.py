@@ -89,14 +89,9 @@ class _SharedContext(torch.autograd.Function):
         d_query, d_key, d_value = kernel.backward(grad, query, key, value, out, lse, own)
         if layout.shared:
             branch, context = layout.branch_tokens, layout.context_tokens
+            across = _to_context(layout)
             to_context = kernel.backward(
-                grad[branch],
-                query[branch],
-                key[context],
-                value[context],
-                out[branch],
-                lse[:, branch],
-                _to_context(layout),
+                grad[branch], query[branch], key[context], value[context], out[branch], lse[:, branch], across
             )
             d_query[branch] += to_context[0]
             d_key[context] += to_context[1]

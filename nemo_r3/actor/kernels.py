@@ -147,42 +147,25 @@ class CudaFlash:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """See `Kernel`."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            query,
-            key,
-            value,
-            parts.queries.tensor,
-            parts.keys.tensor,
-            parts.queries.longest,
-            parts.keys.longest,
-            0.0,
-            parts.causal,
-            False,
-        )
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *_flash_arguments(parts), False)
         return out, lse
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: Parts
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
-        no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
+        grad, lse = grad.contiguous(), lse.contiguous()
+        no_dropout = [torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ())]
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(),
-            query,
-            key,
-            value,
-            out,
-            lse.contiguous(),
-            parts.queries.tensor,
-            parts.keys.tensor,
-            parts.queries.longest,
-            parts.keys.longest,
-            0.0,
-            parts.causal,
-            no_dropout,
-            torch.empty((), dtype=torch.uint64, device=query.device),
+            grad, query, key, value, out, lse, *_flash_arguments(parts), *no_dropout
         )
         return gradients
+
+
+def _flash_arguments(parts: Parts) -> tuple[Tensor, Tensor, int, int, float, bool]:
+    """Bounds, longest parts, dropout and mask, as both directions take them."""
+    queries, keys = parts.queries, parts.keys
+    return queries.tensor, keys.tensor, queries.longest, keys.longest, 0.0, parts.causal
 
 
 class Plain:

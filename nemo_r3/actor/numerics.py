@@ -76,7 +76,7 @@ class LayerWatch:
     def __init__(self, trunk: Any, recipe: Recipe | None) -> None:
         """Touches nothing before `watching`; `recipe` is the run's, None without FP8."""
         self._layers = {layer.layer_number - 1: layer for layer in trunk.decoder.layers}
-        self._recipe = recipe
+        self._recipe = recipe or TENSORWISE
         end = trunk.config.num_layers
         edge = end if recipe is None else recipe.edges
         self._plain = {number for number in self._layers if number < edge or number >= end - edge}
@@ -129,11 +129,10 @@ class LayerWatch:
         product.register_hook(partial(self._take, (number, matrix, "gradient"), module))
 
     def _take(self, key: Key, module: Any, tensor: Tensor) -> None:
-        recipe = self._recipe or TENSORWISE
-        operand = key[-1]
+        recipe, operand = self._recipe, key[-1]
         dtype = torch.float8_e5m2 if operand == "gradient" and recipe.format == "hybrid" else torch.float8_e4m3fn
         scale = None
-        if self._recipe is not None and recipe.delayed and key[0] not in self._plain:
+        if recipe.delayed and key[0] not in self._plain:
             held, place = OPERANDS[operand]
             scale = module.fp8_meta[held].scale[place]
         tile = recipe.weight_tile if operand == WEIGHT else recipe.tile
@@ -156,24 +155,17 @@ def measure_rounding(
         tile: rows and columns that share one scale, which maps their amax to the format's maximum; None: one scale
             for the whole tensor.
         powers_of_two: round scales down to powers of two.
-        scale: use this one instead.
+        scale: of the whole tensor, instead of its amax's.
     """
     rows, largest = tensor.reshape(-1, tensor.shape[-1]), torch.finfo(dtype).max
     height = 1 if tile is None else tile[0]
     parts = rows.split(max(CHUNK // rows.shape[1] // height, 1) * height)
     amax = torch.stack([part.abs().amax() for part in parts]).amax().float()
-
-    def scales_of(numbers: Tensor) -> Tensor:
-        if scale is not None:
-            return scale
-        if tile is None:
-            return _scale(amax, largest, powers_of_two)
-        return _spread(numbers, tile, largest, powers_of_two)
-
+    whole = _scale(amax, largest, powers_of_two) if scale is None else scale
     sums = torch.zeros(5, dtype=torch.float64, device=tensor.device)
     for part in parts:
         numbers = part.float()
-        scales = scales_of(numbers)
+        scales = whole if tile is None else _spread(numbers, tile, largest, powers_of_two)
         back, filled = _there_and_back(numbers, scales, dtype), numbers != 0
         counts = (filled, filled & (back == 0), (numbers * scales).abs() > largest * (1 + 1e-6))
         sums += torch.stack([count.sum() for count in counts] + [((back - numbers) ** 2).sum(), (numbers**2).sum()])

@@ -29,9 +29,7 @@ STATES = ("param", "exp_avg", "exp_avg_sq")
 def sharded_state(optimizer: MegatronOptimizer, weights: Mapping[str, Any]) -> list[ShardedTensor]:
     """This rank's main weights and moments as parts of a checkpoint, which share the optimizer's memory.
 
-    Args:
-        optimizer: on every rank.
-        weights: the model's sharded state.
+    `weights` is the model's sharded state.
     """
     tensors, _ = extract_sharded_tensors_and_factories(weights)
     by_parameter = {weight.data: weight for weight in nested_values(tensors)}

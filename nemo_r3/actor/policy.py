@@ -68,9 +68,6 @@ class Policy:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities of every token but the first, at the rollout temperature.
 
-        Args:
-            sequences: token ids.
-
         Returns:
             One [length - 1] float32 tensor per sequence, on the CPU, on every rank.
         """
@@ -116,4 +113,4 @@ def _scored_row(ids: Sequence[int]) -> Row:
     """A row whose tokens are all targets."""
     count = len(ids)
     zeros = [0.0] * count
-    return Row(ids, (), (), zeros, [1.0] * count, zeros)
+    return Row(ids, phases=(), sampled=(), advantages=zeros, loss_weights=[1.0] * count, rollout_logprobs=zeros)

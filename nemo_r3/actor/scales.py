@@ -23,9 +23,7 @@ KEPT = ("scale", "amax_history")
 def keep_scales(module: Any, delayed: bool) -> None:
     """Makes Transformer Engine's layers save and load their scales as bytes of safetensors.
 
-    Args:
-        module: the policy's modules.
-        delayed: whether the recipe is delayed scaling; any other saves no scales, and ignores those in a checkpoint.
+    Any recipe but delayed scaling saves none, and ignores those in a checkpoint.
     """
     recipe = get_fp8_recipe(module.config) if delayed else None
     for part in module.modules():
@@ -35,15 +33,10 @@ def keep_scales(module: Any, delayed: bool) -> None:
 
 
 def find_scales(module: Any, world: World, accumulate: Callable[[], object]) -> None:
-    """Runs two passes whose gradients are thrown away, unless a checkpoint brought the scales.
+    """Runs `accumulate` twice, forward and backward of a microbatch, unless a checkpoint brought the scales.
 
     With the initial scales of 1, gradients round to zero. The first pass sees the gradients of the residual stream; the
-    second no longer loses these, and sees what is behind them.
-
-    Args:
-        module: the policy's modules.
-        world: all ranks.
-        accumulate: runs a microbatch forward and backward.
+    second no longer loses these, and sees what is behind them. The gradients of both are thrown away.
     """
     if not any(world.gather(_knows_scales(module))):
         accumulate()

@@ -90,12 +90,7 @@ class Balance:
         self._groups = list(groups.values())
 
     def deal(self, ranks: int, stages: int = 1) -> Dealt:
-        """Deals the rows.
-
-        Args:
-            ranks: data-parallel ranks.
-            stages: of the pipeline that each of them is.
-        """
+        """Deals the rows to data-parallel ranks, each of which is a pipeline of `stages`."""
         fewest = self._deal(self._budget, ranks, wanted=1)
         wanted = MICROBATCHES_PER_STAGE * stages
         if stages == 1 or len(fewest[0]) >= wanted:

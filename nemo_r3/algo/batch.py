@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import compress, groupby, takewhile
+from operator import itemgetter
 
 from nemo_r3.algo.advantages import Advantage, group_advantages, is_mixed, shuffled
 from nemo_r3.algo.aggregation import token_weights
@@ -13,16 +14,12 @@ from nemo_r3.types import Group, Phase, Row, Segment, Trajectory, UpdateBatch
 
 
 def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBatch:
-    """The rows of one optimizer step.
+    """The rows of one optimizer step, from its rollouts, which are the same on every rank.
 
     A group whose rewards are all equal has no advantages: it is dropped and counted, unless `algo.keep_equal_groups`.
     The other rows share the loss as `algo.loss` aggregates it (GRPO: 1 / rows each, evenly over the row's trained
-    tokens), so the loss does not depend on how the step is cut into microbatches and ranks.
-
-    Args:
-        groups: this step's rollouts, the same on every rank.
-        config: the run's settings.
-        seed: of `algo.shuffle_rewards`.
+    tokens), so the loss does not depend on how the step is cut into microbatches and ranks. The seed is that of
+    `algo.shuffle_rewards`.
     """
     algo, loss = config.algo, loss_named(config.algo.loss)
     rewards = [group.rewards for group in groups]
@@ -44,11 +41,14 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
             masked = algo.mask_truncated and reflection.answer.truncated  # arXiv 2503.14476, section 3.4
             if trajectory.segments and not masked:
                 chosen.append((number, trajectory, advantage))
-    lengths = [sum(len(segment.ids) for segment in row.segments if _trained(segment, phases)) for _, row, _ in chosen]
+    lengths = [
+        sum(len(segment.ids) for segment in trajectory.segments if _trained(segment, phases))
+        for _, trajectory, _ in chosen
+    ]
     weights = token_weights(lengths, loss.AGGREGATION, token_limit(config))
     shared = {
         number: shared_tokens([trajectory for _, trajectory, _ in members], phases)
-        for number, members in groupby(chosen, key=lambda row: row[0])
+        for number, members in groupby(chosen, key=itemgetter(0))
     }
     used = len({number for number, _, _ in chosen if mixed[number]})
     return UpdateBatch(

@@ -45,10 +45,7 @@ class ClusterConfig:
         5, low=1, help="limit of the nodes' check before the ranks start; a container is imported in it", resume=True
     )
     signal_seconds: int = option(
-        600,
-        low=1,
-        help="seconds before the time limit to stop and save; an update and a save must fit in",
-        resume=True,
+        600, low=1, help="seconds before the time limit to stop and save; an update and a save must fit in", resume=True
     )
     max_requeues: int = option(
         3, low=0, help="how often a job may be requeued after faults without progress", resume=True

@@ -70,20 +70,22 @@ def draw(
     high = high if high > low else low + 1.0
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
-    def place(point: Point) -> Point:
-        x = LEFT + (point[0] - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-        return x, HEIGHT - BOTTOM - (point[1] - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+    def x_of(step: float) -> float:
+        return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+
+    def y_of(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def curve(name: str, values: Sequence[float]) -> Curve:
         points = thinned(list(zip(steps, values, strict=True)))
-        pixels = [place(point) if math.isfinite(point[1]) else None for point in points]
+        pixels = [(x_of(step), y_of(value)) if math.isfinite(value) else None for step, value in points]
         return Curve(name, _path(pixels, name == dots), _ends(values), name == dots)
 
     return Chart(
         title,
         [curve(name, values) for name, values in known.items()],
-        [(place((tick, low))[0], f"{tick:g}") for tick in ticks(first, last, 6) if tick == round(tick)],
-        [(place((first, tick))[1], f"{tick:g}") for tick in ticks(low, high, 4)],
+        [(x_of(tick), f"{tick:g}") for tick in ticks(first, last, 6) if tick == round(tick)],
+        [(y_of(tick), f"{tick:g}") for tick in ticks(low, high, 4)],
     )
 
 

@@ -82,22 +82,18 @@ def shares(metrics: Metrics) -> list[Share]:
     """SHARES at both ends of the run, without those that were not measured."""
     rows = []
     for name, what in SHARES.items():
-        known = [(number(line, name), int(line["step"])) for line in metrics if not math.isnan(number(line, name))]
-        if known:
-            values, (highest, at) = [value for value, _ in known], max(known, key=lambda pair: pair[0])
+        if values := _known(metrics, name):
+            at = next(int(line["step"]) for line in metrics if number(line, name) == max(values))
             first, last = statistics.fmean(values[:ENDS]), statistics.fmean(values[-ENDS:])
-            rows.append(Share(what, first, last, highest, at))
+            rows.append(Share(what, first, last, max(values), at))
     return rows
 
 
 def phases(metrics: Metrics, summary: Mapping[str, Any]) -> list[Phase]:
     """Where the time went: the phases of the logged steps, then those that only summary.json has."""
     names = dict.fromkeys(key for line in metrics for key in line if key.startswith("time/"))
-    spent = {
-        name.removeprefix("time/"): [value for line in metrics if not math.isnan(value := number(line, name))]
-        for name in names
-        if not name.startswith("time/cpu_")
-    }
+    walls = [name for name in names if not name.startswith("time/cpu_")]
+    spent = {name.removeprefix("time/"): _known(metrics, name) for name in walls}
     whole = sum(map(sum, spent.values())) or math.nan
     of_steps = [Phase(name, sum(took), sum(took) / len(metrics), sum(took) / whole) for name, took in spent.items()]
     seconds = summary.get("seconds")
@@ -111,11 +107,13 @@ def phases(metrics: Metrics, summary: Mapping[str, Any]) -> list[Phase]:
 
 def speeds(metrics: Metrics) -> dict[str, float]:
     """The median step's SPEEDS, by what they are."""
-    known = {
-        what: [value for line in metrics if not math.isnan(value := number(line, name))]
-        for name, what in SPEEDS.items()
-    }
+    known = {what: _known(metrics, name) for name, what in SPEEDS.items()}
     return {what: statistics.median(values) for what, values in known.items() if values}
+
+
+def _known(metrics: Metrics, name: str) -> list[float]:
+    """A metric in the steps that have it."""
+    return [value for line in metrics if not math.isnan(value := number(line, name))]
 
 
 def _named(steps: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from nemo_r3.files import write_whole
 from nemo_r3.html_report import chart, health, rollouts
 from nemo_r3.html_report.chart import Chart, draw
 from nemo_r3.html_report.read import RunFiles, number, read_run
-from nemo_r3.report import HEADINGS, NOTE, moving_mean, rates
+from nemo_r3.report import HEADINGS, NOTE, moving_mean, rates, window_of
 
 MOST_BYTES = 4_000_000
 LIMITS = (8000, 4000, 2000, 1000, 500, 250)
@@ -47,10 +47,8 @@ SHOWN = _Shown()
 def write_report(config: Config) -> Path:
     """Writes `<run.dir>/report.html`: settings, results, curves, dialogues and health, as far as there are any.
 
-    The page asks for nothing outside of itself, runs no script, and has at most MOST_BYTES.
-
-    Args:
-        config: what names the run directory; its other settings count where none are recorded there.
+    The page asks for nothing outside of itself, runs no script, and has at most MOST_BYTES. The config names the
+    directory; its other settings count where none are recorded there.
 
     Raises:
         UserError: the directory holds no run.
@@ -163,7 +161,7 @@ def _charts(run: RunFiles) -> list[Chart]:
     def drawn(title: str, names: dict[str, str], high: float = 0.0) -> Chart | None:
         return draw(title, steps, {label: of(name) for name, label in names.items()}, high=high)
 
-    window = min(50, max(5, len(steps) // 10))
+    window = window_of(len(steps))
     success, mismatch = of("retry_success"), of("token_mult_prob_error")
     warn = [run.config.train.mismatch_warn if math.isfinite(value) else math.nan for value in mismatch]
     used, dropped = of("groups_used"), of("groups_dropped")

@@ -37,10 +37,7 @@ class RunFiles:
 
 
 def read_run(config: Config) -> RunFiles:
-    """Reads the run in `run.dir`, all but its rollouts.
-
-    Args:
-        config: what names the directory; its other settings count where none are recorded.
+    """Reads the run in `run.dir`, all but its rollouts; other settings count where none are recorded.
 
     Raises:
         UserError: the directory holds no run.
@@ -53,13 +50,13 @@ def read_run(config: Config) -> RunFiles:
     rollouts = {int(name): file for name, file in files.items() if name.isdecimal()}
     config = _recorded(path / "config.yaml", unread) or config
     return RunFiles(
-        path,
-        config,
-        sorted(metrics, key=lambda line: line["step"]),
-        dict(sorted(rollouts.items())),
-        _object(path / "summary.json", unread),
-        _object(Path(config.failures.path) / "bank.json", unread),
-        unread,
+        path=path,
+        config=config,
+        metrics=sorted(metrics, key=lambda line: line["step"]),
+        rollouts=dict(sorted(rollouts.items())),
+        summary=_object(path / "summary.json", unread),
+        bank=_object(Path(config.failures.path) / "bank.json", unread),
+        unread=unread,
     )
 
 
@@ -97,8 +94,8 @@ def _object(file: Path, unread: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = _parsed(file.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        value = error.strerror
+    except OSError:
+        value = None
     if isinstance(value, dict):
         return value
     unread.append(str(file))

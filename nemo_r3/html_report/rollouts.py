@@ -120,27 +120,27 @@ def _groups(lines: Sequence[dict[str, Any]]) -> list[WrittenGroup]:
     for line in lines:
         if isinstance(line.get("group"), int) and isinstance(line.get("reflection"), str):
             by_number.setdefault(line["group"], []).append(line)
-    return [_group(number, own) for number, own in sorted(by_number.items())]
+    return [_group(place, own) for place, own in sorted(by_number.items())]
 
 
-def _group(number_: int, lines: list[dict[str, Any]]) -> WrittenGroup:
+def _group(place: int, lines: list[dict[str, Any]]) -> WrittenGroup:
     shared = next((line for line in lines if "problem" in line), {})
     written = [
         Written(
-            line["reflection"],
-            str(line.get("retry", "")),
-            number(line, "reward") > 0,
-            number(line, "advantage"),
-            line.get("finish_reason") == "length",
-            line.get("retry_finish_reason") == "length",
-            line.get("reflection_solves") is True,
+            reflection=line["reflection"],
+            retry=str(line.get("retry", "")),
+            passed=number(line, "reward") > 0,
+            advantage=number(line, "advantage"),
+            cut=line.get("finish_reason") == "length",
+            retry_cut=line.get("retry_finish_reason") == "length",
+            solves=line.get("reflection_solves") is True,
         )
         for line in lines
     ]
     return WrittenGroup(
-        number_,
-        str(lines[0].get("problem_id", "")),
-        str(shared.get("problem", "")),
-        str(shared.get("attempt", "")),
-        written,
+        number=place,
+        problem_id=str(lines[0].get("problem_id", "")),
+        problem=str(shared.get("problem", "")),
+        attempt=str(shared.get("attempt", "")),
+        reflections=written,
     )

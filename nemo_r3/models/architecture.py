@@ -54,6 +54,16 @@ class Architecture:
     fused: bool = False
     window: int | None = None
 
+    @property
+    def query_width(self) -> int:
+        """Columns of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Columns of all key heads; the value heads have as many."""
+        return self.num_kv_heads * self.head_dim
+
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Embedding rows once padded so that all tensor-parallel ranks hold equally many."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
@@ -64,10 +74,7 @@ class Architecture:
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face checkpoint.
-
-    Args:
-        path: the checkpoint's directory, or a config.json by any name.
+    """The config.json of a Hugging Face checkpoint: in its directory, or a file of any name that ends in .json.
 
     Raises:
         ConfigError: there is no readable config.json.

@@ -24,6 +24,6 @@ def fingerprint(path: Path, arch: Architecture) -> str:
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as handle:
             for sample in range(SAMPLES):
-                handle.seek(sample * max(size - SAMPLE_BYTES, 0) // max(SAMPLES - 1, 1))
+                handle.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
                 digest.update(handle.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]

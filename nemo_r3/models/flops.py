@@ -14,11 +14,10 @@ FORWARD_AND_BACKWARD = 3
 
 def training_cost(arch: Architecture) -> Cost:
     """FLOPs of forward and backward; a multiplication with its addition counts as 2."""
-    queries, keys = arch.num_heads * arch.head_dim, 2 * arch.num_kv_heads * arch.head_dim
-    layer = arch.hidden_size * (2 * queries + keys + 3 * arch.ffn_hidden_size)
+    layer = arch.hidden_size * (2 * arch.query_width + 2 * arch.key_width + 3 * arch.ffn_hidden_size)
     return Cost(
         per_token=FORWARD_AND_BACKWARD * 2 * arch.num_layers * layer,
-        per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * queries,
+        per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * arch.query_width,
         per_target=FORWARD_AND_BACKWARD * 2 * arch.hidden_size * arch.vocab_size,
     )
 

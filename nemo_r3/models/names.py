@@ -22,6 +22,7 @@ class NameRow:
     Attributes:
         megatron: parameter name with the global layer number, as the local layer spec names it.
         hf: the Hugging Face names it holds, in the order of `convert.merge`.
+        shape: of the whole tensor, before a vocabulary is padded.
         kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab". "qkv" and
             "gate_up" may have a single name: of the tensor in which a family has fused them, one after the other.
         cut: the axis that tensor parallelism cuts; None if every rank holds the whole.
@@ -30,6 +31,7 @@ class NameRow:
 
     megatron: str
     hf: tuple[str, ...]
+    shape: tuple[int, ...]
     kind: str = "copy"
     cut: int | None = None
     layer: int | None = None
@@ -37,35 +39,39 @@ class NameRow:
 
 def rows(arch: Architecture) -> list[NameRow]:
     """The rows of a decoder, in the same order on every rank."""
-    table = [NameRow(EMBEDDING, ("model.embed_tokens.weight",), "vocab", 0)]
+    vocabulary = (arch.vocab_size, arch.hidden_size)
+    table = [NameRow(EMBEDDING, ("model.embed_tokens.weight",), vocabulary, "vocab", 0)]
     for layer in range(arch.num_layers):
         table += _layer_rows(arch, layer)
-    table.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
+    table.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",), (arch.hidden_size,)))
     if not arch.tied:
-        table.append(NameRow(HEAD, ("lm_head.weight",), "vocab", 0))
+        table.append(NameRow(HEAD, ("lm_head.weight",), vocabulary, "vocab", 0))
     return table
 
 
 def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
     mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    hidden, ffn, columns = arch.hidden_size, arch.ffn_hidden_size, arch.query_width + 2 * arch.key_width
 
-    def row(name: str, *sources: str, kind: str = "copy", cut: int | None = None) -> NameRow:
-        return NameRow(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), kind, cut, layer)
+    def row(name: str, shape: tuple[int, ...], *sources: str, kind: str = "copy", cut: int | None = None) -> NameRow:
+        return NameRow(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), shape, kind, cut, layer)
 
     qkv = ["self_attn.qkv_proj"] if arch.fused else [f"self_attn.{part}_proj" for part in "qkv"]
     gate_up = ["mlp.gate_up_proj"] if arch.fused else ["mlp.gate_proj", "mlp.up_proj"]
+    weights, biases = ([f"{name}.{which}" for name in qkv] for which in ("weight", "bias"))
     rows = [
-        row("input_layernorm.weight", "input_layernorm.weight"),
-        row("self_attention.linear_qkv.weight", *(f"{name}.weight" for name in qkv), kind="qkv", cut=0),
-        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", cut=1),
-        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
-        row("mlp.linear_fc1.weight", *(f"{name}.weight" for name in gate_up), kind="gate_up", cut=0),
-        row("mlp.linear_fc2.weight", "mlp.down_proj.weight", cut=1),
+        row("input_layernorm.weight", (hidden,), "input_layernorm.weight"),
+        row("self_attention.linear_qkv.weight", (columns, hidden), *weights, kind="qkv", cut=0),
+        row("self_attention.linear_proj.weight", (hidden, arch.query_width), "self_attn.o_proj.weight", cut=1),
+        row("pre_mlp_layernorm.weight", (hidden,), "post_attention_layernorm.weight"),
+        row("mlp.linear_fc1.weight", (2 * ffn, hidden), *(f"{name}.weight" for name in gate_up), kind="gate_up", cut=0),
+        row("mlp.linear_fc2.weight", (hidden, ffn), "mlp.down_proj.weight", cut=1),
     ]
     if arch.qkv_bias:
-        rows.append(row("self_attention.linear_qkv.bias", *(f"{name}.bias" for name in qkv), kind="qkv", cut=0))
+        rows.append(row("self_attention.linear_qkv.bias", (columns,), *biases, kind="qkv", cut=0))
     if arch.qk_norm:
-        rows += [row(f"self_attention.{part}_layernorm.weight", f"self_attn.{part}_norm.weight") for part in "qk"]
+        head = (arch.head_dim,)
+        rows += [row(f"self_attention.{x}_layernorm.weight", head, f"self_attn.{x}_norm.weight") for x in "qk"]
     return rows
 
 
@@ -86,8 +92,7 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
         return [(name, (slice(None),)) for name in row.hf]
     match row.kind:
         case "qkv":
-            query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-            lengths = [query, key, key]
+            lengths = [arch.query_width, arch.key_width, arch.key_width]
         case "gate_up":
             lengths = [arch.ffn_hidden_size] * 2
         case _:
@@ -102,22 +107,8 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
 
 
 def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:
-    """The shape of a row's full megatron tensor."""
-    hidden, head = arch.hidden_size, arch.head_dim
-    if row.kind == "vocab":
-        return (arch.padded_vocab(tensor_parallel), hidden)
-    if row.kind == "qkv":
-        columns = (arch.num_heads + 2 * arch.num_kv_heads) * head
-        return (columns,) if row.megatron.endswith("bias") else (columns, hidden)
-    if row.kind == "gate_up":
-        return (2 * arch.ffn_hidden_size, hidden)
-    if row.megatron.endswith("linear_proj.weight"):
-        return (hidden, arch.num_heads * head)
-    if row.megatron.endswith("linear_fc2.weight"):
-        return (hidden, arch.ffn_hidden_size)
-    if row.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")):
-        return (head,)
-    return (hidden,)
+    """The shape of a row's full megatron tensor, a vocabulary padded."""
+    return (arch.padded_vocab(tensor_parallel), arch.hidden_size) if row.kind == "vocab" else row.shape
 
 
 def part_shape(row: NameRow, arch: Architecture, size: int) -> tuple[int, ...]:
@@ -137,4 +128,4 @@ def stage_of(row: NameRow, arch: Architecture, stages: int) -> int:
 
 def count_parameters(arch: Architecture) -> int:
     """Parameters of the checkpoint; a tied head counts once."""
-    return sum(math.prod(full_shape(row, arch, tensor_parallel=1)) for row in rows(arch))
+    return sum(math.prod(row.shape) for row in rows(arch))

@@ -73,10 +73,6 @@ class Rope:
 def read_rope(hf: Mapping[str, Any], head_dim: int) -> Rope:
     """The rotary positions of a config.json, from any of the places where transformers has kept them.
 
-    Args:
-        hf: config.json.
-        head_dim: width of one head.
-
     Raises:
         ConfigError: a scaling that the actor does not compute, or values that make none.
     """

@@ -58,7 +58,7 @@ class HFTensors:
         """
         expected: dict[str, dict[str, torch.Size]] = defaultdict(dict)
         for row in names.rows(arch):
-            whole = torch.empty(names.full_shape(row, arch, tensor_parallel=1), device="meta")
+            whole = torch.empty(row.shape, device="meta")
             for name, part in zip(row.hf, convert.split(row, whole, arch), strict=True):
                 expected[self._file_of(name)][name] = part.shape
         for file, shapes in expected.items():

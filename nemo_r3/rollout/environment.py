@@ -33,10 +33,7 @@ def prepare(config: Config, on_cuda: bool) -> None:
 
     Values that a user has already set stay, but for the two that the design rests on: the engine lives in this
     process, and on a CPU nothing is compiled. Without a home that can be written, CACHES are in the run directory.
-
-    Args:
-        config: the run's settings; only `model.path`'s config.json is read from disk.
-        on_cuda: whether the ranks have GPUs.
+    Of the disk, only `model.path`'s config.json is read.
 
     Raises:
         ConfigError: vLLM's CPU attention lacks the model's head width, or a task's module has imported vLLM.

@@ -30,11 +30,7 @@ _open: list[Tracker] = []
 def check(config: Config, path: Path) -> None:
     """Checks that the servers asked for can be used, without a question in the terminal.
 
-    Only at its first start does a run need their answer.
-
-    Args:
-        config: the run's settings.
-        path: the run directory.
+    Only at its first start does a run, whose directory is `path`, need their answer.
 
     Raises:
         UserError: a library is not installed, there is no login, or a first start gets no answer.

@@ -97,7 +97,7 @@ def test_projections_of_another_shape_are_named_too(
 ) -> None:
     """Also where their merged tensor would have the shape that is expected."""
     parts = {"q": query, "k": key, "v": (4, 4)}
-    row = names.NameRow("qkv.weight", tuple(f"{part}_proj.weight" for part in parts), "qkv", 0)
+    row = names.NameRow("qkv.weight", tuple(f"{part}_proj.weight" for part in parts), (12, 4), "qkv", 0)
     monkeypatch.setattr(weights.names, "rows", lambda arch: [row])
     monkeypatch.setattr(weights, "parameters_by_name", lambda *_: {"qkv.weight": nn.Parameter(torch.zeros(12, 4))})
     found = save(tmp_path, {f"{part}_proj.weight": torch.zeros(shape) for part, shape in parts.items()})

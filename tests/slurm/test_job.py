@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_r3.config import Config, ConfigError, load
-from slurm.job import Allocation, assignments, launch, ranks_per_node, read_allocation
+from slurm.job import Allocation, assignments, ranks_per_node, read_allocation, shell_variables
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "configs/quickstart.yaml"
@@ -182,7 +182,7 @@ def test_a_misfit_says_both(overrides: list[str], got: Allocation, both: list[st
 def test_what_starts_the_ranks() -> None:
     got = Allocation("7", restarts=2, nodes=2, tasks=8, gpus=8)
     asked = ("run.dir=/r", "cluster.cpus_per_task=6", "cluster.container=/i.sqsh", "cluster.container_mounts=[/d:/d]")
-    values = launch(config_with(*asked), got)
+    values = shell_variables(config_with(*asked), got)
     assert values["LOGS"] == "/r/logs/7_2"
     assert values["RANK_STEP"] == ["--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=6"]
     assert values["NODE_STEP"] == ["--ntasks=2", "--ntasks-per-node=1"]
@@ -194,7 +194,7 @@ def test_what_starts_the_ranks() -> None:
         f"--container-mounts={here}:{here},/d:/d",
         f"--container-workdir={here}",
     ]
-    values = launch(config_with(*asked, "cluster.launcher=torchrun"), got)
+    values = shell_variables(config_with(*asked, "cluster.launcher=torchrun"), got)
     assert values["RANK_STEP"] == ["--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=48"]
 
 
@@ -205,7 +205,7 @@ def test_cores_that_the_job_asked_for_are_shared_by_the_ranks(
     """Slurm counts them per task: one per node under torchrun, a rank each under srun."""
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(cpus))
     got = Allocation(job="7", restarts=0, nodes=2, tasks=tasks, gpus=8)
-    values = launch(config_with(f"cluster.launcher={launcher}"), got)
+    values = shell_variables(config_with(f"cluster.launcher={launcher}"), got)
     assert (values["RANK_STEP"][-1], values["THREADS"]) == (f"--cpus-per-task={cpus}", "6")
 
 

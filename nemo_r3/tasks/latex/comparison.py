@@ -28,10 +28,6 @@ def compare(expected: str, answer: str) -> bool:
     return bool(math_verify.verify(*read, timeout_seconds=None))
 
 
-def _read_number(text: str) -> sympy.Rational:
-    return sympy.Rational(text.replace(",", ""))
-
-
 def _refuse(code: str, *_: Any) -> NoReturn:
     raise ValueError(f"{code!r} is text, and text is never evaluated")
 
@@ -42,7 +38,7 @@ def _change(module: Any, name: str, replacement: Any) -> None:
 
 
 _change(latex2sympy2, "Number", sympy.Rational)
-_change(latex2sympy2._Latex2Sympy, "parse_number", lambda self, text: _read_number(text))
+_change(latex2sympy2._Latex2Sympy, "parse_number", lambda self, text: sympy.Rational(text.replace(",", "")))
 _change(sympy_parser, "eval_expr", _refuse)
 for _module in (parser, grader):
     _change(_module.logger, "disabled", True)  # they warn that time limits are left to the caller
