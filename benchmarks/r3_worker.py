@@ -151,9 +151,9 @@ def failure(context: Context, name: str) -> Failure:
 
 
 def rewarded(group: Group, rewards: Sequence[float]) -> Group:
-    """The group with the given rewards."""
+    """The group whose retries passed or failed as these rewards of 1 and 0 say."""
     pairs = zip(group.reflections, rewards, strict=True)
-    return replace(group, reflections=tuple(replace(reflection, reward=reward) for reflection, reward in pairs))
+    return replace(group, reflections=tuple(replace(reflection, passed=reward > 0) for reflection, reward in pairs))
 
 
 def given_group(context: Context, completions: Sequence[Sequence[int]]) -> Group:
@@ -165,7 +165,7 @@ def given_group(context: Context, completions: Sequence[Sequence[int]]) -> Group
         segment = sampled(Phase.REFLECTION, ids)
         answer = Answer(segment, "", "length")
         trajectory = failed.context.then(request, segment)
-        found.append(Reflection(sample, trajectory, answer, answer, context.rewards[sample]))
+        found.append(Reflection(sample, trajectory, answer, answer, context.rewards[sample] > 0))
     return Group(failed, tuple(found))
 
 

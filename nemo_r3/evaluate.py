@@ -156,7 +156,7 @@ def _after_donors(rollout: Rollout, failures: Sequence[Failure], reflections: Se
 
 
 def _passed(reflections: Sequence[Reflection]) -> list[bool]:
-    return [reflection.reward > 0 for reflection in reflections]
+    return [reflection.passed for reflection in reflections]
 
 
 def _within_two(attempts: Sequence[Attempt], seconds: Sequence[bool]) -> list[bool]:

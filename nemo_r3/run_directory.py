@@ -217,12 +217,13 @@ class RunDirectory:
                     "group": number,
                     "sample": reflection.sample,
                     "problem_id": group.failure.problem.id,
-                    "reward": reflection.reward,
+                    "reward": reward,
                     "advantage": round(advantage, 6),
                     **(_shared(group) if reflection is group.reflections[0] else {}),
                     "reflection": reflection.answer.text,
                     "retry": reflection.retry.text,
                     "finish_reason": reflection.answer.finish_reason,
+                    "retry_passed": reflection.passed,
                     "retry_finish_reason": reflection.retry.finish_reason,
                     "reflection_solves": reflection.solves,
                     "weights_version": reflection.answer.segment.version,
@@ -231,8 +232,8 @@ class RunDirectory:
                     "retry_ids": reflection.retry.segment.ids,
                 }
             )
-            for number, (group, advantages) in enumerate(zip(groups, batch.advantages, strict=True))
-            for reflection, advantage in zip(group.reflections, advantages, strict=True)
+            for number, (group, *scores) in enumerate(zip(groups, batch.rewards, batch.advantages, strict=True))
+            for reflection, reward, advantage in zip(group.reflections, *scores, strict=True)
         ]
         write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
 

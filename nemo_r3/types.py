@@ -172,7 +172,7 @@ class Reflection:
         trajectory: [task][attempt][request][reflection][request][retry].
         answer: the reflection.
         retry: the answer sampled with the reflection in context.
-        reward: 1.0 when the verifier accepts the retry, else 0.0.
+        passed: whether the verifier accepts the retry.
         solves: whether the verifier accepts the reflection itself, which then gives the answer away.
     """
 
@@ -180,7 +180,7 @@ class Reflection:
     trajectory: Trajectory
     answer: Answer
     retry: Answer
-    reward: float
+    passed: bool
     solves: bool = False
 
 
@@ -190,11 +190,6 @@ class Group:
 
     failure: Failure
     reflections: tuple[Reflection, ...]
-
-    @property
-    def rewards(self) -> list[float]:
-        """[G] one reward per reflection."""
-        return [reflection.reward for reflection in self.reflections]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +232,11 @@ class UpdateBatch:
         advantages: per group, per reflection; 0 in a dropped group.
         groups_used: number of groups that have mixed rewards and at least one row.
         groups_dropped: number of other groups; they have no rows, unless `algo.keep_equal_groups`.
+        rewards: per group, per reflection; as they were earned, even if `algo.shuffle_rewards` deals them out anew.
     """
 
     rows: tuple[Row, ...] = ()
     advantages: tuple[tuple[float, ...], ...] = ()
     groups_used: int = 0
     groups_dropped: int = 0
+    rewards: tuple[tuple[float, ...], ...] = ()

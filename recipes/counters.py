@@ -79,7 +79,8 @@ def reason_to_stop(
 
 def _how_retries_ended(groups: Sequence[Group]) -> str:
     """Whether the retries of a step with nothing to train on passed or failed, and one of them."""
-    passed, failed = sum(min(group.rewards) > 0 for group in groups), sum(not max(group.rewards) for group in groups)
+    verdicts = [[reflection.passed for reflection in group.reflections] for group in groups]
+    passed, failed = sum(map(all, verdicts)), len(groups) - sum(map(any, verdicts))
     if passed == len(groups):
         ended = "all retries passed"
     elif failed == len(groups):
@@ -87,7 +88,7 @@ def _how_retries_ended(groups: Sequence[Group]) -> str:
     else:
         ended = f"all retries of {passed} groups passed, all of {failed} failed"
         if mixed := len(groups) - passed - failed:
-            ended += f", and {mixed} had no reflection to train on"
+            ended += f", and {mixed} had equal rewards (algo.reward_leaks=false) or no reflection to train on"
     problem, retry = groups[0].failure.problem, groups[0].reflections[0].retry
     text = in_one_line(repr(retry.text))
     return f"in the last one {ended}, such as {text} to problem {problem.id!r} ({in_one_line(problem.text)})"

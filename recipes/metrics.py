@@ -7,6 +7,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from nemo_r3 import memory
@@ -34,8 +35,8 @@ def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | N
     return {
         "groups_used": batch.groups_used,
         "groups_dropped": batch.groups_dropped,
-        "reward": statistics.fmean(reflection.reward for reflection in reflections),
-        "retry_success": statistics.fmean(reflection.reward for reflection in reflections),
+        "reward": statistics.fmean(chain.from_iterable(batch.rewards)),
+        "retry_success": statistics.fmean(reflection.passed for reflection in reflections),
         "reflection_tokens": statistics.fmean(len(reflection.answer.segment.ids) for reflection in reflections),
         "retry_tokens": statistics.fmean(len(reflection.retry.segment.ids) for reflection in reflections),
         "reflection_solves": statistics.fmean(reflection.solves for reflection in reflections),

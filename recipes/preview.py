@@ -42,7 +42,7 @@ def preview(argv: Sequence[str]) -> None:
         notes = [verdict(attempt.answer, attempt.passed)]
         for it in reflections:
             reason = unfinished(it.answer, "max_reflection_tokens")
-            notes += [f"--- {reason}" if reason else "", verdict(it.retry, it.reward > 0)]
+            notes += [f"--- {reason}" if reason else "", verdict(it.retry, it.passed)]
         setup.progress.say(written(setup.dialogue, whole, notes))
     counts = tally(attempts)
     setup.progress.say(f"\n{counts.line(len(problems))}\n{counts.doubt()}".rstrip())
@@ -52,7 +52,7 @@ def preview(argv: Sequence[str]) -> None:
 def warn_of_other_verdicts(task: Task, attempts: Sequence[Attempt], groups: Sequence[Group]) -> None:
     """Verifies everything a second time; warns of a verifier that changes its mind, since banks keep its verdicts."""
     judged = [(it.problem, it.answer, it.passed) for it in attempts]
-    judged += [(group.failure.problem, it.retry, it.reward > 0) for group in groups for it in group.reflections]
+    judged += [(group.failure.problem, it.retry, it.passed) for group in groups for it in group.reflections]
     asked = [(problem, answer.text, passed) for problem, answer, passed in judged if answer.finish_reason != NO_ROOM]
     if other := [problem.id for problem, text, passed in asked if task.verify(problem, text) != passed]:
         warn(

@@ -60,13 +60,13 @@ class Model:
     def _reflection(self, failure: Failure, greedy: bool) -> Reflection:
         number = int(failure.problem.id)
         turns = answer(Phase.REFLECTION, number, cut=number % 4 == 0), answer(Phase.RETRY, cut=number % 5 == 0)
-        return Reflection(0, failure.context, *turns, float(number % self.second[greedy] > 0), number % 6 == 0)
+        return Reflection(0, failure.context, *turns, number % self.second[greedy] > 0, number % 6 == 0)
 
     def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
         steps = {EVALUATION_STEP, RESAMPLING_STEP, DONOR_STEP, REREADING_STEP}
         assert len(steps) == 4 and step in (DONOR_STEP, REREADING_STEP), "the random numbers of other answers"
         return [
-            Reflection(0, failure.context, donor, answer(Phase.RETRY), float(donor.segment.ids[0] % 4 == 0))
+            Reflection(0, failure.context, donor, answer(Phase.RETRY), donor.segment.ids[0] % 4 == 0)
             for failure, donor in zip(failures, reflections, strict=True)
         ]
 

@@ -285,29 +285,31 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         directory(tmp_path / "file" / "run").open(resuming=False)
 
 
-def group_of(problem: str, rewards: list[float]) -> Group:
+def group_of(problem: str, passed: list[bool]) -> Group:
     def answer(phase: Phase, text: str) -> Answer:
         return Answer(Segment(phase, tuple(map(ord, text)), (-0.5,) * len(text), 3), text, "stop")
 
     attempt = answer(Phase.ATTEMPT, f"attempt at {problem}")
     context = Trajectory((Segment(Phase.TASK, (1, 2)), attempt.segment))
     failure = Failure(Problem(problem, "?", {}), context, attempt)
-    turns = [(answer(Phase.REFLECTION, f"why {n}"), answer(Phase.RETRY, f"again {n}")) for n in range(len(rewards))]
-    return Group(failure, tuple(Reflection(n, context, *turns[n], reward) for n, reward in enumerate(rewards)))
+    turns = [(answer(Phase.REFLECTION, f"why {n}"), answer(Phase.RETRY, f"again {n}")) for n in range(len(passed))]
+    return Group(failure, tuple(Reflection(n, context, *turns[n], verdict) for n, verdict in enumerate(passed)))
 
 
 def test_a_rollout_is_a_line_and_what_its_group_shares_is_written_once(tmp_path: Path) -> None:
     run = directory(tmp_path / "run")
     run.open(resuming=False)
-    groups = [group_of("a", [1.0, 0.0, 0.0]), group_of("b", [0.0, 1.0, 1.0])]
-    run.log_rollouts(7, groups, UpdateBatch((), ((1.0, -0.5, -0.5), (-1.0, 0.5, 0.5)), 2, 0))
+    groups = [group_of("a", [True, False, False]), group_of("b", [False, True, True])]
+    advantages, rewards = ((1.0, -0.5, -0.5), (-1.0, 0.5, 0.5)), ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+    run.log_rollouts(7, groups, UpdateBatch((), advantages, 2, 0, rewards))
     rows = [json.loads(line) for line in (run.path / "rollouts" / "step_000007.jsonl").read_text().splitlines()]
     assert [(row["step"], row["group"], row["sample"]) for row in rows] == [
         (7, g, s) for g in (0, 1) for s in (0, 1, 2)
     ]
     assert [row["problem_id"] for row in rows] == ["a"] * 3 + ["b"] * 3
     assert [(row["reflection"], row["retry"]) for row in rows] == [(f"why {n}", f"again {n}") for n in (0, 1, 2)] * 2
-    assert [row["reward"] for row in rows] == [1, 0, 0, 0, 1, 1]
+    assert [row["reward"] for row in rows] == [1, 0, 0, 0, 0, 1]
+    assert [row["retry_passed"] for row in rows] == [True, False, False, False, True, True]
     assert [row["advantage"] for row in rows] == [1, -0.5, -0.5, -1, 0.5, 0.5]
     assert [row.get("problem") for row in rows] == ["?", None, None] * 2
     assert [row.get("attempt") for row in rows] == ["attempt at a", None, None, "attempt at b", None, None]

@@ -9,6 +9,7 @@ from operator import itemgetter
 from nemo_r3.algo.advantages import Advantage, group_advantages, is_mixed, shuffled
 from nemo_r3.algo.aggregation import token_weights
 from nemo_r3.algo.losses import loss_named
+from nemo_r3.algo.rewards import reward
 from nemo_r3.config import AlgoConfig, Config
 from nemo_r3.types import Group, Phase, Row, Segment, Trajectory, UpdateBatch
 
@@ -22,10 +23,9 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
     `algo.shuffle_rewards`.
     """
     algo, loss = config.algo, loss_named(config.algo.loss)
-    rewards = [group.rewards for group in groups]
-    if algo.shuffle_rewards:
-        rewards = shuffled(rewards, seed)
-    kind = advantage_kind(algo, loss.ADVANTAGE)
+    earned = [[reward(reflection, algo) for reflection in group.reflections] for group in groups]
+    rewards = shuffled(earned, seed) if algo.shuffle_rewards else earned
+    kind = Advantage(algo.advantage or loss.ADVANTAGE)
     mixed = [is_mixed(scores) for scores in rewards]
     advantages = [
         group_advantages(scores, kind) if teaches else [0.0] * len(scores)
@@ -56,17 +56,11 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
             build_row(trajectory, phases, advantage, weight, number, shared[number])
             for (number, trajectory, advantage), weight in zip(chosen, weights, strict=True)
         ),
-        advantages=tuple(tuple(values) for values in advantages),
+        advantages=tuple(map(tuple, advantages)),
         groups_used=used,
         groups_dropped=len(groups) - used,
+        rewards=tuple(map(tuple, earned)),
     )
-
-
-def advantage_kind(algo: AlgoConfig, own: Advantage) -> Advantage:
-    """The loss's own advantage, unless `algo.advantage_std` says otherwise."""
-    if algo.advantage_std is None:
-        return own
-    return Advantage.STD if algo.advantage_std else Advantage.CENTRED
 
 
 def token_limit(config: Config) -> int:

@@ -17,8 +17,16 @@ class AlgoConfig:
         choices=("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
         help="policy loss: a file of nemo_r3.algo.losses, which says how tokens share it and how rewards are centred",
     )
-    advantage_std: bool | None = option(
-        None, help="divide the group's centred rewards by their standard deviation; default: as the loss does"
+    reward_leaks: bool = option(
+        True,
+        help="false: a reflection that gives the answer away (its own text passes `verify`) earns nothing, whatever "
+        "its retry does",
+    )
+    advantage: str | None = option(
+        None,
+        choices=("std", "centred", "leave_one_out"),
+        help="what a reward is measured against: the group's mean, and divided by its standard deviation (std) or not "
+        "(centred), or the others' mean; default: as the loss does; TRL's `scale_rewards` is std",
     )
     mask_truncated: bool = option(
         False, help="leave out reflections cut at their token limit; their rewards still count in their groups' mean"

@@ -21,7 +21,7 @@ def check(config: Config) -> None:
     _check_arithmetic(config)
     _check_optimizer(config)
     _check_method(config)
-    _check_loss(config)
+    _check_mismatch(config)
     _check_cluster(config)
 
 
@@ -84,18 +84,15 @@ def _check_method(config: Config) -> None:
         )
 
 
-def _check_loss(config: Config) -> None:
-    """Refuses settings that the chosen loss or correction would ignore; their defaults are in nemo_r3.algo."""
-    algo = config.algo
-    ignored = {
-        "loss=rloo": ("advantage_std",),
-        "mismatch_correction=none": ("mismatch_low", "mismatch_high"),
-        "mismatch_correction=tis": ("mismatch_low",),
-    }
-    for choice in (f"loss={algo.loss}", f"mismatch_correction={algo.mismatch_correction}"):
-        for name in ignored.get(choice, ()):
-            if (value := getattr(algo, name)) is not None:
-                raise ConfigError(f"algo.{name}: {show(value)} has no effect with algo.{choice}; leave it out")
+def _check_mismatch(config: Config) -> None:
+    """Refuses bounds that the chosen correction would ignore; their defaults are in nemo_r3.algo.mismatch."""
+    algo, ignored = config.algo, {"none": ("mismatch_low", "mismatch_high"), "tis": ("mismatch_low",)}
+    correction = algo.mismatch_correction
+    for name in ignored.get(correction, ()):
+        if (value := getattr(algo, name)) is not None:
+            raise ConfigError(
+                f"algo.{name}: {show(value)} has no effect with algo.mismatch_correction={correction}; leave it out"
+            )
 
 
 def _check_cluster(config: Config) -> None:

@@ -129,7 +129,7 @@ def _group(place: int, lines: list[dict[str, Any]]) -> WrittenGroup:
         Written(
             reflection=line["reflection"],
             retry=str(line.get("retry", "")),
-            passed=number(line, "reward") > 0,
+            passed=line.get("retry_passed") is True,
             advantage=number(line, "advantage"),
             cut=line.get("finish_reason") == "length",
             retry_cut=line.get("retry_finish_reason") == "length",

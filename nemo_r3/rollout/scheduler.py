@@ -162,7 +162,7 @@ class Rollout(Generic[EngineT]):
         """A group of reflections per failure, each with its retry and reward, on every rank, in the failures' order.
 
         The template closes a reflection that was cut at its token limit before the retry. A turn whose prompt leaves no
-        room in `rollout.max_model_len` is not sampled: its answer is empty, with finish reason NO_ROOM and reward 0.
+        room in `rollout.max_model_len` is not sampled: its answer is empty, with finish reason NO_ROOM, and fails.
 
         Args:
             failures: what to reflect on.
@@ -240,7 +240,7 @@ class Rollout(Generic[EngineT]):
         def end(retry: Answer) -> None:
             whole = trajectory if retry_prompt is None else retry_prompt.then(retry.segment)
             passed, verdict = self.judge.ask(failure.problem, retry, wanted), self.judge.verdict
-            keep(lambda: Reflection(sample, whole, reflection, retry, float(verdict(passed)), verdict(solves)))
+            keep(lambda: Reflection(sample, whole, reflection, retry, verdict(passed), verdict(solves)))
 
         return _Turn(Phase.RETRY, retry_prompt, failure.id, sample, end)
 

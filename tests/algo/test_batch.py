@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_r3.algo.advantages import Advantage
 from nemo_r3.algo.batch import build_update, check_loss_weights
 from nemo_r3.config import AlgoConfig, Config, RolloutConfig
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
@@ -110,10 +111,14 @@ def test_advantages_and_weights_are_those_of_the_loss(loss: str, advantages: lis
     assert [row.loss_weights[-1] for row in rows[:2]] == pytest.approx(weights, rel=1e-12)
 
 
-def test_the_standard_deviation_can_be_chosen() -> None:
+def test_every_choice_of_an_advantage_is_one() -> None:
+    assert AlgoConfig.__dataclass_fields__["advantage"].metadata["choices"] == tuple(Advantage)
+
+
+def test_the_advantage_can_be_chosen() -> None:
     group = group_of([1, 0, 0, 0])
-    assert build_update([group], with_algo(advantage_std=False), 0).advantages[0][0] == 0.75
-    assert build_update([group], with_algo(loss="dr_grpo", advantage_std=True), 0).advantages[0][0] == 0.75 / SPREAD
+    assert build_update([group], with_algo(advantage="centred"), 0).advantages[0][0] == 0.75
+    assert build_update([group], with_algo(loss="dr_grpo", advantage="std"), 0).advantages[0][0] == 0.75 / SPREAD
 
 
 @pytest.mark.parametrize(("phases", "limit"), [(["reflection"], 16), (["retry"], 5), (["reflection", "retry"], 21)])
@@ -196,13 +201,30 @@ def test_equal_groups_can_be_kept_without_an_advantage() -> None:
 
 def test_the_shuffled_control_deals_the_same_rewards_by_the_seed_alone() -> None:
     groups = [group_of([1, 1, 1, 1]), group_of([0, 0, 0, 0]), group_of([1, 0, 0, 0]), group_of([0, 1, 1, 0])]
-    config = with_algo(shuffle_rewards=True, advantage_std=False)
+    config = with_algo(shuffle_rewards=True, advantage="centred")
     batch = build_update(groups, config, 5)
     assert batch == build_update(groups, config, 5)
     assert len({build_update(groups, config, seed).advantages for seed in range(8)}) > 4
-    true = build_update(groups, with_algo(advantage_std=False), 5)
-    assert batch.advantages != true.advantages
+    true = build_update(groups, with_algo(advantage="centred"), 5)
+    assert batch.advantages != true.advantages and batch.rewards == true.rewards
     assert (batch.groups_used, batch.groups_dropped) == (true.groups_used, true.groups_dropped) == (2, 2)
+
+
+def leaking(group: Group, *samples: int) -> Group:
+    """The group with these reflections passing as answers themselves."""
+    reflections = (replace(reflection, solves=reflection.sample in samples) for reflection in group.reflections)
+    return replace(group, reflections=tuple(reflections))
+
+
+def test_a_reflection_that_gives_the_answer_away_can_be_made_to_earn_nothing() -> None:
+    groups = [leaking(group_of([1, 1, 0, 0]), 0, 2), leaking(group_of([1, 1]), 0, 1), leaking(group_of([1, 1]), 1)]
+    as_ever = build_update(groups, with_algo(), 0)
+    assert as_ever == build_update([leaking(group) for group in groups], with_algo(), 0)
+    assert as_ever.rewards == ((1, 1, 0, 0), (1, 1), (1, 1)) and as_ever.groups_used == 1
+    strict = build_update(groups, with_algo(reward_leaks=False, advantage="centred"), 0)
+    assert strict.rewards == ((0, 1, 0, 0), (0, 0), (1, 0))
+    assert strict.advantages == ((-0.25, 0.75, -0.25, -0.25), (0, 0), (0.5, -0.5))
+    assert [row.group for row in strict.rows] == [0, 0, 0, 0, 2, 2]
 
 
 def test_reflection_and_retry_can_be_trained_together() -> None:

@@ -26,7 +26,6 @@ def load_with(folder: Path, *overrides: str) -> Config:
         (["actor.adam_beta2=1"], ["actor.adam_beta2: 1", "below 1"]),
         (["algo.trained_phases=[]"], ["algo.trained_phases: []"]),
         (["algo.trained_phases=[retry,retry]"], ["algo.trained_phases", "none twice"]),
-        (["algo.loss=rloo", "algo.advantage_std=false"], ["algo.advantage_std: false", "algo.loss=rloo"]),
         (["algo.mismatch_high=3"], ["algo.mismatch_high: 3", "algo.mismatch_correction=none"]),
         (
             ["algo.mismatch_correction=tis", "algo.mismatch_low=0.5"],
@@ -67,7 +66,7 @@ def test_refused_together(tmp_path: Path, overrides: list[str], keys: list[str])
         ["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.tensor_parallel=4", "actor.pipeline_parallel=2"],
         ["train.steps=0"],
         ["algo.loss=rloo"],
-        ["algo.loss=gspo", "algo.advantage_std=false"],
+        ["algo.loss=gspo", "algo.advantage=leave_one_out"],
         ["algo.mismatch_correction=tis", "algo.mismatch_high=3"],
         ["algo.mismatch_correction=icepop", "algo.mismatch_low=0.1", "algo.mismatch_high=1.5"],
         ["actor.lr=0"],

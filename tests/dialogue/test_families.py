@@ -59,7 +59,7 @@ def group_of(family: Family, kind: str) -> tuple[Dialogue, Group]:
     attempt, reflection, retry = map(said, (Phase.ATTEMPT, Phase.REFLECTION, Phase.RETRY), texts)
     context = dialogue.task(problem).then(attempt.segment)
     whole = dialogue.retry(dialogue.reflect(context).then(reflection.segment)).then(retry.segment)
-    reflections = [Reflection(sample, whole, reflection, retry, reward) for sample, reward in enumerate((1.0, 0.0))]
+    reflections = [Reflection(sample, whole, reflection, retry, passed) for sample, passed in enumerate((True, False))]
     return dialogue, Group(Failure(problem, context, attempt), tuple(reflections))
 
 

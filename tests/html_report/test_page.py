@@ -67,7 +67,7 @@ def line(step: int, group: int, sample: int, **more: Any) -> str:
     passed = sample % 2
     written = {"reflection": f"plan {step}.{group}.{sample}", "retry": f"answer {step}.{group}.{sample}"}
     ids = {"step": step, "group": group, "sample": sample, "problem_id": f"id-{step}-{group}"}
-    return json.dumps(ids | {"reward": float(passed), "advantage": passed - 0.5} | shared | written | more)
+    return json.dumps(ids | {"retry_passed": bool(passed), "advantage": passed - 0.5} | shared | written | more)
 
 
 def a_run(path: Path, steps: int, groups: int = 3, samples: int = 4) -> Path:

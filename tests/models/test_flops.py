@@ -84,7 +84,7 @@ def group(context: int, reflection: int, retry: int, count: int) -> Group:
     problem = Problem("p", "text", {})
     trajectory = Trajectory((before, answers[0].segment, request, answers[1].segment))
     failure = Failure(problem, Trajectory((before,)), answers[0])
-    return Group(failure, tuple(Reflection(number, trajectory, *answers, 0.0) for number in range(count)))
+    return Group(failure, tuple(Reflection(number, trajectory, *answers, False) for number in range(count)))
 
 
 def test_a_rollout_reads_each_token_once_and_samples_with_the_head(model: LlamaForCausalLM, arch: Architecture) -> None:

@@ -18,10 +18,10 @@ SKIPPED = FINE | {"skipped": 1.0}
 MISMATCHED = FINE | {"token_mult_prob_error": 1.2}
 
 
-def group(*rewards: float) -> Group:
+def group(*passed: float) -> Group:
     context = Trajectory((Segment(Phase.TASK, (1,)), Segment(Phase.ATTEMPT, (2,), (-1.0,), 0)))
     answer = Answer(context.segments[1], "say\nabc", "stop")
-    reflections = tuple(Reflection(n, context, answer, answer, reward) for n, reward in enumerate(rewards))
+    reflections = tuple(Reflection(n, context, answer, answer, bool(verdict)) for n, verdict in enumerate(passed))
     return Group(Failure(Problem("sort-1", "Sort abc.", {}), context, answer), reflections)
 
 
@@ -64,7 +64,10 @@ def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float |
         ([group(0.0, 0.0), group(0.0, 0.0)], "all retries failed, such as"),
         ([group(1.0, 1.0), group(1.0, 1.0)], "all retries passed, such as"),
         ([group(0.0, 0.0), group(1.0, 1.0)], "all retries of 1 groups passed, all of 1 failed, such as"),
-        ([group(0.0, 0.0), group(0.0, 1.0)], "passed, all of 1 failed, and 1 had no reflection to train on, such as"),
+        (
+            [group(0.0, 0.0), group(0.0, 1.0)],
+            "all of 1 failed, and 1 had equal rewards (algo.reward_leaks=false) or no reflection to train on, such as",
+        ),
     ],
 )
 def test_a_run_with_nothing_to_train_on_says_how_retries_ended(groups: list[Group], ended: str) -> None:

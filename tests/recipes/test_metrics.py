@@ -18,10 +18,10 @@ def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:
 
 
 def reflection(
-    tokens: int, reason: str, retry_tokens: int, retry_reason: str, reward: float, solves: bool = False
+    tokens: int, reason: str, retry_tokens: int, retry_reason: str, passed: float, solves: bool = False
 ) -> Reflection:
     answers = answer(Phase.REFLECTION, tokens, reason), answer(Phase.RETRY, retry_tokens, retry_reason)
-    return Reflection(0, Trajectory(), *answers, reward, solves)
+    return Reflection(0, Trajectory(), *answers, passed > 0, solves)
 
 
 def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
@@ -30,11 +30,11 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
     )
     first = reflection(10, "length", 3, "stop", 0.0), reflection(4, "stop", 5, "length", 1.0, solves=True)
     second = reflection(6, "stop", 7, "length", 0.0), reflection(8, "stop", 0, "no_room", 0.0)
-    batch = UpdateBatch(groups_used=1, groups_dropped=1)
+    batch = UpdateBatch(groups_used=1, groups_dropped=1, rewards=((0.0, 0.5), (0.0, 0.0)))
     assert measures([Group(failure, first), Group(cut, second)], batch) == {
         "groups_used": 1,
         "groups_dropped": 1,
-        "reward": 0.25,
+        "reward": 0.125,
         "retry_success": 0.25,
         "reflection_tokens": 7.0,
         "retry_tokens": 3.75,

@@ -274,7 +274,7 @@ def probe_no_room(probe: Probe, failure: Failure) -> list[Any]:
         (group,) = probe.rollout.reflect_and_retry([replace(failure, context=context)], 1, 1)
         (reflection,) = group.reflections
         reasons = [reflection.answer.finish_reason == "no_room", reflection.retry.finish_reason == "no_room"]
-        found.append([*reasons, len(reflection.answer.segment.ids) <= room, reflection.reward])
+        found.append([*reasons, len(reflection.answer.segment.ids) <= room, reflection.passed])
     return found
 
 
@@ -292,7 +292,7 @@ def run_rollout(probe: Probe) -> dict[str, Any]:
     return {
         "failures": [[failure.id, list(failure.answer.segment.ids)] for failure in failures],
         "reflections": [
-            [list(r.answer.segment.ids), r.retry.text, r.retry.finish_reason, r.reward]
+            [list(r.answer.segment.ids), r.retry.text, r.retry.finish_reason, r.passed]
             for group in groups
             for r in group.reflections
         ],
@@ -308,7 +308,7 @@ def run_donated(probe: Probe) -> list[Any]:
     groups = probe.rollout.reflect_and_retry(failures_of(probe), 1, 1)
     donors = [group.reflections[0].answer for group in (*groups[1:], groups[0])]
     retried = probe.rollout.retry_after([group.failure for group in groups], donors, 2)
-    return [[list(r.answer.segment.ids), list(r.retry.segment.ids), r.reward] for r in retried]
+    return [[list(r.answer.segment.ids), list(r.retry.segment.ids), r.passed] for r in retried]
 
 
 def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits()
     (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
     assert [reflection.answer.text for reflection in group.reflections] == ["8", "7"]
     assert [reflection.solves for reflection in group.reflections] == [True, False]
-    assert group.rewards == [0.0, 1.0]
+    assert [reflection.passed for reflection in group.reflections] == [False, True]
     assert engine.limits == [5, 9, 9, 5, 5]
     assert engine.resets == 2, "what is cached does not depend on what came before"
 
@@ -140,7 +140,7 @@ def test_the_engine_samples_on_while_threads_verify(monkeypatch: MonkeyPatch) ->
     monkeypatch.setattr(task, "verify", lambda problem, text: over.wait(20) and judge(problem, text))
     (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
     assert [reflection.solves for reflection in group.reflections] == [True, False]
-    assert group.rewards == [0.0, 1.0]
+    assert [reflection.passed for reflection in group.reflections] == [False, True]
 
 
 def test_a_verifier_that_fails_ends_the_rollout_with_its_message(monkeypatch: MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
     failures = [replace(attempt.failure, sample=sample) for sample in range(3)]
     found = rollout.retry_after(failures, [ended, cut, unasked], 1)
     assert [reflection.retry.text for reflection in found] == ["8", "7", ""]
-    assert [reflection.reward for reflection in found] == [1.0, 0.0, 0.0]
+    assert [reflection.passed for reflection in found] == [True, False, False]
     assert not any(reflection.solves for reflection in found), "8 passes, but nobody asked"
     assert engine.progress[-1] == (Phase.RETRY, 3, 3, sum(len(it.retry.segment.ids) for it in found))
     asked = dialogue.reflect(attempt.context)
