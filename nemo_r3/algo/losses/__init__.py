@@ -1,7 +1,7 @@
 """Policy losses, one file each, found by the name in `algo.loss`.
 
-A file gives the loss of a token. The whole loss is the sum over tokens of weight * policy_loss, with the weights that
-its AGGREGATION gives and the advantages that its ADVANTAGE gives.
+A file gives the loss of a token, and its name is among the choices of `algo.loss`. The whole loss is the sum over tokens
+of weight * policy_loss, with the weights that its AGGREGATION gives and the advantages that its ADVANTAGE gives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Loss(Protocol):
 
     Attributes:
         AGGREGATION: how tokens share the loss.
-        ADVANTAGE: what rewards are measured against.
+        ADVANTAGE: what rewards are measured against, unless `algo.advantage` says.
         CLIP: the paper's (low, high): ratios are clipped to [1 - low, 1 + high]; None if nothing is clipped.
     """
 
