@@ -1,7 +1,7 @@
 """Policy losses, one file each, found by the name in `algo.loss`.
 
-A file gives the loss of a token, and its name is among the choices of `algo.loss`. The whole loss is the sum over tokens
-of weight * policy_loss, with the weights that its AGGREGATION gives and the advantages that its ADVANTAGE gives.
+A file gives the loss of a token, and its name is a choice of `algo.loss`. The whole loss is the sum over tokens of
+weight * policy_loss, with the weights that its AGGREGATION gives and the advantages that its ADVANTAGE gives.
 """
 
 from __future__ import annotations
