@@ -22,7 +22,7 @@ from nemo_r3.files import sealed, unsealed, write_whole
 WRITING = ".writing"
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable"
-FORMAT = 2
+FORMAT = 3
 """Raised by a change after which earlier checkpoints can no longer be read."""
 WAY_OUT = "remove that checkpoint to resume from the one before"
 

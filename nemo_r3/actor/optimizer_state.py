@@ -71,17 +71,21 @@ def _parts(optimizer: DistributedOptimizer, parameter: Tensor, weight: Any) -> I
 
 
 def _part(piece: ShardedTensor, name: str, flat: Tensor, offset: Sequence[int], size: Sequence[int]) -> ShardedTensor:
-    """A rectangle of one state: `flat` are its [count] numbers, `offset` is where it begins in the piece."""
-    outer = piece.prepend_axis_num  # megatron-core stores equal layers as one tensor with a leading axis
-    within = (*(0,) * outer, *offset)
-    shape = (*(1,) * outer, *size)
+    """A rectangle of one state: `flat` are its [count] numbers, `offset` is where it begins in the piece.
+
+    megatron-core stores equal layers as one tensor with leading axes. Here every layer is a tensor of its own: rank 0
+    compares the parts of a tensor pairwise before a save, so its time would grow with the square of the layers.
+    """
+    axes = piece.prepend_axis_num
+    layer, begin = piece.global_offset[:axes], piece.global_offset[axes:]
     return replace(
         piece,
-        key=f"{OPTIMIZER}.state.{name}.{piece.key}",
-        data=flat.view(shape),
+        key=".".join((OPTIMIZER, "state", name, piece.key, *map(str, layer))),
+        data=flat.view(tuple(size)),
         dtype=flat.dtype,
-        local_shape=shape,
-        global_offset=tuple(start + more for start, more in zip(piece.global_offset, within, strict=True)),
+        local_shape=tuple(size),
+        global_shape=piece.global_shape[axes:],
+        global_offset=tuple(start + more for start, more in zip(begin, offset, strict=True)),
         axis_fragmentations=None,
         prepend_axis_num=0,
         replica_id=(*piece.replica_id[:2], 0),  # no other data-parallel rank holds it

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_r3.actor.manifest import (
+    FORMAT,
     MANIFEST,
     WRITING,
     DamagedError,
@@ -91,9 +92,9 @@ def test_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
 
 def test_another_version_s_checkpoint_is_no_damage(tmp_path: Path) -> None:
     """It must not be set aside, even if its fields are others."""
-    (saved(tmp_path) / MANIFEST).write_text(sealed({"format": 3, "shards": {}}))
+    (saved(tmp_path) / MANIFEST).write_text(sealed({"format": FORMAT - 1, "shards": {}}))
     with pytest.raises(
-        UserError, match="step_000001 has format 3, and this version of nemo_r3 reads format 2: "
+        UserError, match=f"step_000001 has format {FORMAT - 1}, and this version of nemo_r3 reads format {FORMAT}: "
     ) as caught:
         read_manifest(step_path(tmp_path, 1))
     assert not isinstance(caught.value, DamagedError)

@@ -11,10 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.default_planner import _check_box_overlap
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan
 
 from nemo_r3.actor import optimizer_state
 from nemo_r3.actor.manifest import latest, read_manifest
-from nemo_r3.actor.optimizer_state import rectangles, set_step
+from nemo_r3.actor.optimizer_state import STATES, rectangles, set_step
 
 
 @given(st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 9), st.integers(1, 9))), st.data())
@@ -41,15 +50,54 @@ def test_a_part_is_the_states_own_memory_at_its_place_in_the_whole_tensor() -> N
         optimizer_state._part(weight, "exp_avg", state[start : start + prod(size)], offset, size)
         for start, (offset, size) in zip((0, 3, 9), rectangles(9, 19, (4, 6)), strict=True)
     ]
-    assert [part.global_offset for part in parts] == [(2, 1, 9), (2, 2, 6), (2, 3, 6)]
-    assert [part.local_shape for part in parts] == [(1, 1, 3), (1, 1, 6), (1, 1, 1)]
+    assert [part.global_offset for part in parts] == [(1, 9), (2, 6), (3, 6)]
+    assert [part.local_shape for part in parts] == [(1, 3), (1, 6), (1, 1)]
     assert {(part.key, part.global_shape) for part in parts} == {
-        ("optimizer.state.exp_avg.decoder.layers.weight", (5, 4, 12))
+        ("optimizer.state.exp_avg.decoder.layers.weight.2", (4, 12))
     }
     assert {part.replica_id for part in parts} == {(0, 1, 0)}, "the other data-parallel ranks hold other parts"
     for part in parts:
         part.data.fill_(-1)
     assert state.eq(-1).all()
+
+
+def comparisons(layers: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often rank 0 compares two parts, planning a save of layers of 4 x 12, their rows dealt to four ranks."""
+    found: dict[str, TensorStorageMetadata] = {}
+    for layer in range(layers):
+        parameter = torch.nn.Parameter(torch.zeros(4, 12))
+        weight = ShardedTensor.from_rank_offsets(
+            "decoder.layers.weight", parameter, (0, layer, layers), prepend_axis_num=1, replica_id=(0, 0, 0)
+        )
+        for first in range(0, 48, 12):
+            own = {"param": SimpleNamespace(start=first, end=first + 12)}
+            optimizer: Any = SimpleNamespace(
+                _get_model_param_range_map=lambda _, own=own: own,
+                _get_main_param_and_optimizer_states=lambda _: dict.fromkeys(STATES, torch.zeros(12)),
+            )
+            for part in optimizer_state._parts(optimizer, parameter, weight):
+                whole = TensorStorageMetadata(TensorProperties(), torch.Size(part.global_shape), [])
+                sizes = torch.Size(part.global_offset), torch.Size(part.local_shape)
+                found.setdefault(part.key, whole).chunks.append(ChunkStorageMetadata(*sizes))
+    compared = 0
+
+    def compare(*boxes: ChunkStorageMetadata) -> bool:
+        nonlocal compared
+        compared += 1
+        return _check_box_overlap(*boxes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(default_planner, "_check_box_overlap", compare)
+        assert default_planner._validate_global_plan([SavePlan([]), SavePlan([])], Metadata(dict(found))) == []
+    return compared
+
+
+def test_planning_a_save_takes_time_that_grows_with_the_layers_and_not_with_their_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = comparisons(4, monkeypatch)
+    assert few > 0
+    assert comparisons(8, monkeypatch) == 2 * few
 
 
 def test_adam_is_told_its_steps_by_parameter_and_by_group() -> None:
