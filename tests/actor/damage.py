@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from data import batch_of
 from lab import SAVED, Lab, save_at_work, written_late
 from safetensors.torch import load_file
@@ -145,7 +147,8 @@ def written_late_by_rank_1(lab: Lab, trainer: Trainer) -> dict[str, Any]:
         lab.world.barrier()
         found[name] = sorted(path.name for path in directory.iterdir())
 
-    with written_late() as let_write:
+    gathered = patch.object(dist, "all_gather_object", wraps=dist.all_gather_object)
+    with written_late() as let_write, gathered as gather:
         saver.save(1, {})
         look("written by none")
         if lab.world.rank == 0:
@@ -155,6 +158,7 @@ def written_late_by_rank_1(lab: Lab, trainer: Trainer) -> dict[str, Any]:
         let_write()
         wait_until_written(saver)
     look("written by both")
+    lab.note("descriptions", sum(isinstance(call.args[1], list) for call in gather.call_args_list))
     return found
 
 

@@ -155,6 +155,10 @@ def test_the_next_save_sweeps_up_and_keeps_as_many_as_asked(two: Any) -> None:
     assert two.found["killed"]["after"] == ["step_000003"]
 
 
+def test_a_save_gathers_what_all_ranks_hold_once_to_deal_it_and_once_to_check_it(two: Any) -> None:
+    assert two.found["descriptions"] == 2
+
+
 def test_the_last_launch_ends_well(four: Any) -> None:
     assert four.code == 0, four.errors[-3000:]
 
