@@ -6,6 +6,7 @@ It holds no generator state: every step is seeded by (seed, step), see `runtime.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import re
 import shutil
@@ -78,6 +79,19 @@ class Saving:
         return all(self.world.gather(self.strategy.is_written()))
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Garbage is not looked for: to walk over what is known of all ranks' parts takes longer than all else with it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 @cuda_stand_in()
 def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any], background: bool = False) -> Saving:
     """Begins to write `directory/step_<step>`, which counts once `finish` has returned.
@@ -113,6 +127,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
     return saving
 
 
+@_uncollected()
 @cuda_stand_in()
 def finish(saving: Saving, keep: int) -> Path:
     """Waits for the shards of all ranks, publishes the checkpoint and removes all but the newest `keep`.
@@ -275,6 +290,7 @@ def _check_files(checkpoint: Path, files: Mapping[str, Any], world: World) -> No
     check_sums(checkpoint, files, _file_sums(checkpoint, sorted(files), world))
 
 
+@_uncollected()
 def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int) -> dict[str, Any]:
     """Reads into this rank's sharded state, in place where the tensors allow it; the policy gets the weights."""
     watchdog.alive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint, saver
@@ -174,6 +176,30 @@ def test_a_save_is_given_up_once_its_files_no_longer_grow(tmp_path: Path, sizes:
     saving = checkpoint.Saving(world, tmp_path, {"step": 2}, strategy)
     with pytest.raises(UserError, match=rf"cannot write .*/step_000002: .*{said}.*there is no earlier checkpoint"):
         checkpoint.finish(saving, keep=1)
+
+
+@pytest.mark.parametrize("act", ["begin", "finish", "load"])
+def test_python_looks_for_no_garbage_among_all_ranks_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, act: str
+) -> None:
+    enabled = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        enabled.append(gc.isenabled())
+        raise KeyError
+
+    monkeypatch.setattr(checkpoint, "_described", fail)
+    monkeypatch.setattr(dist_checkpointing, "load", fail)
+    nothing: Any = SimpleNamespace(policy=SimpleNamespace(version=0), gather=list)
+    saving = checkpoint.Saving(nothing, tmp_path, {"step": 2}, cast(Any, SimpleNamespace(is_written=fail)))
+    acts = {
+        "begin": lambda: checkpoint.begin(nothing, tmp_path, 1, {}),
+        "finish": lambda: checkpoint.finish(saving, keep=1),
+        "load": lambda: checkpoint._read(nothing, tmp_path, {}, 1),
+    }
+    with pytest.raises(KeyError):
+        acts[act]()
+    assert (enabled, gc.isenabled()) == ([False], True)
 
 
 def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
