@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paper_models import NAMES, shape
+from refusals import refusal
 
 from nemo_r3.config import Config, check
-from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
 from nemo_r3.models.names import count_parameters
 from nemo_r3.models.rope import Llama3, LongRope, Rope
@@ -33,14 +32,6 @@ LLAMA: dict[str, Any] = {
 def write(path: Path, text: str) -> Path:
     (path / "config.json").write_text(text)
     return path
-
-
-def refusal(act: Callable[[], Any]) -> str:
-    with pytest.raises(ConfigError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_a_llama_is_read_with_its_defaults(tmp_path: Path) -> None:
