@@ -4,9 +4,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import byte_level
 import pytest
 from refusals import refusal
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from nemo_r3.config.task import DialogueConfig
@@ -60,15 +61,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(
-        ["user assistant system Make 7 from 1 2 3. What went wrong? Try again. a+b=7"], trainer
-    )
-    return tokenizer
+    text = "user assistant system Make 7 from 1 2 3. What went wrong? Try again. a+b=7"
+    return byte_level.trained([text], 400, SPECIAL)
 
 
 def tokenizer_of(trained: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 SMALL = ("failures.problems=160", "train.failures_per_step=8", "evaluate.problems=24", "rollout.max_num_seqs=64")
 SECONDS = 400
