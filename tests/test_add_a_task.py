@@ -90,7 +90,6 @@ def test_a_generator_of_reasoning_gym_is_a_task(home: Path) -> None:
         ("import os\nos._exit(0)", False),
         ("raise SystemExit(0)", False),
         ("while True: pass", False),
-        ("import os, time\nos.fork()\ntime.sleep(99)", False),
         ("x = 'x' * 2**31\ndef times(x):\n    return 21 * x", False),
         ("while True: print('x' * 2**16)", False),
     ],
