@@ -23,16 +23,18 @@ def command(verb: str, *arguments: str, ranks: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread per rank, and nothing of a surrounding launch."""
+    """One thread per rank, the verbs from any directory, and nothing of a surrounding launch."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(verb: str, *arguments: str, ranks: int = 1, succeed: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    verb: str, *arguments: str, ranks: int = 1, succeed: bool = True, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Runs a verb to its end; with `succeed`, a failure shows what it printed."""
     done = subprocess.run(
         command(verb, *arguments, ranks=ranks),
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,

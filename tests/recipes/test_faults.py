@@ -26,7 +26,7 @@ def broken(how: str, bank: Path, path: Path, *more: str) -> tuple[str, float]:
     process = subprocess.Popen(
         [*LAUNCHER, script, how, *settings, "run.timeout_minutes=1", *more],
         cwd=ROOT,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
