@@ -11,11 +11,10 @@ import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from launch import QUICKSTART, ROOT, SMALL, run, start
+from launch import QUICKSTART, ROOT, SMALL, lines, run, start
 from processes import only_engine_of_two_ranks
 from safetensors.torch import load_file
 
@@ -26,10 +25,6 @@ from nemo_r3.models import EMBEDDED
 from nemo_r3.report import rates
 from nemo_r3.tasks import load as load_task
 from recipes.fault_injection import untimed
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def settings(bank: Path, path: Path, *more: str) -> tuple[str, ...]:
