@@ -257,6 +257,7 @@ def test_a_sign_is_an_operator_and_not_part_of_the_number() -> None:
 
 
 def test_what_an_option_forbids_may_stand_in_another_side_only() -> None:
+    assert not countdown(operators="+-/").verify(LONG, "(8+4)*6")
     plain = countdown(operators="+*", allow_fractions=False)
     assert plain.verify(LONG, "(8+4)*6 = 144/2 = 73-1")
     assert not plain.verify(LONG, "(8--4)*6 = 12*6")
