@@ -31,12 +31,12 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    verb: str, *arguments: str, ranks: int = 1, succeed: bool = True, cwd: Path = ROOT
+    verb: str, *arguments: str, ranks: int = 1, succeed: bool = True, path: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a verb to its end; with `succeed`, a failure shows what it printed."""
+    """Runs a verb to its end, in the directory `path`; with `succeed`, a failure shows what it printed."""
     done = subprocess.run(
         command(verb, *arguments, ranks=ranks),
-        cwd=cwd,
+        cwd=path,
         env=environment(),
         capture_output=True,
         text=True,

@@ -101,7 +101,7 @@ def test_answers_that_are_code_run_within_limits(home: Path, code: str, right: b
 
 
 def test_a_verb_finds_a_task_in_the_working_directory(home: Path) -> None:
-    done = run("train", "doubles.yaml", "model.path=/nowhere", succeed=False, cwd=home)
+    done = run("train", "doubles.yaml", "model.path=/nowhere", succeed=False, path=home)
     assert "error: model.path: /nowhere" in done.stderr  # the task comes before the model
 
 
@@ -112,20 +112,20 @@ def test_problems_that_differ_between_ranks_are_refused(home: Path) -> None:
         file.write(
             "    by_id = {it.id: it for it in problems_in_order(split)}\n    return map(by_id.get, set(by_id))\n"
         )
-    done = run("mine", "doubles_laptop.yaml", ranks=2, succeed=False, cwd=home)
+    done = run("mine", "doubles_laptop.yaml", ranks=2, succeed=False, path=home)
     assert "error: task.name: doubles: problems() differ between ranks" in done.stderr
     assert not (home / "runs").exists()
 
 
 def test_the_laptops_config_shows_dialogues_and_mines(home: Path) -> None:
     """On the embedded model, which solves none of these problems."""
-    shown = run("preview", "doubles_laptop.yaml", "2", "seed=2", cwd=home).stdout
+    shown = run("preview", "doubles_laptop.yaml", "2", "seed=2", path=home).stdout
     parts = ["task", "attempt", "verdict: failed", "request", "reflection", "request", "retry", "verdict: failed"]
     assert re.findall(r"^--- (?!cut at)([a-z]+(?:: [a-z]+)?)", shown, flags=re.MULTILINE) == 2 * parts
     assert "=== problem double-100 {'sum': 200}\n--- task\n<|user|>What is 100 + 100?<|end|><|assistant|>\n" in shown
     doubt = "every answer failed: are they too hard, or does verify reject right answers?"
     assert shown.endswith(f"0 of 16 problems solved at first try\n{doubt}\n")
     assert not list(home.glob("runs/*"))
-    mined = run("mine", "doubles_laptop.yaml", cwd=home).stdout
+    mined = run("mine", "doubles_laptop.yaml", path=home).stdout
     assert "0 of 32 problems solved at first try\none of them:\n  problem  What is 100 + 100?\n  answer   " in mined
     assert f"\n  verdict  failed\n{doubt}\n" in mined
