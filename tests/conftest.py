@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
@@ -33,6 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts what takes longest first, so that the workers end together."""
     order = {folder: place for place, folder in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get("/".join(item.nodeid.split("/")[:2]), len(order)))
+
+
+@pytest.fixture(scope="session")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A failure bank that `recipes.mine` made from the embedded model."""
+    path = tmp_path_factory.mktemp("bank") / "failures"
+    settings = (launch.QUICKSTART, *launch.SMALL, f"failures.path={path}", f"run.dir={path.parent}/unused")
+    launch.run("mine", *settings)
+    return path
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -69,8 +69,11 @@ FAMILIES = (
     Family("qwen2", "Qwen2", "Qwen2, Qwen2.5", "plain", {"rope_theta": 1e6}),
     Family("qwen3", "Qwen3", "Qwen3 without experts", "plain", {"rope_theta": 1e6, "head_dim": 64}),
 )
-LAYOUTS = {"one": "1 process", "tp2": "TP2", "tp2pp2": "TP2 x PP2"}
 KINDS = {f"{family.name}{head}": family for family in FAMILIES for head in ("", "_tied")}
+IN_FULL = ("llama_tied", "llama", "qwen2_tied", "qwen2")
+TRIED = {"one": IN_FULL, "tp2": IN_FULL, "tp2pp2": ("llama_tied", "qwen2")}
+"""By layout, the kinds of which actor/test_policy.py tries all that actor/test_families.py asks of the others."""
+UNTRIED = [(layout, kind) for layout, tried in TRIED.items() for kind in KINDS if kind not in tried]
 
 
 def make_checkpoint(path: Path, kind: str) -> torch.nn.Module:

@@ -1,13 +1,30 @@
-"""Runs a script of the tests in processes of its own."""
+"""Runs a script of the tests in processes of its own, and writes programs that stand for others."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+LOCK = Path(tempfile.gettempdir()) / f"nemo_r3_engine_of_two_ranks_{os.getuid()}.lock"
+
+
+@contextmanager
+def only_engine_of_two_ranks() -> Iterator[None]:
+    """Inside, no other worker and no other session of these tests has such an engine; a killed one's memory is there.
+
+    On a CPU, vLLM names the memory that an engine's ranks share after nothing but the ranks.
+    """
+    with LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Path("/dev/shm/-tp:0-[0-1]-cpushm_0").touch()
+        yield
 
 
 def run_script(
@@ -30,3 +47,9 @@ def run_script(
     if check:
         assert not done.returncode, done.stdout[-2000:] + done.stderr[-6000:]
     return done
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """Writes a program: lines of bash."""
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)

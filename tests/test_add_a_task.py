@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launch import ROOT, run
 
 from nemo_r3.config import load
 from nemo_r3.errors import UserError
 from nemo_r3.tasks import load as load_task
 from nemo_r3.tasks.protocol import Task
 
-ROOT = Path(__file__).parents[1]
 SHOWN = (ROOT / "docs" / "add-a-task.md").read_text(encoding="utf-8")
 FILES = {name: text for text, name in re.findall(r"```\w+\n(# (\S+\.(?:py|yaml))\n.*?)```", SHOWN, flags=re.DOTALL)}
 QUESTIONS = [{"question": f"What is {n} / 4?", "answer": rf"\frac{{{n}}}{{4}}"} for n in range(20)]
@@ -90,7 +88,6 @@ def test_a_generator_of_reasoning_gym_is_a_task(home: Path) -> None:
         ("import os\nos._exit(0)", False),
         ("raise SystemExit(0)", False),
         ("while True: pass", False),
-        ("import os, time\nos.fork()\ntime.sleep(99)", False),
         ("x = 'x' * 2**31\ndef times(x):\n    return 21 * x", False),
         ("while True: print('x' * 2**16)", False),
     ],
@@ -104,8 +101,7 @@ def test_answers_that_are_code_run_within_limits(home: Path, code: str, right: b
 
 
 def test_a_verb_finds_a_task_in_the_working_directory(home: Path) -> None:
-    command = [sys.executable, "-m", "recipes.train", "doubles.yaml", "model.path=/nowhere"]
-    done = subprocess.run(command, cwd=home, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = run("train", "doubles.yaml", "model.path=/nowhere", succeed=False, path=home)
     assert "error: model.path: /nowhere" in done.stderr  # the task comes before the model
 
 
@@ -116,31 +112,20 @@ def test_problems_that_differ_between_ranks_are_refused(home: Path) -> None:
         file.write(
             "    by_id = {it.id: it for it in problems_in_order(split)}\n    return map(by_id.get, set(by_id))\n"
         )
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [sys.executable, *ranks, "-m", "recipes.mine", "doubles_laptop.yaml"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    done = run("mine", "doubles_laptop.yaml", ranks=2, succeed=False, path=home)
     assert "error: task.name: doubles: problems() differ between ranks" in done.stderr
     assert not (home / "runs").exists()
 
 
 def test_the_laptops_config_shows_dialogues_and_mines(home: Path) -> None:
     """On the embedded model, which solves none of these problems."""
-
-    def run(verb: str, *arguments: str) -> str:
-        command = [sys.executable, "-m", f"recipes.{verb}", "doubles_laptop.yaml", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    shown = run("preview", "2", "seed=2")
+    shown = run("preview", "doubles_laptop.yaml", "2", "seed=2", path=home).stdout
     parts = ["task", "attempt", "verdict: failed", "request", "reflection", "request", "retry", "verdict: failed"]
     assert re.findall(r"^--- (?!cut at)([a-z]+(?:: [a-z]+)?)", shown, flags=re.MULTILINE) == 2 * parts
     assert "=== problem double-100 {'sum': 200}\n--- task\n<|user|>What is 100 + 100?<|end|><|assistant|>\n" in shown
     doubt = "every answer failed: are they too hard, or does verify reject right answers?"
     assert shown.endswith(f"0 of 16 problems solved at first try\n{doubt}\n")
     assert not list(home.glob("runs/*"))
-    mined = run("mine")
+    mined = run("mine", "doubles_laptop.yaml", path=home).stdout
     assert "0 of 32 problems solved at first try\none of them:\n  problem  What is 100 + 100?\n  answer   " in mined
     assert f"\n  verdict  failed\n{doubt}\n" in mined

@@ -72,11 +72,11 @@ class Model:
 
 
 CHOSEN = ("first_try", "retry_success_fixed", "within_two")
+PROBLEMS = [Problem(str(i), "", {}) for i in range(60)]
 
 
 def test_the_second_try_is_measured_on_the_same_failures_before_and_after() -> None:
-    problems = [Problem(str(i), "", {}) for i in range(60)]
-    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
     assert [int(group.failure.problem.id) for group in fixed] == list(range(0, 60, 2)), "the sampled ones"
     before = scores(verdicts)
     assert {name: before[name] for name in CHOSEN} == {
@@ -84,7 +84,7 @@ def test_the_second_try_is_measured_on_the_same_failures_before_and_after() -> N
         "retry_success_fixed": {"sampled": rate(20, 30), "greedy": rate(15, 30)},
         "within_two": {"sampled": rate(50, 60), "greedy": rate(55, 60)},
     }
-    verdicts, own = measure(Model(first=(5, 10), second=(20, 30)), problems, fixed)
+    verdicts, own = measure(Model(first=(5, 10), second=(20, 30)), PROBLEMS, fixed)
     assert [int(group.failure.problem.id) for group in own] == list(range(0, 60, 5))
     after = scores(verdicts)
     assert {name: after[name] for name in CHOSEN} == {
@@ -95,8 +95,7 @@ def test_the_second_try_is_measured_on_the_same_failures_before_and_after() -> N
 
 
 def test_the_second_try_is_compared_with_a_second_first_answer() -> None:
-    problems = [Problem(str(i), "", {}) for i in range(60)]
-    verdicts, _ = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    verdicts, _ = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
     found = scores(verdicts)
     assert found["within_two_resampled"] == {"sampled": rate(45, 60)}  # odd ones, and multiples of 4
     # even numbers: reflecting fails at multiples of 6, resampling passes at those of 4, so 10 gained and 5 lost
@@ -105,22 +104,20 @@ def test_the_second_try_is_compared_with_a_second_first_answer() -> None:
 
 
 def test_the_second_try_is_compared_with_one_after_the_next_failures_reflection() -> None:
-    problems = [Problem(str(i), "", {}) for i in range(60)]
-    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
     numbers = [*range(0, 60, 2)]
     assert [int(group.failure.problem.id) for group in fixed] == numbers
     donor = [number % 4 == 0 for number in [*numbers[1:], 0]]
     assert verdicts["retry_success_donor"] == {"sampled": donor}
     found = difference(donor, [number % 6 > 0 for number in numbers])
     assert scores(verdicts)["content_adds"] == {"sampled": found}
-    after, _ = measure(Model(first=(60, 60), second=(20, 30)), problems, fixed)
+    after, _ = measure(Model(first=(60, 60), second=(20, 30)), PROBLEMS, fixed)
     assert after["retry_success_donor"] == {"sampled": donor}, "on the starting model's failures"
 
 
 def test_the_gain_is_split_into_reading_and_writing() -> None:
-    problems = [Problem(str(i), "", {}) for i in range(60)]
-    before, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
-    after, _ = measure(Model(first=(60, 60), second=(20, 30)), problems, fixed)
+    before, fixed = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
+    after, _ = measure(Model(first=(60, 60), second=(20, 30)), PROBLEMS, fixed)
     assert before["retry_success_reread"]["sampled"] == before["retry_success_fixed"]["sampled"]
     assert scores(before)["writing_adds"]["sampled"].value == 0
     reread = [number % 4 == 0 for number in range(0, 60, 2)]  # after the starting model's reflection, of that token
@@ -138,8 +135,7 @@ def test_a_lone_failure_has_no_donor(failures: int) -> None:
 
 
 def test_reflections_that_hold_the_answer_and_cut_turns_are_counted() -> None:
-    problems = [Problem(str(i), "", {}) for i in range(60)]
-    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
+    verdicts, fixed = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
     found = scores(verdicts)
     assert found["reflection_solves"] == {"sampled": rate(10, 30), "greedy": rate(10, 30)}
     assert found["attempts_truncated"]["sampled"] == rate(20, 60)
@@ -161,9 +157,8 @@ def test_a_difference_counts_what_changed_in_pairs() -> None:
 
 
 def test_what_training_changed_is_paired_for_every_measure() -> None:
-    problems = [Problem(str(i), "", {}) for i in range(60)]
-    before, fixed = measure(Model(first=(2, 3), second=(6, 4)), problems)
-    after, _ = measure(Model(first=(5, 10), second=(20, 30)), problems, fixed)
+    before, fixed = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
+    after, _ = measure(Model(first=(5, 10), second=(20, 30)), PROBLEMS, fixed)
     found = differences(before, after)
     assert found.keys() == before.keys() == after.keys()
     assert found["first_try"]["sampled"] == difference([i % 2 > 0 for i in range(60)], [i % 5 > 0 for i in range(60)])

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from byte_level import CHAT, trained
 from processes import run_script
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemo_r3 import export as exporting
 from nemo_r3 import runtime
@@ -30,19 +30,13 @@ from recipes.export import probe_of
 
 KINDS = ("llama", "qwen2")
 OWN_CHAT = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
-CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
 VOCAB = 307  # more than the tokenizer has, and not a multiple of 2
 PROBE = [[(7 * row + 11 * place) % VOCAB for place in range(length)] for row, length in enumerate((40, 2, 17))]
 
 
 def make_models(home: Path) -> None:
     """A tied Llama and an untied Qwen2, with a byte-level tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["what went wrong? try again"] * 5, trainer)
+    tokenizer = trained(["what went wrong? try again"] * 5, 300, ["<|end|>"])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
     fast.chat_template = CHAT
     shapes = (transformers.LlamaConfig, transformers.Qwen2Config)

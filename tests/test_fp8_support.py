@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from paper_models import NAMES, shape
+from refusals import refusal
 
 from nemo_r3.config import Config, ConfigError, load
 from nemo_r3.config.schema import leaves
@@ -39,30 +40,24 @@ def config_of(name: str = "bf16", quantization: str = "none", **actor: Any) -> C
         ("fp8-delayed", replace(H100, te=None, te_error="no such file"), ["cannot be imported (no such file)"]),
         ("mxfp8", replace(B200, te=None), ["needs Transformer Engine", "megatron-core would run BF16"]),
         ("fp8-tensorwise", A100, ["8.9 or above; this one has 8.0 (ask for bf16)"]),
-        ("fp8-delayed", A100, ["8.9 or above"]),
         ("fp8-blockwise", L40, ["9.0 or above; this one has 8.9 (it has fp8-tensorwise, fp8-delayed)"]),
         ("fp8-blockwise", B200, ["below CUDA compute capability 10.0; this one has 10.0", "mxfp8"]),
         ("mxfp8", H100, ["10.0 or above; this one has 9.0 (it has fp8-tensorwise, fp8-blockwise, fp8-delayed)"]),
         ("mxfp8", RTX_5090, ["below CUDA compute capability 12.0", "(it has fp8-tensorwise, fp8-delayed)"]),
         ("fp8-blockwise", replace(H100, cuda=(12, 8)), ["needs CUDA 12.9 or newer, found 12.8"]),
-        ("fp8-tensorwise", replace(H100, cuda=(11, 8)), ["needs CUDA 12.1 or newer, found 11.8"]),
-        ("mxfp8", replace(B200, cuda=(12, 6)), ["needs CUDA 12.8 or newer"]),
         ("fp8-tensorwise", replace(H100, te=(2, 1)), ["needs Transformer Engine 2.2 or newer, found 2.1"]),
-        ("fp8-blockwise", replace(H100, te=(2, 2)), ["needs Transformer Engine 2.3 or newer"]),
-        ("fp8-delayed", replace(H100, te=(1, 13)), ["needs Transformer Engine 2.0 or newer, found 1.13"]),
-        ("mxfp8", replace(B200, te=(2, 0)), ["needs Transformer Engine 2.1 or newer"]),
         ("fp8-delayed", replace(H100, megatron=(0, 16)), ["needs megatron-core 0.19 or newer, found 0.16"]),
     ],
 )
 def test_machines_that_cannot(name: str, machine: Machine, words: list[str]) -> None:
-    message = refusal(config_of(name), shape("llama-3.1-8b"), machine)
+    message = refused(config_of(name), shape("llama-3.1-8b"), machine)
     assert message.startswith(f"actor.precision={name} ")
     assert all(word in message for word in words), message
 
 
 def test_a_real_model_that_does_not_divide() -> None:
     config = config_of("fp8-blockwise", tensor_parallel=8)
-    found = refusal(config, shape("qwen2-72b"), H100)
+    found = refused(config, shape("qwen2-72b"), H100)
     assert "needs multiples of 128" in found
     assert "the model's feed-forward columns on a rank are 3696 (29568 / actor.tensor_parallel=8)" in found
     check(config_of("fp8-tensorwise", tensor_parallel=8), shape("qwen2-72b"), H100)
@@ -81,7 +76,7 @@ def test_a_real_model_that_does_not_divide() -> None:
 )
 def test_every_dimension_is_looked_at(changed: dict[str, int], words: str) -> None:
     arch = replace(shape("llama-3.1-8b"), **changed)
-    assert words in refusal(config_of("fp8-tensorwise", tensor_parallel=2), arch, H100)
+    assert words in refused(config_of("fp8-tensorwise", tensor_parallel=2), arch, H100)
 
 
 def test_every_matrix_has_its_dimensions() -> None:
@@ -97,7 +92,7 @@ def test_every_matrix_has_its_dimensions() -> None:
 
 def test_a_model_of_two_layers_has_nothing_to_quantise() -> None:
     arch = replace(shape("llama-3.1-8b"), num_layers=2)
-    assert "the model has 2 layers" in refusal(config_of("fp8-tensorwise"), arch, H100)
+    assert "the model has 2 layers" in refused(config_of("fp8-tensorwise"), arch, H100)
     check(config_of("fp8-delayed"), arch, H100)
 
 
@@ -115,14 +110,14 @@ def test_quantizations_are_those_of_the_config() -> None:
     ],
 )
 def test_rollouts_that_cannot(quantization: str, machine: Machine, words: list[str]) -> None:
-    message = refusal(config_of(quantization=quantization), shape("llama-3.1-8b"), machine)
+    message = refused(config_of(quantization=quantization), shape("llama-3.1-8b"), machine)
     assert all(word in message for word in words), message
 
 
 def test_rollouts_that_do_not_divide() -> None:
     config = config_of(quantization="fp8_per_block")
     config.rollout.tensor_parallel = 8
-    found = refusal(config, shape("qwen2-72b"), H100)
+    found = refused(config, shape("qwen2-72b"), H100)
     assert "feed-forward columns on a rank are 3696 (29568 / rollout.tensor_parallel=8)" in found
     odd = replace(shape("llama-3.1-8b"), num_kv_heads=1, head_dim=132, num_heads=16)
     check(config_of(quantization="fp8_per_tensor"), odd, H100)  # what no product sums over need not divide
@@ -189,7 +184,5 @@ def test_advice() -> None:
     assert advice(config) is None
 
 
-def refusal(config: Config, arch: Architecture, machine: Machine) -> str:
-    with pytest.raises(ConfigError) as caught:
-        check(config, arch, machine)
-    return str(caught.value)
+def refused(config: Config, arch: Architecture, machine: Machine) -> str:
+    return refusal(lambda: check(config, arch, machine))

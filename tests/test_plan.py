@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import plans
 import pytest
 from paper_models import shape
+from refusals import refusal
 
 from nemo_r3.activations import HEAD_LOGITS, activation_bytes
 from nemo_r3.actor.head import CHUNK_ELEMENTS
@@ -143,10 +142,8 @@ def test_what_does_not_fit_is_refused_with_the_nearest_layout_that_does(
     model: str, settings: list[str], why: str, fits: str | None
 ) -> None:
     config = "countdown-llama-3.1-8b-1n8g-tp2dp4"
-    with pytest.raises(ConfigError) as refused:
-        plan(model, config, *settings).check()
-    message = str(refused.value)
-    assert message.startswith(why) and "\n" not in message
+    message = refusal(lambda: plan(model, config, *settings).check())
+    assert message.startswith(why)
     assumed = "; GPUs of 79 GiB are assumed (cluster.gpu_memory_gb)"
     assert ("assumed" in message) == (assumed in message) == ("gpu_memory" not in str(settings))
     if fits is None:
@@ -185,9 +182,9 @@ def test_without_gpus_everything_is_host_memory() -> None:
     assert {name: numbers(text)[name] for name in counts} == {name: [gib(n * parameters)] for name, n in counts.items()}
     needs = f"host      {gib((sum(counts.values()) + 4) * parameters)} GiB of each node"  # 4: vLLM's weights
     assert f"{needs} before activations and KV cache; it has 30.0 GiB\n" in text
-    with pytest.raises(ConfigError, match="laptop has 30.0 GiB of host memory for this run, and without a GPU") as why:
-        planned.check()
-    assert "this fits" not in str(why.value), "a second laptop is not to be had"
+    why = refusal(planned.check)
+    assert "laptop has 30.0 GiB of host memory for this run, and without a GPU" in why
+    assert "this fits" not in why, "a second laptop is not to be had"
     assert plan("qwen2.5-1.5b", "quickstart", here=Node("x", 1, 0, 99 * GIB)).verdict.startswith("fits")
 
 
@@ -283,9 +280,3 @@ def test_docs_training_has_these_numbers() -> None:
     one, four, eight = hosts
     said = f"{one} GiB for the 8B on one node, {four} GiB on each of four nodes for the 70B, and {eight} GiB on each of"
     assert said in " ".join(page.split())
-
-
-def test_a_plan_needs_no_torch() -> None:
-    code = "import sys, recipes.plan, slurm.launch; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "set()\n"

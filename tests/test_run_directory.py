@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from refusals import refusal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_r3 import run_directory
@@ -81,9 +82,7 @@ def test_a_run_without_a_checkpoint_starts_its_log_anew_and_says_so(
 
 def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path) -> None:
     directory(tmp_path / "run").open(resuming=False)
-    with pytest.raises(UserError, match=r"actor\.lr") as error:
-        directory(tmp_path / "run", "actor.lr=1e-3").open(resuming=True)
-    assert "\n" not in str(error.value)
+    assert "actor.lr" in refusal(lambda: directory(tmp_path / "run", "actor.lr=1e-3").open(resuming=True))
 
 
 def test_steps_before_the_first_checkpoint_make_way_for_other_settings_and_are_kept(
@@ -160,9 +159,8 @@ def test_checkpoints_whose_settings_are_unknown_are_not_resumed(
     run.path.mkdir()
     if content is not None:
         (run.path / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match=rf"run\.dir: .*{expected}") as error:
-        run.open(resuming=True)
-    assert "\n" not in str(error.value)
+    said = refusal(lambda: run.open(resuming=True))
+    assert said.startswith("run.dir: ") and expected in said
 
 
 def test_damaged_logs_cost_their_own_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

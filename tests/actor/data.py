@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from nemo_r3.types import Phase, Row, UpdateBatch
 
-KINDS = ("llama_tied", "llama", "qwen2_tied", "qwen2")  # those with a trial of everything; the others have `family`
 TEMPERATURES = (0.7, 1.0)
 LENGTHS = (25, 60, 33, 97, 120, 7, 90)
 PROMPTS = (20, 25, 20, 61, 70, 4, 71)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from data import batch_of
-from lab import Lab, error_of, save_at_work
+from lab import Lab, save_at_work
 from pretended_gpu import storages
+from refusals import refusal
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import latest
@@ -24,7 +25,7 @@ POLICIES = {
 
 def devices(lab: Lab) -> None:
     """All that a run does with a policy, at TP2 with sequence parallelism and at PP2."""
-    lab.note("mixed", {name: error_of(act, RuntimeError) for name, act in mixed().items()})
+    lab.note("mixed", {name: refusal(act, RuntimeError) for name, act in mixed().items()})
     for layout, more in (("tp2", {"sequence_parallel": True}), ("pp2", {})):
         for kind, (name, actor) in zip(("qwen2", "llama_tied"), POLICIES.items(), strict=True):
             lab.note(f"{layout}-{name}", life(lab, layout, kind, **actor, **more))

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from data import LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, sequences
 from megatron.core import parallel_state
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -242,7 +243,7 @@ class Lab:
         }
         found = {}
         for name, one in bad.items():
-            message, same = self.unchanged(trainer, lambda one=one: error_of(lambda: trainer.update(one), RuntimeError))
+            message, same = self.unchanged(trainer, lambda one=one: refusal(lambda: trainer.update(one), RuntimeError))
             found[name] = {"message": message, "unchanged": same}
         return found
 
@@ -276,11 +277,3 @@ def written_late() -> Iterator[Callable[[], None]]:
 
 def largest_gap(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     return max((ours - theirs).abs().max().item() for ours, theirs in zip(found, expected, strict=True))
-
-
-def error_of(act: Callable[[], Any], kind: type[Exception]) -> str:
-    try:
-        act()
-    except kind as error:
-        return str(error)
-    return "accepted"

@@ -16,7 +16,6 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-import families
 from ceiling import ceiling
 from damage import (
     after_the_kill,
@@ -26,8 +25,9 @@ from damage import (
     limited,
     written_late_by_rank_1,
 )
-from data import KINDS, batch_of, make_models, plain_updates
+from data import batch_of, make_models, plain_updates
 from devices import devices
+from families import TRIED, UNTRIED
 from lab import Lab, save_at_work
 from offloading import offloaded
 from pretended_gpu import pretend
@@ -37,16 +37,22 @@ from shared import shared_and_separate
 from nemo_r3 import entry
 
 
+def families(lab: Lab, at: str) -> None:
+    for layout, kind in UNTRIED:
+        if layout == at:
+            lab.family(layout, kind)
+
+
 def one(lab: Lab) -> None:
     make_models(lab.home)
-    for kind in KINDS:
+    for kind in TRIED["one"]:
         lab.trial("one", kind, save=True)
         lab.note(f"plain-{kind}", plain_updates(lab.home, kind))
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}):
         lab.trial("one", "qwen2", **actor)
-    for kind in families.KINDS:
-        lab.family("one", kind)
+    families(lab, "one")
+    for kind in {kind for _, kind in UNTRIED}:
         lab.note(f"plain-family-{kind}", plain_updates(lab.home, kind, count=1))
     rejection(lab, "one", "qwen2")
     shared_and_separate(lab, "one", "llama_tied")
@@ -61,10 +67,9 @@ def one(lab: Lab) -> None:
 
 
 def two(lab: Lab) -> None:
-    for kind in KINDS:
+    for kind in TRIED["tp2"]:
         lab.trial("tp2", kind, save=kind == "qwen2")
-    for kind in families.KINDS:
-        lab.family("tp2", kind)
+    families(lab, "tp2")
     shared_and_separate(lab, "tp2", "qwen2")
     lab.resume("one", "tp2", "llama_tied")
     lab.resume("tp2", "tp2", "qwen2")
@@ -90,10 +95,9 @@ def two(lab: Lab) -> None:
 
 
 def four(lab: Lab) -> None:
-    for kind in ("llama_tied", "qwen2"):
+    for kind in TRIED["tp2pp2"]:
         lab.trial("tp2pp2", kind, save=kind == "llama_tied")
-    for kind in families.KINDS:
-        lab.family("tp2pp2", kind)
+    families(lab, "tp2pp2")
     shared_and_separate(lab, "tp2pp2", "llama_tied")
     lab.resume("dp2", "tp2pp2", "qwen2")
     lab.trial("tp2dp2", "qwen2")

@@ -145,17 +145,6 @@ def test_shared_contexts_change_nothing(groups: list[tuple[int, list[int]]], mul
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # the log-sum-exps are float32
 
 
-def test_a_branch_sees_neither_its_sisters_nor_the_group_before() -> None:
-    rows = batch_of([(5, [4, 3]), (6, [2, 4])])
-    microbatch = pack(rows, [(0, 1), (2, 3)], 1)
-    tables = draws(1700, 1700)
-    before = outputs(microbatch, tables)
-    tables[2][100:200] += 10  # the first reflections' tokens: row 0's and row 2's
-    changed = (outputs(microbatch, tables) - before).abs().amax(-1) > 1e-9
-    assert not changed[microbatch.targets.sequences == 1].any() and not changed[microbatch.targets.sequences == 3].any()
-    assert changed[microbatch.targets.sequences == 0].any()
-
-
 def test_the_kernel_follows_device_and_dtype() -> None:
     assert isinstance(kernel_for(torch.empty(1)), CpuFlash)
     meta = torch.empty(1, dtype=torch.bfloat16, device="meta")

@@ -24,17 +24,11 @@ def test_nothing_is_held_between_updates(every: dict[str, Any], layout: str, pre
 
 @pytest.mark.parametrize(("layout", "precision"), CASES)
 def test_training_is_the_same_bit_for_bit(every: dict[str, Any], layout: str, precision: str) -> None:
+    """Also from a checkpoint that was saved while the state was offloaded."""
     found = every[f"offload-{layout}"][precision]
     assert found["metrics"] and found["weights"] and found["parts"] > 20
     assert found["nan"] == {"skipped": 1.0, "unchanged": True}
-    assert found["third"][1] and found["states"][1]
-
-
-@pytest.mark.parametrize(("layout", "precision"), CASES)
-def test_a_checkpoint_saved_while_offloaded_is_whole(every: dict[str, Any], layout: str, precision: str) -> None:
-    found = every[f"offload-{layout}"][precision]
-    assert found["third"] == [True] * 4
-    assert found["states"] == [True] * 4
+    assert found["third"] == found["states"] == [True] * 4
 
 
 @pytest.mark.parametrize("count", [1, LEAST - 1, LEAST, 3 * LEAST + 1, 33 * LEAST, 66_355_200, 2**30 - 1])

@@ -13,7 +13,6 @@ from nemo_r3.config.reference import reference
 from nemo_r3.config.schema import Layer, build
 
 ROOT = Path(__file__).parents[2]
-HEAVY = "torch vllm megatron transformers transformer_engine numpy datasets"
 
 
 def test_docs_are_up_to_date() -> None:
@@ -37,14 +36,13 @@ def test_every_default_is_allowed() -> None:
     assert build(Config, [Layer(asdict(Config()))]) == Config()
 
 
-def test_import_is_light_and_fast() -> None:
-    code = f"import sys, nemo_r3.config; print([m for m in '{HEAVY}'.split() if m in sys.modules])"
+def test_import_is_fast() -> None:
+    """What it must not import is in recipes/test_imports.py, which runs a plan without it."""
     seconds = []
     for _ in range(2):  # the first one may compile
         before = children_cpu_seconds()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-c", "import nemo_r3.config"], check=True, cwd=ROOT)
         seconds.append(children_cpu_seconds() - before)
-        assert done.stdout.strip() == "[]"
     assert min(seconds) < 1.5, seconds  # an import under 1 s, and starting Python
 
 

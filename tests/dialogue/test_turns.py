@@ -4,8 +4,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import byte_level
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from refusals import refusal
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from nemo_r3.config.task import DialogueConfig
@@ -59,15 +61,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(
-        ["user assistant system Make 7 from 1 2 3. What went wrong? Try again. a+b=7"], trainer
-    )
-    return tokenizer
+    text = "user assistant system Make 7 from 1 2 3. What went wrong? Try again. a+b=7"
+    return byte_level.trained([text], 400, SPECIAL)
 
 
 def tokenizer_of(trained: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
@@ -90,28 +85,18 @@ def style(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_a_dialogue_reads_as_the_template_would_render_it(trained: Tokenizer, style: str) -> None:
-    tokenizer, dialogue = tokenizer_of(trained, STYLES[style]), dialogue_of(trained, STYLES[style])
-    turns = ["1+2=7", "I added wrongly.", "1+2*3=7"]
-    closing = "" if style == "role ends" else CLOSES[style]
-    line = "\n" if style == "role ends" else ""  # that template's own newline before the next role
-    ids = [tokenizer.encode(turn + line + closing, add_special_tokens=False) for turn in turns]
-    if style == "role ends":
-        close = tokenizer.convert_tokens_to_ids(CLOSES[style])
-        ids = [[*turn, close] for turn in ids]
-    trajectory = dialogue.retry(
-        dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, ids[0]))).then(said(Phase.REFLECTION, ids[1]))
-    )
-    messages = [
-        {"role": "user", "content": PROBLEM.text},
-        {"role": "assistant", "content": turns[0]},
-        {"role": "user", "content": WORDING.reflect},
-        {"role": "assistant", "content": turns[1]},
-        {"role": "user", "content": WORDING.retry},
-    ]
-    expected = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
-    )
+def test_a_dialogue_whose_turns_end_with_the_next_role_reads_as_its_template_would_render_it(
+    trained: Tokenizer,
+) -> None:
+    """Turns with an end of their own are in test_families.py."""
+    tokenizer, dialogue = tokenizer_of(trained, ROLE_ENDS), dialogue_of(trained, ROLE_ENDS)
+    close = tokenizer.convert_tokens_to_ids(CLOSES["role ends"])
+    asked = [PROBLEM.text, "1+2=7", WORDING.reflect, "I added wrongly.", WORDING.retry]
+    attempt, reflection = ([*tokenizer.encode(f"{turn}\n"), close] for turn in asked[1::2])
+    reflected = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, attempt)))
+    trajectory = dialogue.retry(reflected.then(said(Phase.REFLECTION, reflection)))
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(asked)]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(trajectory.ids) == expected
     assert [s.phase for s in trajectory.segments] == ["task", "attempt", "request", "reflection", "request"]
 
@@ -188,11 +173,6 @@ def test_fingerprint_follows_what_a_first_answer_depends_on(trained: Tokenizer) 
     assert dialogue_of(trained, PLAIN).fingerprint == prints[0]
 
 
-def test_decode_leaves_special_tokens_out(trained: Tokenizer) -> None:
-    tokenizer, dialogue = tokenizer_of(trained, PLAIN), dialogue_of(trained, PLAIN)
-    assert dialogue.decode(tokenizer.encode("a+b=7<|end|>", add_special_tokens=False)) == "a+b=7"
-
-
 def test_only_a_sampled_turn_can_be_answered(trained: Tokenizer) -> None:
     dialogue = dialogue_of(trained, PLAIN)
     with pytest.raises(AssertionError):
@@ -236,9 +216,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, 
     model = tmp_path / "model"
     shutil.copytree(EMBEDDED, model)
     (model / file).write_text(text)
-    with pytest.raises(UserError, match=rf"model\.path: {model} has no tokenizer that can be read: ") as caught:
-        read_tokenizer(model)
-    assert "\n" not in str(caught.value)
+    assert f"model.path: {model} has no tokenizer that can be read: " in refusal(lambda: read_tokenizer(model))
 
 
 def test_a_sound_tokenizer_is_read() -> None:

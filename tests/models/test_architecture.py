@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paper_models import NAMES, shape
+from refusals import refusal
 
 from nemo_r3.config import Config, check
-from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
 from nemo_r3.models.names import count_parameters
 from nemo_r3.models.rope import Llama3, LongRope, Rope
@@ -33,14 +32,6 @@ LLAMA: dict[str, Any] = {
 def write(path: Path, text: str) -> Path:
     (path / "config.json").write_text(text)
     return path
-
-
-def refusal(act: Callable[[], Any]) -> str:
-    with pytest.raises(ConfigError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_a_llama_is_read_with_its_defaults(tmp_path: Path) -> None:
@@ -256,17 +247,12 @@ def test_rotary_positions_that_the_actor_does_not_compute_are_refused(
     ("change", "expected"),
     [
         ({"hidden_size": "big"}, "hidden_size='big' is not an integer from 1"),
-        ({"hidden_size": None}, "hidden_size=None is not"),
         ({"hidden_size": [64] * 999}, "... is not an integer from 1"),
         ({"intermediate_size": True}, "intermediate_size=True is not"),
-        ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0 is not"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers=-1 is not"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 is not"),
         ({"num_attention_heads": 128}, "of a head's 0 channels makes no pairs"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
-        ({"head_dim": "16"}, "head_dim='16' is not"),
         ({"vocab_size": 10**400}, "... is not an integer from 1"),
-        ({"max_position_embeddings": {}}, "max_position_embeddings={} is not"),
         ({"rms_norm_eps": "abc"}, "rms_norm_eps='abc' is not a positive number"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf is not a positive number"),
         ({"rope_theta": math.nan}, "rope_theta=nan is not a positive number"),

@@ -4,18 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from launch import QUICKSTART, SMALL, run
 
-
-@pytest.fixture(scope="session")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A failure bank that `recipes.mine` made from the embedded model."""
-    path = tmp_path_factory.mktemp("bank") / "failures"
-    run("mine", QUICKSTART, *SMALL, f"failures.path={path}", f"run.dir={path.parent}/unused")
-    return path
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from byte_level import CHAT, trained
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -29,11 +29,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tasks"))
 
 from corruption import gold_calls
 
-END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
-CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+END = "<|end|>"
 THOUGHTS = ("I chose the wrong values.", "I called the wrong function.")
 TRAINED, HELD_OUT = 50, 6
 STEPS, BATCH = 150, 24
@@ -99,14 +95,7 @@ def make(home: Path) -> Path:
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Byte-level, with words of these texts."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = [AddedToken(token, special=True) for token in (END, USER, ASSISTANT)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
+    core = trained(texts, 1024, (END, "<|user|>", "<|assistant|>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=END)
     tokenizer.chat_template = CHAT
     return tokenizer

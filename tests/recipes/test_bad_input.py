@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 from launch import QUICKSTART, SMALL, run
 
-from nemo_r3.files import sealed, unsealed
 from nemo_r3.models import EMBEDDED
 
 
@@ -24,28 +21,14 @@ def refused(verb: str, *arguments: str) -> str:
     return errors[0]
 
 
-@pytest.fixture
-def foreign(tmp_path: Path) -> Path:
-    """A directory that is no checkpoint."""
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    return tmp_path / "foreign"
-
-
-def test_settings_are_refused_before_anything_is_written(tmp_path: Path, foreign: Path) -> None:
+def test_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """By themselves, by the model, by the ranks, and by what this machine has."""
     home = f"run.dir={tmp_path}/run"
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("model: {path: embedded\n")
-    assert "model.path" in refused("train", QUICKSTART, home, "model.path=/nowhere")
-    assert "GPT2LMHeadModel" in refused("train", QUICKSTART, home, f"model.path={foreign}")
-    assert "broken.yaml" in refused("train", str(broken), home)
     assert "algo.group_sise" in refused("train", QUICKSTART, home, "algo.group_sise=4")
     assert "actor.tensor_parallel=3" in refused("train", QUICKSTART, home, "actor.tensor_parallel=3")
     assert "1 ranks were launched" in refused("train", QUICKSTART, home, "actor.tensor_parallel=2")
     if find_spec("wandb") is None:
-        assert "run.wandb_project: wandb cannot be imported" in refused(
-            "train", QUICKSTART, home, "run.wandb_project=p"
-        )
+        assert "run.wandb_project: wandb cannot" in refused("train", QUICKSTART, home, "run.wandb_project=p")
     assert not (tmp_path / "run").exists()
 
 
@@ -79,16 +62,6 @@ def test_a_bank_of_another_model_is_refused_and_kept(bank: Path, tmp_path: Path)
     )
     assert "was mined otherwise: model" in line and "failures.allow_foreign=true" in line
     assert {file.name: file.read_bytes() for file in bank.iterdir()} == before
-
-
-def test_an_empty_bank_is_refused(bank: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "bank"
-    empty.mkdir()
-    index = unsealed((bank / "bank.json").read_text())
-    (empty / "bank.json").write_text(sealed(index | {"shards": {"shard_00000.jsonl": sha256(b"").hexdigest()}}))
-    (empty / "shard_00000.jsonl").write_text("")
-    line = refused("train", QUICKSTART, *SMALL, f"failures.path={empty}", f"run.dir={tmp_path}/run")
-    assert "holds no failures" in line
 
 
 def test_a_changed_setting_is_refused_by_key_on_resume(trained: Path, bank: Path) -> None:

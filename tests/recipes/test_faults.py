@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import QUICKSTART, ROOT, SMALL, environment, run
+from launch import QUICKSTART, ROOT, SMALL, environment, lines, run
 
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED
@@ -26,7 +26,7 @@ def broken(how: str, bank: Path, path: Path, *more: str) -> tuple[str, float]:
     process = subprocess.Popen(
         [*LAUNCHER, script, how, *settings, "run.timeout_minutes=1", *more],
         cwd=ROOT,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -96,11 +96,11 @@ def test_a_step_that_is_stopped_keeps_its_turns_where_it_would_not_give_the_same
     file.write_bytes(whole)
     resumed = run("train", *settings, f"run.dir={path}")
     assert f"continuing with {len(turns)} turns of step 2 from {file}" in resumed.stdout
-    rows = [json.loads(line) for line in (path / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    rows = lines(path / "rollouts" / "step_000002.jsonl")
     sampled = [tuple(row[name]) for row in rows for name in ("reflection_ids", "retry_ids")]
     assert ended <= set(sampled)
     assert all(any(turn[: len(ids)] == ids for turn in sampled) for ids in begun)
-    steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = lines(path / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2]
     assert steps[1]["token_mult_prob_error"] < 1.001, "not the weights that sampled these turns"
 

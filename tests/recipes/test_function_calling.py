@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from launch import run
+from launch import lines, run
 
 from nemo_r3.config import load
 from nemo_r3.tasks import load as load_task
@@ -17,10 +16,6 @@ from nemo_r3.tasks import load as load_task
 pytestmark = pytest.mark.slow
 
 LAYOUT = ("actor.tensor_parallel=2", "actor.sequence_parallel=true", "rollout.tensor_parallel=1")
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

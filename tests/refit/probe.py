@@ -2,18 +2,18 @@
 
     probe.py CONFIG_YAML OUT_JSON MODEL_DIR,MODEL_DIR,... key=value ...
 
-The models come one after the other, each with an engine that reads its weights and one that is given them. The engines
-stay alive: one that goes takes vLLM's groups with it.
+The models come one after the other, each with an engine that is given its weights; the first two also with one that
+reads them. The engines stay alive: one that goes takes vLLM's groups with it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from refusals import refusal
 
 from nemo_r3 import config as configuration
 from nemo_r3 import entry, runtime
@@ -23,7 +23,6 @@ from nemo_r3.rollout.sampling import Sampling
 from nemo_r3.types import Phase, Row, UpdateBatch
 
 if TYPE_CHECKING:
-    from nemo_r3.actor.policy import Policy
     from nemo_r3.actor.trainer import Trainer
     from nemo_r3.rollout.engine import Engine
 
@@ -41,31 +40,21 @@ def main(argv: list[str]) -> None:
     from nemo_r3.actor.trainer import Trainer
     from nemo_r3.rollout.engine import Engine
 
-    engines, results = [], {}
+    engines: list[Engine] = []
+    results: dict[str, dict[str, Any]] = {}
     for path in paths:
         config.model.path = str(path)
         trainer = Trainer(actor.Policy(config, world))
         actor.start_parallel_groups = lambda *_: None  # all models share the first one's
-        engines += [Engine.start(config, path), Engine.start(config, path, with_weights=False)]
-        results[path.name] = {"start": starts(trainer.policy, *engines[-2:]), "rounds": compare(trainer, engines[-1])}
+        engines.append(waits := Engine.start(config, path, with_weights=False))
+        results[path.name] = found = {"refused": refusal(waits.step, RuntimeError)}
+        refit(trainer.policy, waits)
+        if path in paths[:2]:
+            engines.append(reads := Engine.start(config, path))
+            found["same"] = [sample(waits, temperature) == sample(reads, temperature) for temperature in (0.0, 0.7)]
+        found["rounds"] = compare(trainer, waits)
     if world.is_main:
         Path(out).write_text(json.dumps(results))
-
-
-def starts(policy: Policy, reads: Engine, waits: Engine) -> dict[str, Any]:
-    """What an engine without weights refuses, and whether the actor's make it the engine that read them."""
-    refused = refusal(waits.step)
-    refit(policy, waits)
-    same = [sample(waits, temperature) == sample(reads, temperature) for temperature in (0.0, 0.7)]
-    return {"refused": refused, "same": same}
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)
-    return "accepted"
 
 
 def compare(trainer: Trainer, engine: Engine) -> list[dict[str, Any]]:

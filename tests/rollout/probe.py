@@ -22,9 +22,9 @@ from unittest.mock import MagicMock, patch
 
 import torch
 from probed import STOPS, TEMPERATURE, Probe
+from refusals import refusal
 
 from nemo_r3 import signals
-from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.runtime import World
@@ -71,7 +71,7 @@ def probe_sleep(probe: Probe) -> dict[str, Any]:
     executor = engine._llm.engine_core.engine_core.model_executor
     engine._can_sleep = True
     engine.sleep()
-    found = {"asleep": sorted(executor.sleeping_tags), "refused": refusal(engine.step)}
+    found = {"asleep": sorted(executor.sleeping_tags), "refused": refusal(engine.step, RuntimeError)}
     engine.wake("weights")
     probe.load("a", 7)
     found |= {"loaded": [sorted(executor.sleeping_tags), engine.version]}
@@ -134,7 +134,7 @@ def asleep(probe: Probe) -> dict[str, Any]:
     engine.wake("weights")
     engine.sleep()
     engine.sleep()
-    found = {"version": engine.version, "slept": list(sleeps), "refused": refusal(engine.step)}
+    found = {"version": engine.version, "slept": list(sleeps), "refused": refusal(engine.step, RuntimeError)}
     engine.wake("weights")
     return found | {"woken": [call.args for call in llm.wake_up.call_args_list]}
 
@@ -158,12 +158,12 @@ def probe_refit(probe: Probe, text: list[int], long: list[int]) -> dict[str, Any
     result["without_reset"] = probe.sample_error("a", long)
 
     engine._llm.reset_prefix_cache = lambda: False
-    result["errors"] = [refusal(lambda: probe.load("a", 5))]
+    result["errors"] = [refusal(lambda: probe.load("a", 5), RuntimeError)]
     engine._llm.reset_prefix_cache = reset
     state = [(key, value) for key, value in probe.models["a"].state_dict().items() if "layers.1.mlp.up" not in key]
-    result["errors"].append(refusal(lambda: engine.load(state, 5)))
+    result["errors"].append(refusal(lambda: engine.load(state, 5), RuntimeError))
     engine.add("unfinished", long, Sampling(1.0, 4, ()))
-    result["errors"].append(refusal(lambda: probe.load("a", 5)))
+    result["errors"].append(refusal(lambda: probe.load("a", 5), RuntimeError))
     drain(probe)
     probe.load("a", 6)
     result["restored"] = [probe.score_error("a", text), probe.sample_error("a", long)]
@@ -361,14 +361,6 @@ def looks_until_stop(probe: Probe) -> int:
     looks = next((number for number in range(1, 41) if probe.rollout._fleet.asked_to_stop()), 0)
     signals._noted.clear()
     return looks
-
-
-def refusal(call: Any) -> str:
-    try:
-        call()
-    except (RuntimeError, UserError) as error:
-        return str(error)
-    return "accepted"
 
 
 if __name__ == "__main__":

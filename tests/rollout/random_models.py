@@ -5,24 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from byte_level import CHAT, trained
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def make_models(home: Path) -> None:
     """Two tied Llamas, a and b, with 307 rows in the embedding: more than tokens, and a multiple of nothing."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["say one two three, what went wrong? try again"] * 5, trainer)
+    special = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
+    tokenizer = trained(["say one two three, what went wrong? try again"] * 5, 300, special)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
     fast.chat_template = CHAT
     shape = LlamaConfig(

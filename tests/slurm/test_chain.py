@@ -118,8 +118,8 @@ def test_the_chain_runs_to_its_end_each_stage_at_its_own_size_and_one_requeued(
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_a_sweep_of_four(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
-    shutil.copytree(failures, tmp_path / "failures")
+def test_a_sweep_of_four(cluster: Cluster, bank: Path, tmp_path: Path) -> None:
+    shutil.copytree(bank, tmp_path / "failures")
     settings = [QUICKSTART, *SMALL, f"run.dir={tmp_path}", "cluster.time_minutes=20", "cluster.min_disk_gb=0.1"]
     done = launch(
         *(*settings, "train.steps=1", "--sweep", "actor.lr=1e-4,1e-5", "seed=1,2", "--evaluate", "evaluate.problems=4"),

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from processes import program
 
 from nemo_r3.errors import UserError
 from slurm import commands, job, slices
@@ -22,11 +23,6 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(commands, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(slices.signal, "signal", lambda number, handler: None)
-
-
-def program(folder: Path, name: str, script: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
 
 
 def test_a_command_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,14 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from processes import program
 
 from slurm import cuda_devices, health
 
 
 def nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
+    program(folder, "nvidia-smi", script)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 

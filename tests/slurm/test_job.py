@@ -9,22 +9,25 @@ import sys
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
-from nemo_r3.config import Config, ConfigError, load
+from nemo_r3.config import Config, load
 from slurm.job import Allocation, assignments, ranks_per_node, read_allocation, shell_variables
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "configs/quickstart.yaml"
 
-LINES = {
+LINES = {  # with the settings that are warned of
     (): (
         "sbatch --job-name=quickstart --nodes=1 --ntasks-per-node=1 --signal=B:USR1@600 "
-        "slurm/train.sh configs/quickstart.yaml"
+        "slurm/train.sh configs/quickstart.yaml",
+        "",
     ),
-    ("cluster.nodes=8", "cluster.gpus_per_node=8", "cluster.partition=gpu", "cluster.time_minutes=1440"): (
-        "sbatch --job-name=quickstart --partition=gpu --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 --time=1440 "
+    ("cluster.nodes=8", "cluster.gpus_per_node=8", "cluster.cpus_per_task=14", "cluster.time_minutes=1440"): (
+        "sbatch --job-name=quickstart --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=14 --time=1440 "
         "--signal=B:USR1@600 slurm/train.sh configs/quickstart.yaml "
-        "cluster.nodes=8 cluster.gpus_per_node=8 cluster.partition=gpu cluster.time_minutes=1440"
+        "cluster.nodes=8 cluster.gpus_per_node=8 cluster.cpus_per_task=14 cluster.time_minutes=1440",
+        "cluster.memory_gb=0",
     ),
     (
         "run.dir=/scratch/my run",
@@ -33,16 +36,19 @@ LINES = {
         "cluster.nodes=64",
         "cluster.gpus_per_node=8",
         "cluster.account=llm",
+        "cluster.partition=gpu",
         "cluster.cpus_per_task=14",
         "cluster.memory_gb=1800",
         "cluster.options=[--exclusive, --comment=it's mine]",
         "cluster.signal_seconds=900",
     ): (
-        "sbatch '--job-name=my run' --account=llm --nodes=64 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=14 "
-        """--mem=1800G --signal=B:USR1@900 --exclusive '--comment=it'"'"'s mine' slurm/train.sh """
+        "sbatch '--job-name=my run' --partition=gpu --account=llm --nodes=64 --ntasks-per-node=8 --gpus-per-node=8 "
+        """--cpus-per-task=14 --mem=1800G --signal=B:USR1@900 --exclusive '--comment=it'"'"'s mine' slurm/train.sh """
         "configs/quickstart.yaml 'run.dir=/scratch/my run' actor.tensor_parallel=8 actor.pipeline_parallel=2 "
-        "cluster.nodes=64 cluster.gpus_per_node=8 cluster.account=llm cluster.cpus_per_task=14 cluster.memory_gb=1800 "
-        """'cluster.options=[--exclusive, --comment=it'"'"'s mine]' cluster.signal_seconds=900"""
+        "cluster.nodes=64 cluster.gpus_per_node=8 cluster.account=llm cluster.partition=gpu "
+        "cluster.cpus_per_task=14 cluster.memory_gb=1800 "
+        """'cluster.options=[--exclusive, --comment=it'"'"'s mine]' cluster.signal_seconds=900""",
+        "",
     ),
 }
 
@@ -56,28 +62,15 @@ def train_sh(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("overrides", LINES, ids=["1 node", "8 nodes", "64 nodes"])
 def test_print_writes_the_sbatch_line(overrides: tuple[str, ...]) -> None:
+    line, warned = LINES[overrides]
     done = train_sh("--print", QUICKSTART, *overrides)
-    assert (done.returncode, done.stdout) == (0, LINES[overrides] + "\n")
+    assert (done.returncode, done.stdout) == (0, line + "\n")
     assert shlex.split(done.stdout)[-1 - len(overrides) :] == [QUICKSTART, *overrides]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "warned"),
-    [
-        ((), ""),
-        (("cluster.gpus_per_node=8", "cluster.cpus_per_task=14", "cluster.memory_gb=1800"), ""),
-        (("cluster.gpus_per_node=8", "cluster.cpus_per_task=14"), "warning: cluster.memory_gb=0: "),
-        (("cluster.gpus_per_node=8",), "warning: cluster.cpus_per_task=0, cluster.memory_gb=0: Slurm's default may be"),
-    ],
-)
-def test_gpus_without_cores_or_memory_are_warned_of(overrides: tuple[str, ...], warned: str) -> None:
-    done = train_sh("--print", QUICKSTART, *overrides)
-    assert done.returncode == 0 and done.stdout.startswith("sbatch ") and done.stdout.count("\n") == 1
-    assert done.stderr.startswith(warned) and done.stderr.count("\n") == bool(warned)
+    assert done.stderr.startswith(f"warning: {warned}: " if warned else "") and done.stderr.count("\n") == bool(warned)
 
 
 def test_print_takes_the_quickstart_where_no_config_is_named() -> None:
-    assert train_sh("--print").stdout == LINES[()] + "\n"
+    assert train_sh("--print").stdout == LINES[()][0] + "\n"
 
 
 def test_a_bad_setting_or_place_is_one_line(tmp_path: Path) -> None:
@@ -119,9 +112,7 @@ def test_an_allocation_is_read_from_slurms_variables() -> None:
     ],
 )
 def test_an_allocation_without_a_layout_is_refused(more: dict[str, str], expected: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_allocation(JOB | more)
-    assert expected in str(caught.value)
+    assert expected in refusal(lambda: read_allocation(JOB | more))
 
 
 def config_with(*overrides: str) -> Config:
@@ -174,9 +165,8 @@ def test_an_allocation_that_fits(overrides: list[str], got: Allocation, ranks: i
     ],
 )
 def test_a_misfit_says_both(overrides: list[str], got: Allocation, both: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        ranks_per_node(config_with(*overrides), got)
-    assert all(part in str(caught.value) for part in both), caught.value
+    message = refusal(lambda: ranks_per_node(config_with(*overrides), got))
+    assert all(part in message for part in both), message
 
 
 def test_what_starts_the_ranks() -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from launch import QUICKSTART
 from launched import ROOT, launch, launch_here
+from processes import program
 
 from nemo_r3.config import Config, load
 from slurm.launch import SHARED, job_arrays, parser
@@ -28,7 +29,7 @@ SIZES = {
     ],
     "64_nodes": [
         *(QUICKSTART, "run.dir=runs/many", "cluster.nodes=64", "actor.tensor_parallel=2", "--cluster", EXAMPLE),
-        *("--sweep", "actor.lr=1e-6,5e-7", "seed=1,2,3", "--from", "train"),
+        *("--sweep", "actor.lr=1e-6,5e-7", "seed=1,2", "--from", "train"),
     ],
 }
 
@@ -161,8 +162,7 @@ def slurm_that_refuses(path: Path, after: int) -> dict[str, str]:
         "scancel": f'echo "$@" > {path}/cancelled',
     }
     for name, command in commands.items():
-        (path / name).write_text(f"#!/bin/sh\n{command}\n")
-        (path / name).chmod(0o755)
+        program(path, name, command)
     return os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
 
 
@@ -185,7 +185,7 @@ def test_a_chain_that_slurm_refuses_half_way_is_taken_back_and_the_refused_stage
 
 def test_a_half_chain_that_cannot_be_taken_back_is_left_to_the_user_by_name(tmp_path: Path) -> None:
     slurm = slurm_that_refuses(tmp_path, after=1)
-    (tmp_path / "scancel").write_text("#!/bin/sh\necho 'scancel: error: busy' >&2; exit 1\n")
+    program(tmp_path, "scancel", "echo 'scancel: error: busy' >&2; exit 1")
     done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", environment=slurm)
     assert done.returncode == 2
     assert done.stderr == (

@@ -19,15 +19,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 @pytest.mark.parametrize("early", [True, False])
-def test_a_signal_to_the_script_alone_stops_its_ranks(
-    tmp_path: Path, failures: Path, launcher: str, early: bool
-) -> None:
+def test_a_signal_to_the_script_alone_stops_its_ranks(tmp_path: Path, bank: Path, launcher: str, early: bool) -> None:
     run_dir, logs = tmp_path / "run", tmp_path / "logs"
     logs.mkdir()
     job = {"PATH": search_path(), "LAUNCHER": launcher, "LOGS": str(logs), "SLURM_PROCID": "0", "SLURMD_NODENAME": "n1"}
     job |= {"RECIPE": "train", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "RANKS_PER_NODE": "1"}
     job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
-    settings = (QUICKSTART, *SMALL, f"failures.path={failures}", f"run.dir={run_dir}", "train.steps=200")
+    settings = (QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={run_dir}", "train.steps=200")
     script = subprocess.Popen(["bash", "slurm/rank.sh", *settings], cwd=ROOT, env=environment() | job)
     waited = time.monotonic()
     while not early and not (run_dir / "metrics.jsonl").exists():

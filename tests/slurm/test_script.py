@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from cluster import ROOT, search_path
+from processes import program
 
 COMMANDS = {
     "srun": 'case "$*" in *slurm.health*) echo n1: fine ;; esac',
@@ -20,8 +21,7 @@ def run_slice(folder: Path, *overrides: str, **commands: str) -> tuple[list[str]
     """The commands that a slice of job 7 gives, and what it prints."""
     for name, script in (COMMANDS | commands).items():
         note = f"words=\"{name} $*\"; echo ${{words//$'\\n'/ }} >>'{folder}/asked'"
-        (folder / name).write_text(f"#!/bin/bash\n{note}\n{script}\n")
-        (folder / name).chmod(0o755)
+        program(folder, name, f"{note}\n{script}")
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
     job |= {"PATH": f"{folder}:{search_path()}"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}

@@ -23,24 +23,24 @@ TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 LAYOUT = ("actor.tensor_parallel=2", "actor.pipeline_parallel=2")
 
 
-def settings(failures: Path, run_dir: Path, *more: str) -> list[str]:
-    return [QUICKSTART, *SMALL, *LAYOUT, f"failures.path={failures}", f"run.dir={run_dir}", "train.steps=5", *more]
+def settings(bank: Path, run_dir: Path, *more: str) -> list[str]:
+    return [QUICKSTART, *SMALL, *LAYOUT, f"failures.path={bank}", f"run.dir={run_dir}", "train.steps=5", *more]
 
 
 @pytest.fixture(scope="module")
-def by_torchrun(failures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def by_torchrun(bank: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The metrics of the run that torchrun starts on this machine alone."""
     path = tmp_path_factory.mktemp("torchrun") / "run"
-    run("train", *settings(failures, path), ranks=4)
+    run("train", *settings(bank, path), ranks=4)
     return untimed(path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_job_trains_as_torchrun_does(
-    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path, launcher: str
+    cluster: Cluster, bank: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path, launcher: str
 ) -> None:
     path = tmp_path / "run dir"  # a blank in the name: everything is quoted
-    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, path, f"cluster.launcher={launcher}"))
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(bank, path, f"cluster.launcher={launcher}"))
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert untimed(path / "metrics.jsonl") == by_torchrun
     assert "step    5/5" in cluster.output(job), "rank 0's log is shown as it grows"
@@ -60,9 +60,9 @@ def test_a_misfit_ends_at_once_with_both_said(cluster: Cluster, tmp_path: Path) 
 
 
 def test_a_killed_rank_is_named_and_the_job_resumes(
-    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path
+    cluster: Cluster, bank: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path, "train.save_every=1"))
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(bank, tmp_path, "train.save_every=1"))
     until(lambda: (tmp_path / "checkpoints" / "step_000001" / "manifest.json").exists(), cluster, job)
     os.kill(rank_process(job, 3), signal.SIGKILL)
     until_resumed(cluster, job, "kill -9 of a rank")
@@ -107,10 +107,10 @@ def test_an_unfit_node_is_named_and_in_the_end_left_out(cluster: Cluster, tmp_pa
 
 
 def test_a_stop_saves_and_goes_on_as_if_nothing_had_happened(
-    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path
+    cluster: Cluster, bank: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """The signal that Slurm sends before the time limit; the only checkpoint so far is the one it makes."""
-    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path))
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(bank, tmp_path))
     until(lambda: (tmp_path / "metrics.jsonl").exists(), cluster, job)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
@@ -140,9 +140,9 @@ INTERRUPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
 def test_slurm_interrupts_a_job_and_it_goes_on(
-    cluster: Cluster, failures: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path, interruption: str
+    cluster: Cluster, bank: Path, by_torchrun: list[dict[str, Any]], tmp_path: Path, interruption: str
 ) -> None:
-    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path, "train.save_every=1"))
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(bank, tmp_path, "train.save_every=1"))
     until(lambda: (tmp_path / "checkpoints" / "step_000001" / "manifest.json").exists(), cluster, job)
     INTERRUPTIONS[interruption](cluster, job)
     try:
@@ -156,10 +156,10 @@ def test_slurm_interrupts_a_job_and_it_goes_on(
 
 
 @pytest.mark.slow
-def test_a_time_limit_ends_slices_and_the_job_goes_on(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
+def test_a_time_limit_ends_slices_and_the_job_goes_on(cluster: Cluster, bank: Path, tmp_path: Path) -> None:
     """Slurm may send its signal up to a minute early: between 60 and 120 of 180 seconds."""
     limit = ("--time=3", "--signal=B:USR1@60")
-    job = cluster.submit(*TWO_BY_TWO, *limit, SCRIPT, *settings(failures, tmp_path, "train.steps=250"))
+    job = cluster.submit(*TWO_BY_TWO, *limit, SCRIPT, *settings(bank, tmp_path, "train.steps=250"))
     stopped = f"slice 0 of job {job}: stopped on request; requeued"
     until(lambda: stopped in cluster.output(job), cluster, job)
     until_resumed(cluster, job, "time limit")
@@ -168,18 +168,18 @@ def test_a_time_limit_ends_slices_and_the_job_goes_on(cluster: Cluster, failures
 
 
 @pytest.mark.slow
-def test_slices_that_are_too_short_end_the_job(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
+def test_slices_that_are_too_short_end_the_job(cluster: Cluster, bank: Path, tmp_path: Path) -> None:
     """The signal comes while the tasks still prepare themselves."""
     limit = ("--time=2", "--signal=B:USR1@115")  # within half a minute
-    job = cluster.submit(*TWO_BY_TWO, *limit, SCRIPT, *settings(failures, tmp_path, "cluster.setup='sleep 70'"))
+    job = cluster.submit(*TWO_BY_TWO, *limit, SCRIPT, *settings(bank, tmp_path, "cluster.setup='sleep 70'"))
     assert cluster.wait(job, 400) == "FAILED", cluster.output(job)
     assert "not requeued: 2 slices in a row made no checkpoint; the time limit is too short" in cluster.output(job)
     assert cluster.show(job)["ExitCode"] == "75:0"
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_stays_cancelled(cluster: Cluster, failures: Path, tmp_path: Path) -> None:
-    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(failures, tmp_path))
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, bank: Path, tmp_path: Path) -> None:
+    job = cluster.submit(*TWO_BY_TWO, SCRIPT, *settings(bank, tmp_path))
     until(lambda: (tmp_path / "metrics.jsonl").exists(), cluster, job)
     cluster.ask("scancel", job)
     assert cluster.wait(job) == "CANCELLED"

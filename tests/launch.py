@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 SMALL = ("failures.problems=160", "train.failures_per_step=8", "evaluate.problems=24", "rollout.max_num_seqs=64")
 SECONDS = 400
@@ -23,9 +25,9 @@ def command(verb: str, *arguments: str, ranks: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread per rank, and nothing of a surrounding launch."""
+    """One thread per rank, the verbs from any directory, and nothing of a surrounding launch."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def run(
@@ -56,3 +58,8 @@ def start(verb: str, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
