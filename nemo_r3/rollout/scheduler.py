@@ -281,6 +281,7 @@ class Rollout(Generic[EngineT]):
         for place, result in done.items():
             if place in share and signals.noted() is None:
                 results[place] = result()
+        self._fleet.world.leave_if_asked()  # first: a Ctrl-C may also have ended a program that the verifier waited for
         if failures := [failure for failure in self._fleet.world.gather(self.judge.failure) if failure is not None]:
             raise VerifierError(str(failures[0]))
         return self._fleet.collect(results, count)
