@@ -55,7 +55,7 @@ class Judge:
         try:
             return self._task.verify(problem, answer.text)
         except UserError as error:
-            self.failure = error
+            self.failure = self.failure or error
             return False
 
     @contextmanager

@@ -63,6 +63,22 @@ def test_after_its_first_error_a_verifier_is_asked_no_more(threads: int) -> None
     assert str(judge.failure) == "the service is away: first"
 
 
+def test_of_calls_that_fail_side_by_side_the_first_error_counts() -> None:
+    both, failed = threading.Barrier(2, timeout=30), threading.Event()
+
+    def verify(problem: Problem, text: str) -> bool:
+        both.wait()
+        assert text == "first" or failed.wait(30)
+        raise UserError(text)
+
+    judge = judge_by(verify, 2)
+    first, second = (judge.ask(PROBLEM, answer(text)) for text in ("first", "second"))
+    assert not judge.verdict(first)
+    failed.set()
+    assert not judge.verdict(second)
+    assert str(judge.failure) == "first"
+
+
 def test_a_signal_ends_the_wait_for_a_verdict_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
     judge = judge_by(lambda *_: over.wait(20), 1)
