@@ -157,6 +157,25 @@ def test_a_verifier_that_fails_ends_the_rollout_with_its_message(monkeypatch: Mo
     assert engine.waiting, "it samples no retries that nobody would judge"
 
 
+def test_a_verifiers_error_is_not_lost_where_the_other_ranks_sample_for_too_long(monkeypatch: MonkeyPatch) -> None:
+    """It is no `VerifierError` then, after which all ranks would save."""
+
+    def times_out(item: Any) -> list[Any]:
+        raise RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 1800000ms")
+
+    def verify(problem: Problem, text: str) -> bool:
+        raise UserError("the service is away")
+
+    rollout, task, *_ = scripted("9", "9")
+    monkeypatch.setattr(ALONE, "gather", times_out)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        rollout.first_attempts(task.problems("train"), 1)
+    monkeypatch.setattr(task, "verify", verify)
+    with pytest.raises(UserError, match="the service is away") as caught:
+        rollout.first_attempts(task.problems("train"), 2)
+    assert not isinstance(caught.value, VerifierError)
+
+
 def test_a_signal_is_a_stop_also_if_the_verifier_fails_of_it(monkeypatch: MonkeyPatch) -> None:
     rollout, task, *_ = scripted("9")
 
