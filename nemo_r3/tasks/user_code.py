@@ -29,8 +29,8 @@ def user_code(what: str, remedy: str) -> Iterator[None]:
         remedy: ends the message.
 
     Raises:
-        UserError: the block raised, be it what `except Exception` misses (sys.exit, asyncio.CancelledError); a UserError
-            of its own says enough and stays as it is.
+        UserError: the block raised, be it what `except Exception` misses, such as SystemExit or asyncio's
+            CancelledError; a UserError of its own says enough and stays as it is.
     """
     try:
         with chdir("."), _same_signals():
