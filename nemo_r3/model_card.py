@@ -26,11 +26,13 @@ def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str)
         "tags": ["nemo_r3", "reflect-retry-reward", "reinforcement-learning", "grpo", config.task.name],
     }
     algo, phases = config.algo, " and ".join(config.algo.trained_phases)
+    unless = "" if algo.reward_leaks else ", unless it gives the answer away itself"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {base}, trained to reflect on {config.task.name}",
         "Trained with nemo_r3 by [Reflect, Retry, Reward](https://arxiv.org/abs/2505.24726): after a failed answer the "
-        "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the retry. "
+        "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the "
+        f"retry{unless}. "
         f"{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed answer, "
         f"peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
     ]

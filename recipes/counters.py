@@ -55,7 +55,7 @@ def reason_to_stop(
     checkpoint = f"last checkpoint: {last_checkpoint or 'none yet'}"
     if counters.empty_steps >= config.max_empty_steps:
         return (
-            f"{counters.empty_steps} steps in a row had no group with both outcomes "
+            f"{counters.empty_steps} steps in a row had no group whose rewards differ "
             f"(train.max_empty_steps={config.max_empty_steps}): {_how_retries_ended(groups)}; "
             "look at rollouts/, and at the task's difficulty"
         )

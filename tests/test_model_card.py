@@ -27,9 +27,12 @@ def test_model_card() -> None:
     assert "license" not in front
     assert "# tiny, trained to reflect on countdown" in text
     assert "40 steps of GRPO on reflection tokens" in text
+    assert "the reflection is rewarded when a verifier accepts the retry. 40 steps" in text
     assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | +0.50 ±0.05 | 0.50 → 0.50 | 400 |" in text
     assert "- torch 2.13.0" in text
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert settings["model"]["path"] == "models/tiny"
     assert "Results" not in model_card(config, summary, 80, "tiny"), "measured at another step"
     assert "Results" not in model_card(config, {}, 80, "tiny")
+    config.algo.reward_leaks = False
+    assert "accepts the retry, unless it gives the answer away itself. 40" in model_card(config, summary, 40, "tiny")

@@ -72,7 +72,7 @@ def marked_steps(metrics: Metrics, config: TrainConfig) -> list[Marked]:
         "update skipped: NaN or Inf in the gradient, or all tokens rejected": [
             step for step, line in updates.items() if number(line, "skipped") > 0
         ],
-        "nothing to train on: no group with both outcomes": [step for step in steps if step not in updates],
+        "nothing to train on: no group whose rewards differ": [step for step in steps if step not in updates],
         "not in metrics.jsonl": sorted(set(range(1, max(steps, default=0) + 1)) - set(steps)),
     }
     return [Marked(what, len(those), _named(those)) for what, those in found.items()]

@@ -174,7 +174,7 @@ def _charts(run: RunFiles) -> list[Chart]:
             dots="each step",
         ),
         draw(
-            "share of groups used: both outcomes",
+            "share of groups used: rewards differ",
             steps,
             {"used": [mine / (mine + other or 1) for mine, other in zip(used, dropped, strict=True)]},
             high=1.0,

@@ -53,8 +53,8 @@ class WrittenGroup:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether some retries pass and some fail: only then does the group teach."""
-        return 0 < self.passed < len(self.reflections)
+        """Whether its rewards differ, so that some are above their mean: only then does the group teach."""
+        return any(it.advantage > 0 for it in self.reflections)
 
     @property
     def best(self) -> Written:

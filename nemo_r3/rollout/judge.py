@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
-from nemo_r3 import watchdog
+from nemo_r3 import signals, watchdog
 from nemo_r3.errors import UserError
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import NO_ROOM, Answer, Problem
+
+LOOK = 0.5
+"""Seconds between two looks for a signal while a verdict is waited for: hundreds of calls may be before it."""
 
 
 class Judge:
@@ -40,9 +43,11 @@ class Judge:
         return asked
 
     def verdict(self, asked: Future[bool]) -> bool:
-        """Waits for a verdict."""
+        """Waits for a verdict; once a signal asks to stop, what is not known is False, and of no use."""
         with self._waiting():
-            return asked.result()
+            while not asked.done() and signals.noted() is None:
+                wait([asked], LOOK)
+        return asked.done() and asked.result()
 
     def _verify(self, problem: Problem, answer: Answer) -> bool:
         if self.failure is not None:
@@ -50,7 +55,7 @@ class Judge:
         try:
             return self._task.verify(problem, answer.text)
         except UserError as error:
-            self.failure = error
+            self.failure = self.failure or error
             return False
 
     @contextmanager

@@ -77,13 +77,9 @@ class Fleet:
         """The results of all engines, in their order, on every rank.
 
         Args:
-            done: number -> result, of this rank's `share`; incomplete if its engine was asked to stop.
+            done: number -> result, of this rank's `share`.
             count: number of results of all engines together.
-
-        Raises:
-            Stopped: an engine was asked to stop.
         """
-        self.world.leave_if_asked()
         merged = self.world.merge(done)
         assert merged.keys() == set(range(count)), "an engine lost some of its work"
         return [merged[number] for number in range(count)]

@@ -276,12 +276,21 @@ class Rollout(Generic[EngineT]):
         Raises:
             Stopped: a signal asked to stop.
             VerifierError: the verifier failed on some rank.
+            UserError: it failed on this one, and the others cannot be asked.
         """
         results = {}
         for place, result in done.items():
             if place in share and signals.noted() is None:
                 results[place] = result()
-        if failures := [failure for failure in self._fleet.world.gather(self.judge.failure) if failure is not None]:
+        world, failure = self._fleet.world, self.judge.failure
+        try:
+            world.leave_if_asked()  # first: a Ctrl-C may also have ended a program that the verifier waited for
+            failures = [each for each in world.gather(failure) if each is not None]
+        except RuntimeError as error:  # other engines have more to sample than run.timeout_minutes suffice for
+            if failure is None:
+                raise
+            raise failure from error
+        if failures:
             raise VerifierError(str(failures[0]))
         return self._fleet.collect(results, count)
 

@@ -29,14 +29,15 @@ def user_code(what: str, remedy: str) -> Iterator[None]:
         remedy: ends the message.
 
     Raises:
-        UserError: the block raised, or called sys.exit; a UserError of its own says enough and stays as it is.
+        UserError: the block raised, be it what `except Exception` misses, such as SystemExit or asyncio's
+            CancelledError; a UserError of its own says enough and stays as it is.
     """
     try:
         with chdir("."), _same_signals():
             yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise UserError(f"task.name: {what} raised {describe(error)}{_place(error)}{remedy}") from error
 
 

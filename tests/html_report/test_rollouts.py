@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nemo_r3.html_report.rollouts import GROUPS, REFLECTIONS, Written, WrittenGroup, WrittenStep, spaced
 
 
@@ -23,6 +25,14 @@ def test_mixed_groups_are_shown_first_but_not_alone() -> None:
     assert [it.number for it in WrittenStep(1, mixed + failed).shown] == [0, 1, 2, 3, 4, 6]
     assert len(WrittenStep(1, mixed[:1] + failed).shown) == GROUPS
     assert len(WrittenStep(1, mixed).shown) == GROUPS
+
+
+def test_a_group_whose_retries_all_pass_teaches_where_some_earn_nothing() -> None:
+    """With algo.reward_leaks=false; and one whose only passing retries follow leaks does not."""
+    reflections = group(0, 1, 1).reflections
+    leak = replace(reflections[1], advantage=-0.7, solves=True)
+    assert replace(group(0, 1, 1), reflections=[replace(reflections[0], advantage=0.7), leak]).is_mixed
+    assert not replace(group(0, 1, 0), reflections=[replace(leak, advantage=0.0), *group(0, 0).reflections]).is_mixed
 
 
 def test_the_best_are_the_highest_advantages_of_any_group() -> None:

@@ -45,7 +45,7 @@ def test_counts_are_of_steps_in_a_row() -> None:
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
-        (EMPTY, "2 steps in a row had no group with both outcomes (train.max_empty_steps=2)"),
+        (EMPTY, "2 steps in a row had no group whose rewards differ (train.max_empty_steps=2)"),
         (SKIPPED, "2 updates in a row were skipped (train.max_skipped_steps=2)"),
         (MISMATCHED, "above train.mismatch_stop=1.1 in 2 steps in a row (train.max_mismatch_steps=2)"),
     ],

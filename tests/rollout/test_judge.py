@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from nemo_r3 import signals
 from nemo_r3.errors import UserError
 from nemo_r3.rollout.judge import Judge
 from nemo_r3.tasks.protocol import Task
@@ -60,6 +61,34 @@ def test_after_its_first_error_a_verifier_is_asked_no_more(threads: int) -> None
         judge.verdict(judge.ask(PROBLEM, answer(text)))
     assert calls == ["first"]
     assert str(judge.failure) == "the service is away: first"
+
+
+def test_of_calls_that_fail_side_by_side_the_first_error_counts() -> None:
+    both, failed = threading.Barrier(2, timeout=30), threading.Event()
+
+    def verify(problem: Problem, text: str) -> bool:
+        both.wait()
+        assert text == "first" or failed.wait(30)
+        raise UserError(text)
+
+    judge = judge_by(verify, 2)
+    first, second = (judge.ask(PROBLEM, answer(text)) for text in ("first", "second"))
+    assert not judge.verdict(first)
+    failed.set()
+    assert not judge.verdict(second)
+    assert str(judge.failure) == "first"
+
+
+def test_a_signal_ends_the_wait_for_a_verdict_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    judge = judge_by(lambda *_: over.wait(20), 1)
+    asked = [judge.ask(PROBLEM, answer("8")) for _ in range(2)]
+    threading.Timer(0.1, lambda: monkeypatch.setattr(signals, "_noted", [("SIGUSR1", 0.0)])).start()
+    assert not judge.verdict(asked[1])
+    assert judge.seconds < 5
+    over.set()
+    monkeypatch.undo()
+    assert judge.verdict(asked[1])
 
 
 def test_each_thread_has_a_worker_of_its_own() -> None:

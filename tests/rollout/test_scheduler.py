@@ -14,6 +14,7 @@ import pytest
 from pytest import MonkeyPatch
 from transformers import AutoTokenizer
 
+from nemo_r3 import signals
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.errors import UserError, VerifierError
@@ -154,6 +155,40 @@ def test_a_verifier_that_fails_ends_the_rollout_with_its_message(monkeypatch: Mo
     with pytest.raises(VerifierError, match="the service is away on 8"):
         rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
     assert engine.waiting, "it samples no retries that nobody would judge"
+
+
+def test_a_verifiers_error_is_not_lost_where_the_other_ranks_sample_for_too_long(monkeypatch: MonkeyPatch) -> None:
+    """It is no `VerifierError` then, after which all ranks would save."""
+
+    def times_out(item: Any) -> list[Any]:
+        raise RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 1800000ms")
+
+    def verify(problem: Problem, text: str) -> bool:
+        raise UserError("the service is away")
+
+    rollout, task, *_ = scripted("9", "9")
+    monkeypatch.setattr(ALONE, "gather", times_out)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        rollout.first_attempts(task.problems("train"), 1)
+    monkeypatch.setattr(task, "verify", verify)
+    with pytest.raises(UserError, match="the service is away") as caught:
+        rollout.first_attempts(task.problems("train"), 2)
+    assert not isinstance(caught.value, VerifierError)
+
+
+def test_a_signal_is_a_stop_also_if_the_verifier_fails_of_it(monkeypatch: MonkeyPatch) -> None:
+    rollout, task, *_ = scripted("9")
+
+    def stop() -> None:
+        raise signals.Stopped("stopped by SIGINT")
+
+    def verify(problem: Problem, text: str) -> bool:
+        monkeypatch.setattr(ALONE, "leave_if_asked", stop)
+        raise UserError("its program was interrupted")
+
+    monkeypatch.setattr(task, "verify", verify)
+    with pytest.raises(signals.Stopped):
+        rollout.first_attempts(task.problems("train"), 1)
 
 
 def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:

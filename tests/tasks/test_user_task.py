@@ -255,6 +255,7 @@ def verify(problem, text):
     ("body", "message"),
     [
         ("raise SystemExit(3)", r"said\.verify raised SystemExit \(3\) in .*said\.py:8 on .* problem 'train-1'"),
+        ("import asyncio; raise asyncio.CancelledError", r"said\.verify raised CancelledError in .*said\.py:8 on "),
         (
             "return text.index('x') > 0",
             r"said\.verify raised ValueError \(.*\) in .*said\.py:8 on .* problem 'train-1'",
