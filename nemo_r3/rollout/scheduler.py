@@ -264,6 +264,9 @@ class Rollout(Generic[EngineT]):
                     self._progress(phase, in_flight.ended[phase], len(turns), in_flight.tokens[phase])
         for completion in self.engine.abort():
             self._take(completion, in_flight)
+        # outside of training there is nothing to save, so the other engines need not be waited for
+        if self.judge.failure is not None and step < 1 and signals.noted() is None:
+            raise self.judge.failure
 
     def _collect(self, done: Mapping[int, Callable[[], Result]], share: Set[int], count: int) -> list[Result]:
         """The results of all engines, once their verdicts are there.
@@ -276,21 +279,14 @@ class Rollout(Generic[EngineT]):
         Raises:
             Stopped: a signal asked to stop.
             VerifierError: the verifier failed on some rank.
-            UserError: it failed on this one, and the others cannot be asked.
         """
         results = {}
         for place, result in done.items():
             if place in share and signals.noted() is None:
                 results[place] = result()
-        world, failure = self._fleet.world, self.judge.failure
-        try:
-            world.leave_if_asked()  # first: a Ctrl-C may also have ended a program that the verifier waited for
-            failures = [each for each in world.gather(failure) if each is not None]
-        except RuntimeError as error:  # other engines have more to sample than run.timeout_minutes suffice for
-            if failure is None:
-                raise
-            raise failure from error
-        if failures:
+        world = self._fleet.world
+        world.leave_if_asked()  # first: a Ctrl-C may also have ended a program that the verifier waited for
+        if failures := [failure for failure in world.gather(self.judge.failure) if failure is not None]:
             raise VerifierError(str(failures[0]))
         return self._fleet.collect(results, count)
 
