@@ -266,7 +266,7 @@ class Rollout(Generic[EngineT]):
             self._take(completion, in_flight)
         # outside of training there is nothing to save, so the other engines need not be waited for
         if self.judge.failure is not None and step < 1 and signals.noted() is None:
-            raise self.judge.failure
+            raise VerifierError(str(self.judge.failure))
 
     def _collect(self, done: Mapping[int, Callable[[], Result]], share: Set[int], count: int) -> list[Result]:
         """The results of all engines, once their verdicts are there.

@@ -165,7 +165,7 @@ def test_outside_of_training_a_verifiers_error_waits_for_no_other_engine(monkeyp
     rollout, task, *_ = scripted("9")
     monkeypatch.setattr(task, "verify", verify)
     monkeypatch.delattr(ALONE, "gather")
-    with pytest.raises(UserError, match="the service is away"):
+    with pytest.raises(VerifierError, match="the service is away"):
         rollout.first_attempts(task.problems("train"), MINING_STEP)
 
 
