@@ -95,7 +95,7 @@ class RunDirectory:
         """Makes the directory and writes the resolved config.
 
         Steps that were logged there with other settings, and have no checkpoint, are moved into `tried_1` (or 2, ...).
-        If there is one, for `resuming`, this run must have its settings.
+        When `resuming` from a checkpoint, this run must have its settings.
 
         Raises:
             UserError: the directory cannot be written, or holds checkpoints of a run with other or unknown settings.

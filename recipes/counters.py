@@ -88,7 +88,7 @@ def _how_retries_ended(groups: Sequence[Group]) -> str:
     else:
         ended = f"all retries of {passed} groups passed, all of {failed} failed"
         if mixed := len(groups) - passed - failed:
-            ended += f", and {mixed} had equal rewards (algo.reward_leaks=false) or no reflection to train on"
+            ended += f", and {mixed} had equal rewards or no reflection to train on"
     problem, retry = groups[0].failure.problem, groups[0].reflections[0].retry
     text = in_one_line(repr(retry.text))
     return f"in the last one {ended}, such as {text} to problem {problem.id!r} ({in_one_line(problem.text)})"

@@ -57,7 +57,7 @@ class Fleet:
         place, ranks = self.world.rank % self.tensor_parallel, self.tensor_parallel
         return frozenset(results[len(results) * place // ranks : len(results) * (place + 1) // ranks])
 
-    def asked_to_stop(self, failed: bool = False) -> bool:
+    def asked_to_stop(self, failed: bool) -> bool:
         """Whether this rank's engine should stop; its ranks call this before each step, and all hear the same.
 
         Args:

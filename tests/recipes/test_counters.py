@@ -66,7 +66,7 @@ def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float |
         ([group(0.0, 0.0), group(1.0, 1.0)], "all retries of 1 groups passed, all of 1 failed, such as"),
         (
             [group(0.0, 0.0), group(0.0, 1.0)],
-            "all of 1 failed, and 1 had equal rewards (algo.reward_leaks=false) or no reflection to train on, such as",
+            "all of 1 failed, and 1 had equal rewards or no reflection to train on, such as",
         ),
     ],
 )

@@ -358,7 +358,7 @@ def looks_until_stop(probe: Probe) -> int:
     """After how many looks this rank's engine stops for a signal that reached the last rank alone; 0: never."""
     if probe.world.rank == probe.world.size - 1:
         signals._noted.append(("SIGUSR1", 0.0))
-    looks = next((number for number in range(1, 41) if probe.rollout._fleet.asked_to_stop()), 0)
+    looks = next((number for number in range(1, 41) if probe.rollout._fleet.asked_to_stop(failed=False)), 0)
     signals._noted.clear()
     return looks
 
