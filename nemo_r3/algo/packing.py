@@ -54,23 +54,21 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
     cuts = [0]
     sources: dict[int, list[int]] = {}
 
-    def add(tokens: Sequence[int], first_position: int) -> int:
-        """Returns the place of the last token."""
+    def add(tokens: Sequence[int], first_position: int = 0) -> range:
+        """Adds a part, unless it is empty; returns the places of its tokens."""
+        start = len(ids)
         if tokens:
             ids.extend(tokens)
             positions.extend(range(first_position, first_position + len(tokens)))
             cuts.append(len(ids))
-        return len(ids) - 1
+        return range(start, len(ids))
 
-    def add_context(context: int, piece: Sequence[int]) -> int:
-        return add(rows[piece[0]].ids[:context], 0)
-
-    def add_branches(context: int, last: int, piece: Sequence[int]) -> None:
+    def add_rows(piece: Sequence[int], context: range) -> None:
+        """Adds what the rows have of their own, after the context that lies at these places."""
         for number in piece:
-            before = len(ids) - context - 1
-            add(rows[number].ids[context:-1], context)
-            # a token is predicted by the one before it: a branch's first by the context's last
-            sources[number] = [last if place <= context else before + place for place in trained(rows[number])]
+            own = add(rows[number].ids[len(context) : -1], len(context))
+            # a row's input is all tokens but the last, and each predicts the one after it
+            sources[number] = list(compress([*context, *own], rows[number].loss_weights[1:]))
 
     shared: list[tuple[SharedContext, Sequence[int]]] = []
     alone: list[tuple[int, Sequence[int]]] = []
@@ -81,12 +79,12 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
             shared.append((SharedContext(context, branches), piece))
         else:
             alone.append((context, piece))
-    ends = [add_context(lengths.context, piece) for lengths, piece in shared]
-    for (lengths, piece), last in zip(shared, ends, strict=True):
-        add_branches(lengths.context, last, piece)
+    contexts = [add(rows[piece[0]].ids[: lengths.context]) for lengths, piece in shared]
+    for places, (_, piece) in zip(contexts, shared, strict=True):
+        add_rows(piece, places)
     for context, piece in alone:
-        add_branches(context, add_context(context, piece), piece)
-    add([0] * (-len(ids) % multiple or (0 if ids else multiple)), 0)
+        add_rows(piece, add(rows[piece[0]].ids[:context]))
+    add([0] * (-len(ids) % multiple if ids else multiple))
     order = [number for piece in pieces for number in piece]
     return Microbatch(
         rows=tuple(order),
@@ -109,11 +107,6 @@ def _targets(rows: Sequence[Row], sources: Sequence[int]) -> Targets:
         weights=of_rows((row.loss_weights for row in rows), np.float32),
         rollout_logprobs=of_rows((row.rollout_logprobs for row in rows), np.float32),
     )
-
-
-def trained(row: Row) -> list[int]:
-    """Places of the row's tokens that carry loss; never the first one, which nothing predicts."""
-    return list(_of_trained(row, range(len(row))))
 
 
 def _tensor(values: Iterable[float], count: int, dtype: type[np.generic]) -> Tensor:
