@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from nemo_r3.config import Config
 from nemo_r3.models import Architecture
+from nemo_r3.precision import precision_of
 
 HEAD_LOGITS = 2**28
 """In a chunk of the head on a GPU, see nemo_r3.actor.head."""
 
 
-def activation_bytes(config: Config, arch: Architecture, width: int, tokens: int, trained: int) -> float:
-    """Bytes of the pipeline stage that needs most, with numbers of `width` bytes.
-
-    A microbatch has `tokens`, of which `trained` carry loss.
-    """
-    actor, stages = config.actor, config.actor.pipeline_parallel
+def activation_bytes(config: Config, arch: Architecture, tokens: int, trained: int) -> float:
+    """Bytes of the pipeline stage that needs most; a microbatch has `tokens`, of which `trained` carry loss."""
+    actor, stages, width = config.actor, config.actor.pipeline_parallel, precision_of(config).width
     full = actor.recompute == "full"
     inputs, kept, working = (width * tokens * count for count in _per_token(config, arch))
     layers = arch.num_layers // stages

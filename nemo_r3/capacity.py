@@ -19,6 +19,7 @@ from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
 from nemo_r3.models.names import count_parameters
+from nemo_r3.precision import precision_of
 from nemo_r3.units import GIB, show
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Size:
     optimizer: float
     reference: float
     saved: float  # its part of a checkpoint, on average
-    model: float  # the weights of the whole model, as an engine holds them
+    engine: float  # vLLM's weights, on each rank of an engine
     token: float  # a token's part of the KV cache, on each rank of an engine
 
     @property
@@ -73,26 +74,20 @@ class Node:
     host: float
 
 
-def width_of(config: Config) -> int:
-    """Bytes of a weight, in the actor and in the engine."""
-    return 4 if config.actor.precision == "fp32" else 2
-
-
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
-    actor = config.actor
+    actor, precision = config.actor, precision_of(config)
     share = largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
     owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
-    width = width_of(config)
-    state = OPTIMIZER_BYTES if width == 2 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
+    state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     return Size(
-        weights=width * share,
+        weights=precision.width * share,
         gradients=4 * share,
         optimizer=state * share / owners,
-        reference=width * share if config.algo.kl_beta else 0,
+        reference=precision.width * share if config.algo.kl_beta else 0,
         saved=checkpoint_bytes(config, arch) / world_size,
-        model=width * count_parameters(arch),
-        token=arch.cached_bytes(config.rollout.tensor_parallel, width),
+        engine=precision.width * count_parameters(arch) / config.rollout.tensor_parallel,
+        token=arch.cached_bytes(config.rollout.tensor_parallel, precision.width),
     )
 
 
@@ -143,11 +138,11 @@ def gpu_problem(config: Config, size: Size, total: float) -> str | None:
             f"do not fit on a GPU with room for {total / GIB:.0f}: set actor.offload_optimizer=true, lower "
             "rollout.gpu_memory_utilization, or raise actor.tensor_parallel or actor.pipeline_parallel"
         )
-    weights, dialogue = size.model / config.rollout.tensor_parallel, size.token * config.rollout.max_model_len
-    if config.rollout.quantization == "none" and weights + dialogue > vllm:
+    dialogue = size.token * config.rollout.max_model_len
+    if config.rollout.quantization == "none" and size.engine + dialogue > vllm:
         return (
             f"vLLM's {vllm / GIB:.0f} GiB (rollout.gpu_memory_utilization={share:g}) hold no dialogue of "
-            f"rollout.max_model_len={config.rollout.max_model_len} beside {weights / GIB:.0f} of weights: raise "
+            f"rollout.max_model_len={config.rollout.max_model_len} beside {size.engine / GIB:.0f} of weights: raise "
             "rollout.tensor_parallel or rollout.gpu_memory_utilization"
         )
     return None
@@ -177,14 +172,13 @@ def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
     update, too.
     """
     actor = size.at_work + (size.optimizer if config.actor.offload_optimizer else 0.0)
-    engine = size.model / config.rollout.tensor_parallel
     copy = size.saved if config.train.save_in_background else 0.0
-    if node.ranks * (actor + engine + copy) <= node.host:
+    if node.ranks * (actor + size.engine + copy) <= node.host:
         return None
     copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
     return (
         f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
-        f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {engine / GIB:.1f} for vLLM's weights{copied}: "
+        f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {size.engine / GIB:.1f} for vLLM's weights{copied}: "
         "share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
         "(algo.kl_beta=0), or use a machine with more memory"
     )
@@ -219,7 +213,7 @@ def export_problem(arch: Architecture, free: float) -> str | None:
 
 def checkpoint_bytes(config: Config, arch: Architecture) -> float:
     """What a checkpoint takes on the disk."""
-    return (OPTIMIZER_BYTES + width_of(config)) * count_parameters(arch)
+    return (OPTIMIZER_BYTES + precision_of(config).width) * count_parameters(arch)
 
 
 def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:

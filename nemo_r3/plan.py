@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from nemo_r3.activations import activation_bytes
-from nemo_r3.capacity import OWN_BYTES, Node, Size, checkpoint_bytes, export_bytes, memory_problem, size_of, width_of
+from nemo_r3.capacity import OWN_BYTES, Node, Size, checkpoint_bytes, export_bytes, memory_problem, size_of
 from nemo_r3.config import Config, check_world
 from nemo_r3.config.schema import show as value_text
 from nemo_r3.errors import ConfigError
@@ -65,11 +65,6 @@ class Plan:
         return size_of(self.config, self.arch, self.ranks)
 
     @property
-    def engine_weights(self) -> float:
-        """Bytes of vLLM's weights on each rank."""
-        return self.size.model / self.config.rollout.tensor_parallel
-
-    @property
     def share(self) -> float:
         """Bytes of each GPU that vLLM takes."""
         return self.config.rollout.gpu_memory_utilization * self.node.gpu
@@ -77,7 +72,7 @@ class Plan:
     @property
     def cached_tokens(self) -> int:
         """How many tokens the KV cache of an engine on GPUs holds, if vLLM needs no memory to work with."""
-        return max(0, int((self.share - self.engine_weights) // self.size.token))
+        return max(0, int((self.share - self.size.engine) // self.size.token))
 
     @property
     def left(self) -> float:
@@ -88,7 +83,7 @@ class Plan:
     def activations(self) -> float:
         """About how many of them it takes, where microbatches are full and all their tokens trained."""
         tokens = self.config.actor.microbatch_tokens
-        return activation_bytes(self.config, self.arch, width_of(self.config), tokens, trained=tokens)
+        return activation_bytes(self.config, self.arch, tokens, trained=tokens)
 
     @property
     def verdict(self) -> str:
@@ -189,7 +184,7 @@ def describe(plan: Plan) -> str:
         "",
         *(_on_gpus(plan) if node.gpu else _on_a_cpu(plan)),
         f"disk      {kept + 1} x {show(each)}: train.keep_checkpoints={kept}, and the one being written",
-        f"refit     {show(size.model)} of weights into each engine, once per update",
+        f"refit     {show(size.engine * rollout.tensor_parallel)} of weights into each engine, once per update",
         f"export    {show(export_bytes(plan.arch))} of host memory for rank 0",
     ]
     return "\n".join(lines)
@@ -197,13 +192,13 @@ def describe(plan: Plan) -> str:
 
 def _on_gpus(plan: Plan) -> list[str]:
     size, node, rollout = plan.size, plan.node, plan.config.rollout
-    cache, asleep = plan.share - plan.engine_weights, rollout.sleep
+    cache, asleep = plan.share - size.engine, rollout.sleep
     rows: list[tuple[Any, ...]] = [
         ("weights", size.weights, size.weights, size.weights),
         ("gradients", size.gradients, size.gradients, 0),
         ("optimizer state", size.optimizer, size.optimizer, 0),
         ("reference", size.reference, size.reference, 0),
-        ("vLLM's weights", 0 if asleep else plan.engine_weights, plan.engine_weights, plan.engine_weights),
+        ("vLLM's weights", 0 if asleep else size.engine, size.engine, size.engine),
         ("vLLM's KV cache, at most", 0 if asleep else cache, cache, cache),
         ("CUDA, NCCL and kernels", OWN_BYTES, OWN_BYTES, OWN_BYTES),
     ]
@@ -232,7 +227,7 @@ def _on_a_cpu(plan: Plan) -> list[str]:
         ("its buffers, offloading", size.optimizer if config.actor.offload_optimizer else 0),
         ("reference", size.reference),
         ("copies for a save", size.saved if config.train.save_in_background else 0),
-        ("vLLM's weights", plan.engine_weights),
+        ("vLLM's weights", size.engine),
         ("vLLM's KV cache, at most", config.rollout.cpu_kv_cache_gb * GIB / config.rollout.tensor_parallel),
     ]
     *checked, cache = (count for _, count in rows)

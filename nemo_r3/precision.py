@@ -92,6 +92,11 @@ class Precision:
         """Whether megatron-core must keep fp32 main weights beside bf16 ones."""
         return self.dtype_name == "bfloat16"
 
+    @property
+    def width(self) -> int:
+        """Bytes of a weight, in the actor and in the engine."""
+        return 2 if self.bf16 else 4
+
     def row_multiple(self, actor: ActorConfig) -> int:
         """What the length of every packed row, in tokens, must be a multiple of.
 

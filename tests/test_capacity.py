@@ -27,9 +27,7 @@ def config_of(tensor_parallel: int = 1, pipeline_parallel: int = 1, offload: boo
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_a_weight_is_as_wide_as_its_precision_says(name: str) -> None:
-    config = Config()
-    config.actor.precision = name
-    assert capacity.width_of(config) == PRECISIONS[name].dtype.itemsize, "a plan has no torch to ask"
+    assert PRECISIONS[name].width == PRECISIONS[name].dtype.itemsize, "a plan has no torch to ask"
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_activations_at_the_shape_that_was_measured() -> None:
     activations; 25,542 tokens in 4 microbatches, with 4,386 trained tokens in the largest."""
     arch = replace(shape("llama-3.1-8b"), num_layers=8)
     measured = 62.95 * GIB - 20 * 2_795_573_248
-    assert activation_bytes(Config(), arch, 2, tokens=6418, trained=4386) == pytest.approx(measured, rel=0.05)
+    assert activation_bytes(Config(), arch, tokens=6418, trained=4386) == pytest.approx(measured, rel=0.05)
     assert HEAD_LOGITS == CHUNK_ELEMENTS["cuda"]
 
 
@@ -223,7 +223,7 @@ def test_activations_of_a_pipeline_of_shards_and_with_recompute_by_hand() -> Non
     def found(**settings: Any) -> float:
         for name, value in settings.items():
             setattr(config.actor, name, value)
-        return activation_bytes(config, arch, 2, tokens, trained=1)
+        return activation_bytes(config, arch, tokens, trained=1)
 
     kept, working = 4 * wide + 2 * queries + 2 * keys + 3 * columns, 2 * wide + 3 * columns
     one = 2 * tokens * (8 * kept + working)
