@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemo_r3.config import Config
-from nemo_r3.errors import ConfigError
+from nemo_r3.errors import ConfigError, in_one_line
 from nemo_r3.models import Architecture
 from nemo_r3.precision import ADA, HOPPER, PRECISIONS, Recipe, Version, precision_of
 
@@ -63,7 +63,7 @@ def _transformer_engine() -> tuple[Version | None, str]:
     try:
         import transformer_engine.pytorch
     except (ImportError, OSError) as error:  # not installed, or one of its libraries is missing
-        return None, " ".join(str(error).split())
+        return None, in_one_line(error)
     return _version(transformer_engine.__version__), ""
 
 

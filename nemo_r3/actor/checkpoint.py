@@ -42,7 +42,7 @@ from nemo_r3.actor.optimizer import restore_schedule, schedule_state
 from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.trainer import Trainer
-from nemo_r3.errors import UserError
+from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.runtime import World, is_collective
 
 NORM_STATE = "decoder.final_layernorm._extra_state"
@@ -220,7 +220,7 @@ def _cause(error: BaseException) -> str:
         error, _ = next(iter(error.failures.values()))
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return in_one_line(error) or type(error).__name__
 
 
 @cuda_stand_in()

@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_r3.actor import cpu
-from nemo_r3.actor.forward import Pipeline
 from nemo_r3.actor.model import build_model, start_parallel_groups
+from nemo_r3.actor.pipeline import Pipeline
 from nemo_r3.actor.rotary import Rotary
 from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance

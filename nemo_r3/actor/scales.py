@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_r3.runtime import World
 
 FORWARD, BACKWARD = "scaling_fwd", "scaling_bwd"
+"""Where Transformer Engine keeps a layer's scales: in its `fp8_meta`, for inputs and weights, and for gradients."""
 KEPT = ("scale", "amax_history")
 
 
