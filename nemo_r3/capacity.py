@@ -179,8 +179,8 @@ def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
     return (
         f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
         f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {size.engine / GIB:.1f} for vLLM's weights"
-        f"{copied}: share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no reference "
-        "(algo.kl_beta=0), or use a machine with more memory"
+        f"{copied}: share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no "
+        "reference (algo.kl_beta=0), or use a machine with more memory"
     )
 
 
