@@ -77,7 +77,7 @@ class Node:
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
     actor, precision = config.actor, precision_of(config)
-    share = largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
+    share = _largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
     owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     return Size(
@@ -91,7 +91,7 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     )
 
 
-def largest_stage(arch: Architecture, stages: int) -> int:
+def _largest_stage(arch: Architecture, stages: int) -> int:
     """Parameters of the pipeline stage that holds most: the last has its own copy of a tied embedding."""
     if stages == 1:
         return count_parameters(arch)

@@ -123,7 +123,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
         saving.world.barrier()
         strategy = FullyParallelSaveStrategyWrapper(saving.strategy, parallel_state.get_data_parallel_group())
         # the strategy checks that each part is written once: to check here as well would gather all ranks' parts again
-        dist_checkpointing.save(_sharded_state(trainer), str(saving.writing), strategy, validate_access_integrity=False)
+        dist_checkpointing.save(_contents(trainer), str(saving.writing), strategy, validate_access_integrity=False)
     return saving
 
 
@@ -237,7 +237,7 @@ def load(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     manifest = _fitting_manifest(trainer.policy, checkpoint)
     _check_files(checkpoint, manifest["files"], trainer.policy.world)
     with trainer.at_work():
-        state = _read(trainer.policy, checkpoint, _sharded_state(trainer), manifest["version"])
+        state = _read(trainer.policy, checkpoint, _contents(trainer), manifest["version"])
         set_step(trainer.optimizer, manifest["version"])
     restore_schedule(trainer.schedule, state["schedule"])
     return manifest
@@ -338,7 +338,7 @@ def _sharded_weights(policy: Policy) -> dict[str, Any]:
     return weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": group})
 
 
-def _sharded_state(trainer: Trainer) -> dict[str, Any]:
+def _contents(trainer: Trainer) -> dict[str, Any]:
     """What this rank writes to a checkpoint, and what loading fills."""
     model = _sharded_weights(trainer.policy)
     optimizer, schedule = sharded_state(trainer.optimizer, model), schedule_state(trainer.schedule)

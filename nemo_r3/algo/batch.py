@@ -37,7 +37,7 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
         if not (mixed[number] or algo.keep_equal_groups):
             continue
         for reflection, advantage in zip(group.reflections, advantages[number], strict=True):
-            trajectory = up_to_trained(reflection.trajectory, phases)
+            trajectory = _up_to_trained(reflection.trajectory, phases)
             masked = algo.mask_truncated and reflection.answer.truncated  # arXiv 2503.14476, section 3.4
             if trajectory.segments and not masked:
                 chosen.append((number, trajectory, advantage))
@@ -45,15 +45,15 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
         sum(len(segment.ids) for segment in trajectory.segments if _trained(segment, phases))
         for _, trajectory, _ in chosen
     ]
-    weights = token_weights(lengths, loss.AGGREGATION, token_limit(config))
+    weights = token_weights(lengths, loss.AGGREGATION, _token_limit(config))
     shared = {
-        number: shared_tokens([trajectory for _, trajectory, _ in members], phases)
+        number: _shared_tokens([trajectory for _, trajectory, _ in members], phases)
         for number, members in groupby(chosen, key=itemgetter(0))
     }
     used = len({number for number, _, _ in chosen if mixed[number]})
     return UpdateBatch(
         rows=tuple(
-            build_row(trajectory, phases, advantage, weight, number, shared[number])
+            _build_row(trajectory, phases, advantage, weight, number, shared[number])
             for (number, trajectory, advantage), weight in zip(chosen, weights, strict=True)
         ),
         advantages=tuple(map(tuple, advantages)),
@@ -63,7 +63,7 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
     )
 
 
-def token_limit(config: Config) -> int:
+def _token_limit(config: Config) -> int:
     """The most tokens that a row can train: the token limits of the trained phases."""
     rollout = config.rollout
     return sum(
@@ -72,13 +72,13 @@ def token_limit(config: Config) -> int:
     )
 
 
-def up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajectory:
+def _up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajectory:
     """The trajectory up to its last trained segment; nothing after that enters a row."""
     last = max((i for i, segment in enumerate(trajectory.segments) if _trained(segment, phases)), default=-1)
     return Trajectory(trajectory.segments[: last + 1])
 
 
-def shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]) -> int:
+def _shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]) -> int:
     """How many leading tokens all trajectories share, up to the first segment that is trained."""
     columns = zip(*(trajectory.segments for trajectory in trajectories), strict=False)
     alike = takewhile(
@@ -89,7 +89,7 @@ def shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase])
     return shared
 
 
-def build_row(
+def _build_row(
     trajectory: Trajectory, phases: Collection[Phase], advantage: float, weight: float, group: int, shared: int
 ) -> Row:
     """One training sequence; each of its trained tokens has this advantage and weight."""
