@@ -22,7 +22,6 @@ from nemo_r3.actor.head import Columns, target_logprobs
 from nemo_r3.actor.model import Trunk
 from nemo_r3.actor.rotary import Rotary
 from nemo_r3.algo.packing import Microbatch
-from nemo_r3.models import Architecture
 
 LossFunction = Callable[[Microbatch, Tensor, Tensor], tuple[Tensor, Any]]
 """(microbatch, log-probabilities [trained], entropies [trained]) -> (scalar loss, what `run` is to return)."""
@@ -34,13 +33,13 @@ class Pipeline:
 
     Attributes:
         trunk: this stage.
-        arch: the model's shape.
-        rotary: its rotary positions at the rollout's lengths.
+        vocab_size: of the model, without padding.
+        rotary: the rotary positions at the rollout's lengths.
         temperature: the rollout's.
     """
 
     trunk: Trunk
-    arch: Architecture
+    vocab_size: int
     rotary: Rotary
     temperature: float
 
@@ -94,5 +93,5 @@ class Pipeline:
         weight, targets = self.trunk.head_weight(), microbatch.targets
         start = parallel_state.get_tensor_model_parallel_rank() * len(weight)
         group = parallel_state.get_tensor_model_parallel_group() if size > 1 else None
-        columns = Columns(start, min(len(weight), self.arch.vocab_size - start), group)
+        columns = Columns(start, min(len(weight), self.vocab_size - start), group)
         return target_logprobs(hidden[targets.sources], weight, targets.ids, self.temperature, columns)

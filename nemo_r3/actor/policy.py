@@ -62,7 +62,7 @@ class Policy:
             if with_weights:
                 load_hf(self.module, self.arch, checkpoint)
         rotary = Rotary.of(self.arch.rope, config.rollout.max_model_len, world.device)
-        self.pipeline = Pipeline(self.module, self.arch, rotary, config.rollout.temperature)
+        self.pipeline = Pipeline(self.module, self.arch.vocab_size, rotary, config.rollout.temperature)
         torch.cuda.empty_cache()  # for the engine, which starts next
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -165,11 +165,11 @@ class Balance:
         for number, piece in held[slow].items():
             there = held[fast].get(number, ())
             for count in range(1, len(piece) + 1):
-                gone, stays = piece[:count], piece[count:]
+                stays, moved = piece[count:], (*there, *piece[:count])
                 left = loads[slow] - self.flops(piece) + self.flops(stays)
-                right = loads[fast] - self.flops(there) + self.flops((*there, *gone))
+                right = loads[fast] - self.flops(there) + self.flops(moved)
                 if max(left, right) < best:
-                    best, move = max(left, right), (number, stays, (*there, *gone))
+                    best, move = max(left, right), (number, stays, moved)
         if move is None:
             return False
         number, stays, moved = move

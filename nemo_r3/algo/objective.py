@@ -15,10 +15,7 @@ from nemo_r3.algo.mismatch import BOUNDS, correct, outside, prob_error, ratios, 
 from nemo_r3.algo.targets import Targets
 from nemo_r3.config import AlgoConfig
 
-METRICS = (
-    *("loss", "kl", "prob_error", "rollout_kl", "ratio", "outliers", "nonfinite", "entropy"),
-    *("tokens", "counted", "kept", "rejected"),
-)
+METRICS = "loss kl prob_error rollout_kl ratio outliers nonfinite entropy tokens counted kept rejected".split()
 """What an `Objective` returns as sums, which add up over microbatches and data-parallel ranks:
 
 - loss: the scalar, including the KL; kl: the KL alone, weighted like the loss but without `algo.kl_beta`. At the end of
@@ -61,7 +58,7 @@ class Objective:
             entropy: [trained] of the policy's distributions, without gradient.
 
         Returns:
-            The scalar to differentiate, and the sums of METRICS, [12] float64, without gradient.
+            The scalar to differentiate, and the sums of METRICS, [metrics] float64, without gradient.
         """
         algo, aggregation = self.algo, self.loss.AGGREGATION
         sequences, log_ratio = targets.sequences, logprobs.detach() - targets.rollout_logprobs
