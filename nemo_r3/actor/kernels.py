@@ -18,22 +18,6 @@ from torch import Tensor
 
 from nemo_r3.algo.layout import Bounds
 
-LENGTH_STEP = 8
-"""Parts whose lengths round up to the same multiple of this are batched together."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Parts of similar length, side by side.
-
-    Attributes:
-        places: [parts, longest] int64, each token's place; the last one is repeated after a part's end.
-        inside: [parts, longest] bool, False after a part's end.
-    """
-
-    places: Tensor
-    inside: Tensor
-
 
 class Parts(NamedTuple):
     """Which queries attend to which keys.
@@ -103,6 +87,23 @@ class CpuFlash:
             for gradient, into, batch in zip(computed, gradients, (queries, keys, keys), strict=True):
                 _put(_per_kv_head(gradient, into) if too_few else gradient, into, batch)
         return gradients[0], gradients[1], gradients[2]
+
+
+LENGTH_STEP = 8
+"""Parts whose lengths round up to the same multiple of this are batched together."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parts of similar length, side by side.
+
+    Attributes:
+        places: [parts, longest] int64, each token's place; the last one is repeated after a part's end.
+        inside: [parts, longest] bool, False after a part's end.
+    """
+
+    places: Tensor
+    inside: Tensor
 
 
 def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:

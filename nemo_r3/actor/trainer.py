@@ -127,7 +127,6 @@ class Trainer:
         if self._reference is not None:
             with self._reference.swapped_in():
                 reference = self.policy.logprobs(microbatches)
-        self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
