@@ -70,11 +70,12 @@ class _SharedContext(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, layout: Layout
     ) -> Tensor:
         kernel = kernel_for(query)
+        own, across = _own_and_across(layout)
         query, key, value = rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
-        out, lse = kernel.forward(query, key, value, Parts(layout.parts, layout.parts, causal=True))
+        out, lse = kernel.forward(query, key, value, own)
         if layout.shared:
             branch, context = layout.branch_tokens, layout.context_tokens
-            to_context = kernel.forward(query[branch], key[context], value[context], _to_context(layout))
+            to_context = kernel.forward(query[branch], key[context], value[context], across)
             out[branch], lse[:, branch] = fused(merge, out)((out[branch], lse[:, branch]), to_context)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
         ctx.layout = layout
@@ -85,11 +86,10 @@ class _SharedContext(torch.autograd.Function):
         (grad,) = grads
         query, key, value, cos, sin, out, lse = ctx.saved_tensors
         layout, kernel = ctx.layout, kernel_for(query)
-        own = Parts(layout.parts, layout.parts, causal=True)
+        own, across = _own_and_across(layout)
         d_query, d_key, d_value = kernel.backward(grad, query, key, value, out, lse, own)
         if layout.shared:
             branch, context = layout.branch_tokens, layout.context_tokens
-            across = _to_context(layout)
             to_context = kernel.backward(
                 grad[branch], query[branch], key[context], value[context], out[branch], lse[:, branch], across
             )
@@ -99,8 +99,9 @@ class _SharedContext(torch.autograd.Function):
         return rotate(d_query, cos, -sin), rotate(d_key, cos, -sin), d_value, None, None, None
 
 
-def _to_context(layout: Layout) -> Parts:
-    return Parts(layout.branches, layout.contexts, causal=False)
+def _own_and_across(layout: Layout) -> tuple[Parts, Parts]:
+    """Every part with itself; each group's branches with their context."""
+    return Parts(layout.parts, layout.parts, causal=True), Parts(layout.branches, layout.contexts, causal=False)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
