@@ -25,7 +25,8 @@ from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from nemo_r3 import watchdog
 from nemo_r3.actor.checkpoint_writer import OPTIMIZER, ThreadedSave
-from nemo_r3.actor.cpu import cuda_stand_in, give_back_freed_memory
+from nemo_r3.actor.cpu import cuda_stand_in
+from nemo_r3.actor.heap import give_back_freed_memory
 from nemo_r3.actor.manifest import (
     UNREADABLE,
     WRITING,

@@ -7,7 +7,6 @@ names and type strings only while megatron-core runs, so that vLLM never sees it
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,14 +14,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-
-from nemo_r3.memory import resident
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES = 32 * 2**20
-"""Freed blocks up to this size are kept: the most that glibc takes as a threshold."""
-KEPT_IN_ALL = 2**30
-"""So much of them may add up between updates. The embedded model keeps less, and would take a tenth longer without."""
 
 
 class _Stream:
@@ -63,7 +54,6 @@ def prepare() -> None:
     """Replaces the functions of `torch.cuda` that megatron-core calls; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
-    _keep_freed_memory()
     # after torch.compile is switched off
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random as mcore_random
@@ -95,40 +85,6 @@ def _gather_within(whole: torch.Tensor, part: torch.Tensor, *, group: Any, async
     """An all-gather of a buffer from the ranks' parts of it. gloo gathers into a copy."""
     for rank, each in enumerate(whole.chunk(group.size())):
         group.broadcast(each, rank).wait()
-
-
-def _keep_freed_memory() -> None:
-    """Makes malloc reuse freed memory: it would map and unmap tensors, and the kernel clears every new page.
-
-    Larger blocks do go back, such as gradients and logits of a whole vocabulary. In the heap, smaller ones would settle
-    in the holes that they leave, and with each update the heap would grow by as much again.
-    """
-    malloc = ctypes.CDLL(None)
-    malloc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def give_back_freed_memory() -> None:
-    """Hands to the kernel what malloc keeps, after work that is rare; does nothing where CUDA is available."""
-    if not torch.cuda.is_available():
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class FreedMemory:
-    """What malloc keeps of what was freed since this object was made, or since it last went back."""
-
-    def __init__(self) -> None:
-        self._least = resident()
-
-    def limit(self) -> None:
-        """Gives freed memory back if this process has grown by more than `KEPT_IN_ALL`.
-
-        Saves and long steps leave holes all over the heap. Left to malloc, each hole that an update finds too small
-        stays resident, and a model of half a billion parameters grows by gigabytes.
-        """
-        if resident() - self._least > KEPT_IN_ALL:
-            give_back_freed_memory()
-            self._least = resident()
 
 
 @contextmanager

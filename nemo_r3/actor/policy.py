@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_r3.actor import cpu
+from nemo_r3.actor import cpu, heap
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.pipeline import Pipeline
 from nemo_r3.actor.rotary import Rotary
@@ -51,6 +51,7 @@ class Policy:
             ConfigError: the checkpoint does not exist or does not fit its config.json.
         """
         cpu.prepare()
+        heap.keep_freed_memory()
         checkpoint = model_path(config)
         self.config, self.world = config, world
         self.arch = architecture_of(checkpoint)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemo_r3 import memory
 from nemo_r3.actor import cpu, stream
+from nemo_r3.actor.heap import FreedMemory
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.policy import Policy
@@ -56,7 +57,7 @@ class Trainer:
         self._offload = Offload(self.model, self.optimizer) if config.actor.offload_optimizer else None
         self._lacks_scales = recipe is not None and recipe.delayed
         self._working_bytes = 0
-        self._freed = cpu.FreedMemory()
+        self._freed = FreedMemory()
         self._make_room()  # for the engine, which starts next
 
     @contextmanager

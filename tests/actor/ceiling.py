@@ -10,7 +10,7 @@ import torch
 from lab import Lab
 from shared import rows_of
 
-from nemo_r3.actor import cpu, head
+from nemo_r3.actor import head, heap
 from nemo_r3.config import Config
 from nemo_r3.types import UpdateBatch
 
@@ -23,7 +23,7 @@ ROOM = 900 * 2**20
 def ceiling(lab: Lab) -> None:
     """Runs the update under the limit, and again with a head that would make all logits at once."""
     config = make_model(lab.home / "wide")
-    cpu._keep_freed_memory = lambda: None  # what is freed is given back: holes in the heap would count as used
+    heap.keep_freed_memory = lambda: None  # what is freed is given back: holes in the heap would count as used
     from nemo_r3.actor.policy import Policy  # after `Lab` has started the world
     from nemo_r3.actor.trainer import Trainer
 

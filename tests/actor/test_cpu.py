@@ -15,10 +15,10 @@ from nemo_r3.actor import cpu
 
 CODE = """
 import torch
-from nemo_r3.actor import cpu
+from nemo_r3.actor import heap
 from nemo_r3.memory import resident
 
-cpu._keep_freed_memory()
+heap.keep_freed_memory()
 before = resident()
 large = torch.ones(2**24)  # 64 MiB, above KEPT_BYTES
 wall = torch.ones(2**18)  # in a heap, what is freed below it could not be given back
@@ -29,7 +29,7 @@ small = [torch.ones(2**21) for _ in range(8)]  # 8 MiB each
 wall = torch.ones(2**18)
 del small
 kept = resident()
-cpu.give_back_freed_memory()
+heap.give_back_freed_memory()
 print(during - before, after - before, kept - before, resident() - before)
 """
 
@@ -44,12 +44,12 @@ def test_large_tensors_go_back_to_the_kernel_when_they_are_freed() -> None:
 
 LIMIT = """
 import torch
-from nemo_r3.actor import cpu
+from nemo_r3.actor import heap
 from nemo_r3.memory import resident
 
-cpu._keep_freed_memory()
-cpu.KEPT_IN_ALL = 64 * 2**20
-freed, before = cpu.FreedMemory(), resident()
+heap.keep_freed_memory()
+heap.KEPT_IN_ALL = 64 * 2**20
+freed, before = heap.FreedMemory(), resident()
 
 def kept_of(count):
     small, wall = [torch.ones(2**21) for _ in range(count)], torch.ones(2**18)  # 8 MiB each
