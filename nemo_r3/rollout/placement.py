@@ -46,14 +46,8 @@ class Fleet:
         """The items that this rank's engine works on, in ascending order."""
         return sorted(deal(costs, self.engines)[self.index])
 
-    def share(self, own: Sequence[int], samples: int) -> frozenset[int]:
-        """The results of its engine that this rank judges and gives to the others: neighbours, which share a context.
-
-        Args:
-            own: the engine's items.
-            samples: results of an item; those of item i are numbered from i * samples.
-        """
-        results = [item * samples + sample for item in own for sample in range(samples)]
+    def share(self, results: Sequence[int]) -> frozenset[int]:
+        """Of its engine's results, those that this rank judges and gives to the others: neighbours share a context."""
         place, ranks = self.world.rank % self.tensor_parallel, self.tensor_parallel
         return frozenset(results[len(results) * place // ranks : len(results) * (place + 1) // ranks])
 

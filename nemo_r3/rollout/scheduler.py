@@ -3,19 +3,18 @@
     failure --G times--> reflection --as soon as it ends--> retry --as soon as it ends--> verifier --> Reflection
                          `---------------- one engine, one queue ---------------'
 
-All ranks of an engine run this loop over the same items and must make the same calls in the same order, so nothing here
-may depend on time or rank.
+Each is a conversation: a generator that yields the turns to be sampled and is sent their answers. All ranks of an
+engine run this loop over the same conversations and must make the same calls in the same order, so nothing here may
+depend on time or rank.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -26,14 +25,7 @@ from nemo_r3.errors import VerifierError
 from nemo_r3.progress import Progress
 from nemo_r3.rollout.judge import Judge
 from nemo_r3.rollout.placement import Fleet
-from nemo_r3.rollout.sampling import (
-    UNFINISHED,
-    Completion,
-    Sampler,
-    Sampling,
-    is_deterministic,
-    request_seed,
-)
+from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampler, Sampling, is_deterministic, request_seed
 from nemo_r3.rollout.turn_cache import TurnCache, turn_id
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
@@ -52,39 +44,52 @@ class _Turn:
         prompt: what comes before it; None if there is nothing to continue.
         key: identifies the problem or failure in the request's seed.
         sample: its index among the samples of that.
-        then: takes the answer; returns the turn that follows, if one does.
     """
 
     phase: Phase
     prompt: Trajectory | None
     key: str
     sample: int
-    then: Callable[[Answer], _Turn | None]
+
+
+Conversation = Generator[_Turn, Answer, Callable[[], Result]]
+"""Yields each turn to be sampled, is sent the answer, and returns what makes the result once its verdicts are there."""
 
 
 @dataclass
-class _InFlight:
-    """The requests of one call that the engine works on, and counts of the turns that have ended.
+class _InFlight(Generic[Result]):
+    """The conversations of one call.
 
     Attributes:
+        conversations: by the numbers of their results.
         step: part of every request's seed.
         greedy: take the likeliest token instead of sampling.
-        requests: by id, which is the turn's `turn_id`: the turn, and what an earlier process sampled of it.
+        requests: what the engine works on, by id, which is the turn's `turn_id`: the conversation's number, its turn,
+            and what an earlier process sampled of that.
+        done: what the conversations that have ended returned, by their numbers.
         ended: number of ended turns by phase.
         tokens: number of tokens in these.
     """
 
+    conversations: Mapping[int, Conversation[Result]]
     step: int
     greedy: bool
-    requests: dict[str, tuple[_Turn, Completion | None]] = field(default_factory=dict)
+    requests: dict[str, tuple[int, _Turn, Completion | None]] = field(default_factory=dict)
+    done: dict[int, Callable[[], Result]] = field(default_factory=dict)
     ended: Counter[Phase] = field(default_factory=Counter)
     tokens: Counter[Phase] = field(default_factory=Counter)
 
-    def end(self, turn: _Turn, answer: Answer) -> _Turn | None:
-        """Counts a turn that has ended; returns the one that follows, if one does."""
-        self.ended[turn.phase] += 1
-        self.tokens[turn.phase] += len(answer.segment.ids)
-        return turn.then(answer)
+    def next_turn(self, number: int, answer: Answer | None = None) -> _Turn | None:
+        """A conversation's turn after the one with this answer, or its first; None if it has ended."""
+        try:
+            if answer is None:
+                return next(self.conversations[number])
+            self.ended[answer.segment.phase] += 1
+            self.tokens[answer.segment.phase] += len(answer.segment.ids)
+            return self.conversations[number].send(answer)
+        except StopIteration as end:
+            self.done[number] = end.value
+            return None
 
 
 class Rollout(Generic[EngineT]):
@@ -138,20 +143,18 @@ class Rollout(Generic[EngineT]):
         # dealt by their text: to tokenise other engines' prompts, with all their tools, can take minutes
         own = self._fleet.own_items([len(problem.text) for problem in problems])
         prompts = {item: self._dialogue.task(problems[item]) for item in own}
-        share = self._fleet.share(own, samples)
-        done: dict[int, Callable[[], Attempt]] = {}
+        numbers = [item * samples + sample for item in own for sample in range(samples)]
+        share = self._fleet.share(numbers)
 
-        def end(item: int, sample: int, answer: Answer) -> None:
-            problem, context, place = problems[item], prompts[item].then(answer.segment), item * samples + sample
-            passed = self.judge.ask(problem, answer, wanted=place in share)
-            done[place] = lambda: Attempt(problem, sample, context, answer, self.judge.verdict(passed))
+        def attempt(number: int) -> Conversation[Attempt]:
+            item, sample = divmod(number, samples)
+            problem, prompt = problems[item], prompts[item]
+            answer = yield _Turn(Phase.ATTEMPT, prompt, problem.id, sample)
+            context, passed = prompt.then(answer.segment), self.judge.ask(problem, answer, wanted=number in share)
+            return lambda: Attempt(problem, sample, context, answer, self.judge.verdict(passed))
 
-        turns = [
-            _Turn(Phase.ATTEMPT, prompts[item], problems[item].id, sample, partial(end, item, sample))
-            for item in own
-            for sample in range(samples)
-        ]
-        self._run(turns, step, greedy, [Phase.ATTEMPT])
+        conversations = {number: attempt(number) for number in numbers}
+        done = self._run(conversations, step, greedy, [Phase.ATTEMPT])
         attempts = self._collect(done, share, len(problems) * samples)
         self.too_long |= {attempt.problem.id for attempt in attempts if attempt.answer.finish_reason == NO_ROOM}
         return attempts
@@ -174,24 +177,7 @@ class Rollout(Generic[EngineT]):
             Stopped: a signal asked to stop.
             VerifierError: the verifier failed on an answer.
         """
-        prompts = [self._dialogue.reflect(failure.context) for failure in failures]
-        own = self._fleet.own_items([len(prompt) * group_size for prompt in prompts])
-        share = self._fleet.share(own, group_size)
-        done: dict[int, Callable[[], Reflection]] = {}
-
-        def retry(item: int, sample: int, reflection: Answer) -> _Turn:
-            failure, wanted = failures[item], (place := item * group_size + sample) in share
-            solves = self.judge.ask(failure.problem, reflection, wanted)
-            keep = partial(done.__setitem__, place)
-            return self._retry(failure, sample, prompts[item], reflection, solves, wanted, keep)
-
-        turns = [
-            _Turn(Phase.REFLECTION, prompts[item], failures[item].id, sample, partial(retry, item, sample))
-            for item in own
-            for sample in range(group_size)
-        ]
-        self._run(turns, step, greedy, [Phase.REFLECTION, Phase.RETRY])
-        reflections = iter(self._collect(done, share, len(failures) * group_size))
+        reflections = iter(self._reflections(failures, None, step, group_size, greedy))
         return [Group(failure, tuple(islice(reflections, group_size))) for failure in failures]
 
     def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
@@ -209,64 +195,74 @@ class Rollout(Generic[EngineT]):
         Returns:
             In the failures' order; the reflections themselves are not verified, so `solves` is False.
         """
-        prompts = [self._dialogue.reflect(failure.context) for failure in failures]
-        own = self._fleet.own_items([len(prompt) for prompt in prompts])
-        share = self._fleet.share(own, 1)
-        done: dict[int, Callable[[], Reflection]] = {}
+        return self._reflections(failures, reflections, step, group_size=1, greedy=False)
 
-        def retry(item: int) -> _Turn:
-            failure, reflection = failures[item], reflections[item]
-            unasked = self.judge.ask(failure.problem, reflection, wanted=False)
-            keep = partial(done.__setitem__, item)
-            return self._retry(failure, 0, prompts[item], reflection, unasked, item in share, keep)
-
-        self._run([retry(item) for item in own], step, greedy=False, phases=[Phase.RETRY])
-        return self._collect(done, share, len(failures))
-
-    def _retry(
+    def _reflections(
         self,
-        failure: Failure,
-        sample: int,
-        prompt: Trajectory,
-        reflection: Answer,
-        solves: Future[bool],
-        wanted: bool,
-        keep: Callable[[Callable[[], Reflection]], None],
-    ) -> _Turn:
-        """The retry that follows `prompt` and the reflection on it; `keep` takes what makes both a `Reflection`."""
-        trajectory = prompt.then(reflection.segment)
-        retry_prompt = self._dialogue.retry(trajectory) if reflection.segment.ids else None
+        failures: Sequence[Failure],
+        given: Sequence[Answer] | None,
+        step: int,
+        group_size: int,
+        greedy: bool,
+    ) -> list[Reflection]:
+        """`group_size` reflections on each failure, or the one that is given for it, with their retries."""
+        prompts = [self._dialogue.reflect(failure.context) for failure in failures]
+        own = self._fleet.own_items([len(prompt) * group_size for prompt in prompts])
+        numbers = [item * group_size + sample for item in own for sample in range(group_size)]
+        share = self._fleet.share(numbers)
 
-        def end(retry: Answer) -> None:
-            whole = trajectory if retry_prompt is None else retry_prompt.then(retry.segment)
+        def reflect(number: int) -> Conversation[Reflection]:
+            item, sample = divmod(number, group_size)
+            failure, prompt, wanted = failures[item], prompts[item], number in share
+            if given is None:
+                reflection = yield _Turn(Phase.REFLECTION, prompt, failure.id, sample)
+            else:
+                reflection = given[item]
+            solves = self.judge.ask(failure.problem, reflection, wanted and given is None)
+            whole = prompt.then(reflection.segment)
+            retry_prompt = self._dialogue.retry(whole) if reflection.segment.ids else None
+            retry = yield _Turn(Phase.RETRY, retry_prompt, failure.id, sample)
             passed, verdict = self.judge.ask(failure.problem, retry, wanted), self.judge.verdict
-            keep(lambda: Reflection(sample, whole, reflection, retry, verdict(passed), verdict(solves)))
+            if retry_prompt is not None:
+                whole = retry_prompt.then(retry.segment)
+            return lambda: Reflection(sample, whole, reflection, retry, verdict(passed), verdict(solves))
 
-        return _Turn(Phase.RETRY, retry_prompt, failure.id, sample, end)
+        conversations = {number: reflect(number) for number in numbers}
+        phases = [Phase.REFLECTION, Phase.RETRY] if given is None else [Phase.RETRY]
+        done = self._run(conversations, step, greedy, phases)
+        return self._collect(done, share, len(failures) * group_size)
 
-    def _run(self, turns: Sequence[_Turn], step: int, greedy: bool, phases: Sequence[Phase]) -> None:
-        """Samples turns and those that follow, one of each phase, until none is left or the engine has to stop."""
-        in_flight = _InFlight(step, greedy)
+    def _run(
+        self, conversations: Mapping[int, Conversation[Result]], step: int, greedy: bool, phases: Sequence[Phase]
+    ) -> dict[int, Callable[[], Result]]:
+        """Samples the turns of conversations, one of each phase, until all have ended or the engine has to stop.
+
+        Returns:
+            What the conversations that have ended returned, by their numbers.
+        """
+        in_flight = _InFlight(conversations, step, greedy)
         self.judge.seconds = 0.0
         self.turns.begin(step)
         if self._deterministic:  # a resumed run has less in its cache: what an engine computes must not depend on it
             self.engine.reset_prefix_cache()
-        for turn in turns:
-            self._request(turn, in_flight)
+        for number in conversations:
+            self._request(number, in_flight.next_turn(number), in_flight)
         while in_flight.requests and not self._fleet.asked_to_stop(self.judge.failure is not None):
             watchdog.alive()
             completions = self.engine.step()
             for completion in completions:
-                turn, whole = self._take(completion, in_flight)
-                self._request(in_flight.end(turn, self._answer(turn.phase, whole)), in_flight)
+                number, turn, whole = self._take(completion, in_flight)
+                answer = self._answer(turn.phase, whole)
+                self._request(number, in_flight.next_turn(number, answer), in_flight)
             if completions and self._progress is not None:
                 for phase in phases:
-                    self._progress(phase, in_flight.ended[phase], len(turns), in_flight.tokens[phase])
+                    self._progress(phase, in_flight.ended[phase], len(conversations), in_flight.tokens[phase])
         for completion in self.engine.abort():
             self._take(completion, in_flight)
         # outside of training there is nothing to save, so the other engines need not be waited for
         if self.judge.failure is not None and step < 1 and signals.noted() is None:
             raise VerifierError(str(self.judge.failure))
+        return in_flight.done
 
     def _collect(self, done: Mapping[int, Callable[[], Result]], share: Set[int], count: int) -> list[Result]:
         """The results of all engines, once their verdicts are there.
@@ -290,34 +286,34 @@ class Rollout(Generic[EngineT]):
             raise VerifierError(str(failures[0]))
         return self._fleet.collect(results, count)
 
-    def _request(self, turn: _Turn | None, in_flight: _InFlight) -> None:
-        """Adds a turn to the engine, or the first turn after it whose answer is not known without sampling."""
+    def _request(self, number: int, turn: _Turn | None, in_flight: _InFlight[Any]) -> None:
+        """Adds a conversation's turn to the engine, or the first one after it whose answer has to be sampled."""
         while turn is not None:
             prompt = turn.prompt
             room = 0 if prompt is None else self.engine.max_model_len - len(prompt)
             if prompt is None or room < 1:
                 unsampled = Answer(Segment(turn.phase, (), (), self.engine.version), "", NO_ROOM)
-                turn = in_flight.end(turn, unsampled)
+                turn = in_flight.next_turn(number, unsampled)
                 continue
             name = turn_id(turn.phase, prompt, turn.key, turn.sample)
             begun = self.turns.get(name)
             if begun is not None and begun.finish_reason != UNFINISHED:
-                turn = in_flight.end(turn, self._answer(turn.phase, begun))
+                turn = in_flight.next_turn(number, self._answer(turn.phase, begun))
                 continue
             ids = () if begun is None else begun.ids
             assert name not in in_flight.requests, "one sample of a prompt is requested twice"
-            in_flight.requests[name] = turn, begun
+            in_flight.requests[name] = number, turn, begun
             self.engine.add(name, [*prompt.ids, *ids], self._sampling(turn, in_flight, room, len(ids)))
             return
 
-    def _take(self, completion: Completion, in_flight: _InFlight) -> tuple[_Turn, Completion]:
-        """The turn of a completion, and all that has been sampled of it, which is cached."""
-        turn, begun = in_flight.requests.pop(completion.request_id)
+    def _take(self, completion: Completion, in_flight: _InFlight[Any]) -> tuple[int, _Turn, Completion]:
+        """The conversation and turn of a completion, and all that has been sampled of the turn, which is cached."""
+        number, turn, begun = in_flight.requests.pop(completion.request_id)
         whole = completion.continuing(begun)
         self.turns.add(completion.request_id, whole)
-        return turn, whole
+        return number, turn, whole
 
-    def _sampling(self, turn: _Turn, in_flight: _InFlight, room: int, begun: int) -> Sampling:
+    def _sampling(self, turn: _Turn, in_flight: _InFlight[Any], room: int, begun: int) -> Sampling:
         """How to sample a turn with `room` tokens left, `begun` of which it already has."""
         rollout = self._config.rollout
         limit = rollout.max_reflection_tokens if turn.phase is Phase.REFLECTION else rollout.max_answer_tokens
