@@ -5,13 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Column, Table
 
 from nemo_r3.errors import UserError, describe
 
@@ -34,7 +29,6 @@ NOTE = (
     "same ones before and after. Another's reflection: a second try that reads the reflection on another\n"
     "failure. Resampled: another first answer instead of a reflection and a retry."
 )
-WIDTH = 100
 NONE = "-"
 
 INK, GRID = "#333333", "#e4e4e4"
@@ -42,15 +36,14 @@ BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#c9ced6"
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The rates in summary.json before and after training, as plain text of at most 100 columns; "-" if missing."""
-    columns = (Column(heading, justify="right" if heading == "n" else "left", no_wrap=True) for heading in HEADINGS)
-    grid = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rates(summary):
-        grid.add_row(*row)
-    text = StringIO()
-    Console(file=text, width=WIDTH, color_system=None, highlight=False, legacy_windows=False).print(grid, markup=False)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    return "\n".join([*(line.removeprefix(" ") for line in lines if line), NOTE])
+    """The rates in summary.json before and after training, as plain text; "-" if missing."""
+    rows = [HEADINGS, *rates(summary)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *lines = (
+        "   ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])])  # the last column is a number
+        for row in rows
+    )
+    return "\n".join([head, "─" * len(head), *lines, NOTE])
 
 
 def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

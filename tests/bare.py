@@ -11,7 +11,6 @@ BESIDE = {
     "omegaconf": ("yaml",),
     "submitit": ("cloudpickle", "typing_extensions"),
     "jinja2": ("markupsafe",),
-    "rich": ("markdown_it", "mdurl", "pygments"),
 }
 """What pip installs along with a package."""
 
