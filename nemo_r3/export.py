@@ -101,16 +101,15 @@ def _finish(
 ) -> tuple[float, float]:
     """On rank 0, completes, checks and moves the directory; see `export`."""
     assert shards is not None, "rank 0 has them"
-    writing, precision = shards.directory, precision_of(config)
+    writing = shards.directory
     try:
         shards.close()
-        _write_config(writing, source, precision.dtype_name)
+        _write_config(writing, source, precision_of(config).dtype_name)
         (writing / "README.md").write_text(card)
         _check_tokenizer(writing, source)
         if config.dialogue.chat_template is not None:  # the model was trained with this one
             shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
-        regime = architecture_of(writing).rope.regime(config.rollout.max_model_len)
-        found = _compare(writing, probe, expected, config.rollout.temperature, precision.dtype, regime)
+        found = _compare(writing, probe, expected, config)
         _replace(out, writing)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -205,12 +204,7 @@ def _check_tokenizer(directory: Path, source: Path) -> None:
 
 
 def _compare(
-    directory: Path,
-    probe: Sequence[Sequence[int]],
-    expected: Sequence[Tensor],
-    temperature: float,
-    dtype: torch.dtype,
-    regime: str,
+    directory: Path, probe: Sequence[Sequence[int]], expected: Sequence[Tensor], config: Config
 ) -> tuple[float, float]:
     """The largest difference between the actor's log-probabilities and those of the export as transformers reads it.
 
@@ -218,9 +212,9 @@ def _compare(
 
     In fp32 the two differ only by the order of summation: TOLERANCE. Below fp32 the actor's rounding error is larger,
     and grows with depth and with the size of the logits, so its limit is measured: transformers runs the same weights
-    in `dtype` and in fp32, and the actor may be MOST_NOISE times as far from fp32 at its worst token, and MEAN_NOISE
-    times on average. (With random models of 4 to 24 layers on a CPU it is equally far to within 7 %, while a wrong
-    rotary base, or one layer's gate and up projections swapped, are many times as far.)
+    in the actor's dtype and in fp32, and the actor may be MOST_NOISE times as far from fp32 at its worst token, and
+    MEAN_NOISE times on average. (With random models of 4 to 24 layers on a CPU it is equally far to within 7 %, while a
+    wrong rotary base, or one layer's gate and up projections swapped, are many times as far.)
 
     A model that was trained with longrope's long factors is compared with these, although transformers would take the
     short ones for probes of this length.
@@ -228,10 +222,11 @@ def _compare(
     Raises:
         UserError: beyond tolerance; names the worst token.
     """
+    dtype, temperature = precision_of(config).dtype, config.rollout.temperature
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # torchrun's default is one, and the other ranks only wait
     hf = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    if regime == "long":
+    if architecture_of(directory).rope.regime(config.rollout.max_model_len) == "long":
         hf.rope_parameters["short_factor"] = hf.rope_parameters["long_factor"]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, config=hf, dtype=dtype, local_files_only=True, use_safetensors=True

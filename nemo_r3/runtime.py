@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+Item = TypeVar("Item")
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 ROUTES = Path("/proc/net/route")
@@ -63,10 +64,10 @@ class World:
         """The GPU's memory; 0 on a CPU."""
         return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else 0
 
-    def gather(self, item: Any) -> list[Any]:
+    def gather(self, item: Item) -> list[Item]:
         """Every rank's `item`, in rank order, on every rank."""
         watchdog.alive()
-        items: list[Any] = [None] * self.size
+        items = [item] * self.size
         dist.all_gather_object(items, item, group=self.objects)
         return items
 
@@ -74,7 +75,7 @@ class World:
         """Every rank's entries in one, on every rank."""
         return {key: value for each in self.gather(dict(part)) for key, value in each.items()}
 
-    def broadcast(self, item: Any) -> Any:
+    def broadcast(self, item: Item) -> Item:
         """Rank 0's `item`, on every rank."""
         watchdog.alive()
         box = [item]
@@ -96,8 +97,7 @@ class World:
         outcome = self.broadcast(outcome)
         if isinstance(outcome, UserError):
             raise outcome
-        result: Result = outcome
-        return result
+        return cast(Result, outcome)
 
     def barrier(self) -> None:
         """Waits for every rank."""

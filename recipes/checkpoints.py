@@ -23,8 +23,7 @@ from recipes.setup import Setup
 
 def newest(setup: Setup) -> Path | None:
     """The run's newest checkpoint as rank 0 sees it: on a shared file system, ranks may see different files."""
-    found: Path | None = setup.world.broadcast(latest(setup.run.checkpoints))
-    return found
+    return setup.world.broadcast(latest(setup.run.checkpoints))
 
 
 def trained(setup: Setup) -> Path | None:

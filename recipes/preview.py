@@ -6,7 +6,7 @@ after CONFIG.yaml says how many dialogues to show.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from nemo_r3 import entry
 from nemo_r3.dialogue import Dialogue
@@ -39,10 +39,11 @@ def preview(argv: Sequence[str]) -> None:
         setup.progress.say(f"\n=== problem {attempt.problem.id} {attempt.problem.data}")
         reflections = groups[number].reflections if number < len(groups) else ()
         whole = reflections[0].trajectory if reflections else attempt.context
-        notes = [verdict(attempt.answer, attempt.passed)]
+        notes = {Phase.ATTEMPT: verdict(attempt.answer, attempt.passed)}
         for it in reflections:
-            reason = unfinished(it.answer, "max_reflection_tokens")
-            notes += [f"--- {reason}" if reason else "", verdict(it.retry, it.passed)]
+            notes[Phase.RETRY] = verdict(it.retry, it.passed)
+            if reason := unfinished(it.answer, "max_reflection_tokens"):
+                notes[Phase.REFLECTION] = f"--- {reason}"
         setup.progress.say(written(setup.dialogue, whole, notes))
     counts = tally(attempts)
     setup.progress.say(f"\n{counts.line(len(problems))}\n{counts.doubt()}".rstrip())
@@ -73,13 +74,13 @@ def unfinished(answer: Answer, limit: str) -> str:
     return reasons.get(answer.finish_reason, "")
 
 
-def written(dialogue: Dialogue, trajectory: Trajectory, notes: Iterable[str]) -> str:
-    """A dialogue as text, with its special tokens. Each sampled turn is followed by its note, unless that is empty."""
-    remaining, parts = iter(notes), []
+def written(dialogue: Dialogue, trajectory: Trajectory, notes: Mapping[Phase, str]) -> str:
+    """A dialogue as text, with its special tokens; the note on a phase comes after it."""
+    parts = []
     for segment in trajectory.segments:
         parts.append(f"--- {segment.phase}\n{dialogue.whole(segment.ids)}")
-        if segment.phase in (Phase.ATTEMPT, Phase.REFLECTION, Phase.RETRY) and (note := next(remaining)):
-            parts.append(note)
+        if segment.phase in notes:
+            parts.append(notes[segment.phase])
     return "\n".join(parts)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_r3.errors import UserError
-from nemo_r3.progress import Progress, is_rank_0
+from nemo_r3.progress import is_rank_0
 from nemo_r3.tasks.calls import parse_json
 from nemo_r3.tasks.data_set import read_columns
 from nemo_r3.tasks.schemas import as_declared, object_of_python, tool
@@ -92,7 +92,8 @@ def well_formed(rows: Iterable[Row], read: Callable[[Any], Record], source: str,
             f"task.options.source: {found}; fix them, or raise task.options.max_malformed={max_malformed:g} to leave "
             "them out"
         )
-    Progress(enabled=is_rank_0()).say(f"task.options.source: left out: {found}")
+    if is_rank_0():
+        print(f"task.options.source: left out: {found}", flush=True)
     return records
 
 
