@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -140,22 +141,20 @@ class Rollout(Generic[EngineT]):
         Returns:
             len(problems) * samples attempts: all of the first problem's, then the next one's.
         """
-        # dealt by their text: to tokenise other engines' prompts, with all their tools, can take minutes
-        own = self._fleet.own_items([len(problem.text) for problem in problems])
-        prompts = {item: self._dialogue.task(problems[item]) for item in own}
-        numbers = [item * samples + sample for item in own for sample in range(samples)]
-        share = self._fleet.share(numbers)
 
-        def attempt(number: int) -> Conversation[Attempt]:
-            item, sample = divmod(number, samples)
-            problem, prompt = problems[item], prompts[item]
+        @cache
+        def prompt_of(item: int) -> Trajectory:
+            return self._dialogue.task(problems[item])
+
+        def attempt(item: int, sample: int, wanted: bool) -> Conversation[Attempt]:
+            problem, prompt = problems[item], prompt_of(item)
             answer = yield _Turn(Phase.ATTEMPT, prompt, problem.id, sample)
-            context, passed = prompt.then(answer.segment), self.judge.ask(problem, answer, wanted=number in share)
+            context, passed = prompt.then(answer.segment), self.judge.ask(problem, answer, wanted)
             return lambda: Attempt(problem, sample, context, answer, self.judge.verdict(passed))
 
-        conversations = {number: attempt(number) for number in numbers}
-        done = self._run(conversations, step, greedy, [Phase.ATTEMPT])
-        attempts = self._collect(done, share, len(problems) * samples)
+        # dealt by their text: to tokenise other engines' prompts, with all their tools, can take minutes
+        costs = [len(problem.text) for problem in problems]
+        attempts = self._hold(attempt, costs, samples, step, greedy, [Phase.ATTEMPT])
         self.too_long |= {attempt.problem.id for attempt in attempts if attempt.answer.finish_reason == NO_ROOM}
         return attempts
 
@@ -207,13 +206,9 @@ class Rollout(Generic[EngineT]):
     ) -> list[Reflection]:
         """`group_size` reflections on each failure, or the one that is given for it, with their retries."""
         prompts = [self._dialogue.reflect(failure.context) for failure in failures]
-        own = self._fleet.own_items([len(prompt) * group_size for prompt in prompts])
-        numbers = [item * group_size + sample for item in own for sample in range(group_size)]
-        share = self._fleet.share(numbers)
 
-        def reflect(number: int) -> Conversation[Reflection]:
-            item, sample = divmod(number, group_size)
-            failure, prompt, wanted = failures[item], prompts[item], number in share
+        def reflect(item: int, sample: int, wanted: bool) -> Conversation[Reflection]:
+            failure, prompt = failures[item], prompts[item]
             if given is None:
                 reflection = yield _Turn(Phase.REFLECTION, prompt, failure.id, sample)
             else:
@@ -227,10 +222,30 @@ class Rollout(Generic[EngineT]):
                 whole = retry_prompt.then(retry.segment)
             return lambda: Reflection(sample, whole, reflection, retry, verdict(passed), verdict(solves))
 
-        conversations = {number: reflect(number) for number in numbers}
         phases = [Phase.REFLECTION, Phase.RETRY] if given is None else [Phase.RETRY]
+        costs = [len(prompt) * group_size for prompt in prompts]
+        return self._hold(reflect, costs, group_size, step, greedy, phases)
+
+    def _hold(
+        self,
+        converse: Callable[[int, int, bool], Conversation[Result]],
+        costs: Sequence[int],
+        samples: int,
+        step: int,
+        greedy: bool,
+        phases: Sequence[Phase],
+    ) -> list[Result]:
+        """Deals items to the engines, holds their conversations, and collects the results of all on every rank.
+
+        `converse` begins the conversation of an item and one of its `samples`; its last argument is whether this rank
+        judges the answers. The results are in the order of the items, and of an item's samples.
+        """
+        own = self._fleet.own_items(costs)
+        numbers = [item * samples + sample for item in own for sample in range(samples)]
+        share = self._fleet.share(numbers)
+        conversations = {number: converse(*divmod(number, samples), number in share) for number in numbers}
         done = self._run(conversations, step, greedy, phases)
-        return self._collect(done, share, len(failures) * group_size)
+        return self._collect(done, share, len(costs) * samples)
 
     def _run(
         self, conversations: Mapping[int, Conversation[Result]], step: int, greedy: bool, phases: Sequence[Phase]
