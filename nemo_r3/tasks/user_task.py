@@ -76,7 +76,7 @@ class UserTask:
 
     def _verdict(self, problem: Problem, text: str) -> bool:
         answer = f"on an answer to problem {problem.id!r}"
-        before = copy.copy(problem.data)
+        before = copy.deepcopy(problem.data)
         with (
             warn_if_slow(f"{self.name}.verify", answer),
             user_code(f"{self.name}.verify", f" {answer}; verify(problem, text) must give a verdict on any text"),

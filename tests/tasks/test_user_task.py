@@ -289,11 +289,10 @@ def test_a_slow_verifier_is_tried_on_empty_answers_while_time_lasts(
     assert "accepts an empty answer to 2 of 2 problems" in accepts and re.match(slow, took)
 
 
-def test_a_verifier_that_changes_a_problems_data_is_refused(write: Write) -> None:
-    """A bank would keep what it became, or could not: here what a verifier keeps for the next call."""
-    task = write(
-        PROBLEMS, "\ndef verify(problem, text):\n    return bool(text and problem.data.setdefault('seen', {text}))\n"
-    )
+@pytest.mark.parametrize("change", ["problem.data.setdefault('seen', {text})", "problem.data['more'].pop()"])
+def test_a_verifier_that_changes_a_problems_data_is_refused(change: str, write: Write) -> None:
+    """A bank would keep what it became, or could not: what a verifier keeps for the next call, or ticks off a list."""
+    task = write(PROBLEMS, f"\ndef verify(problem, text):\n    return bool(text and {change})\n")
     with pytest.raises(UserError, match=r"said\.verify changed the data on an answer to problem 'test-1'"):
         task.verify(task.problems("test")[0], "x")
 
