@@ -12,8 +12,9 @@ import pytest
 from paper_models import NAMES, shape
 from refusals import refusal
 
-from nemo_r3.config import Config, ConfigError, load
+from nemo_r3.config import Config, load
 from nemo_r3.config.schema import leaves
+from nemo_r3.errors import ConfigError
 from nemo_r3.fp8_support import VLLM, Machine, advice, check, matrix_dimensions, prepare
 from nemo_r3.models import Architecture
 from nemo_r3.precision import PRECISIONS, without_fp8

@@ -12,8 +12,9 @@ from paper_models import shape
 
 from nemo_r3.actor.model import transformer_config
 from nemo_r3.actor.spec import resolve_layer_spec
-from nemo_r3.config import ActorConfig, Config, ConfigError
+from nemo_r3.config import ActorConfig, Config
 from nemo_r3.config.schema import leaves
+from nemo_r3.errors import ConfigError
 from nemo_r3.precision import PRECISIONS, precision_of
 
 BF16 = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, "bf16": True, "fp16": False}

@@ -11,13 +11,11 @@ from nemo_r3.config.resume import diff_for_resume
 from nemo_r3.config.rollout import RolloutConfig
 from nemo_r3.config.train import TrainConfig
 from nemo_r3.config.tree import Config
-from nemo_r3.errors import ConfigError
 
 __all__ = [
     "ActorConfig",
     "AlgoConfig",
     "Config",
-    "ConfigError",
     "RolloutConfig",
     "TrainConfig",
     "check",

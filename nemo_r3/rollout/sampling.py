@@ -81,12 +81,12 @@ class Sampler(Protocol):
         ...
 
 
-def request_seed(seed: int, step: int, problem_id: str, sample: int, phase: str) -> int:
+def request_seed(seed: int, step: int, asked: str, sample: int, phase: str) -> int:
     """A 63-bit seed that is the same in every process and on every machine.
 
-    Example: ``request_seed(1, 0, "countdown-1-2-3-7", 4, Phase.REFLECTION)``
+    Example: ``request_seed(1, 0, "countdown-1-2-3-7/0", 4, Phase.REFLECTION)``; `asked` is a problem or a failure.
     """
-    key = "\x1f".join((str(seed), str(step), problem_id, str(sample), str(phase)))
+    key = "\x1f".join((str(seed), str(step), asked, str(sample), str(phase)))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 

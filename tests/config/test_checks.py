@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from nemo_r3.config import Config, ConfigError, check_world, load
+from nemo_r3.config import Config, check_world, load
+from nemo_r3.errors import ConfigError
 
 
 def load_with(folder: Path, *overrides: str) -> Config:
