@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_r3 import signals
-from nemo_r3.algo.balance import deal
+from nemo_r3.algo import balance
 from nemo_r3.runtime import World
 
 T = TypeVar("T")
@@ -42,14 +42,17 @@ class Fleet:
         """The engine that this rank belongs to."""
         return self.world.rank // self.tensor_parallel
 
-    def own_items(self, costs: Sequence[int]) -> list[int]:
-        """The items that this rank's engine works on, in ascending order."""
-        return sorted(deal(costs, self.engines)[self.index])
+    def deal(self, costs: Sequence[int], samples: int) -> tuple[list[int], frozenset[int]]:
+        """Deals items to the engines by their costs; item i has `samples` results, numbered from i * samples.
 
-    def share(self, results: Sequence[int]) -> frozenset[int]:
-        """Of its engine's results, those that this rank judges and gives to the others: neighbours share a context."""
+        Returns:
+            The numbers of this rank's engine, ascending; and of these, those of the results that this rank judges and
+            gives to the others: neighbours, which share a context.
+        """
+        own = sorted(balance.deal(costs, self.engines)[self.index])
+        numbers = [item * samples + sample for item in own for sample in range(samples)]
         place, ranks = self.world.rank % self.tensor_parallel, self.tensor_parallel
-        return frozenset(results[len(results) * place // ranks : len(results) * (place + 1) // ranks])
+        return numbers, frozenset(numbers[len(numbers) * place // ranks : len(numbers) * (place + 1) // ranks])
 
     def asked_to_stop(self, failed: bool) -> bool:
         """Whether this rank's engine should stop; its ranks call this before each step, and all hear the same.

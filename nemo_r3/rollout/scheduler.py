@@ -80,8 +80,8 @@ class _InFlight(Generic[Result]):
     ended: Counter[Phase] = field(default_factory=Counter)
     tokens: Counter[Phase] = field(default_factory=Counter)
 
-    def next_turn(self, number: int, answer: Answer | None = None) -> _Turn | None:
-        """A conversation's turn after the one with this answer, or its first; None if it has ended."""
+    def next_turn(self, number: int, answer: Answer | None) -> _Turn | None:
+        """A conversation's turn after the one with this answer, or without one its first; None if it has ended."""
         try:
             if answer is None:
                 return next(self.conversations[number])
@@ -240,9 +240,7 @@ class Rollout(Generic[EngineT]):
         `converse` begins the conversation of an item and one of its `samples`; its last argument is whether this rank
         judges the answers. The results are in the order of the items, and of an item's samples.
         """
-        own = self._fleet.own_items(costs)
-        numbers = [item * samples + sample for item in own for sample in range(samples)]
-        share = self._fleet.share(numbers)
+        numbers, share = self._fleet.deal(costs, samples)
         conversations = {number: converse(*divmod(number, samples), number in share) for number in numbers}
         done = self._run(conversations, step, greedy, phases)
         return self._collect(done, share, len(costs) * samples)
@@ -261,14 +259,13 @@ class Rollout(Generic[EngineT]):
         if self._deterministic:  # a resumed run has less in its cache: what an engine computes must not depend on it
             self.engine.reset_prefix_cache()
         for number in conversations:
-            self._request(number, in_flight.next_turn(number), in_flight)
+            self._go_on(number, None, in_flight)
         while in_flight.requests and not self._fleet.asked_to_stop(self.judge.failure is not None):
             watchdog.alive()
             completions = self.engine.step()
             for completion in completions:
                 number, turn, whole = self._take(completion, in_flight)
-                answer = self._answer(turn.phase, whole)
-                self._request(number, in_flight.next_turn(number, answer), in_flight)
+                self._go_on(number, self._answer(turn.phase, whole), in_flight)
             if completions and self._progress is not None:
                 for phase in phases:
                     self._progress(phase, in_flight.ended[phase], len(conversations), in_flight.tokens[phase])
@@ -301,19 +298,18 @@ class Rollout(Generic[EngineT]):
             raise VerifierError(str(failures[0]))
         return self._fleet.collect(results, count)
 
-    def _request(self, number: int, turn: _Turn | None, in_flight: _InFlight[Any]) -> None:
-        """Adds a conversation's turn to the engine, or the first one after it whose answer has to be sampled."""
-        while turn is not None:
+    def _go_on(self, number: int, answer: Answer | None, in_flight: _InFlight[Any]) -> None:
+        """Gives a conversation its last turn's answer; adds the next turn that has to be sampled to the engine."""
+        while (turn := in_flight.next_turn(number, answer)) is not None:
             prompt = turn.prompt
             room = 0 if prompt is None else self.engine.max_model_len - len(prompt)
             if prompt is None or room < 1:
-                unsampled = Answer(Segment(turn.phase, (), (), self.engine.version), "", NO_ROOM)
-                turn = in_flight.next_turn(number, unsampled)
+                answer = Answer(Segment(turn.phase, (), (), self.engine.version), "", NO_ROOM)
                 continue
             name = turn_id(turn.phase, prompt, turn.key, turn.sample)
             begun = self.turns.get(name)
             if begun is not None and begun.finish_reason != UNFINISHED:
-                turn = in_flight.next_turn(number, self._answer(turn.phase, begun))
+                answer = self._answer(turn.phase, begun)
                 continue
             ids = () if begun is None else begun.ids
             assert name not in in_flight.requests, "one sample of a prompt is requested twice"
