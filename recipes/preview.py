@@ -7,6 +7,7 @@ after CONFIG.yaml says how many dialogues to show.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from nemo_r3 import entry
 from nemo_r3.dialogue import Dialogue
@@ -35,13 +36,12 @@ def preview(argv: Sequence[str]) -> None:
     failures = [attempt.failure for attempt in attempts[:shown] if attempt.is_failure]
     groups = rollout.reflect_and_retry(failures, MINING_STEP, group_size=1)
     warn_of_long_problems(setup, rollout)
-    for number, attempt in enumerate(attempts[:shown]):
+    for attempt, group in zip_longest(attempts[:shown], groups):  # failures come first
         setup.progress.say(f"\n=== problem {attempt.problem.id} {attempt.problem.data}")
-        reflections = groups[number].reflections if number < len(groups) else ()
-        whole = reflections[0].trajectory if reflections else attempt.context
-        notes = {Phase.ATTEMPT: verdict(attempt.answer, attempt.passed)}
-        for it in reflections:
-            notes[Phase.RETRY] = verdict(it.retry, it.passed)
+        whole, notes = attempt.context, {Phase.ATTEMPT: verdict(attempt.answer, attempt.passed)}
+        if group is not None:
+            (it,) = group.reflections
+            whole, notes[Phase.RETRY] = it.trajectory, verdict(it.retry, it.passed)
             if reason := unfinished(it.answer, "max_reflection_tokens"):
                 notes[Phase.REFLECTION] = f"--- {reason}"
         setup.progress.say(written(setup.dialogue, whole, notes))
