@@ -77,7 +77,8 @@ class Emulation:
 
         self.exact = True
         with trainer.at_work(), cpu.cuda_stand_in():
-            sums = trainer._accumulate(trainer.policy.microbatches(batch.rows)[0])
+            microbatches, _ = trainer.policy.microbatches(batch.rows)
+            sums = trainer._accumulate(microbatches, *trainer._given([microbatches])[0])
         self.exact = False
         return update(batch) | {name: sums[of] for name, of in IN_FLOAT32.items()}
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 NO_ROOM = "no_room"
@@ -203,11 +205,12 @@ class Row:
         phases: the phase of each token.
         sampled: whether vLLM sampled the token.
         advantages: group advantage of the token's reflection; 0 for tokens that are not trained.
-        loss_weights: the token's share in the step's loss; 0 for tokens that are not trained. They carry the loss's
+        loss_weights: the token's share in its update's loss; 0 for tokens that are not trained. They carry the loss's
             denominators, so any split into microbatches and ranks adds up to the same loss.
         rollout_logprobs: vLLM's log-probability of the token; 0 if it was not sampled.
         group: number of the row's group.
         shared: number of leading, untrained tokens that all rows of the group share.
+        update: which of the step's optimizer steps trains on it, as its whole group; never decreasing from row to row.
     """
 
     ids: Sequence[int]
@@ -218,6 +221,7 @@ class Row:
     rollout_logprobs: Sequence[float]
     group: int = 0
     shared: int = 0
+    update: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -225,7 +229,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class UpdateBatch:
-    """Everything one optimizer step trains on, the same on every rank.
+    """Everything one training step trains on, the same on every rank.
 
     Attributes:
         rows: the training sequences.
@@ -240,3 +244,8 @@ class UpdateBatch:
     groups_used: int = 0
     groups_dropped: int = 0
     rewards: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def updates(self) -> list[list[Row]]:
+        """The rows of each optimizer step, in order."""
+        return [list(rows) for _, rows in groupby(self.rows, key=attrgetter("update"))]

@@ -94,7 +94,7 @@ def check_new_run(setup: Setup, trainer: Trainer) -> None:
 
 def refuse_useless_steps(setup: Setup, trainer: Trainer, done: int) -> None:
     """Refuses steps whose learning rate would be 0 if every step left has an update."""
-    steps, useful = setup.config.train.steps, done + trainer.updates_left()
+    steps, useful = setup.config.train.steps, done + trainer.steps_left()
     if steps <= useful:
         return
     useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"

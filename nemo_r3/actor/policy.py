@@ -23,6 +23,9 @@ from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 from nemo_r3.types import Row
 
+Scores = dict[tuple[int, ...], Tensor]
+"""Log-probabilities [trained] of a microbatch's targets, by the microbatch's rows; empty except on the last stage."""
+
 
 class Policy:
     """This rank's shard of the policy; a `Trainer` changes its weights.
@@ -98,8 +101,8 @@ class Policy:
         mine = dealt[parallel_state.get_data_parallel_rank()]
         return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], balance.all_flops(dealt)
 
-    def logprobs(self, microbatches: Sequence[Microbatch]) -> dict[tuple[int, ...], Tensor]:
-        """Log-probabilities [trained] of the targets, by each microbatch's rows; empty except on the last stage."""
+    def logprobs(self, microbatches: Sequence[Microbatch]) -> Scores:
+        """The microbatches' `Scores`."""
 
         def keep_logprobs(_: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
             return logprobs.sum(), logprobs

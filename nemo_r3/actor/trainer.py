@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from nemo_r3.actor import cpu, stream
 from nemo_r3.actor.heap import FreedMemory
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
-from nemo_r3.actor.policy import Policy
+from nemo_r3.actor.policy import Policy, Scores
 from nemo_r3.actor.reference import Reference
 from nemo_r3.actor.scales import find_scales
 from nemo_r3.algo.batch import check_loss_weights
@@ -79,63 +78,85 @@ class Trainer:
         self._freed.limit()
 
     def update(self, batch: UpdateBatch) -> dict[str, float]:
-        """One optimizer step on the batch.
+        """One optimizer step on each of the batch's updates, all with the same learning rate.
 
         Returns:
             `loss`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`; `kl`, if there
-            is a reference; `skipped`: 1.0 if the weights stayed as they were, because the gradient was NaN or Inf or
-            the correction rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
-            `importance_ratio`, `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's
-            on all ranks, including the reference's pass, without recompute and padding.
+            is a reference; `clipped` (a share), if there are several updates; `skipped`: the number of updates that
+            left the weights as they were, because the gradient was NaN or Inf or the correction rejected every token;
+            the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`, `importance_ratio`,
+            `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's on all ranks, including
+            passes without gradient, without recompute and padding. Loss, KL and norm are means over the updates.
 
         Raises:
             RuntimeError: a token that must not be trained has weight.
         """
         check_loss_weights(batch, self.policy.config.algo)
-        microbatches, flops = self.policy.microbatches(batch.rows)
+        updates, costs = zip(*map(self.policy.microbatches, batch.updates), strict=True)
         with stream.on(self._stream), self.at_work(), cpu.cuda_stand_in():
             memory.reserve(self._working_bytes)
             before = memory.restart_peak()
             if self._lacks_scales:
-                find_scales(self.policy.module, self.policy.world, partial(self._accumulate, microbatches[:1]))
+                first = updates[0][:1]
+                find_scales(
+                    self.policy.module, self.policy.world, lambda: self._accumulate(first, *self._given([first])[0])
+                )
                 self._lacks_scales = False
-            sums = self._accumulate(microbatches)
-            self._working_bytes = memory.peak() - before  # the optimizer's step needs less
             lr = self.optimizer.param_groups[0]["lr"]
-            grad_norm = self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)
-        tokens = max(sums["tokens"], 1.0)
+            found = [self._descend(*each) for each in zip(updates, self._given(updates), strict=True)]
+            self._working_bytes = memory.peak() - before
+            skipped = sum(math.isnan(each["grad_norm"]) for each in found)
+            if skipped < len(found):
+                self.schedule.step(increment=1)
+        total = {name: sum(each[name] for each in found) for name in found[0]}
+        tokens = max(total["tokens"], 1.0)
+        without_gradient = sum(costs[1:]) + (0 if self._reference is None else sum(costs))
         return {
-            "loss": sums["loss"],
-            **({} if self._reference is None else {"kl": sums["kl"]}),
-            "entropy": sums["entropy"] / tokens,
-            "token_mult_prob_error": sums["prob_error"] / tokens,
-            "rollout_kl": sums["rollout_kl"] / tokens,
-            "importance_ratio": sums["ratio"] / tokens,
-            "importance_outliers": sums["outliers"] / tokens,
-            "nonfinite_tokens": sums["nonfinite"],
-            "grad_norm": grad_norm,
+            "loss": total["loss"] / len(updates),
+            **({} if self._reference is None else {"kl": total["kl"] / len(updates)}),
+            "entropy": total["entropy"] / tokens,
+            "token_mult_prob_error": total["prob_error"] / tokens,
+            "rollout_kl": total["rollout_kl"] / tokens,
+            "importance_ratio": total["ratio"] / tokens,
+            "importance_outliers": total["outliers"] / tokens,
+            "nonfinite_tokens": total["nonfinite"],
+            **({} if self.policy.config.train.updates_per_step == 1 else {"clipped": total["clipped"] / tokens}),
+            "grad_norm": total["grad_norm"] / len(updates),
             "lr": lr,
-            "trained_tokens": sums["tokens"],
-            "rejected_tokens": sums["rejected"],
-            "microbatches": float(len(microbatches)),
-            "skipped": float(not math.isfinite(grad_norm)),
-            "update_flops": flops * (1 if self._reference is None else 1 + 1 / FORWARD_AND_BACKWARD),
+            "trained_tokens": total["tokens"],
+            "rejected_tokens": total["rejected"],
+            "microbatches": float(sum(map(len, updates))),
+            "skipped": float(skipped),
+            "update_flops": sum(costs) + without_gradient / FORWARD_AND_BACKWARD,
         }
 
-    def _accumulate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
-        """Accumulates the step's gradient in the buffers; returns the step's `METRICS`."""
-        reference: dict[tuple[int, ...], Tensor] = {}
-        if self._reference is not None:
-            with self._reference.swapped_in():
-                reference = self.policy.logprobs(microbatches)
+    def _descend(self, microbatches: Sequence[Microbatch], given: tuple[Scores, Scores]) -> dict[str, float]:
+        """One optimizer step; returns its `METRICS` and `grad_norm`, which is NaN if the step was skipped."""
+        sums = self._accumulate(microbatches, *given)
+        return sums | {"grad_norm": self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)}
+
+    def _given(self, updates: Sequence[Sequence[Microbatch]]) -> list[tuple[Scores, Scores]]:
+        """What each update's loss takes as given: the old policy's log-probabilities, and the reference's.
+
+        The first update has no old policy but its own.
+        """
+        old = [Scores(), *(self.policy.logprobs(microbatches) for microbatches in updates[1:])]
+        if self._reference is None:
+            return [(scores, Scores()) for scores in old]
+        with self._reference.swapped_in():
+            return list(zip(old, map(self.policy.logprobs, updates), strict=True))
+
+    def _accumulate(self, microbatches: Sequence[Microbatch], old: Scores, reference: Scores) -> dict[str, float]:
+        """Accumulates an update's gradient in the buffers; returns its `METRICS`."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def loss(microbatch: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
-            return self._objective(logprobs, microbatch.targets, reference.get(microbatch.rows), entropies)
+            rows = microbatch.rows
+            return self._objective(logprobs, microbatch.targets, reference.get(rows), entropies, old.get(rows))
 
         sums = self._sum(self.policy.pipeline.run(self.model, microbatches, loss, train=True))
-        if 0 < sums["kept"] < sums["counted"]:  # rejected tokens leave the denominators of the whole step
+        if 0 < sums["kept"] < sums["counted"]:  # rejected tokens leave the denominators of the whole update
             scale = sums["counted"] / sums["kept"]
             self.model.scale_gradients(scale)
             sums |= {name: sums[name] * scale for name in ("loss", "kl")}
@@ -150,13 +171,12 @@ class Trainer:
         return dict(zip(METRICS, total.tolist(), strict=True))
 
     def _step(self, finite: bool) -> float:
-        """Clips, steps and advances the schedule; returns the gradient norm, or NaN if the step is skipped."""
+        """Clips and steps; returns the gradient norm, or NaN if the step is skipped."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (finite and math.isfinite(grad_norm)):
             return math.nan
         self.optimizer.step()
-        self.schedule.step(increment=1)
         self.policy.version += 1
         return grad_norm
 
@@ -176,10 +196,10 @@ class Trainer:
     def describe_schedule(self) -> str:
         """When the learning rate reaches its end; a resumed run keeps the horizon it began with."""
         end = self.policy.config.actor.lr_min
-        return f"the learning rate reaches {end:g} after {self.schedule.lr_decay_steps} updates"
+        return f"the learning rate reaches {end:g} after {self.schedule.lr_decay_steps} steps"
 
-    def updates_left(self) -> float:
-        """How many more updates have a learning rate above 0; skipped updates do not count."""
+    def steps_left(self) -> float:
+        """How many more steps have a learning rate above 0; those without an update do not count."""
         if self.policy.config.actor.lr_min:
             return math.inf
         return max(int(self.schedule.lr_decay_steps - self.schedule.num_steps), 0)

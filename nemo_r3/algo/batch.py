@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import compress, groupby, takewhile
 from operator import itemgetter
 
@@ -15,12 +16,12 @@ from nemo_r3.types import Group, Phase, Row, Segment, Trajectory, UpdateBatch
 
 
 def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBatch:
-    """The rows of one optimizer step, from its rollouts, which are the same on every rank.
+    """The rows of one training step, from its rollouts, which are the same on every rank.
 
     A group whose rewards are all equal has no advantages: it is dropped and counted, unless `algo.keep_equal_groups`.
-    The other rows share the loss as `algo.loss` aggregates it (GRPO: 1 / rows each, evenly over the row's trained
-    tokens), so the loss does not depend on how the step is cut into microbatches and ranks. The seed is that of
-    `algo.shuffle_rewards`.
+    The other groups are dealt evenly over the step's updates. The rows of an update share its loss as `algo.loss`
+    aggregates it (GRPO: 1 / rows each, evenly over the row's trained tokens), so the loss does not depend on how it is
+    cut into microbatches and ranks. The seed is that of `algo.shuffle_rewards`.
     """
     algo, loss = config.algo, loss_named(config.algo.loss)
     earned = [[reward(reflection, algo) for reflection in group.reflections] for group in groups]
@@ -41,21 +42,22 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
             masked = algo.mask_truncated and reflection.answer.truncated  # arXiv 2503.14476, section 3.4
             if trajectory.segments and not masked:
                 chosen.append((number, trajectory, advantage))
-    lengths = [
-        sum(len(segment.ids) for segment in trajectory.segments if _trained(segment, phases))
-        for _, trajectory, _ in chosen
-    ]
-    weights = token_weights(lengths, loss.AGGREGATION, _token_limit(config))
     shared = {
         number: _shared_tokens([trajectory for _, trajectory, _ in members], phases)
         for number, members in groupby(chosen, key=itemgetter(0))
     }
+    update = {number: place * config.train.updates_per_step // len(shared) for place, number in enumerate(shared)}
+    rows: list[Row] = []
+    for _, members in groupby(chosen, key=lambda one: update[one[0]]):
+        together = list(members)
+        lengths = [_trained_tokens(trajectory, phases) for _, trajectory, _ in together]
+        weights = token_weights(lengths, loss.AGGREGATION, _token_limit(config))
+        for (number, trajectory, advantage), weight in zip(together, weights, strict=True):
+            row = _build_row(trajectory, phases, advantage, weight)
+            rows.append(replace(row, group=number, shared=shared[number], update=update[number]))
     used = len({number for number, _, _ in chosen if mixed[number]})
     return UpdateBatch(
-        rows=tuple(
-            _build_row(trajectory, phases, advantage, weight, number, shared[number])
-            for (number, trajectory, advantage), weight in zip(chosen, weights, strict=True)
-        ),
+        rows=tuple(rows),
         advantages=tuple(map(tuple, advantages)),
         groups_used=used,
         groups_dropped=len(groups) - used,
@@ -89,10 +91,8 @@ def _shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]
     return shared
 
 
-def _build_row(
-    trajectory: Trajectory, phases: Collection[Phase], advantage: float, weight: float, group: int, shared: int
-) -> Row:
-    """One training sequence; each of its trained tokens has this advantage and weight."""
+def _build_row(trajectory: Trajectory, phases: Collection[Phase], advantage: float, weight: float) -> Row:
+    """One training sequence, on its own; each of its trained tokens has this advantage and weight."""
     ids: list[int] = []
     kinds: list[Phase] = []
     sampled: list[bool] = []
@@ -108,7 +108,11 @@ def _build_row(
         weights += [weight if trains else 0.0] * length
         logprobs += segment.logprobs if segment.sampled else [0.0] * length
     assert len(logprobs) == len(ids), "every sampled token has a log-probability"
-    return Row(ids, kinds, sampled, advantages, weights, logprobs, group, shared)
+    return Row(ids, kinds, sampled, advantages, weights, logprobs)
+
+
+def _trained_tokens(trajectory: Trajectory, phases: Collection[Phase]) -> int:
+    return sum(len(segment.ids) for segment in trajectory.segments if _trained(segment, phases))
 
 
 def _trained(segment: Segment, phases: Collection[Phase]) -> bool:

@@ -15,7 +15,10 @@ from nemo_r3.algo.mismatch import BOUNDS, correct, outside, prob_error, ratios, 
 from nemo_r3.algo.targets import Targets
 from nemo_r3.config import AlgoConfig
 
-METRICS = "loss kl prob_error rollout_kl ratio outliers nonfinite entropy tokens counted kept rejected".split()
+METRICS = (
+    *("loss", "kl", "prob_error", "rollout_kl", "ratio", "outliers", "nonfinite", "entropy"),
+    *("tokens", "counted", "kept", "rejected", "clipped"),
+)
 """What an `Objective` returns as sums, which add up over microbatches and data-parallel ranks:
 
 - loss: the scalar, including the KL; kl: the KL alone, weighted like the loss but without `algo.kl_beta`. At the end of
@@ -26,13 +29,15 @@ METRICS = "loss kl prob_error rollout_kl ratio outliers nonfinite entropy tokens
 - tokens: trained tokens; rejected: those of them that `algo.mismatch_correction` rejected.
 - counted, kept: the loss's denominator with and without rejected tokens (tokens or sequences, as the loss aggregates).
   If kept is 0, so are loss, kl and gradient.
+- clipped: trained tokens that have an advantage and no gradient, because the loss clips their ratio.
 """
 
 
 class Objective:
     """The loss that `algo` describes, made once per run.
 
-    There is one update per rollout, so the old policy is the current one: all ratios are 1, and no loss clips anything.
+    The old policy is the one before the step's first update. In that update it is the current one: all ratios are 1,
+    and no loss clips anything.
     """
 
     def __init__(self, algo: AlgoConfig) -> None:
@@ -45,7 +50,12 @@ class Objective:
         )
 
     def __call__(
-        self, logprobs: Tensor, targets: Targets, reference: Tensor | None, entropy: Tensor
+        self,
+        logprobs: Tensor,
+        targets: Targets,
+        reference: Tensor | None,
+        entropy: Tensor,
+        old: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss and sums of a microbatch, which may be empty or have all its tokens rejected.
 
@@ -56,16 +66,19 @@ class Objective:
             targets: its trained tokens.
             reference: [trained] of the frozen reference; None if `algo.kl_beta` is 0.
             entropy: [trained] of the policy's distributions, without gradient.
+            old: [trained] of the old policy; None if that is the current one.
 
         Returns:
             The scalar to differentiate, and the sums of METRICS, [metrics] float64, without gradient.
         """
         algo, aggregation = self.algo, self.loss.AGGREGATION
-        sequences, log_ratio = targets.sequences, logprobs.detach() - targets.rollout_logprobs
+        before = logprobs.detach() if old is None else old
+        sequences, log_ratio = targets.sequences, before - targets.rollout_logprobs
         factors, kept = correct(log_ratio, sequences, algo.mismatch_correction, *self.ratio_bounds)
         weights = kept_weights(targets.weights, kept, sequences, aggregation)
         new = logprobs[kept]
-        policy = self.loss.policy_loss(new, new.detach(), targets.advantages[kept], sequences[kept], self.loss.CLIP)
+        advantages = targets.advantages[kept]
+        policy = self.loss.policy_loss(new, before[kept], advantages, sequences[kept], self.loss.CLIP)
         divergence = torch.zeros_like(new) if reference is None else kl(new, reference[kept], algo.kl_estimator)
         loss = (weights * (factors[kept] * policy + algo.kl_beta * divergence)).sum()
         counted, left = denominators(kept, sequences, aggregation)
@@ -82,5 +95,12 @@ class Objective:
             "counted": counted,
             "kept": left,
             "rejected": loss.new_full((), len(targets) - len(new)),
+            "clipped": loss.new_zeros(()) if old is None else _clipped(policy, new, advantages),
         }
         return loss, torch.stack([sums[name].detach().double() for name in METRICS])
+
+
+def _clipped(policy: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """How many tokens have an advantage, but no gradient from the policy loss."""
+    (slopes,) = torch.autograd.grad(policy.sum(), logprobs, retain_graph=True)
+    return ((slopes == 0) & (advantages != 0)).sum()

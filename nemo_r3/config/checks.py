@@ -74,7 +74,12 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_method(config: Config) -> None:
-    phases, failures = config.algo.trained_phases, config.failures
+    phases, failures, train = config.algo.trained_phases, config.failures, config.train
+    if train.updates_per_step > train.failures_per_step:
+        raise ConfigError(
+            f"train.updates_per_step: {train.updates_per_step} updates cannot share train.failures_per_step = "
+            f"{train.failures_per_step} groups"
+        )
     if not phases or len(set(phases)) < len(phases):
         raise ConfigError(f"algo.trained_phases: {phases} must name at least one phase, and none twice")
     if failures.max_solve_rate < 1 and failures.samples_per_problem == 1:

@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class TrainConfig:
-    """One step = a refit if needed, one rollout of `failures_per_step` groups, at most one optimizer step."""
+    """One step = a refit if needed, one rollout of `failures_per_step` groups, at most `updates_per_step` updates."""
 
     steps: int = option(
         1750, low=0, help="training steps (in the paper the most that a run took); TRL's `max_steps`", resume=True
@@ -17,6 +17,12 @@ class TrainConfig:
         low=1,
         help="groups per step; times algo.group_size = 256, our reading of the paper's batch; verl's "
         "`train_batch_size`",
+    )
+    updates_per_step: int = option(
+        1,
+        low=1,
+        help="optimizer steps that share a step's groups; above 1 the loss clips, against the policy that sampled; "
+        "1 is the paper's; failures_per_step divided by this is verl's `ppo_mini_batch_size`",
     )
     save_every: int = option(50, low=1, help="steps between checkpoints; the last step is always saved", resume=True)
     save_minutes: float = option(

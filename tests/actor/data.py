@@ -20,6 +20,8 @@ LENGTHS = (25, 60, 33, 97, 120, 7, 90)
 PROMPTS = (20, 25, 20, 61, 70, 4, 71)
 GROUPS = ((0, 20), (0, 20), (0, 20), (1, 61), (1, 61), (2, 4), (3, 71))  # of each row: its group, what that shares
 TENSORS = dict[str, torch.Tensor]
+SPLIT = (range(3), range(3, len(LENGTHS)))
+"""The rows of each update of a step that has two."""
 
 
 def make_models(home: Path) -> None:
@@ -45,8 +47,10 @@ def sequences() -> list[list[int]]:
     return [contexts[group] + ids[shared:] for ids, (group, shared) in zip(drawn, GROUPS, strict=True)]
 
 
-def plain_updates(home: Path, kind: str, count: int = 3) -> list[dict[str, float]]:
-    """What `Lab.trial`'s first updates should give, by transformers, torch's AdamW and the formulas as they stand."""
+def plain_steps(
+    home: Path, kind: str, count: int = 3, updates: Sequence[range] = (range(len(LENGTHS)),)
+) -> list[dict[str, float]]:
+    """What `Lab.trial`'s first steps should give, by transformers, torch's AdamW and the formulas as they stand."""
     from transformers import AutoModelForCausalLM
 
     filled = torch.tensor([ids + [0] * (max(LENGTHS) - len(ids)) for ids in sequences()])
@@ -74,18 +78,28 @@ def plain_updates(home: Path, kind: str, count: int = 3) -> list[dict[str, float
     for step in range(count):
         for group in optimizer.param_groups:
             group["lr"] = 1e-4 + 9e-4 * (1 + math.cos(math.pi * step / 8)) / 2
-        logprobs = logprobs_of(model)
-        drift = torch.exp(reference - logprobs) - (reference - logprobs) - 1
-        policy = -torch.exp(logprobs - logprobs.detach()) * advantages
-        loss, kl = (weights * (policy + 0.2 * drift)).sum(), (weights * drift).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        metrics.append({"loss": loss.item(), "kl": kl.item(), "grad_norm": norm.item()})
+        found = {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0, "clipped": 0.0}
+        for number, rows_of_it in enumerate(updates):
+            logprobs, share = logprobs_of(model), torch.zeros_like(weights)
+            share[rows_of_it] = weights[rows_of_it]
+            if number == 0:
+                old = logprobs.detach()
+            ratio = torch.exp(logprobs - old)
+            drift = torch.exp(reference - logprobs) - (reference - logprobs) - 1
+            policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+            loss, kl = (share * (policy + 0.2 * drift)).sum(), (share * drift).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            beyond = torch.where(advantages > 0, ratio > 1.2, ratio < 0.8)[share > 0].sum() / (weights > 0).sum()
+            for name, value in (("loss", loss), ("kl", kl), ("grad_norm", norm)):
+                found[name] += value.item() / len(updates)
+            found["clipped"] += beyond.item()
+        metrics.append(found)
     tied = {"lm_head.weight"} if "tied" in kind else set()
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-    save_file(state, home / f"plain-{kind}-{count}.weights.safetensors")
+    save_file(state, home / f"plain-{kind}-{count * len(updates)}.weights.safetensors")
     return metrics
 
 
@@ -114,6 +128,12 @@ def batch_of(rows: Sequence[int] = range(len(LENGTHS))) -> UpdateBatch:
         total += sum(weights)
     scaled = [replace(row, loss_weights=[weight / total for weight in row.loss_weights]) for row in made]
     return UpdateBatch(tuple(scaled), (), 1, 0)
+
+
+def split_batch() -> UpdateBatch:
+    """The same rows for a step of two updates."""
+    rows = batch_of().rows
+    return UpdateBatch(tuple(replace(row, update=int(number in SPLIT[1])) for number, row in enumerate(rows)), (), 1, 0)
 
 
 def broken(batch: UpdateBatch, number: int, **columns: Any) -> UpdateBatch:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from data import LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, sequences
+from data import LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, sequences, split_batch
 from megatron.core import parallel_state
 from refusals import refusal
 from safetensors.torch import load_file, save_file
@@ -90,6 +90,7 @@ class Lab:
         config.rollout.temperature = 0.7
         config.rollout.max_model_len = 128
         config.train.steps = 8
+        config.train.updates_per_step = 2
         config.algo.kl_beta = 0.2
         settings = {
             "precision": "fp32",
@@ -158,6 +159,14 @@ class Lab:
         found["update"] = trainer.update(batch_of())
         self.keep(f"family-{layout}-{kind}-1", self.weights(policy))
         self.note(f"family-{layout}-{kind}", found)
+
+    def split(self, layout: str, kind: str) -> None:
+        """Two steps of two updates each."""
+        trainer = self.trainer(layout, kind)
+        metrics = [trainer.update(split_batch()) for _ in range(2)]
+        self.keep(f"split-{layout}-{kind}-4", self.weights(trainer.policy))
+        found = {"metrics": metrics, "version": trainer.policy.version, "steps": trainer.schedule.num_steps}
+        self.note(f"split-{layout}-{kind}", found)
 
     def second_half(self, trainer: Trainer, name: str, metrics: list[dict[str, float]]) -> dict[str, Any]:
         """The third update, a NaN, a batch to refuse, a fourth update, and one of a single row."""

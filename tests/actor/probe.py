@@ -25,7 +25,7 @@ from damage import (
     limited,
     written_late_by_rank_1,
 )
-from data import batch_of, make_models, plain_updates
+from data import SPLIT, batch_of, make_models, plain_steps
 from devices import devices
 from families import TRIED, UNTRIED
 from lab import Lab, save_at_work
@@ -47,13 +47,15 @@ def one(lab: Lab) -> None:
     make_models(lab.home)
     for kind in TRIED["one"]:
         lab.trial("one", kind, save=True)
-        lab.note(f"plain-{kind}", plain_updates(lab.home, kind))
+        lab.note(f"plain-{kind}", plain_steps(lab.home, kind))
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}):
         lab.trial("one", "qwen2", **actor)
     families(lab, "one")
     for kind in {kind for _, kind in UNTRIED}:
-        lab.note(f"plain-family-{kind}", plain_updates(lab.home, kind, count=1))
+        lab.note(f"plain-family-{kind}", plain_steps(lab.home, kind, count=1))
+    lab.note("plain-split-qwen2", plain_steps(lab.home, "qwen2", count=2, updates=SPLIT))
+    lab.split("one", "qwen2")
     rejection(lab, "one", "qwen2")
     shared_and_separate(lab, "one", "llama_tied")
     for recompute in ("selective", "full"):
@@ -82,6 +84,7 @@ def two(lab: Lab) -> None:
     for kind in ("llama_tied", "qwen2"):
         lab.trial("dp2", kind, save=True)
     lab.trial("dp2", "qwen2", shared_context=False)
+    lab.split("dp2", "qwen2")
     rejection(lab, "dp2", "qwen2")
     lab.note("offload-dp2", offloaded(lab, "dp2"))
     lab.resume("pp2", "dp2", "llama_tied")
@@ -99,6 +102,7 @@ def four(lab: Lab) -> None:
         lab.trial("tp2pp2", kind, save=kind == "llama_tied")
     families(lab, "tp2pp2")
     shared_and_separate(lab, "tp2pp2", "llama_tied")
+    lab.split("tp2pp2", "qwen2")
     lab.resume("dp2", "tp2pp2", "qwen2")
     lab.trial("tp2dp2", "qwen2")
     lab.resume("tp2pp2", "tp2dp2", "llama_tied")

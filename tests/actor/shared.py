@@ -55,7 +55,7 @@ def gradients(trainer: Trainer, rows: list[Row], shared_context: bool) -> tuple[
     trainer.policy.config.actor.shared_context = shared_context
     microbatches, _ = trainer.policy.microbatches(rows)
     with cpu.cuda_stand_in():
-        sums = trainer._accumulate(microbatches)
+        sums = trainer._accumulate(microbatches, *trainer._given([microbatches])[0])
     found = {name: parameter.main_grad.clone() for name, parameter in trainer.policy.module.named_parameters()}
     return sums, found, [len(microbatch.ids) for microbatch in microbatches]
 

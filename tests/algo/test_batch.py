@@ -151,6 +151,17 @@ def test_rows_know_their_group_and_what_it_shares() -> None:
     assert [row.shared for row in batch.rows] == [7] * 5  # task 3, attempt 2, request 2
 
 
+def test_updates_share_the_groups_that_train_and_each_has_its_own_denominators() -> None:
+    config = with_algo()
+    config.train.updates_per_step = 2
+    batch = build_update([group_of([0, 1]), group_of([1, 1]), *[group_of([1, 0, 0])] * 2], config, 0)
+    assert [[row.group for row in rows] for rows in batch.updates] == [[0, 0, 2, 2, 2], [3, 3, 3]]
+    assert [sum(sum(row.loss_weights) for row in rows) for rows in batch.updates] == pytest.approx([1, 1])
+    config.train.updates_per_step = 9
+    batch = build_update([group_of([0, 1]), group_of([1, 1]), group_of([1, 0])], config, 0)
+    assert [[row.group for row in rows] for rows in batch.updates] == [[0, 0], [2, 2]], "no update is empty"
+
+
 def test_what_is_trained_or_differs_is_not_shared() -> None:
     group = group_of([0, 1])
     alike = build_update([group], with_algo(), 0)

@@ -147,12 +147,29 @@ def test_every_metric_by_hand() -> None:
         "counted": 2,
         "kept": 2,
         "rejected": 1,
+        "clipped": 0,
     }
     assert dict(zip(METRICS, sums.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
     assert sums.dtype == torch.float64 and not sums.requires_grad
     loss.backward()
     slopes = [0.5 * (-1 + 0.5 * (1 - math.exp(-0.5))), 0.5 * math.exp(0.1), 0.0]
     assert ours.grad.tolist() == pytest.approx(slopes, rel=1e-5)
+
+
+def test_a_later_update_clips_against_the_old_policy_and_corrects_by_it() -> None:
+    """GRPO: the second token is clipped, the third goes back, the fourth has no advantage."""
+    ours = torch.tensor([-1.0, -1.0, -1.0, -1.0], requires_grad=True)
+    old, advantages, zeros = torch.tensor([-1.1, -1.5, -1.5, -1.5]), torch.tensor([1.0, 1, -1, 0]), torch.zeros(4)
+    targets = Targets(
+        torch.arange(4), torch.arange(4), torch.arange(4), advantages, torch.full((4,), 0.25), old - math.log(1.5)
+    )
+    loss, sums = Objective(AlgoConfig(mismatch_correction="tis", kl_beta=0))(ours, targets, None, zeros, old)
+    found = dict(zip(METRICS, sums.tolist(), strict=True))
+    assert (found["clipped"], found["ratio"]) == (1, pytest.approx(4 * 1.5)), "actor against vLLM, both before the step"
+    assert loss.item() == pytest.approx(0.25 * 1.5 * (-math.exp(0.1) - 1.2 + math.exp(0.5)))
+    loss.backward()
+    slopes = [-0.25 * 1.5 * math.exp(0.1), 0.0, 0.25 * 1.5 * math.exp(0.5), 0.0]
+    assert ours.grad.tolist() == pytest.approx(slopes)
 
 
 @pytest.mark.parametrize(("name", "correction"), product(LOSSES, CORRECTIONS))

@@ -26,6 +26,7 @@ def load_with(folder: Path, *overrides: str) -> Config:
         (["actor.lr_warmup_ratio=1"], ["actor.lr_warmup_ratio: 1", "below 1"]),
         (["actor.adam_beta1=1"], ["actor.adam_beta1: 1", "below 1"]),
         (["actor.adam_beta2=1"], ["actor.adam_beta2: 1", "below 1"]),
+        (["train.updates_per_step=33"], ["train.updates_per_step: 33", "train.failures_per_step = 32"]),
         (["algo.trained_phases=[]"], ["algo.trained_phases: []"]),
         (["algo.trained_phases=[retry,retry]"], ["algo.trained_phases", "none twice"]),
         (["algo.mismatch_high=3"], ["algo.mismatch_high: 3", "algo.mismatch_correction=none"]),

@@ -17,7 +17,7 @@ def refusal(steps: int, done: int, left: float) -> str:
     """What is said of `train.steps`, with `done` steps done and `left` updates before the learning rate is 0."""
     config = SimpleNamespace(train=SimpleNamespace(steps=steps))
     setup: Any = SimpleNamespace(config=config, run=SimpleNamespace(path=Path("runs/x")))
-    trainer: Any = SimpleNamespace(updates_left=lambda: left)
+    trainer: Any = SimpleNamespace(steps_left=lambda: left)
     try:
         refuse_useless_steps(setup, trainer, done)
     except UserError as error:
