@@ -45,8 +45,6 @@ def config_of(name: str = "bf16", quantization: str = "none", **actor: Any) -> C
         ("fp8-blockwise", B200, ["below CUDA compute capability 10.0; this one has 10.0", "mxfp8"]),
         ("mxfp8", H100, ["10.0 or above; this one has 9.0 (it has fp8-tensorwise, fp8-blockwise, fp8-delayed)"]),
         ("mxfp8", RTX_5090, ["below CUDA compute capability 12.0", "(it has fp8-tensorwise, fp8-delayed)"]),
-        ("fp8-blockwise", replace(H100, cuda=(12, 8)), ["needs CUDA 12.9 or newer, found 12.8"]),
-        ("fp8-tensorwise", replace(H100, te=(2, 1)), ["needs Transformer Engine 2.2 or newer, found 2.1"]),
         ("fp8-delayed", replace(H100, megatron=(0, 16)), ["needs megatron-core 0.19 or newer, found 0.16"]),
     ],
 )
@@ -56,12 +54,34 @@ def test_machines_that_cannot(name: str, machine: Machine, words: list[str]) -> 
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("name", "te", "cuda"),
+    [
+        ("fp8-tensorwise", (2, 2), (12, 1)),
+        ("fp8-blockwise", (2, 3), (12, 9)),
+        ("fp8-delayed", (2, 0), (12, 1)),
+        ("mxfp8", (2, 1), (12, 8)),
+    ],
+)
+def test_the_oldest_versions_that_will_do(name: str, te: tuple[int, int], cuda: tuple[int, int]) -> None:
+    config, arch = config_of(name), shape("llama-3.1-8b")
+    oldest = replace(B200 if name == "mxfp8" else H100, te=te, cuda=cuda)
+    check(config, arch, oldest)
+    older = (cuda[0], cuda[1] - 1)
+    expected = "needs CUDA {}.{} or newer, found {}.{}".format(*cuda, *older)
+    assert expected in refused(config, arch, replace(oldest, cuda=older))
+    expected = "needs Transformer Engine {}.{} or newer, found 1.14".format(*te)
+    assert expected in refused(config, arch, replace(oldest, te=(1, 14)))
+
+
 def test_a_real_model_that_does_not_divide() -> None:
     config = config_of("fp8-blockwise", tensor_parallel=8)
     found = refused(config, shape("qwen2-72b"), H100)
     assert "needs multiples of 128" in found
     assert "the model's feed-forward columns on a rank are 3696 (29568 / actor.tensor_parallel=8)" in found
-    check(config_of("fp8-tensorwise", tensor_parallel=8), shape("qwen2-72b"), H100)
+    assert "needs multiples of 32," in refused(config_of("mxfp8", tensor_parallel=8), shape("qwen2-72b"), B200)
+    for name in ("fp8-tensorwise", "fp8-delayed"):
+        check(config_of(name, tensor_parallel=8), shape("qwen2-72b"), H100)
     check(config_of("fp8-blockwise", tensor_parallel=8), shape("llama-3.1-70b"), H100)
 
 

@@ -9,6 +9,7 @@ import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,6 +29,29 @@ def test_ranks_that_do_not_fit_the_layout_are_refused_before_any_group_is_made(m
     expected = "2 * 1 = 2 does not divide the world: 3 ranks were launched"
     assert expected in refusal(lambda: runtime.start(config))
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("launched", "store", "port"),
+    [
+        ({"WORLD_SIZE": "1"}, "its own", "4711"),
+        ({"WORLD_SIZE": "1", "MASTER_PORT": "29500"}, None, "29500"),
+        ({"WORLD_SIZE": "2"}, None, None),
+    ],
+)
+def test_only_a_lone_rank_that_was_given_no_port_finds_one(
+    monkeypatch: pytest.MonkeyPatch, launched: dict[str, str], store: str | None, port: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], **launched})
+    for name in ("signals.listen", "watchdog.watch", "_allow_open_files", "_name_interface"):
+        monkeypatch.setattr(f"nemo_r3.runtime.{name}", Mock())
+    own, joined = Mock(port=4711), Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(torch.distributed, "TCPStore", Mock(return_value=own))
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined)
+    with pytest.raises(InterruptedError):
+        runtime.start(Config())
+    assert joined.call_args.kwargs["store"] is (own if store else None)
+    assert os.environ.get("MASTER_PORT") == port
 
 
 def test_a_rank_may_open_as_many_files_as_the_system_lets_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -52,8 +53,12 @@ def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) ->
     assert not (saved(tmp_path) / "old").exists()
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [saved(tmp_path, step) for step in (1, 2, 3)]
+    with monkeypatch.context() as removing, pytest.raises(OSError, match="cut short"):
+        removing.setattr("shutil.rmtree", Mock(side_effect=OSError("cut short")))
+        keep_newest(tmp_path, 2)
+    assert complete(tmp_path) == [steps[2], steps[1]], "one whose removal was cut short no longer counts"
     (saved(tmp_path, 4) / MANIFEST).unlink()  # it would take the place of one that can be loaded
     keep_newest(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == steps[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from nemo_r3.actor import numerics
 from nemo_r3.actor.numerics import LayerWatch, Rounding, measure_rounding, rounded
-from nemo_r3.precision import TENSORWISE
+from nemo_r3.precision import BLOCKWISE, MXFP8, TENSORWISE, Recipe
 from nemo_r3.runtime import World
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -103,24 +102,40 @@ def test_zeros_cost_nothing_and_nan_is_seen() -> None:
     assert math.isnan(sums.shares()["amax"]) and math.isnan(sums.shares()["error"])
 
 
-def test_a_watch_rounds_as_the_recipe_does_and_knows_the_layers_that_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "of_gradients", "tile", "weight_tile", "powers_of_two"),
+    [
+        (TENSORWISE, E5M2, None, None, False),
+        (BLOCKWISE, E4M3, (1, 128), (128, 128), False),
+        (MXFP8, E4M3, (1, 32), (1, 32), True),
+    ],
+)
+def test_a_watch_rounds_as_the_recipe_does_and_knows_the_layers_that_stay_out(
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    of_gradients: torch.dtype,
+    tile: numerics.Tile | None,
+    weight_tile: numerics.Tile | None,
+    powers_of_two: bool,
+) -> None:
     asked: set[tuple[Any, ...]] = set()
 
-    def measure(tensor: Tensor, dtype: torch.dtype, tile: numerics.Tile | None, *_: Any) -> Rounding:
-        asked.add((tuple(tensor.shape), dtype, tile))
+    def measure(tensor: Tensor, *how: Any) -> Rounding:
+        asked.add((tuple(tensor.shape), *how))
         return Rounding()
 
     monkeypatch.setattr(numerics, "measure_rounding", measure)
     layers = nn.Sequential(*(Layer(number) for number in range(1, 5)))
     trunk = SimpleNamespace(decoder=SimpleNamespace(layers=layers), config=SimpleNamespace(num_layers=4))
-    watch = LayerWatch(trunk, replace(TENSORWISE, tile=(1, 128), weight_tile=(128, 128)))
+    watch = LayerWatch(trunk, recipe)
     alone = cast(World, SimpleNamespace(gather=lambda item: [item]))
     with watch.watching(), torch.no_grad():
         layers(numbers(3, 8))
     assert watch.rows(alone) == [], "only an update is watched"
     with watch.watching():
         layers(numbers(3, 8)).sum().backward()
-    assert asked == {((3, 8), E4M3, (1, 128)), ((8, 8), E4M3, (128, 128)), ((3, 8), E5M2, (1, 128))}
+    operands = (((3, 8), E4M3, tile), ((8, 8), E4M3, weight_tile), ((3, 8), of_gradients, tile))
+    assert asked == {(*operand, powers_of_two, None) for operand in operands}
     rows = watch.rows(alone)
     assert len(rows) == 4 * 4 * 3
     assert {(row["layer"], row["fp8"]) for row in rows} == {(0, False), (1, True), (2, True), (3, False)}

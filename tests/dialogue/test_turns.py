@@ -42,7 +42,8 @@ STYLES = {"plain": PLAIN, "chatml": CHATML, "llama3": LLAMA3, "role ends": ROLE_
 CLOSES = {"plain": "<|end|>", "chatml": "<|im_end|>", "llama3": "<|eot|>", "role ends": "<|im_start|>"}
 
 KEEP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-GENERATE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+GENERATE = ASK + "{% endif %}"
 REFUSED = {
     "drops an earlier answer": "{% set messages = messages[-1:] %}" + PLAIN,
     "drops the reasoning": KEEP
@@ -52,6 +53,13 @@ REFUSED = {
     "repeats": KEEP + "{{ m['content'] }}{{ m['content'] }}<|end|>\n{% endfor %}" + GENERATE,
     "differently from a shorter one": KEEP
     + "{% if loop.index0 == messages|length - 3 %}(earlier){% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    + GENERATE,
+    "could not be kept": KEEP
+    + "{{ m['content'] }}<|end|>\n{% endfor %}"
+    + ASK
+    + "Answer: <think>\n</think>\n{% endif %}",
+    "rewrites or moves": KEEP
+    + "{% if m['role'] == 'assistant' %}(said) {% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
     + GENERATE,
     "without a special token": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: ",
     "cannot render this dialogue": "{% if messages|length > 2 %}{{ raise_exception('two turns only') }}{% endif %}"
@@ -146,6 +154,15 @@ def test_whitespace_around_an_answer_survives_a_template_that_trims(trained: Tok
 def test_templates_that_would_change_the_dialogue_are_refused(trained: Tokenizer, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         dialogue_of(trained, REFUSED[reason])
+
+
+def test_tools_are_written_plainly_where_showing_them_would_drop_the_reasoning(trained: Tokenizer) -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }}" + REFUSED["drops the reasoning"] + "{% else %}" + PLAIN + "{% endif %}"
+    )
+    assert dialogue_of(trained, template).tools == "plain"
+    with pytest.raises(UserError, match=r"dialogue\.tools: template: .*drops the reasoning"):
+        dialogue_of(trained, template, tools="template")
 
 
 def test_no_template(trained: Tokenizer) -> None:

@@ -165,18 +165,27 @@ def test_hostile_text_is_only_text(tmp_path: Path) -> None:
 
 def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
     begun = a_run(tmp_path / "begun", 3)
-    with (begun / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo\n{"loss": 0.1}\n{"step": 5}\n')
+    written = (begun / "metrics.jsonl").read_text()
+    (begun / "metrics.jsonl").write_text('{"step": 5}\n' + written + '{"step": 4, "lo\n{"loss": 0.1}\n')
     with (begun / "rollouts" / "step_000003.jsonl").open("a") as file:
         file.write(line(3, 7, 0)[:40])
     (begun / "rollouts" / "step_000001.jsonl").write_text("")
+    (begun / "rollouts" / "step_best.jsonl").touch()  # a user's copy
+    (begun / "failures").mkdir()
+    (begun / "failures" / "bank.json").write_text("{")
     (begun / "summary.json").write_text('{"before": {')
     (begun / "config.yaml").write_text("actor: {lr: fast}")
     page = page_of(begun, "train.steps=40")
     text = " ".join(page.all().split())
     assert "5 of 40 steps trained" in text and "Not measured yet" in text
     assert "not in metrics.jsonl 1 4" in text
-    for missing in ("1 of the 6 lines", "1 of the 13 lines", "summary.json", "actor.lr: expected a number, got 'fast'"):
+    for missing in (
+        "1 of the 6 lines",
+        "1 of the 13 lines",
+        "summary.json",
+        "bank.json",
+        "actor.lr: expected a number, got 'fast'",
+    ):
         assert missing in text
     assert page.all("reflection").startswith("plan 2.0.0"), "the first step that has any"
 
