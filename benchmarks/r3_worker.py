@@ -17,7 +17,8 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from benchmarks.worker import Stopwatch, serve
+from benchmarks.timing import Stopwatch
+from benchmarks.worker import serve
 from benchmarks.workload import Context, Workload, wording
 from nemo_r3 import entry, runtime
 from nemo_r3.algo.batch import build_update

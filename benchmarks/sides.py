@@ -1,28 +1,43 @@
-"""Both sides of a comparison: a process each, which take turns.
+"""nemo_r3 against a peer: a process each, on one model and workload, which take turns.
 
-    ours and a peer -> step 0 (a warm-up, not counted), then steps 1, 2, ... of each side in turn
-                    -> loss of one given batch on both sides, which must agree
+    workload -> step 0 of each side (a warm-up, not counted), then steps 1, 2, ... of each side in turn
+             -> loss of one given batch on both sides, which must agree
+             -> a file in benchmarks/results/ and a table
 
 Taking turns, with the other side first each time, lets a slow minute of the machine hit both sides alike.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, machine, results, versions
+from benchmarks.timing import times_as_long
+from benchmarks.workload import Sizes, make
 
 Steps = dict[str, list[dict[str, Any]]]
 """The answers of each side, step by step."""
 TOLERANCES = {"loss_difference": 1e-5, "grad_norm_difference": 1e-3}
 """The loss's is absolute, the gradient norm's relative: fp32 sums in another order, through all layers."""
+
+
+def command_line(doc: str, peer: str) -> argparse.ArgumentParser:
+    """The options of a comparison with a peer; `doc` is its module's."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of every side")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to see that everything works")
+    python = str(ROOT / f".venv-{peer}" / "bin" / "python")
+    parser.add_argument(f"--{peer}-python", dest="python", default=python, help="the peer's Python")
+    return parser
 
 
 class Side:
@@ -85,29 +100,41 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def compare(
-    peer: str, command: list[str], workload: Path, threads: int, steps: int, part: str = "step"
+    peer: str,
+    worker: str,
+    *arguments: str,
+    options: argparse.Namespace,
+    sizes: Sizes,
+    steps: int,
+    part: str = "step",
 ) -> tuple[Steps, dict[str, float]]:
     """The answers of both sides, and what their losses say.
 
     Args:
         peer: name of the other side.
-        command: which starts it.
-        workload: the file that both sides read; logs and weights go next to it.
-        threads: of each side.
+        worker: its module, which the peer's Python runs.
+        arguments: of the worker, behind the workload.
+        options: what `command_line` has read.
+        sizes: of the model and the workload.
         steps: counted steps.
         part: of a step, whose seconds are printed.
     """
-    commands = {"r3": [sys.executable, "-m", "benchmarks.r3_worker", str(workload)], peer: command}
     sides: dict[str, Side] = {}
-    try:
-        for name, words in commands.items():
-            sides[name] = Side(name, words, threads, workload.parent)
-        found = take_turns(sides, steps, part)
-        agreed = agreement(sides, peer, workload.with_name("policy.safetensors"))
-    finally:
-        for side in sides.values():
-            side.stop()
-    return found, agreed
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        make(home, sizes, steps)
+        given = str(home / "workload.json")
+        commands = {
+            "r3": [sys.executable, "-m", "benchmarks.r3_worker", given],
+            peer: [options.python, "-m", worker, given, *arguments],
+        }
+        try:
+            for name, command in commands.items():
+                sides[name] = Side(name, command, options.threads, home)
+            return take_turns(sides, steps, part), agreement(sides, peer, home / "policy.safetensors")
+        finally:
+            for side in sides.values():
+                side.stop()
 
 
 def take_turns(sides: dict[str, Side], steps: int, part: str) -> Steps:
@@ -136,9 +163,11 @@ def agreement(sides: dict[str, Side], peer: str, weights: Path) -> dict[str, flo
     }
 
 
-def apart(agreed: dict[str, float]) -> list[str]:
-    """What differs by more than it may."""
-    return [name for name, most in TOLERANCES.items() if not agreed[name] <= most]
+def apart(numbers: dict[str, Any]) -> list[str]:
+    """What differs by more than it may, whatever its ending."""
+    return [
+        name for name in numbers for of, most in TOLERANCES.items() if name.startswith(of) and not numbers[name] <= most
+    ]
 
 
 def ratios(found: Steps, peer: str, parts: Sequence[str], ending: str = "") -> dict[str, float]:
@@ -149,10 +178,8 @@ def ratios(found: Steps, peer: str, parts: Sequence[str], ending: str = "") -> d
     numbers = {}
     for part in parts:
         theirs, ours = ([step["wall"][part] for step in found[side]] for side in (peer, "r3"))
-        pairs = [their / our for their, our in zip(theirs, ours, strict=True)]
         key = f"{part}_ratio{ending}"
-        numbers[key] = statistics.median(theirs) / statistics.median(ours)
-        numbers[f"{key}_low"], numbers[f"{key}_high"] = min(pairs), max(pairs)
+        numbers[key], numbers[f"{key}_low"], numbers[f"{key}_high"] = times_as_long(theirs, ours)
     return numbers
 
 
@@ -166,3 +193,23 @@ def table(found: Steps, parts: Sequence[str]) -> str:
             cells.append(f"{wall:8.2f} ({cpu:.1f})".rjust(17))
         lines.append(f"{name:<18}" + "".join(cells))
     return "\n".join(lines)
+
+
+def finish(
+    file: str, options: argparse.Namespace, packages: Sequence[str], numbers: dict[str, Any], steps: Any
+) -> None:
+    """Writes the results and prints the numbers; exits with 1 where the losses differ.
+
+    Args:
+        file: name of the results.
+        options: what `command_line` has read.
+        packages: whose versions are recorded.
+        numbers: what was found.
+        steps: the answers that they were computed from.
+    """
+    about = {"versions": versions(packages, options.python), "machine": machine(options.threads)}
+    out = results(file, options.small)
+    out.write_text(json.dumps(numbers | about | {"steps": steps}, indent=2) + "\n")
+    print("\n".join(f"{name:<28}{value:.4g}" for name, value in numbers.items() if isinstance(value, float)))
+    if differ := apart(numbers):
+        raise SystemExit(f"the sides disagree: {', '.join(differ)}")

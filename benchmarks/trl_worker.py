@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.worker import Channel, Stopwatch
+from benchmarks.timing import Stopwatch
+from benchmarks.worker import Channel
 from benchmarks.workload import Context, Workload
 
 Ids = list[list[int]]

@@ -20,7 +20,6 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 
 from benchmarks.machine import ROOT, machine, results, versions
 from benchmarks.plot import picture
+from benchmarks.timing import Stopwatch, times_as_long
 from benchmarks.workload import Sizes, make_model
 from nemo_r3 import runtime
 from nemo_r3.config import Config
@@ -132,10 +132,11 @@ def measure(trainer: Any, point: Point, rounds: int) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {layout: {"seconds": [], "cpu_seconds": []} for layout in LAYOUTS}
     for _ in range(rounds):
         for layout, batch in batches.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            trainer.update(batch)
-            found[layout]["seconds"].append(time.perf_counter() - wall)
-            found[layout]["cpu_seconds"].append(time.process_time() - cpu)
+            watch = Stopwatch()
+            with watch.time("update"):
+                trainer.update(batch)
+            found[layout]["seconds"].append(watch.wall["update"])
+            found[layout]["cpu_seconds"].append(watch.cpu["update"])
     tokens = sum(map(len, rows))
     return {
         **asdict(point),
@@ -180,14 +181,9 @@ def summary(values: dict[str, list[float]], tokens: int) -> dict[str, float]:
 
 def ratio(found: dict[str, dict[str, list[float]]], layout: str) -> dict[str, float]:
     """How many times as much a layout takes as shared contexts do: medians, and the extremes turn by turn."""
-    ours, theirs = found["shared"], found[layout]
-    pairs = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
-    return {
-        "time": statistics.median(theirs["seconds"]) / statistics.median(ours["seconds"]),
-        "time_low": min(pairs),
-        "time_high": max(pairs),
-        "cpu_time": statistics.median(theirs["cpu_seconds"]) / statistics.median(ours["cpu_seconds"]),
-    }
+    time, low, high = times_as_long(found[layout]["seconds"], found["shared"]["seconds"])
+    cpu_time, _, _ = times_as_long(found[layout]["cpu_seconds"], found["shared"]["cpu_seconds"])
+    return {"time": time, "time_low": low, "time_high": high, "cpu_time": cpu_time}
 
 
 def trainer_of(sizes: Sizes, home: Path, world: Any) -> Any:
@@ -223,10 +219,12 @@ def main() -> None:
         found = measure(trainer_of(models[1], Path(scratch) / "main", world), main_point, MAIN_ROUNDS)
     print(line(found), flush=True)
     numbers = {
-        **{f"shared_vs_{layout}": found["ratios"][layout]["time"] for layout in LAYOUTS[1:]},
-        **{f"shared_vs_{layout}_low": found["ratios"][layout]["time_low"] for layout in LAYOUTS[1:]},
-        **{f"shared_vs_{layout}_high": found["ratios"][layout]["time_high"] for layout in LAYOUTS[1:]},
-        **{f"memory_{layout}_vs_shared": found["ratios"][layout]["memory"] for layout in LAYOUTS[1:]},
+        **{
+            f"shared_vs_{layout}{end}": of[f"time{end}"]
+            for end in ("", "_low", "_high")
+            for layout, of in found["ratios"].items()
+        },
+        **{f"memory_{layout}_vs_shared": of["memory"] for layout, of in found["ratios"].items()},
         "main": found,
         "grid": measured,
         "versions": versions(PACKAGES),
@@ -235,11 +233,8 @@ def main() -> None:
     out = results("update.json", options.small)
     out.write_text(json.dumps(numbers, indent=1) + "\n")
     base = asdict(grid[0] if options.small else BASE)
-    picture(
-        measured,
-        {name: base[name] for name in ("context", "reflection", "group")},
-        out.with_suffix(".png") if options.small else PICTURE,
-    )
+    del base["groups"]  # all points have one
+    picture(measured, base, out.with_suffix(".png") if options.small else PICTURE)
 
 
 def line(found: dict[str, Any]) -> str:

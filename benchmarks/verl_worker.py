@@ -39,7 +39,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
-from benchmarks.worker import Stopwatch, serve
+from benchmarks.timing import Stopwatch
+from benchmarks.worker import serve
 from benchmarks.workload import SPECIAL, Context, Workload
 
 Ids = list[list[int]]
