@@ -18,12 +18,12 @@ import torch
 import transformers
 from byte_level import CHAT, trained
 from processes import run_script
+from refusals import refusal
 from safetensors.torch import load_file
 
 from nemo_r3 import export as exporting
 from nemo_r3 import runtime
 from nemo_r3.config import Config
-from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.runtime import World
 from recipes.export import probe_of
@@ -120,10 +120,7 @@ class Lab:
 
     def refused(self, name: str, what: str, policy: Any) -> None:
         """Keeps the error of an export that must fail."""
-        try:
-            self.export(name, policy, "not written")
-        except UserError as error:
-            self.findings[what] = str(error)
+        self.findings[what] = refusal(lambda: self.export(name, policy, "not written"))
 
     def report(self) -> None:
         assert self.world is not None

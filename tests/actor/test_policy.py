@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from families import IN_FULL
 from safetensors.torch import load_file
 
 from nemo_r3.models import architecture_of
 
-ONE = [f"one-{kind}" for kind in ("llama_tied", "llama", "qwen2_tied", "qwen2")]
+ONE = [f"one-{kind}" for kind in IN_FULL]
 VARIANTS = [
     "one-llama_tied-shared_context=False",
     "one-qwen2-recompute=selective",
     "one-qwen2-recompute=full",
 ]
 SPLIT = [
-    *(f"tp2-{kind}" for kind in ("llama_tied", "llama", "qwen2_tied", "qwen2")),
+    *(f"tp2-{kind}" for kind in IN_FULL),
     *(f"{layout}-{kind}" for layout in ("pp2", "dp2", "tp2pp2") for kind in ("llama_tied", "qwen2")),
     "dp2-qwen2-shared_context=False",
     "tp2dp2-qwen2",
@@ -44,7 +45,7 @@ def test_scores_equal_transformers_at_both_temperatures(every: dict[str, Any], n
     assert max(errors.values()) < 1e-4  # seen: 5e-6
 
 
-@pytest.mark.parametrize("kind", ["llama_tied", "llama", "qwen2_tied", "qwen2"])
+@pytest.mark.parametrize("kind", IN_FULL)
 def test_the_temperature_matters_to_these_models(one: Any, kind: str) -> None:
     expected = load_file(one.home / "transformers.safetensors")
     assert (expected[f"{kind} 0.7 3"] - expected[f"{kind} 1.0 3"]).abs().max() > 0.1
@@ -57,7 +58,7 @@ def test_a_checkpoint_survives_loading_and_export_bit_for_bit(every: dict[str, A
     assert facts["tensors"] > 20
 
 
-@pytest.mark.parametrize("kind", ["llama_tied", "llama", "qwen2_tied", "qwen2"])
+@pytest.mark.parametrize("kind", IN_FULL)
 def test_updates_learn_something(one: Any, kind: str) -> None:
     metrics = one.found[f"one-{kind}"]["metrics"]
     before, after = (
@@ -72,7 +73,7 @@ def test_updates_learn_something(one: Any, kind: str) -> None:
     assert 3.5 < metrics[0]["entropy"] < 4.87  # nats; log 131 = 4.875
 
 
-@pytest.mark.parametrize("kind", ["llama_tied", "llama", "qwen2_tied", "qwen2"])
+@pytest.mark.parametrize("kind", IN_FULL)
 def test_updates_equal_a_plain_loop_on_transformers(one: Any, kind: str) -> None:
     for found, expected in zip(one.found[f"one-{kind}"]["metrics"], one.found[f"plain-{kind}"], strict=False):
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=3e-5, abs=1e-6)  # seen: 1.2e-5

@@ -158,8 +158,7 @@ def test_a_row_beyond_the_budget_is_refused_by_key() -> None:
         Balance(rows_of([(50, [5, 52])]), TOKENS, BUDGET)
 
 
-@pytest.mark.parametrize("hands", [1, 2, 3, 7])
-@pytest.mark.parametrize("costs", [[], [4], [5, 1, 1, 3], [2] * 11, list(range(20))])
+@given(st.lists(st.integers(0, 20), max_size=20), RANKS)
 def test_every_item_is_dealt_once(costs: list[int], hands: int) -> None:
     dealt = deal(costs, hands)
     assert len(dealt) == hands

@@ -8,33 +8,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from refusals import refusal
 
-from nemo_r3.errors import UserError
 from recipes.checkpoints import refuse_useless_steps
 
 
-def refusal(steps: int, done: int, left: float) -> str:
+def said_of(steps: int, done: int, left: float) -> str:
     """What is said of `train.steps`, with `done` steps done and `left` updates before the learning rate is 0."""
     config = SimpleNamespace(train=SimpleNamespace(steps=steps))
     setup: Any = SimpleNamespace(config=config, run=SimpleNamespace(path=Path("runs/x")))
     trainer: Any = SimpleNamespace(steps_left=lambda: left)
-    try:
-        refuse_useless_steps(setup, trainer, done)
-    except UserError as error:
-        return str(error)
-    return ""
+    return refusal(lambda: refuse_useless_steps(setup, trainer, done))
 
 
 def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
-    assert refusal(20, done=12, left=0) == (
+    assert said_of(20, done=12, left=0) == (
         "train.steps=20: the learning rate is 0 after step 12, so steps 13 to 20 would change nothing; export this "
         "run and start a new one with model.path=runs/x/export"
     )
-    assert refusal(13, done=8, left=4) == (
+    assert said_of(13, done=8, left=4) == (
         "train.steps=13: the learning rate is 0 after step 12, so step 13 would change nothing; set train.steps=12, or "
         "export this run and start a new one with model.path=runs/x/export"
     )
-    assert "set train.steps=10, or raise actor.lr_decay_steps" in refusal(40, done=0, left=10)
+    assert "set train.steps=10, or raise actor.lr_decay_steps" in said_of(40, done=0, left=10)
 
 
 @pytest.mark.parametrize(
@@ -50,4 +46,4 @@ def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
     ],
 )
 def test_what_still_learns_goes_on(steps: int, done: int, left: float) -> None:
-    assert refusal(steps, done, left) == ""
+    assert said_of(steps, done, left) == "accepted"
