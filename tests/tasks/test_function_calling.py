@@ -11,7 +11,7 @@ from refusals import refusal
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.tasks import load
-from nemo_r3.tasks.calls import read_calls
+from nemo_r3.tasks.calls import FORMATS, read_calls
 from nemo_r3.tasks.schemas import object_of_python, tool
 from nemo_r3.types import Problem
 
@@ -196,22 +196,6 @@ def test_malformed_rows_of_a_list_have_numbers_too(tmp_path) -> None:
         xlam(path)
 
 
-def test_gold_is_accepted_in_every_format() -> None:
-    for row in (GIVEAWAYS, SORT, INTEGRATE, MERGE, TIME):
-        problem, calls = problem_of(row), answers(row)
-        assert TASK.verify(problem, row["answers"])
-        assert TASK.verify(problem, f"```json\n{json.dumps(calls[::-1], indent=2)}\n```")
-        blocks = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls]
-        assert TASK.verify(problem, "<think>\nhm\n</think>\n\n" + "\n".join(blocks))
-        llama = [json.dumps({"name": call["name"], "parameters": call["arguments"]}) for call in calls]
-        assert TASK.verify(problem, "<|python_tag|>" + "; ".join(llama))
-        for text in ("; ".join(llama), ", ".join(llama), "\n".join(llama) + ";", f"[{','.join(llama)}]"):
-            assert TASK.verify(problem, text) and xlam(format="llama").verify(problem, text)
-            assert not TASK.verify(problem, f"{text} Done.")
-            assert not xlam(format="json").verify(problem, text)
-        assert not xlam(format="hermes").verify(problem, row["answers"])
-
-
 def with_arguments(row, **changed) -> str:
     (call,) = answers(row)
     return json.dumps([{**call, "arguments": {**call["arguments"], **changed}}])
@@ -303,6 +287,14 @@ def rendered(calls, form: str, ascii_only: bool) -> str:
         listed = [json.dumps(call, ensure_ascii=ascii_only) for call in named]
         return f"[{','.join(listed)}]" if between == "list" else between.join(listed)
     return json.dumps(calls, ensure_ascii=ascii_only)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chosen_format_is_the_only_one_that_is_accepted(form: str) -> None:
+    for row in (GIVEAWAYS, SORT, INTEGRATE, MERGE, TIME):
+        text = rendered(answers(row), form, ascii_only=True)
+        accepting = {name for name in FORMATS if xlam(format=name).verify(problem_of(row), text)}
+        assert accepting == {"auto", form.partition(" ")[0]}
 
 
 @settings(max_examples=120)

@@ -52,7 +52,6 @@ def test_dialogue_task_words_the_problems_and_leaves_other_braces() -> None:
     [
         ({"siz": 5}, ["task.options.siz", "task.options.size"]),
         ({"size": "many"}, ["task.options.size", "many", "integer"]),
-        ({"size": 2.5}, ["task.options.size", "2.5", "integer"]),
         ({"test_size": 0}, ["task.options.test_size", "0", "at least 1"]),
         ({"allow_fractions": "maybe"}, ["task.options.allow_fractions", "maybe", "true or false"]),
         ({"operators": "+^"}, ["task.options.operators", "+^", "+ - * /"]),
