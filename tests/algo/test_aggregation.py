@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -69,11 +68,3 @@ def test_means_of_sequences_that_are_not_numbered_in_a_row() -> None:
     assert means.tolist() == [1.0, 4.0, 4.0, -4.0]
     (means * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
     assert values.grad.tolist() == [1.0, 55.0, 55.0, 1000.0]
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=8))
-def test_a_mean_sums_to_one(lengths: list[int]) -> None:
-    for kind in (Aggregation.SEQUENCE_MEAN, Aggregation.TOKEN_MEAN):
-        weights = token_weights(lengths, kind, LIMIT)
-        total = sum(Fraction(weight) * length for weight, length in zip(weights, lengths, strict=True))
-        assert float(total) == pytest.approx(1, rel=1e-14)
