@@ -72,7 +72,7 @@ class Rounding:
 
 
 class LayerWatch:
-    """Watches the layers of this rank's stage through one update at a time."""
+    """Watches the layers of this rank's stage through one step at a time."""
 
     def __init__(self, trunk: Any, recipe: Recipe | None) -> None:
         """Touches nothing before `watching`; `recipe` is the run's, None without FP8."""
