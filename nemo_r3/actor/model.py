@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -30,6 +32,29 @@ def start_parallel_groups(config: Config) -> None:
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(config.seed)
+
+
+def connect(config: Config, world: World) -> None:
+    """Has NCCL connect the groups of a training run, which it would do at each one's first collective, in an update.
+
+    Each takes GPU memory for good, hundreds of MB. So the engine, which starts next, must find it taken. And ranks that
+    cannot reach each other end the run now, not after its first rollout. megatron-core has connected the group of a
+    tied embedding when it built the model.
+    """
+    fp8 = precision_of(config).fp8
+    groups = [
+        dist.group.WORLD,
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_intra_distributed_optimizer_instance_group(),
+    ]
+    if fp8 is not None and fp8.delayed:
+        groups.append(parallel_state.get_amax_reduction_group(with_context_parallel=True))
+    number = torch.zeros(1, device=world.device)
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(number, group=group)
 
 
 def transformer_config(

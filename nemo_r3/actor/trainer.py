@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_r3 import memory
 from nemo_r3.actor import cpu, stream
 from nemo_r3.actor.heap import FreedMemory
+from nemo_r3.actor.model import connect
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
 from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
 from nemo_r3.actor.policy import Policy, Scores
@@ -46,6 +47,7 @@ class Trainer:
         config, recipe = policy.config, precision_of(policy.config).fp8
         self.policy = policy
         self._stream = torch.cuda.current_stream()  # where the gradients' hooks will run
+        connect(config, policy.world)
         with cpu.cuda_stand_in():
             self.model: Any = wrap(policy.module, config)
             self.model.config.finalize_model_grads_func = _sum_gradients

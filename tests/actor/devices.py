@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from data import batch_of
 from lab import Lab, save_at_work
-from pretended_gpu import storages
+from pretended_gpu import CONNECTED, storages
 from refusals import refusal
 
 from nemo_r3.actor import checkpoint
@@ -50,7 +50,7 @@ def mixed() -> dict[str, Callable[[], Any]]:
 def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
     """Scores, updates, a watched one, a checkpoint read by a second policy, an export."""
     trainer, again = (lab.trainer(layout, kind, **actor) for _ in range(2))
-    policy = trainer.policy
+    policy, connected = trainer.policy, set(CONNECTED)
     found: dict[str, Any] = {"score": lab.score_errors(policy, kind)["0.7"]}
     metrics = [trainer.update(batch_of())]
     watch = LayerWatch(policy.module, None)
@@ -70,6 +70,7 @@ def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
         "held": trainer.held(),
         "exported": sorted({str(tensor.device) for _, tensor in policy.export_hf()}),
         "parameters": sorted({str(parameter.device) for parameter in policy.module.parameters()}),
+        "connected late": [what for name, what in CONNECTED.items() if name not in connected],
     }
 
 

@@ -32,6 +32,8 @@ ACROSS = {aten.copy_.default, aten._to_copy.default, aten._pin_memory.default}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 """Operations on a GPU's tensor that take indices on the CPU too."""
 PLAIN = (Tensor, torch.nn.Parameter)
+CONNECTED: dict[str, str] = {}
+"""Groups of several ranks that NCCL would have connected for a collective: name -> what megatron-core calls it."""
 
 
 def home(tensor: Tensor) -> torch.device:
@@ -109,7 +111,7 @@ class Homes(TorchDispatchMode):
                 if getattr(storage, "unsettled", False):
                     storage.home, storage.unsettled = GPU, False
         if name.startswith("c10d"):
-            self._refuse_gloo(name, args, tensors)
+            self._check_collective(name, args, tensors)
         elif func not in ACROSS:
             _refuse_two_homes(name, args, tensors)
         old = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -122,10 +124,12 @@ class Homes(TorchDispatchMode):
                 leaf.untyped_storage().unsettled = backward and not self._calls and not tensors and where == CPU
         return found
 
-    def _refuse_gloo(self, name: str, args: Any, tensors: list[Tensor]) -> None:
-        """Numbers on the CPU for ranks that have theirs on GPUs; objects are sent as bytes, and may lie there."""
+    def _check_collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
+        """Refuses numbers on the CPU for ranks that have theirs on GPUs; objects are bytes, and may lie there."""
         scripts = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
         groups = [ProcessGroup.unbox(script) for script in scripts if str(script._type()).endswith("ProcessGroup")]
+        if any(home(tensor) == GPU for tensor in tensors):
+            CONNECTED.update((group.group_name, group.group_desc) for group in groups if group.size() > 1)
         here = any(home(tensor) == CPU and tensor.is_floating_point() for tensor in tensors)
         if here and not {group.group_name for group in groups} <= self.gloo:
             raise RuntimeError(f"{name}: tensors on the CPU, {[list(t.shape) for t in tensors]}, in a group of GPUs")

@@ -28,6 +28,11 @@ def test_all_that_a_run_does_with_a_policy_stays_on_the_gpu(devices: Any, layout
     assert found["left"] == 0, "an update leaves something behind that would hold its memory"
 
 
+@pytest.mark.parametrize(("layout", "precision"), CASES)
+def test_nccl_connects_all_groups_before_the_engine_measures_memory(devices: Any, layout: str, precision: str) -> None:
+    assert devices.found[f"{layout}-{precision}"]["connected late"] == []
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_float32_is_what_it_is_on_a_cpu(devices: Any, two: Any, layout: str) -> None:
     ours, theirs = devices.found[f"{layout}-fp32"]["metrics"], two.found[f"{layout}-qwen2"]["metrics"]
