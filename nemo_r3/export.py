@@ -84,6 +84,7 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
         for name, tensor in policy.export_hf():
             if shards:
                 shards.add(name, tensor)
+            policy.world.barrier()  # or the other ranks would run ahead, and wait for all files in one collective
         return policy.world.on_main(lambda: _finish(shards, policy.config, source, out, card, probe, expected))
     finally:
         if shards:

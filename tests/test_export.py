@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +276,21 @@ def test_files(home: Path, found: dict[str, Any]) -> None:
 def test_the_models_chat_template_or_what_replaced_it_goes_along(home: Path, found: dict[str, Any]) -> None:
     assert found["chat"] == "<|user|>hi<|end|>"
     assert (home / "out" / "bf16" / "chat_template.jinja").read_text() == OWN_CHAT
+
+
+def test_no_rank_runs_ahead_of_the_one_that_writes() -> None:
+    """Ahead, it would wait for all files in one collective, whose time limit is meant for one."""
+    done: list[str] = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("one", "two"):
+            done.append(name)
+            yield name, torch.zeros(1)
+
+    world = SimpleNamespace(is_main=False, barrier=lambda: done.append("met"), on_main=lambda act: (0.0, 0.0))
+    policy: Any = SimpleNamespace(world=world, score=lambda probe: [], export_hf=weights, config=Config())
+    exporting.export(policy, Path("source"), Path("out"), "a card", PROBE)
+    assert done == ["one", "met", "two", "met"]
 
 
 def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -> None:
