@@ -30,6 +30,9 @@ Key = TypeVar("Key")
 Result = TypeVar("Result")
 ROUTES = Path("/proc/net/route")
 
+# megatron-core orders its overlaps by it; the driver reads it when CUDA starts, for which it is enough to ask for GPUs
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
 
 @dataclass(frozen=True)
 class World:
@@ -126,7 +129,6 @@ def start(config: Config) -> World:
         os.environ.setdefault(name, value)
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     check_world(config, size)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core orders its overlaps by it
     on_cuda = _has_cuda(local)
     device = torch.device("cuda", local) if on_cuda else torch.device("cpu")
     if on_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,13 @@ SLOW = READ_THE_ENVIRONMENT | {"transformers", "matplotlib"}
 
 def test_an_import_brings_no_backend() -> None:
     code = "import os, sys, recipes.train, recipes.mine, recipes.evaluate, recipes.export; print(*sys.modules)"
-    code += "; print(os.environ['OMP_WAIT_POLICY'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    code += "; print(*(os.environ[name] for name in sys.argv[1:]))"
+    set_early = ("OMP_WAIT_POLICY", "CUDA_DEVICE_MAX_CONNECTIONS")
+    environment = {name: value for name, value in os.environ.items() if name not in set_early}
+    command = [sys.executable, "-c", code, *set_early]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
     assert not SLOW & set(done.stdout.split())
-    assert done.stdout.splitlines()[1] == "passive", "threads without work sleep"
+    assert done.stdout.splitlines()[1] == "passive 1", "threads without work sleep; CUDA has not been asked for GPUs"
 
 
 @pytest.mark.parametrize(("packages", "lacking"), [("", "omegaconf"), ("omegaconf", "torch")])
