@@ -19,7 +19,7 @@ class Counters:
         step: the last finished step.
         cursor: how far the source of failures has come.
         empty_steps: consecutive steps, up to this one, without a group of mixed rewards.
-        skipped_steps: consecutive steps whose update was skipped.
+        skipped_steps: consecutive steps whose updates were all skipped.
         mismatch_steps: consecutive steps above `train.mismatch_stop`.
         bf16_layers: layers that were moved from FP8 to BF16.
     """
@@ -35,11 +35,12 @@ class Counters:
         """The counters after one more step."""
         mismatch = metrics["token_mult_prob_error"]
         mismatched = mismatch is not None and not mismatch <= config.mismatch_stop  # NaN is one, too
+        skipped = "updates" in metrics and metrics["skipped"] == metrics["updates"]
         return Counters(
             step=step,
             cursor=cursor,
             empty_steps=0 if metrics["groups_used"] else self.empty_steps + 1,
-            skipped_steps=self.skipped_steps + 1 if metrics.get("skipped") else 0,
+            skipped_steps=self.skipped_steps + 1 if skipped else 0,
             mismatch_steps=self.mismatch_steps + 1 if mismatched else 0,
             bf16_layers=self.bf16_layers,
         )
@@ -61,7 +62,7 @@ def reason_to_stop(
         )
     if counters.skipped_steps >= config.max_skipped_steps:
         return (
-            f"{counters.skipped_steps} updates in a row were skipped "
+            f"all updates of {counters.skipped_steps} steps in a row were skipped "
             f"(train.max_skipped_steps={config.max_skipped_steps}): "
             "their gradient was NaN or Inf (lower actor.lr, or resume an earlier checkpoint), or "
             "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off); "

@@ -78,11 +78,23 @@ def summary(metrics: Mapping[str, float | None], config: Config) -> str:
     if not (mismatch := metrics["token_mult_prob_error"] or 0) <= config.train.mismatch_warn:
         line += f"  MISMATCH: token_mult_prob_error {mismatch:.3f} > train.mismatch_warn={config.train.mismatch_warn}"
     if metrics["skipped"]:
-        rejected = metrics["rejected_tokens"] == metrics["trained_tokens"]
-        return f"{line}  {'all tokens rejected' if rejected else 'NaN or Inf gradient'}: update skipped"
+        line += f"  {_skipped(metrics)}"
+        if metrics["skipped"] == metrics["updates"]:
+            return line
     kl = f"  kl {metrics['kl']:.4f}" if config.algo.kl_beta else ""
     tokens = f"reflection {metrics['reflection_tokens']:.0f} tok ({metrics['truncated']:.0%} cut)"
     return f"{line}{kl}  grad {metrics['grad_norm']:.2f}  {tokens}  {metrics['speed/rollout_tokens']:,.0f} tok/s"
+
+
+def _skipped(metrics: Mapping[str, float | None]) -> str:
+    """How many of a step's updates were skipped, and why, as far as their sums tell."""
+    skipped, updates = metrics["skipped"] or 0, metrics["updates"] or 0
+    which = "update" if updates == 1 else f"{skipped:.0f} of {updates:.0f} updates"
+    if metrics["rejected_tokens"] == metrics["trained_tokens"]:
+        return f"all tokens rejected: {which} skipped"
+    if updates == 1 or not metrics["rejected_tokens"]:
+        return f"NaN or Inf gradient: {which} skipped"
+    return f"NaN or Inf gradient, or all tokens rejected: {which} skipped"
 
 
 def report_memory(setup: Setup, trainer: Trainer, rollout: Rollout, step: int) -> None:

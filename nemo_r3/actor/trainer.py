@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -84,11 +85,12 @@ class Trainer:
 
         Returns:
             `loss`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`; `kl`, if there
-            is a reference; `clipped` (a share), if there are several updates; `skipped`: the number of updates that
-            left the weights as they were, because the gradient was NaN or Inf or the correction rejected every token;
-            the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`, `importance_ratio`,
-            `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's on all ranks, including
-            passes without gradient, without recompute and padding. Loss, KL and norm are means over the updates.
+            is a reference; `clipped` (a share), if `train.updates_per_step` is above 1; `updates`: how many there were;
+            `skipped`: how many of them left the weights as they were, because the gradient was NaN or Inf or the
+            correction rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
+            `importance_ratio`, `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's on
+            all ranks, including passes without gradient, without recompute and padding. Loss, KL and norm are means
+            over the updates that were not skipped; if all were, over all.
 
         Raises:
             RuntimeError: a token that must not be trained has weight.
@@ -107,15 +109,16 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"]
             found = [self._descend(*each) for each in zip(updates, self._given(updates), strict=True)]
             self._working_bytes = memory.peak() - before
-            skipped = sum(math.isnan(each["grad_norm"]) for each in found)
-            if skipped < len(found):
+            taken = [each for each in found if not math.isnan(each["grad_norm"])]
+            if taken:
                 self.schedule.step(increment=1)
         total = {name: sum(each[name] for each in found) for name in found[0]}
+        mean = {name: fmean(each[name] for each in taken or found) for name in ("loss", "kl", "grad_norm")}
         tokens = max(total["tokens"], 1.0)
         without_gradient = sum(costs[1:]) + (0 if self._reference is None else sum(costs))
         return {
-            "loss": total["loss"] / len(updates),
-            **({} if self._reference is None else {"kl": total["kl"] / len(updates)}),
+            "loss": mean["loss"],
+            **({} if self._reference is None else {"kl": mean["kl"]}),
             "entropy": total["entropy"] / tokens,
             "token_mult_prob_error": total["prob_error"] / tokens,
             "rollout_kl": total["rollout_kl"] / tokens,
@@ -123,12 +126,13 @@ class Trainer:
             "importance_outliers": total["outliers"] / tokens,
             "nonfinite_tokens": total["nonfinite"],
             **({} if self.policy.config.train.updates_per_step == 1 else {"clipped": total["clipped"] / tokens}),
-            "grad_norm": total["grad_norm"] / len(updates),
+            "grad_norm": mean["grad_norm"],
             "lr": lr,
             "trained_tokens": total["tokens"],
             "rejected_tokens": total["rejected"],
             "microbatches": float(sum(map(len, updates))),
-            "skipped": float(skipped),
+            "updates": float(len(found)),
+            "skipped": float(len(found) - len(taken)),
             "update_flops": sum(costs) + without_gradient / FORWARD_AND_BACKWARD,
         }
 

@@ -45,7 +45,8 @@ class TrainConfig:
     max_skipped_steps: int = option(
         5,
         low=1,
-        help="stop after this many skipped updates in a row (NaN or Inf gradient, or every token rejected)",
+        help="stop after this many steps in a row whose updates were all skipped (NaN or Inf gradient, or every token "
+        "rejected)",
         resume=True,
     )
     mismatch_warn: float = option(

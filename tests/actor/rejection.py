@@ -1,15 +1,16 @@
 """Tokens that the mismatch correction rejects, against a batch that never had them: the second update of two policies.
 
-Then one of the first, of which every token is rejected.
+Then one of the first, of which every token is rejected, and a step of two, of which the first is rejected.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from data import batch_of, sequences
+from data import SPLIT, batch_of, sequences
 from lab import Lab
 
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.algo.objective import Objective
 from nemo_r3.types import Row, UpdateBatch
 
@@ -34,9 +35,21 @@ def rejection(lab: Lab, layout: str, kind: str) -> None:
     far = UpdateBatch(tuple(replace(row, rollout_logprobs=[-99.0] * len(row)) for row in given), (), 1, 0)
     rejected, same = lab.unchanged(trainer, lambda: trainer.update(far))
     facts = {"found": found, "expected": expected, "weight_gap": gap, "rejected": rejected, "unchanged": same}
+    facts |= half_rejected(trainer, other)
     other._reference, other._objective = None, Objective(replace(other.policy.config.algo, kl_beta=0.0))
     facts["without_reference"] = sorted(other.update(batch_of()))
     lab.note(f"rejection-{layout}-{kind}", facts)
+
+
+def half_rejected(trainer: Trainer, other: Trainer) -> dict[str, dict[str, float]]:
+    """A step of two updates, of which all tokens of the first are rejected, and one that has the second alone."""
+    scores, given = trainer.policy.score(sequences()), batch_of().rows
+    first = [replace(given[number], rollout_logprobs=[-99.0] * len(given[number])) for number in SPLIT[0]]
+    second = [replace(given[number], rollout_logprobs=[0.0, *scores[number].tolist()], update=1) for number in SPLIT[1]]
+    return {
+        "half_rejected": trainer.update(UpdateBatch((*first, *second), (), 1, 0)),
+        "second_half": other.update(UpdateBatch(tuple(second), (), 1, 0)),
+    }
 
 
 def sampled_as(row: Row, logprobs: list[float], number: int) -> Row:

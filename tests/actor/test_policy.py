@@ -190,6 +190,15 @@ def test_a_step_without_a_token_left_is_skipped(every: dict[str, Any], name: str
     assert every[name]["unchanged"]
 
 
+@pytest.mark.parametrize("name", ["rejection-one-qwen2", "rejection-dp2-qwen2"])
+def test_a_skipped_update_leaves_the_means_of_the_steps_others(every: dict[str, Any], name: str) -> None:
+    found, expected = every[name]["half_rejected"], every[name]["second_half"]
+    assert (found["updates"], found["skipped"], expected["updates"], expected["skipped"]) == (2, 1, 1, 0)
+    assert expected["loss"] != pytest.approx(0, abs=1e-4)
+    for key in ("loss", "kl", "grad_norm"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
 @pytest.mark.parametrize("name", ONE)
 def test_the_watch_sees_the_weights_of_every_layer(one: Any, name: str) -> None:
     weights = load_file(one.home / name.removeprefix("one-") / "model.safetensors")

@@ -12,7 +12,7 @@ from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Se
 from recipes.counters import Counters, reason_to_stop
 
 CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
-FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "skipped": 0.0}
+FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "updates": 1.0, "skipped": 0.0}
 EMPTY = {"loss": None, "groups_used": 0.0, "token_mult_prob_error": None}
 SKIPPED = FINE | {"skipped": 1.0}
 MISMATCHED = FINE | {"token_mult_prob_error": 1.2}
@@ -39,6 +39,8 @@ def test_counts_are_of_steps_in_a_row() -> None:
     assert walk(EMPTY, SKIPPED, MISMATCHED) == Counters(step=3, cursor=24, mismatch_steps=1)
     assert walk(MISMATCHED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2)
     assert walk(FINE | {"groups_used": 0.0}).empty_steps == 1, "algo.keep_equal_groups leaves a loss, but only the KL's"
+    assert walk(SKIPPED, SKIPPED).skipped_steps == 2
+    assert walk(SKIPPED, SKIPPED | {"updates": 2.0}).skipped_steps == 0, "one of two updates was done"
     assert walk(FINE | {"token_mult_prob_error": math.nan}).mismatch_steps == 1, "NaN is no small mismatch"
 
 
@@ -46,7 +48,7 @@ def test_counts_are_of_steps_in_a_row() -> None:
     ("metrics", "said"),
     [
         (EMPTY, "2 steps in a row had no group whose rewards differ (train.max_empty_steps=2)"),
-        (SKIPPED, "2 updates in a row were skipped (train.max_skipped_steps=2)"),
+        (SKIPPED, "all updates of 2 steps in a row were skipped (train.max_skipped_steps=2)"),
         (MISMATCHED, "above train.mismatch_stop=1.1 in 2 steps in a row (train.max_mismatch_steps=2)"),
     ],
 )

@@ -75,11 +75,24 @@ def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_skipped_update_names_its_cause() -> None:
-    skipped = {"retry_success": 0.5, "groups_used": 2.0, "loss": 0.1, "grad_norm": 1.0, "skipped": 1.0}
+    skipped = {"retry_success": 0.5, "groups_used": 2.0, "loss": 0.1, "grad_norm": 1.0, "updates": 1.0, "skipped": 1.0}
     skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0, "speed/verifier_share": 0.0}
     for rejected, cause in ((40.0, "all tokens rejected"), (39.0, "NaN or Inf gradient")):
         line = summary(skipped | {"rejected_tokens": rejected}, Config())
         assert line == f"retry success 0.500  groups 2/32  {cause}: update skipped"
+
+
+def test_some_of_a_steps_updates_may_be_skipped() -> None:
+    metrics = {"retry_success": 0.5, "groups_used": 8.0, "loss": 0.1, "kl": 0.1, "grad_norm": 1.0, "updates": 4.0}
+    metrics |= {"reflection_tokens": 9.0, "truncated": 0.0, "speed/rollout_tokens": 1.0, "speed/verifier_share": 0.0}
+    metrics |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0}
+    for skipped, rejected, said in (
+        (1.0, 0.0, "NaN or Inf gradient: 1 of 4 updates skipped"),
+        (1.0, 9.0, "NaN or Inf gradient, or all tokens rejected: 1 of 4 updates skipped"),
+        (4.0, 40.0, "all tokens rejected: 4 of 4 updates skipped"),
+    ):
+        line = summary(metrics | {"skipped": skipped, "rejected_tokens": rejected}, Config())
+        assert said in line and ("grad 1.00" in line) == (skipped < 4)
 
 
 def test_a_step_in_one_line() -> None:
