@@ -28,14 +28,15 @@ class Fleet:
     """
 
     def __init__(self, world: World, tensor_parallel: int) -> None:
-        """The ranks of an engine call this together; other engines' need not wait for them."""
+        """All ranks call this together.
+
+        A group that its own ranks alone make would be named after how many they are in: in a pipeline that differs.
+        """
         self.world, self.tensor_parallel = world, tensor_parallel
         self.engines = world.size // tensor_parallel
         self._steps = 0
         if tensor_parallel > 1:
-            first = self.index * tensor_parallel
-            ranks = range(first, first + tensor_parallel)
-            self._group = dist.new_group(ranks, world.timeout, "gloo", use_local_synchronization=True)
+            self._group, _ = dist.new_subgroups(tensor_parallel, dist.group.WORLD, world.timeout, "gloo")
 
     @property
     def index(self) -> int:

@@ -17,6 +17,7 @@ LAYOUTS = {
     "tp2, two engines": ("actor.tensor_parallel=2", "actor.sequence_parallel=true"),
     "tp2, one engine": ("actor.tensor_parallel=2", "rollout.tensor_parallel=2"),
     "pp2, two engines": ("actor.pipeline_parallel=2",),
+    "pp2, one engine": ("actor.pipeline_parallel=2", "rollout.tensor_parallel=2"),
 }
 STEPS = 4
 

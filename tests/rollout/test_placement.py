@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from datetime import timedelta
-from types import SimpleNamespace
-from typing import Any, cast
+from pathlib import Path
 
-import torch.distributed as dist
-from pytest import MonkeyPatch
-
-from nemo_r3.rollout.placement import Fleet
-from nemo_r3.runtime import World
+from processes import run_script
 
 
-def test_a_rank_waits_for_no_other_engines_ranks(monkeypatch: MonkeyPatch) -> None:
-    made: list[tuple[list[int], bool]] = []
-
-    def new_group(ranks: Iterable[int], *_: Any, use_local_synchronization: bool = False) -> None:
-        made.append((list(ranks), use_local_synchronization))
-
-    monkeypatch.setattr(dist, "new_group", new_group)
-    Fleet(cast(World, SimpleNamespace(rank=13, size=512, timeout=timedelta(minutes=30))), tensor_parallel=8)
-    assert made == [([8, 9, 10, 11, 12, 13, 14, 15], True)]
+def test_ranks_of_an_engine_meet_even_if_they_are_stages_of_a_pipeline() -> None:
+    """Stages are in different numbers of groups, so no group may be named after how many its rank is in."""
+    done = run_script(Path(__file__).with_name("fleet_probe.py"), ranks=2)
+    assert done.stdout.split() == ["1", "True"], "all hear of it, and only when they ask"
