@@ -184,7 +184,7 @@ def describe(plan: Plan) -> str:
         "",
         *(_on_gpus(plan) if node.gpu else _on_a_cpu(plan)),
         f"disk      {kept + 1} x {show(each)}: train.keep_checkpoints={kept}, and the one being written",
-        f"refit     {show(size.engine * rollout.tensor_parallel)} of weights into each engine, once per update",
+        f"refit     {show(size.engine * rollout.tensor_parallel)} of weights into each engine, once per step",
         f"export    {show(export_bytes(plan.arch))} of host memory for rank 0",
     ]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from nemo_r3.capacity import Node, host_bytes
 from nemo_r3.models import planned_architecture
 from nemo_r3.models.flops import FORWARD_AND_BACKWARD, training_cost
 from nemo_r3.plan import Plan, describe, plan_of
-from nemo_r3.types import Row
+from nemo_r3.types import Row, UpdateBatch
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -44,20 +44,23 @@ def this_machine() -> tuple[Node, str]:
 def describe_step(plan: Plan) -> str:
     """What a step computes if every turn is as long as it may be and all groups are mixed, in a line."""
     config = plan.config
-    rows = longest_rows(plan)
-    balance = Balance(rows, training_cost(plan.arch), config.actor.microbatch_tokens)
-    dealt = balance.deal(plan.data_parallel, config.actor.pipeline_parallel)
-    flops = balance.all_flops(dealt) * (1 + 1 / FORWARD_AND_BACKWARD if config.algo.kl_beta else 1)
-    sampled = len(rows) * (config.rollout.max_reflection_tokens + config.rollout.max_answer_tokens)
+    batch, cost = UpdateBatch(longest_rows(plan)), training_cost(plan.arch)
+    balances = [Balance(rows, cost, config.actor.microbatch_tokens) for rows in batch.updates]
+    dealt = [balance.deal(plan.data_parallel, config.actor.pipeline_parallel) for balance in balances]
+    costs = [balance.all_flops(hands) for balance, hands in zip(balances, dealt, strict=True)]
+    without_gradient = sum(costs[1:]) + (sum(costs) if config.algo.kl_beta else 0)  # of old policy and reference
+    flops = sum(costs) + without_gradient / FORWARD_AND_BACKWARD
+    sampled = len(batch.rows) * (config.rollout.max_reflection_tokens + config.rollout.max_answer_tokens)
+    updates = f"an update of {flops:.1e} FLOPs" if len(costs) == 1 else f"{len(costs)} updates, {flops:.1e} FLOPs"
     return (
-        f"step      at most {sampled:,} sampled tokens, and an update of {flops:.1e} FLOPs: {flops / plan.ranks:.1e} "
-        f"in {len(dealt[0])} microbatches on each rank"
+        f"step      at most {sampled:,} sampled tokens, and {updates}: {flops / plan.ranks:.1e} "
+        f"in {sum(len(hands[0]) for hands in dealt)} microbatches on each rank"
     )
 
 
-def longest_rows(plan: Plan) -> list[Row]:
-    """The rows of an update whose dialogues fill `rollout.max_model_len` and whose turns are as long as they may be."""
-    algo, rollout = plan.config.algo, plan.config.rollout
+def longest_rows(plan: Plan) -> tuple[Row, ...]:
+    """The rows of a step whose dialogues fill `rollout.max_model_len` and whose turns are as long as they may be."""
+    algo, rollout, train = plan.config.algo, plan.config.rollout, plan.config.train
     limits = {"reflection": rollout.max_reflection_tokens, "retry": rollout.max_answer_tokens}
     trained = sum(limits[phase] for phase in algo.trained_phases)
     own = sum(limits.values()) if "retry" in algo.trained_phases else limits["reflection"]
@@ -65,11 +68,11 @@ def longest_rows(plan: Plan) -> list[Row]:
     shared = length - own if plan.config.actor.shared_context else 0
     weights = [0.0] * (length - trained) + [1.0] * trained
     row = Row(range(length), (), (), weights, weights, weights, shared=shared)
-    return [
-        replace(row, group=group)
-        for group in range(plan.config.train.failures_per_step)
+    return tuple(
+        replace(row, group=group, update=group * train.updates_per_step // train.failures_per_step)
+        for group in range(train.failures_per_step)
         for _ in range(algo.group_size)
-    ]
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
              refit                                   the policy's weights into vLLM, if it has none or older ones
 failures -> reflections -> retries -> rewards        vLLM and the verifier, every rank's share
-             group advantages -> one policy update   megatron-core, on the reflections' tokens only
+             group advantages -> policy update       megatron-core, on the reflections' tokens only
 """
 
 from __future__ import annotations

@@ -100,6 +100,11 @@ def test_what_a_step_of_the_8b_computes_at_most() -> None:
     flops = 32 * group * (3 + 1)  # the reference runs forward alone
     assert f"at most {256 * (256 + 512):,} sampled tokens, and an update of {flops:.1e} FLOPs" in said
     assert f"{flops / 8:.1e} in 8 microbatches on each rank" in said
+    said = describe_step(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "train.updates_per_step=4"))
+    flops = 8 * group * (4 * 3 + 4 + 3)  # and the old policy of all updates but the first
+    assert f"and 4 updates, {flops:.1e} FLOPs: {flops / 8:.1e} in 8 microbatches on each rank" in said
+    said = describe_step(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "train.updates_per_step=32"))
+    assert "in 32 microbatches on each rank" in said, "at least one per update"
     retries = plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "algo.trained_phases=[retry]")
     assert {row.shared for row in longest_rows(retries)} == {4096 - 256 - 512}
 

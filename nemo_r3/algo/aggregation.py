@@ -1,8 +1,8 @@
-"""How tokens share a step's loss, and how the shares change when tokens are rejected.
+"""How tokens share an update's loss, and how the shares change when tokens are rejected.
 
-`token_weights` sees the whole step, so its weights carry the denominators. Rejection is known only per microbatch:
-within a sequence the weights are corrected at once (`kept_weights`), but the step's denominators only at its end, when
-the `denominators` of all microbatches and ranks are known: loss and gradient times sum(counted) / sum(kept).
+`token_weights` sees the whole update, so its weights carry the denominators. Rejection is known only per microbatch:
+within a sequence the weights are corrected at once (`kept_weights`), but the update's denominators only at its end,
+when the `denominators` of all microbatches and ranks are known: loss and gradient times sum(counted) / sum(kept).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Aggregation(StrEnum):
 
 
 def token_weights(lengths: Sequence[int], kind: Aggregation, limit: int) -> list[float]:
-    """The weight of each token of each sequence in a step's loss.
+    """The weight of each token of each sequence in an update's loss.
 
     Args:
         lengths: [sequences] trained tokens of each, at least 1.
@@ -68,7 +68,7 @@ def kept_weights(weights: Tensor, kept: Kept, sequences: Tensor, kind: Aggregati
 
 
 def denominators(kept: Kept, sequences: Tensor, kind: Aggregation) -> tuple[Tensor, Tensor]:
-    """This microbatch's part of the step's denominator, (with, without) its rejected tokens.
+    """This microbatch's part of the update's denominator, (with, without) its rejected tokens.
 
     TOKEN_MEAN counts tokens; the others count sequences, except those without any kept token.
     """

@@ -22,7 +22,7 @@ METRICS = (
 """What an `Objective` returns as sums, which add up over microbatches and data-parallel ranks:
 
 - loss: the scalar, including the KL; kl: the KL alone, weighted like the loss but without `algo.kl_beta`. At the end of
-  a step both, and the gradient, are multiplied by counted / kept.
+  an update both, and the gradient, are multiplied by counted / kept.
 - prob_error, rollout_kl, ratio, entropy: over all trained tokens, including rejected ones; divided by tokens, means.
 - outliers: trained tokens whose importance ratio is beyond `mismatch.OUTLIER`.
 - nonfinite: trained tokens whose log-probability is NaN or Inf.

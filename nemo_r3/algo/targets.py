@@ -19,7 +19,7 @@ class Targets:
         sequences: [trained] int64, which sequence of the microbatch each belongs to: from 0, never decreasing. A
             sequence is never split over microbatches.
         advantages: [trained] float32.
-        weights: [trained] float32, the token's share in the step's loss, never 0.
+        weights: [trained] float32, the token's share in its update's loss, never 0.
         rollout_logprobs: [trained] float32, vLLM's log-probabilities (nats).
     """
 

@@ -1,7 +1,7 @@
 """`Engine`: vLLM inside this process, token ids in and token ids out, with weights that can be replaced.
 
     start -> (add, step)* -> sleep -> wake(weights) -> load -> wake(kv_cache) -> (add, step)* -> ...
-      |                      ^------------ once per update; sleep and wake do nothing on a CPU ----------'
+      |                      ^------------ once per step; sleep and wake do nothing on a CPU ------------'
       `-- without weights ---'
 
 An engine lives as long as its process: vLLM's shutdown would destroy the default process group, which the actor needs.
