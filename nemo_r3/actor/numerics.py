@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_r3.actor.scales import BACKWARD, FORWARD
 from nemo_r3.precision import TENSORWISE, Recipe, Tile
 from nemo_r3.runtime import World
 
 MATRICES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 WEIGHT = "weight"
-OPERANDS = {"input": (FORWARD, 0), WEIGHT: (FORWARD, 1), "gradient": (BACKWARD, 0)}
+OPERANDS = {"input": ("scaling_fwd", 0), WEIGHT: ("scaling_fwd", 1), "gradient": ("scaling_bwd", 0)}
 """The operands, and where Transformer Engine keeps the scale that delayed scaling took from earlier steps."""
 CHUNK = 2**22
 """Numbers that are rounded at a time."""
