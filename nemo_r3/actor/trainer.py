@@ -138,6 +138,7 @@ class Trainer:
 
     def _descend(self, microbatches: Sequence[Microbatch], given: tuple[Scores, Scores]) -> dict[str, float]:
         """One optimizer step; returns its `METRICS` and `grad_norm`, which is NaN if the step was skipped."""
+        forget_fp8_weights(self.policy.module)  # they are of other weights, and an update begins as a step does
         sums = self._accumulate(microbatches, *given)
         return sums | {"grad_norm": self._step(finite=math.isfinite(sums["loss"]) and sums["kept"] > 0)}
 

@@ -3,6 +3,7 @@
 python te_policies.py one HOME
 python te_policies.py families HOME                      every family, in BF16
 torchrun --nproc-per-node=2 te_policies.py tp2 HOME      with sequence parallelism
+torchrun --nproc-per-node=2 te_policies.py dp2 HOME
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `fp8_support.prepare` would, before the next import
 import families  # noqa: E402
 import torch  # noqa: E402
-from data import batch_of, make_models, sequences  # noqa: E402
+from data import batch_of, make_models, sequences, split_batch  # noqa: E402
 from lab import Lab, save_at_work  # noqa: E402
 from pretended_gpu import pretend, storages  # noqa: E402
 from pretended_te import PRODUCTS, pretend_te  # noqa: E402
@@ -28,6 +29,8 @@ from nemo_r3.actor import checkpoint  # noqa: E402
 from nemo_r3.actor.manifest import latest  # noqa: E402
 from nemo_r3.actor.numerics import LayerWatch  # noqa: E402
 from nemo_r3.actor.policy import Policy  # noqa: E402
+from nemo_r3.actor.trainer import Trainer  # noqa: E402
+from nemo_r3.algo.objective import Objective  # noqa: E402
 from nemo_r3.export import export  # noqa: E402
 from nemo_r3.models import model_path  # noqa: E402
 from nemo_r3.precision import precision_of, without_fp8  # noqa: E402
@@ -38,11 +41,12 @@ ROWS = 600
 LAYOUTS = {
     "one": ("bf16", "fp8-tensorwise", "fp8-blockwise", "fp8-delayed"),
     "tp2": ("bf16", "fp8-tensorwise", "fp8-delayed"),  # on two ranks the model's matrices are no multiples of 128
+    "dp2": ("bf16", "fp8-tensorwise"),
 }
 
 
-def batch() -> UpdateBatch:
-    given = batch_of()
+def batch(given: UpdateBatch | None = None) -> UpdateBatch:
+    given = given or batch_of()
     rows = (replace(row, loss_weights=[weight / ROWS for weight in row.loss_weights]) for row in given.rows)
     return replace(given, rows=tuple(rows))
 
@@ -72,6 +76,7 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     after = [trainer.update(batch())]  # of the weights that the update before has made
     resumed = [again.update(batch()) for _ in range(2)]
     found |= {"metrics": metrics, "resumed": resumed == [metrics[-1], *after]}
+    found["split"] = split_gap(lab, trainer, again)
     plain = Policy(without_fp8(policy.config), lab.world)
     checkpoint.load_weights(plain, latest(home))
     out = lab.home / f"te-{layout}-{name}-export"
@@ -82,6 +87,18 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
         trainer.update(batch())
         found["left"] = dict(PRODUCTS)
     return found
+
+
+def split_gap(lab: Lab, together: Trainer, apart: Trainer) -> float:
+    """How far a step of two updates is from two steps, of the same weights: RLOO knows no old policy."""
+    whole = batch(split_batch())
+    for trainer in (together, apart):
+        trainer._objective = Objective(replace(trainer.policy.config.algo, loss="rloo"))
+    together.update(whole)
+    for rows in whole.updates:
+        apart.update(replace(whole, rows=tuple(rows)))
+    ours, theirs = (lab.weights(trainer.policy) for trainer in (together, apart))
+    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
 def family(lab: Lab, kind: str) -> dict[str, Any]:

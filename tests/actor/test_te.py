@@ -87,7 +87,7 @@ POLICIES = Path(__file__).with_name("te_policies.py")
 EMBEDDED = POLICIES.parents[2] / "nemo_r3" / "assets" / "countdown_tiny"
 
 
-@pytest.fixture(scope="module", params=[("one", 1), ("tp2", 2)], ids=["one", "tp2"])
+@pytest.fixture(scope="module", params=[("one", 1), ("tp2", 2), ("dp2", 2)], ids=["one", "tp2", "dp2"])
 def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What policies in each precision found, at a layout, on a GPU that is pretended."""
     return launch(*request.param, tmp_path_factory.mktemp("te"))
@@ -108,6 +108,7 @@ def test_a_policy_lives_in_every_precision(policies: dict[str, Any]) -> None:
         assert found["gap"] < {"fp32": 1e-9, "bf16": 0.06}.get(name, 0.35), name
         assert {row["fp8"] for row in found["layers"]} == expected_fp8(name), name
         assert found["behind"] == [], f"{name}: an update leaves a tensor that would hold its memory"
+        assert found["split"] == 0, f"{name}: a step of two updates is two steps, where the loss has no old policy"
 
 
 def test_the_first_gradient_is_float32s(policies: dict[str, Any]) -> None:
