@@ -15,7 +15,7 @@ from nemo_r3 import entry
 from nemo_r3.algo.balance import Balance
 from nemo_r3.capacity import Node, host_bytes
 from nemo_r3.models import planned_architecture
-from nemo_r3.models.flops import FORWARD_AND_BACKWARD, training_cost
+from nemo_r3.models.flops import step_flops, training_cost
 from nemo_r3.plan import Plan, describe, plan_of
 from nemo_r3.types import Row, UpdateBatch
 
@@ -48,8 +48,7 @@ def describe_step(plan: Plan) -> str:
     balances = [Balance(rows, cost, config.actor.microbatch_tokens) for rows in batch.updates]
     dealt = [balance.deal(plan.data_parallel, config.actor.pipeline_parallel) for balance in balances]
     costs = [balance.all_flops(hands) for balance, hands in zip(balances, dealt, strict=True)]
-    without_gradient = sum(costs[1:]) + (sum(costs) if config.algo.kl_beta else 0)  # of old policy and reference
-    flops = sum(costs) + without_gradient / FORWARD_AND_BACKWARD
+    flops = step_flops(costs, reference=config.algo.kl_beta > 0)
     sampled = len(batch.rows) * (config.rollout.max_reflection_tokens + config.rollout.max_answer_tokens)
     updates = f"an update of {flops:.1e} FLOPs" if len(costs) == 1 else f"{len(costs)} updates, {flops:.1e} FLOPs"
     return (

@@ -1,4 +1,4 @@
-"""`Trainer`: the policy's optimizer, on all ranks at once (SPMD). It turns a batch into one step of the weights."""
+"""`Trainer`: the policy's optimizer, on all ranks at once (SPMD). It turns a batch into new weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_r3.actor.scales import find_scales
 from nemo_r3.algo.batch import check_loss_weights
 from nemo_r3.algo.objective import METRICS, Objective
 from nemo_r3.algo.packing import Microbatch
-from nemo_r3.models.flops import FORWARD_AND_BACKWARD
+from nemo_r3.models.flops import step_flops
 from nemo_r3.precision import precision_of
 from nemo_r3.types import UpdateBatch
 
@@ -115,7 +115,6 @@ class Trainer:
         total = {name: sum(each[name] for each in found) for name in found[0]}
         mean = {name: fmean(each[name] for each in taken or found) for name in ("loss", "kl", "grad_norm")}
         tokens = max(total["tokens"], 1.0)
-        without_gradient = sum(costs[1:]) + (0 if self._reference is None else sum(costs))
         return {
             "loss": mean["loss"],
             **({} if self._reference is None else {"kl": mean["kl"]}),
@@ -133,7 +132,7 @@ class Trainer:
             "microbatches": float(sum(map(len, updates))),
             "updates": float(len(found)),
             "skipped": float(len(found) - len(taken)),
-            "update_flops": sum(costs) + without_gradient / FORWARD_AND_BACKWARD,
+            "update_flops": step_flops(costs, reference=self._reference is not None),
         }
 
     def _descend(self, microbatches: Sequence[Microbatch], given: tuple[Scores, Scores]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from nemo_r3.algo.balance import Cost
 from nemo_r3.models.architecture import Architecture
@@ -20,6 +20,15 @@ def training_cost(arch: Architecture) -> Cost:
         per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * arch.query_width,
         per_target=FORWARD_AND_BACKWARD * 2 * arch.hidden_size * arch.vocab_size,
     )
+
+
+def step_flops(updates: Sequence[float], reference: bool) -> float:
+    """FLOPs of a step's updates, of which each costs this by `training_cost`, and of the passes that score for them.
+
+    Before the first update the reference scores the rows of all, and the old policy those of the later ones.
+    """
+    scored = sum(updates[1:]) + (sum(updates) if reference else 0)
+    return sum(updates) + scored / FORWARD_AND_BACKWARD
 
 
 def rollout_flops(arch: Architecture, groups: Iterable[Group]) -> float:

@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nemo_r3.algo.balance import Balance
 from nemo_r3.models import Architecture, architecture_of
-from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, rollout_flops, speed, training_cost
+from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, rollout_flops, speed, step_flops, training_cost
 from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Row, Segment, Trajectory
 
 SHARED, OWN, TRAINED = 24, 16, 10
@@ -124,3 +124,11 @@ def test_speed_is_of_a_rank() -> None:
     assert speed("update", 8e15, 4.0, 2, "", "bf16") == {"speed/update_tflops": 1000.0}
     found = speed("rollout", 989e12 * 8, 16.0, 1, "NVIDIA H100 80GB HBM3", "bf16")
     assert found == {"speed/rollout_tflops": 494.5, "speed/rollout_mfu": 0.5}
+
+
+def test_a_step_counts_what_scores_for_its_updates() -> None:
+    """A forward pass is a third: of the later updates' rows by the old policy, and of all rows by the reference."""
+    assert step_flops([3.0], reference=False) == 3
+    assert step_flops([3.0], reference=True) == 3 + 1
+    assert step_flops([3.0, 6.0], reference=False) == 9 + 2
+    assert step_flops([3.0, 6.0], reference=True) == 9 + 2 + 3
