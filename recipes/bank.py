@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nemo_r3.errors import UserError
 from nemo_r3.failures.bank import Bank, BankRow
@@ -14,6 +15,11 @@ from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Problem
 from recipes.metrics import warn_of_long_problems, warn_of_truncated_answers
 from recipes.setup import Setup
+from recipes.start import refit_if_behind
+
+if TYPE_CHECKING:
+    from nemo_r3.actor.policy import Policy
+    from nemo_r3.rollout.engine import Engine
 
 TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
 """`Dialogue.tools` in words."""
@@ -49,14 +55,12 @@ def open_bank(setup: Setup) -> Bank | None:
         max_answer_tokens=config.rollout.max_answer_tokens,
         samples_per_problem=config.failures.samples_per_problem,
     )
-    bank = Bank(config, stamp, setup.world, setup.dialogue.decode)
-    bank.check()
-    return bank
+    return Bank(config, stamp, setup.world, setup.dialogue.decode)
 
 
 def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     """The bank's failures, after mining what is missing, for which the engine must hold the starting weights."""
-    if bank.check():
+    if bank.complete:
         return bank.read()
     problems, progress = problems_to_mine(setup), setup.progress
     if any(problem.tools for problem in problems):
@@ -78,10 +82,15 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     return rows
 
 
-def failure_source(setup: Setup, bank: Bank | None, rollout: Rollout) -> Source:
-    """Gives each training step its failures: from the bank, or if there is none, from the current policy."""
+def failure_source(setup: Setup, bank: Bank | None, policy: Policy, rollout: Rollout[Engine]) -> Source:
+    """Gives each training step its failures: from the bank, or if there is none, from the current policy.
+
+    A bank that is not complete is mined first, from the policy's starting weights.
+    """
     config = setup.config
     count = config.train.failures_per_step
     if bank is None:
         return OnlineSource(rollout, setup.task.problems("train"), count, config.seed)
+    if not bank.complete:
+        refit_if_behind(setup, policy, rollout)
     return BankSource(bank_rows(setup, bank, rollout), count, config.seed, setup.world)

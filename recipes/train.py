@@ -33,9 +33,7 @@ def train(argv: Sequence[str]) -> None:
     bank, trainer = open_bank(setup), start_trainer(setup)
     checkpoints.check_new_run(setup, trainer)
     rollout = start_rollout(setup, with_weights=False)
-    if bank is not None and not bank.check():
-        refit_if_behind(setup, trainer.policy, rollout)
-    source = failure_source(setup, bank, rollout)
+    source = failure_source(setup, bank, trainer.policy, rollout)
     counters, last_checkpoint = checkpoints.resume(setup, trainer, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
     layers = Layers(setup, trainer.policy.module, counters)

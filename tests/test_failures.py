@@ -32,9 +32,9 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
     mined, rollout = bank(tmp_path / "bank"), Scripted(passes=1)
-    assert not mined.check()
+    assert not mined.complete
     mined.mine(rollout, problems(3))
-    assert mined.check()
+    assert mined.complete and bank(tmp_path / "bank").complete
     assert rollout.steps == {0}, "which no training step has"
     found = read(mined)
     assert [failure.id for failure in found] == ["p0/1", "p1/1", "p2/1"]
@@ -54,7 +54,7 @@ def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
     bank(tmp_path).mine(Cut(passes=1), problems(4))
     _locks.pop().close()
     again = bank(tmp_path)
-    assert again.check()
+    assert again.complete
     assert again.tally().truncated_share == 5 / 8, "those that passed count, too, and those of an earlier process"
 
 
@@ -65,11 +65,11 @@ def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, caps
     whole = read(bank(tmp_path))
     lost = tmp_path / "shard_00001.jsonl"
     lost.unlink()
-    assert not bank(tmp_path).check()
+    assert not bank(tmp_path).complete
     mine(tmp_path, again, many)
     assert (first.asked, again.asked) == (len(many), SHARD)
     assert f"{lost} is missing" in capsys.readouterr().err
-    assert bank(tmp_path).check()
+    assert bank(tmp_path).complete
     assert read(bank(tmp_path)) == whole
 
 
@@ -84,7 +84,7 @@ def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         mine(tmp_path, Killed(), many)
     _locks.pop().close()
-    assert not bank(tmp_path).check()
+    assert not bank(tmp_path).complete
     mine(tmp_path, again, many)
     assert again.asked == 3
     assert [failure.id for failure in read(bank(tmp_path))] == [f"{problem.id}/1" for problem in many]
@@ -122,8 +122,8 @@ def test_as_many_shards_are_asked_at_once_as_the_engines_need(
 def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: str, value: str) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
     other = Stamp(**{**vars(STAMP), field: value})
-    assert f"mined otherwise: {field}" in refusal(bank(tmp_path, other).check)
-    assert bank(tmp_path, other, allow_foreign=True).check()
+    assert f"mined otherwise: {field}" in refusal(lambda: bank(tmp_path, other))
+    assert bank(tmp_path, other, allow_foreign=True).complete
 
 
 def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -132,25 +132,25 @@ def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path)
 
     bank(tmp_path).mine(Scripted(), problems(2))
     other = replace(STAMP, model="m1")
-    assert bank(tmp_path, decode=other_words, allow_foreign=True).check()  # it is no foreign one
+    assert bank(tmp_path, decode=other_words, allow_foreign=True).complete  # it is no foreign one
     with pytest.raises(
         UserError, match=r"failures\.path: .*another tokenizer.*'7 8'.*'words .*failures\.allow_foreign"
     ):
-        bank(tmp_path, other, decode=other_words, allow_foreign=True).check()
+        bank(tmp_path, other, decode=other_words, allow_foreign=True)
 
 
 def test_a_half_mined_foreign_bank_is_refused_even_when_told(tmp_path: Path) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
     bank(tmp_path)._write_index(2, complete=False)
     with pytest.raises(UserError, match="mined otherwise: model"):
-        bank(tmp_path, Stamp(**{**vars(STAMP), "model": "m1"}), allow_foreign=True).check()
+        bank(tmp_path, Stamp(**{**vars(STAMP), "model": "m1"}), allow_foreign=True)
 
 
 def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
     bank(tmp_path).mine(Scripted(), problems(2))
     (tmp_path / "bank.json").unlink()
     with pytest.raises(UserError, match="no bank.json"):
-        bank(tmp_path).check()
+        bank(tmp_path)
 
 
 def test_a_bank_without_failures_says_why(tmp_path: Path) -> None:
@@ -236,9 +236,8 @@ def test_all_ranks_draw_what_rank_0_reads(tmp_path: Path) -> None:
 
     def seen(path: Path, world: SimpleNamespace) -> list[Any]:
         found = bank(path, world=cast(World, world))
-        complete = found.check()
         source = BankSource(found.read(), 4, 1, cast(World, world))
-        return [complete, source.draw(1), source.draw(2)]
+        return [found.complete, source.draw(1), source.draw(2)]
 
     assert seen(tmp_path / "here", first) == seen(tmp_path / "not here", other)
 
@@ -270,7 +269,7 @@ def test_a_damaged_index_is_named(tmp_path: Path, part: str, damaged: str) -> No
     bank(tmp_path).mine(Scripted(), problems(1))
     index.write_text(index.read_text().replace(part, damaged))
     with pytest.raises(UserError, match=r"bank\.json is damaged"):
-        bank(tmp_path).check()
+        bank(tmp_path)
 
 
 def test_rows_hold_ids_and_text(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class BankRow(NamedTuple):
 class Bank:
     """A directory of mined failures. Only rank 0 touches it: on a shared file system, ranks may see different files.
 
-    All ranks call `check`, `mine`, `tally` and `read` together.
+    All ranks open it, and call `mine`, `tally` and `read`, together.
 
     Args:
         config: the run's settings.
@@ -63,7 +63,12 @@ class Bank:
         world: all ranks.
         decode: gives the text of an answer's ids, see `Dialogue.decode`.
 
+    Raises:
+        UserError: it was mined with another model, task, verifier, dialogue or sampling; or it is accepted as foreign
+            but holds token ids of another tokenizer.
+
     Attributes:
+        complete: whether nothing is left to mine: it is not missing, half mined or lacking a shard.
         example: the first answer that this process mined, if any.
     """
 
@@ -74,15 +79,7 @@ class Bank:
         self._index = self.path / "bank.json"
         self._shards: dict[str, str] = {}
         self._tallies: dict[str, dict[str, int]] = {}
-
-    def check(self) -> bool:
-        """Whether the bank is complete, and not missing, half mined or lacking a shard.
-
-        Raises:
-            UserError: it was mined with another model, task, verifier, dialogue or sampling; or it is accepted as
-                foreign but holds token ids of another tokenizer.
-        """
-        return self._world.on_main(self._is_complete)
+        self.complete = world.on_main(self._is_complete)
 
     def _is_complete(self) -> bool:
         if not self._index.exists():
@@ -144,6 +141,7 @@ class Bank:
         if self._world.is_main:
             self._write_index(len(problems), complete=True)
         self._world.barrier()
+        self.complete = True
 
     def _keep(self, name: str, attempts: Sequence[Attempt]) -> None:
         """Writes a shard."""
