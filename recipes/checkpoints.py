@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside
+from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside, step_of
 from nemo_r3.actor.saver import Saver
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
@@ -24,6 +24,23 @@ from recipes.setup import Setup
 def newest(setup: Setup) -> Path | None:
     """The run's newest checkpoint as rank 0 sees it: on a shared file system, ranks may see different files."""
     return setup.world.broadcast(latest(setup.run.checkpoints))
+
+
+def is_finished(setup: Setup) -> bool:
+    """Whether a sound checkpoint has all of `train.steps`; then says so and cuts the logs back, without a model.
+
+    A damaged one is left to `resume`.
+    """
+    found, steps = newest(setup), setup.config.train.steps
+    if found is None or step_of(found) < steps:
+        return False
+    try:
+        checkpoint.check(found, setup.world)
+    except DamagedError:
+        return False
+    setup.progress.say(f"step {step_of(found)} of train.steps={steps} is done: nothing to train")
+    setup.run.cut_back(step_of(found))
+    return True
 
 
 def trained(setup: Setup) -> Path | None:
@@ -53,15 +70,13 @@ def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, 
         UserError: all checkpoints are damaged, the newest is of another model, or `train.steps` goes beyond the
             learning rate's end.
     """
-    counters, home, steps = Counters(), None, setup.config.train.steps
+    counters, home = Counters(), None
     if newest_first := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
         home, manifest = _load_newest(setup, trainer, newest_first)
         counters = Counters(**manifest["state"])
         refuse_useless_steps(setup, trainer, counters.step)
         setup.progress.say(f"resuming after step {counters.step} from {home}; {trainer.describe_schedule()}")
-        if counters.step >= steps:
-            setup.progress.say(f"step {counters.step} of train.steps={steps} is done: nothing to train")
         _restore_turns(setup, rollout, home, counters.step + 1)
     setup.run.cut_back(counters.step)
     return counters, home

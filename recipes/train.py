@@ -30,6 +30,8 @@ def train(argv: Sequence[str]) -> None:
 
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
     run.open(resuming=checkpoints.newest(setup) is not None)
+    if checkpoints.is_finished(setup):
+        return conclude(setup, argv)
     bank, trainer = open_bank(setup), start_trainer(setup)
     checkpoints.check_new_run(setup, trainer)
     rollout = start_rollout(setup, with_weights=False)

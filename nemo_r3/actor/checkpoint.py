@@ -224,6 +224,15 @@ def _cause(error: BaseException) -> str:
     return in_one_line(error) or type(error).__name__
 
 
+def check(checkpoint: Path, world: World) -> None:
+    """Reads all files of a checkpoint, each on one rank, which takes no model.
+
+    Raises:
+        DamagedError: the checkpoint is incomplete or damaged, on every rank alike.
+    """
+    _check_files(checkpoint, _manifest(checkpoint, world)["files"], world)
+
+
 @cuda_stand_in()
 def load(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     """Restores a checkpoint of any layout; one that is seen to be damaged leaves everything as it was.
@@ -255,12 +264,11 @@ def load_weights(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files have the sizes that it says, and which is of this model.
+def _manifest(checkpoint: Path, world: World) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files have the sizes that it says.
 
     Raises:
         DamagedError: the checkpoint is incomplete, on every rank alike.
-        UserError: it is of another model, or of the other rotary factors.
     """
 
     def read() -> dict[str, Any]:
@@ -268,7 +276,16 @@ def _fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         check_sizes(checkpoint, manifest["files"])
         return manifest
 
-    manifest = policy.world.on_main(read)  # the other ranks may see the files later
+    return world.on_main(read)  # the other ranks may see the files later
+
+
+def _fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is of this model; otherwise as `_manifest`.
+
+    Raises:
+        UserError: it is of another model, or of the other rotary factors.
+    """
+    manifest = _manifest(checkpoint, policy.world)
     if manifest["architecture"] != _described(policy):
         raise UserError(
             f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "

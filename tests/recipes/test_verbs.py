@@ -201,13 +201,14 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(trained: Path, bank: Pa
         assert (path / name).read_text() == (trained / name).read_text()
 
 
-def test_a_finished_run_says_so_and_logs_nothing(trained: Path, bank: Path) -> None:
+def test_a_finished_run_says_so_without_a_model_and_logs_nothing(trained: Path, bank: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
+    (trained / "curve.png").unlink()
     done = run("train", *settings(bank, trained))
-    first, *_, last = done.stdout.splitlines()
+    first, finished, report, last = done.stdout.splitlines()
     assert first.startswith(f"run.dir={trained}  model.path=embedded")
-    assert "loading the model: 0.6M parameters" in done.stdout and "starting vLLM" in done.stdout
-    assert "step 4 of train.steps=4 is done: nothing to train" in done.stdout
+    assert finished == "step 4 of train.steps=4 is done: nothing to train"
+    assert report == f"report: {trained}/report.html" and (trained / "curve.png").exists()
     assert last.startswith("done: retry success ") and f"next: python -m recipes.evaluate {QUICKSTART} " in last
     assert (trained / "metrics.jsonl").read_bytes() == before
 
@@ -230,6 +231,7 @@ def test_a_damaged_checkpoint_and_a_request_to_stop_cost_nothing_but_time(
     process.send_signal(signal.SIGUSR1)
     told, _ = process.communicate(timeout=300)
     assert process.returncode == signals.STOPPED, told
+    assert "loading the model: 0.6M parameters" in told and "starting vLLM" in told
     assert f"warning: {path}/checkpoints/step_000004 is damaged: {largest.name} has other content" in told
     assert "stopped by SIGUSR1" in told
     assert (path / "checkpoints" / "step_000003" / "manifest.json").exists()  # between two saves
