@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from nemo_r3 import memory
@@ -177,12 +178,18 @@ class Trainer:
         return dict(zip(METRICS, total.tolist(), strict=True))
 
     def _step(self, finite: bool) -> float:
-        """Clips and steps; returns the gradient norm, or NaN if the step is skipped."""
+        """Clips and steps; returns the gradient norm, or NaN if the step is skipped.
+
+        The optimizer's own `step` measures the norm, too, but steps by one that is NaN or Inf.
+        """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (finite and math.isfinite(grad_norm)):
             return math.nan
-        self.optimizer.step()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if parameters and (most := self.policy.config.actor.clip_grad):
+            clip_grad_by_total_norm_fp32(parameters, most, grad_norm)
+        self.optimizer.step_with_ready_grads()
         self.policy.version += 1
         return grad_norm
 

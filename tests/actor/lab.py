@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from data import LENGTHS, TEMPERATURES, TENSORS, batch_of, broken, sequences, split_batch
 from megatron.core import parallel_state
+from megatron.core.optimizer import optimizer
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -163,9 +164,11 @@ class Lab:
     def split(self, layout: str, kind: str) -> None:
         """Two steps of two updates each."""
         trainer = self.trainer(layout, kind)
-        metrics = [trainer.update(split_batch()) for _ in range(2)]
+        with patch.object(optimizer, "get_grad_norm_fp32", wraps=optimizer.get_grad_norm_fp32) as norm:
+            metrics = [trainer.update(split_batch()) for _ in range(2)]
         self.keep(f"split-{layout}-{kind}-4", self.weights(trainer.policy))
         found = {"metrics": metrics, "version": trainer.policy.version, "steps": trainer.schedule.num_steps}
+        found["norms"] = norm.call_count
         self.note(f"split-{layout}-{kind}", found)
 
     def second_half(self, trainer: Trainer, name: str, metrics: list[dict[str, float]]) -> dict[str, Any]:

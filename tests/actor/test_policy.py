@@ -84,6 +84,7 @@ def test_updates_equal_a_plain_loop_on_transformers(one: Any, kind: str) -> None
 def test_several_updates_of_a_step_equal_a_plain_loop_that_clips(one: Any, every: dict[str, Any], layout: str) -> None:
     found = every[f"split-{layout}-qwen2"]
     assert (found["version"], found["steps"]) == (4, 2)
+    assert found["norms"] == 4, "each update's gradient is measured once"
     for ours, theirs in zip(found["metrics"], one.found["plain-split-qwen2"], strict=True):
         assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=3e-5, abs=1e-6)
         assert 0.02 < ours["clipped"] < 0.5, "the loss does clip here"
