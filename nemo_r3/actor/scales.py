@@ -6,6 +6,7 @@ Transformer Engine pickles them and then refuses to load pickles; here they are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,11 +38,25 @@ def find_scales(module: Any, world: World, accumulate: Callable[[], object]) -> 
     """Runs `accumulate` twice, forward and backward of a microbatch, unless a checkpoint brought the scales.
 
     With the initial scales of 1, gradients round to zero. The first pass sees the gradients of the residual stream; the
-    second no longer loses these, and sees what is behind them. The gradients of both are thrown away.
+    second no longer loses these, and sees what is behind them. The gradients of both are thrown away, so no forward
+    hook, which may measure the layers, sees either.
     """
     if not any(world.gather(_knows_scales(module))):
-        accumulate()
-        accumulate()
+        with _without_hooks(module):
+            accumulate()
+            accumulate()
+
+
+@contextmanager
+def _without_hooks(module: Any) -> Iterator[None]:
+    held = [(part._forward_hooks, dict(part._forward_hooks)) for part in module.modules()]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
 
 
 def _knows_scales(module: Any) -> bool:

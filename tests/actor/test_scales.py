@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import layers
 import torch
 from safetensors.torch import load
 from torch import nn
 
 from nemo_r3.actor import scales
+from nemo_r3.actor.numerics import LayerWatch
+from nemo_r3.precision import TENSORWISE
+from nemo_r3.runtime import World
 
 
 class Layer(nn.Module):
@@ -60,3 +64,25 @@ def test_another_recipe_takes_no_scales(monkeypatch: Any) -> None:
     model[0].init_fp8_meta_tensors("a recipe")
     plain.load_state_dict(model.state_dict())
     assert not plain[0].fp8_meta
+
+
+def test_passes_that_are_thrown_away_are_not_measured() -> None:
+    torch.manual_seed(0)
+    stack, numbers = nn.Sequential(*(layers.Layer(number) for number in range(1, 4))), torch.randn(3, 8)
+    trunk = SimpleNamespace(decoder=SimpleNamespace(layers=stack), config=SimpleNamespace(num_layers=3))
+    watch, alone = LayerWatch(trunk, TENSORWISE), cast(World, SimpleNamespace(gather=lambda item: [item]))
+
+    def accumulate() -> None:
+        passes.append(stack(numbers).sum().backward())
+
+    def measured(finds_scales: bool) -> dict[str, Any]:
+        with watch.watching():
+            if finds_scales:
+                scales.find_scales(stack, alone, accumulate)
+            accumulate()
+        return {key: vars(rounding) for key, rounding in watch._roundings.items()}
+
+    passes: list[None] = []
+    expected = measured(finds_scales=False)
+    assert len(expected) == 3 * 4 * 3 and measured(finds_scales=True) == expected
+    assert len(passes) == 1 + 3
