@@ -27,7 +27,7 @@ from nemo_r3.progress import warn
 START_SECONDS = 120.0
 
 
-class Worker(threading.local):
+class Worker:
     """Calls a function in another process, which starts with the first call, and again after it was killed.
 
     Every thread that calls has a process of its own. That has a session of its own, so that what the function starts is
@@ -43,8 +43,8 @@ class Worker(threading.local):
 
     def __init__(self, function: str, seconds: float = 5.0, megabytes: int = 2048) -> None:
         self._function, self._seconds, self._megabytes = function, seconds, megabytes
-        self._process: subprocess.Popen[str] | None = None
-        self._warned = False
+        self._own = threading.local()  # this thread's process
+        self._first_end = threading.Lock()  # whoever takes it, and never gives it back, warns
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns, or None if it ran out of time or memory or ended its process.
@@ -61,16 +61,17 @@ class Worker(threading.local):
         reply = self._reply(process, self._seconds)
         if reply is None:
             self._warn_once(process)
-            self._end()
+            self._end(process)
             return None
         if "raised" in reply:
             raise UserError(f"{self._function} raised {reply['raised']}")
         return reply["returned"]
 
     def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
+        process: subprocess.Popen[str] | None = getattr(self._own, "process", None)
+        if process is None or process.poll() is not None:
             path = os.pathsep.join(place or os.getcwd() for place in sys.path)
-            self._process = subprocess.Popen(
+            self._own.process = process = subprocess.Popen(
                 [sys.executable, "-m", __name__, self._function, str(self._megabytes), str(self._seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -78,10 +79,10 @@ class Worker(threading.local):
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
             )
-            if self._reply(self._process, START_SECONDS) is None:
-                self._end()
+            if self._reply(process, START_SECONDS) is None:
+                self._end(process)
                 raise UserError(f"{self._function} cannot be imported in a process of its own, see the error above")
-        return self._process
+        return process
 
     @staticmethod
     def _reply(process: subprocess.Popen[str], seconds: float) -> dict[str, Any] | None:
@@ -94,24 +95,22 @@ class Worker(threading.local):
         return reply
 
     def _warn_once(self, process: subprocess.Popen[str]) -> None:
-        if not self._warned:
-            self._warned = True
+        if self._first_end.acquire(blocking=False):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)  # its pipe closes just before it ends
             ended = f"ran out of {self._megabytes} MiB or ended its process (exit code {process.returncode})"
             why = f"took longer than {self._seconds:g} s" if process.returncode is None else ended
             warn(f"{self._function} {why}: a call gives None then; more such calls are not warned of")
 
-    def _end(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                with suppress(BrokenPipeError):  # of a call that it has not read
-                    pipe.close()
-            self._process = None
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # of a call that it has not read
+                pipe.close()
+        self._own.process = None
 
 
 def serve(function: str, megabytes: int, seconds: float) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier
 
 import psutil
 import pytest
@@ -91,6 +93,20 @@ def test_what_a_function_started_is_killed_with_it(tmp_path: Path, capsys: pytes
     assert call(str(file)) is None
     said = "warning: functions:starts_and_hangs took longer than 1 s: a call gives None then; "
     assert capsys.readouterr().err.count(said) == 1
+
+
+@pytest.mark.usefixtures("functions")
+def test_threads_have_processes_of_their_own_and_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    ends, pid, all_at_once = Worker("functions:ends"), Worker("os:getpid"), Barrier(3)
+
+    def call(_: int) -> int:
+        all_at_once.wait()
+        assert ends() is None
+        return pid()
+
+    with ThreadPoolExecutor(3) as threads:
+        assert len(set(threads.map(call, range(3)))) == 3
+    assert capsys.readouterr().err.count("warning: functions:ends") == 1
 
 
 @pytest.mark.usefixtures("functions")
