@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-LOCK = Path(tempfile.gettempdir()) / f"nemo_r3_engine_of_two_ranks_{os.getuid()}.lock"
-
-
-@contextmanager
-def only_engine_of_two_ranks() -> Iterator[None]:
-    """Inside, no other worker and no other session of these tests has such an engine; a killed one's memory is there.
-
-    On a CPU, vLLM names the memory that an engine's ranks share after nothing but the ranks.
-    """
-    with LOCK.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        Path("/dev/shm/-tp:0-[0-1]-cpushm_0").touch()
-        yield
 
 
 def run_script(

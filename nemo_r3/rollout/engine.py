@@ -32,7 +32,6 @@ from nemo_r3.models.tensors import HFTensors
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling
 
-SHARED_MEMORY = Path("/dev/shm")
 KV_BLOCK = 32
 """Tokens per block of vLLM's KV cache on a CPU. Only whole blocks of a shared context are reused: with vLLM's 128, the
 reflections on a short task would share nothing."""
@@ -82,8 +81,6 @@ class Engine:
             checkpoint.check(arch)  # vLLM's own error would be a traceback
         on_cuda = torch.cuda.is_available()
         _refuse_other_build(on_cuda)
-        if not on_cuda and rollout.tensor_parallel > 1:
-            _remove_stale_memory(rollout.tensor_parallel)
         # vLLM quantises weights as it reads them; starting it without any is untested
         reads = with_weights or rollout.quantization != "none"
         args = arguments(config, model_dir, arch, on_cuda, reads)
@@ -259,6 +256,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel,
         distributed_executor_backend="external_launcher",
+        worker_cls="auto" if on_cuda else "nemo_r3.rollout.cpu_worker.PrivateWorker",
         distributed_timeout_seconds=patience,
         cpu_distributed_timeout_seconds=patience,
         enable_prefix_caching=rollout.prefix_caching,
@@ -290,13 +288,3 @@ def _cpu_cache_bytes(config: Config, arch: Architecture) -> int:
     token = arch.cached_bytes(ways, precision_of(config).dtype.itemsize)
     blocks = rollout.max_num_seqs * -(-rollout.max_model_len // KV_BLOCK) + 1
     return min(rollout.cpu_kv_cache_gb * 2**30 // ways, blocks * KV_BLOCK * token)
-
-
-def _remove_stale_memory(ranks: int) -> None:
-    """Removes the shared memory that a killed CPU engine left: vLLM names it after nothing but the ranks."""
-    first = dist.get_rank() // ranks * ranks
-    name = f"[{'-'.join(str(rank) for rank in range(first, first + ranks))}]-cpushm_"
-    for file in SHARED_MEMORY.iterdir():
-        if name in file.name:
-            file.unlink(missing_ok=True)
-    dist.barrier()

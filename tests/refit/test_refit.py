@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from families import KINDS, make_checkpoint
-from processes import only_engine_of_two_ranks, run_script
+from processes import run_script
 
 from nemo_r3.refit import refit
 
@@ -42,8 +41,7 @@ def launch(home: Path, kinds: Iterable[str], ranks: int, *overrides: str) -> dic
     for kind in kinds:
         make_checkpoint(home / kind, kind)
     models = ",".join(str(home / kind) for kind in kinds)
-    with only_engine_of_two_ranks() if "rollout.tensor_parallel=2" in overrides else nullcontext():
-        run_script(PROBE, yaml, out, models, *overrides, ranks=ranks)
+    run_script(PROBE, yaml, out, models, *overrides, ranks=ranks)
     return json.loads(out.read_text())
 
 

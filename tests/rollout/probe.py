@@ -331,7 +331,15 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
         "tensor_parallel": tensor_parallel,
         "looks": looks_until_stop(probe),
         "patience": patience(probe),
+        "shared": shared_memory(),
     }
+
+
+def shared_memory() -> tuple[str, list[str]]:
+    """What vLLM names the memory of an engine's ranks after, and the names: none on a CPU without AVX-512."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    names = sorted({line.partition("/dev/shm/")[2] for line in maps if "cpushm" in line})
+    return os.environ["VLLM_DIST_IDENT"], names
 
 
 def patience(probe: Probe) -> list[float]:
