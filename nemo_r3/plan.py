@@ -95,7 +95,15 @@ class Plan:
             verdict = f"fits but for activations: {left}, they take {takes}; {SAVE_ACTIVATIONS}"
         else:
             verdict = f"fits: {left} for activations, which take {takes}"
-        return verdict + ("; host memory is not checked (cluster.memory_gb=0)" if math.isinf(self.node.host) else "")
+        if math.isinf(self.node.host):
+            verdict += "; host memory is not checked (cluster.memory_gb=0)"
+        ranks, actor, rollout = self.node.ranks, self.config.actor, self.config.rollout
+        for name, size in (("actor", actor.tensor_parallel), ("rollout", rollout.tensor_parallel)):
+            if self.config.cluster.nodes > 1 and ranks % size:
+                verdict += (
+                    f"; {name}.tensor_parallel={size} leaves a node of {ranks} GPUs: each layer waits for the network"
+                )
+        return verdict
 
     def check(self) -> None:
         """Refuses a training run that cannot fit.

@@ -193,6 +193,16 @@ def test_without_gpus_everything_is_host_memory() -> None:
     assert plan("qwen2.5-1.5b", "quickstart", here=Node("x", 1, 0, 99 * GIB)).verdict.startswith("fits")
 
 
+def test_tensor_parallelism_across_nodes_is_remarked() -> None:
+    within = "cluster.nodes=8", "cluster.gpus_per_node=4", "actor.tensor_parallel=4", "rollout.tensor_parallel=4"
+    assert "leaves a node" not in plan("llama-3.1-70b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *within).verdict
+    across = plan("llama-3.1-70b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *within[:2]).verdict
+    for name in ("actor", "rollout"):
+        assert f"; {name}.tensor_parallel=8 leaves a node of 4 GPUs: each layer waits for the network" in across
+    one = plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "cluster.nodes=2", "cluster.gpus_per_node=5")
+    assert "; actor.tensor_parallel=2 leaves a node of 5 GPUs" in one.verdict and "rollout.tensor" not in one.verdict
+
+
 def test_without_gpus_a_table_has_what_the_settings_take() -> None:
     settings = ("rollout.tensor_parallel=2", "actor.offload_optimizer=true")
     found = numbers(describe(plan("qwen2.5-1.5b", "quickstart", *settings)))
