@@ -47,7 +47,10 @@ def config_on_hub(name: str) -> dict[str, Any]:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
     except ImportError as error:  # slurm.launch needs no more than submitit
-        raise _not_to_be_had(name, error) from error
+        raise ModelNotFoundError(
+            f"model.path: {name!r} is no directory here, and to ask the Hugging Face hub for its config.json takes "
+            "`pip install huggingface-hub`"
+        ) from error
     # the HTTP library's own error, whichever it is, and OSError are bases of the hub's
     errors: tuple[Any, ...] = (*HfHubHTTPError.__bases__, HFValidationError)
     try:

@@ -1,6 +1,7 @@
 """A starting checkpoint is found where its name says, on disk or in the hub's cache."""
 
 import shutil
+import sys
 from fnmatch import fnmatch
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -91,6 +92,12 @@ def test_a_hub_name_that_is_not_to_be_had_says_what_to_do(hub: Path) -> None:
     for find in (located, planned):
         with pytest.raises(ConfigError, match="model.path: 'org/gone' is no directory.*hf download org/gone"):
             find("org/gone")
+
+
+def test_without_the_hubs_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match="model.path: 'org/tiny' is no directory here.*pip install huggingface-hub"):
+        planned("org/tiny")
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
