@@ -51,7 +51,11 @@ def trained(setup: Setup) -> Path | None:
     """
     asked = setup.config.evaluate.checkpoint
     if asked and not setup.world.broadcast((Path(asked) / MANIFEST).is_file()):
-        raise UserError(f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}")
+        kept = ", ".join(path.name for path in complete(setup.run.checkpoints)) or "none"
+        raise UserError(
+            f"evaluate.checkpoint: {asked} is no complete checkpoint: it has no {MANIFEST}; complete in "
+            f"{setup.run.checkpoints}: {kept} (train.keep_checkpoints={setup.config.train.keep_checkpoints})"
+        )
     found = Path(asked) if asked else newest(setup)
     if found is not None:
         setup.run.refuse_other_settings()
