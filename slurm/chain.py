@@ -103,25 +103,29 @@ def submit(arrays: Sequence[JobArray]) -> str:
 
     Raises:
         ConfigError: `cluster` has something that a chain cannot submit.
-        UserError: an earlier chain is still active there, or Slurm refuses a job; then nothing stays submitted.
+        UserError: an earlier chain is still active there, Slurm refuses a job, or the run directory cannot be written;
+            then nothing stays submitted.
     """
     folder = arrays[0].stages[0].folder
     submitted: list[tuple[Stage, str]] = []
     batch_scripts(arrays)  # what it refuses is refused before anything is submitted
     refuse_another(folder)
     before, last = None, ""
-    for array in arrays:
-        try:
+    try:
+        for array in arrays:
             executor = SlurmExecutor(folder / "jobs", python=PYTHON)
             executor.update_parameters(**parameters(array, before, last))
             with redirect_stderr(StringIO()):  # submitit prints what it raises
                 jobs = executor.submit_array(array.stages)
-        except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
-            left = _take_back([job for _, job in submitted])
-            raise UserError(f"Slurm refused {array.recipe}: {' '.join(str(error).split())}{left}") from error
-        submitted += [(stage, job.job_id) for stage, job in zip(array.stages, jobs, strict=True)]
-        before, last = array, jobs[0].job_id.partition("_")[0]
-    record(folder, submitted)
+            submitted += [(stage, job.job_id) for stage, job in zip(array.stages, jobs, strict=True)]
+            before, last = array, jobs[0].job_id.partition("_")[0]
+        record(folder, submitted)
+    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
+        left = _take_back([job for _, job in submitted])
+        raise UserError(f"Slurm refused {array.recipe}: {' '.join(str(error).split())}{left}") from error
+    except OSError as error:
+        left = _take_back([job for _, job in submitted])
+        raise UserError(f"run.dir: cannot write {error.filename or folder} ({error.strerror}){left}") from error
     return "\n".join(f"{stage.name}: job {job}" for stage, job in submitted)
 
 
@@ -186,9 +190,12 @@ def _outcome(stage: Stage, job: str, failed: str | None) -> str:
             return f"cancelled: {failed} did not succeed"
         if not job:
             return "did not run"
-        return f"ended by Slurm: cancelled, out of time or out of memory; see {log} and `sacct --jobs={job}`"
-    slices = [line for line in lines_of(log) if line.startswith("slice ")]
-    return f"failed with code {code}: {slices[-1] if slices else 'see its output'}" + (f" ({log})" if job else "")
+        return (
+            "ended by Slurm: cancelled, out of time or out of memory, or its end could not be written here; see "
+            f"{log} and `sacct --jobs={job}`"
+        )
+    said = [line for line in lines_of(log) if line.startswith(("slice ", "error: "))]
+    return f"failed with code {code}: {said[-1] if said else 'see its output'}" + (f" ({log})" if job else "")
 
 
 def cancel(run_dir: Path) -> str:

@@ -2,7 +2,7 @@
 
 print CONFIG.yaml key=value ...       prints the sbatch line that fits a config
 begin CONFIG.yaml key=value ...       in a job: refuses an allocation that does not fit, prints shell assignments
-end CODE CONFIG.yaml key=value ...    in a job, after srun: says how the slice ended, and may requeue the job
+end CODE LOGS/config.yaml             in a job, after srun: says how the slice ended, and may requeue the job
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from nemo_r3.plan import plan_of
 from nemo_r3.progress import warn
 from slurm import chain
 from slurm.chain import JobArray
-from slurm.job import resource_warning
+from slurm.job import SCRIPT, resource_warning
 from slurm.stage import STAGES, Stage
 
 SHARED = {"actor", "algo", "evaluate", "seed", "train"}
@@ -196,6 +196,8 @@ def main(argv: Sequence[str]) -> int:
         if args.local:
             run_here(arrays)
             return 0
+        if not Path(SCRIPT).is_file():
+            raise UserError(f"{Path.cwd()} is not the repository's root, where the jobs start: go there")
         for warning in filter(None, dict.fromkeys(resource_warning(array.config) for array in arrays)):
             warn(warning)
         for verdict in dict.fromkeys(verdicts(arrays, disk=not args.dry_run)):

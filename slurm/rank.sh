@@ -37,7 +37,9 @@ if [ -n "$launches" ]; then
 fi
 
 rank=${RANK:-$SLURM_PROCID}
-run python3 -m slurm.rank "$@" >>"$LOGS/rank_$rank.log" 2>&1
-code=$?
-echo "$code $SLURMD_NODENAME $(date +%s.%N)" >"$LOGS/rank_$rank.exit"
-exit "$code"
+{ # bash reads a block whole: the file may be edited while the rank runs
+    run python3 -m slurm.rank "$@" >>"$LOGS/rank_$rank.log" 2>&1
+    code=$?
+    echo "$code $SLURMD_NODENAME $(date +%s.%N)" >"$LOGS/rank_$rank.exit"
+    exit "$code"
+}

@@ -1,7 +1,7 @@
 """Slices of a run: a slice is a job from one (re)start to the next. How one ended, and whether another follows.
 
 <run.dir>/slurm.json             what must outlive a slice: faults, failures per host, progress at its start
-<run.dir>/logs/JOB_RESTART/      health.log, rank_N.log, rank_N.exit ("code host seconds") of one slice
+<run.dir>/logs/JOB_RESTART/      config.yaml, health.log, rank_N.log, rank_N.exit ("code host seconds") of one slice
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from nemo_r3 import signals
 from nemo_r3.actor.manifest import latest_step
-from nemo_r3.config import Config
+from nemo_r3.config import Config, to_yaml
 from nemo_r3.errors import UserError
 from nemo_r3.files import lines_of, write_whole
 from slurm.commands import ATTEMPTS, ask
@@ -85,13 +85,15 @@ def logs_of(config: Config, job: str, restarts: int) -> Path:
 
 
 def begin(config: Config, job: str, restarts: int) -> None:
-    """Makes the log directory and records where the run stands.
+    """Makes the log directory, and records the slice's settings and where the run stands.
 
     Raises:
         UserError: the run directory cannot be written.
     """
+    logs = logs_of(config, job, restarts)
     try:
-        logs_of(config, job, restarts).mkdir(parents=True, exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
+        write_whole(logs / "config.yaml", to_yaml(config))  # for `end`: the user may edit the file meanwhile
         record = read_record(config)
         if record.job != job:
             record = Record(job=job, hosts=record.hosts)
@@ -115,7 +117,11 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
         print(f"{what}; the job is {state}: Slurm is ending it, and decides whether it runs again", flush=True)
         return ended.code
     verdict = decide(config, read_record(config), ended, progress_of(config))
-    write_record(config, verdict.record)
+    try:
+        write_record(config, verdict.record)
+    except OSError as error:  # without a record faults would not be counted
+        reason = f"not requeued: cannot write {_file(config)} ({error.strerror}); fix that and submit again"
+        verdict = replace(verdict, requeue=False, reason=reason)
     print(f"{what}; {verdict.reason}", flush=True)
     if verdict.requeue:
         requeue(job, [host for host, failures in verdict.record.hosts.items() if failures >= HOST_FAILURES])

@@ -41,7 +41,8 @@ class Stage:
         """Runs train.sh in a job, on the batch host. A requeued job begins here again. Exits with the recipe's code."""
         environment = os.environ | {"RECIPE": self.recipe}
         self._end_file.unlink(missing_ok=True)
-        process = subprocess.Popen(["bash", "slurm/train.sh", *self.argv], env=environment)
+        script = Path("slurm/train.sh")  # read whole: bash reads a file as it runs, and it may be edited meanwhile
+        process = subprocess.Popen(["bash", "-c", script.read_text(), str(script), *self.argv], env=environment)
 
         def forward(number: int, frame: FrameType | None) -> None:
             process.send_signal(number)

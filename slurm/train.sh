@@ -20,6 +20,11 @@ if [ ! -f slurm/train.sh ]; then
     exit 2
 fi
 [ ! -x .venv/bin/python3 ] || PATH=$PWD/.venv/bin:$PATH
+if ! wrong=$(python3 -c 'import sys, omegaconf; sys.exit(sys.version_info < (3, 11))' 2>&1); then
+    echo "error: $(command -v python3 || echo python3) needs to be Python 3.11 or later with omegaconf: activate such an" \
+        "environment before you submit; cluster.setup prepares the ranks alone${wrong:+ (${wrong##*$'\n'})}" >&2
+    exit 2
+fi
 [ -z "$printing" ] || exec python3 -m slurm.job print "$@"
 if [ -z "${SLURM_JOB_ID-}" ]; then
     echo "error: there is no Slurm job around this: submit it with sbatch, or use --print" >&2
@@ -77,4 +82,4 @@ trap '' USR1 TERM
 if [ "${#CONTAINER[@]}" -gt 0 ]; then # pyxis by itself keeps what has a name, beyond the job
     timeout 60 srun "${NODE_STEP[@]}" enroot remove --force "pyxis_nemo_r3_$SLURM_JOB_ID" >/dev/null 2>&1
 fi
-python3 -m slurm.job end "$code" "$@"
+python3 -m slurm.job end "$code" "$LOGS/config.yaml"

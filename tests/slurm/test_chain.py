@@ -42,6 +42,16 @@ def test_a_point_that_fails_cancels_its_own_stages_alone(tmp_path: Path, monkeyp
     ]
 
 
+def test_what_a_job_says_before_its_first_slice_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = chain.folder_of(tmp_path)
+    chain.record(folder, [(Stage("mine", "", (), folder), "7")])
+    (folder / "mine.code").write_text("2\n")
+    (folder / "jobs").mkdir()
+    (folder / "jobs" / "7_0_log.out").write_text("submitit INFO\nerror: my.yaml: train.stepz: unknown key\n")
+    monkeypatch.setattr(chain, "ask", lambda *_: "")
+    assert "failed with code 2: error: my.yaml: train.stepz: unknown key (" in chain.status(tmp_path)
+
+
 def test_a_stage_that_is_requeued_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, seen = Stage("train", "", (), tmp_path), []
     (tmp_path / "train.code").write_text("137\n")
@@ -50,6 +60,18 @@ def test_a_stage_that_is_requeued_has_not_ended(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("slurm.stage.signal.signal", lambda *_: None)
     stage()
     assert (seen, stage.ended()) == ([None], 0)
+
+
+def test_a_batch_script_that_is_edited_meanwhile_ends_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "train.sh").write_text("echo exit 9 >>slurm/train.sh\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slurm.stage.signal.signal", lambda *_: None)
+    stage = Stage("train", "", (), tmp_path)
+    stage()
+    assert stage.ended() == 0
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import program
 from refusals import refusal
 
 from nemo_r3.config import Config, load
@@ -82,6 +83,20 @@ def test_a_bad_setting_or_place_is_one_line(tmp_path: Path) -> None:
     assert elsewhere.returncode == 2 and "is not the repository's root" in elsewhere.stderr
     for done in (unknown, outside, elsewhere):
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_python_that_cannot_read_a_config_is_named(tmp_path: Path) -> None:
+    bash = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["bash", "slurm/train.sh", "--print"]
+    for script, why in (
+        ("echo 'No module named omegaconf' >&2; exit 1", " (No module named omegaconf)"),
+        ("exit 1", ""),
+    ):
+        program(tmp_path, "python3", script)
+        done = subprocess.run(command, cwd=ROOT, env=bash, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"error: {tmp_path}/python3 needs to be Python 3.11 or later with omegaconf: ")
+        assert done.stderr.endswith(f"; cluster.setup prepares the ranks alone{why}\n")
 
 
 def test_the_scripts_own_options_are_the_defaults() -> None:

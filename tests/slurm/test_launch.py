@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from launched import ROOT, launch, launch_here
 from processes import program
 
 from nemo_r3.config import Config, load
+from slurm import chain
 from slurm.launch import SHARED, job_arrays, parser
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -192,6 +194,33 @@ def test_a_half_chain_that_cannot_be_taken_back_is_left_to_the_user_by_name(tmp_
         "error: Slurm refused train: sbatch: error: no controller; cancel 1 yourself: "
         "`scancel 1` failed: scancel: error: busy\n"
     )
+
+
+def test_a_run_directory_that_cannot_be_written_is_named_and_nothing_stays_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = slurm_that_refuses(tmp_path, after=9)
+    (tmp_path / "file").touch()
+    done = launch(QUICKSTART, f"run.dir={tmp_path}/file", "cluster.time_minutes=60", environment=slurm)
+    assert (
+        done.returncode == 2
+        and done.stderr == f"error: run.dir: cannot write {tmp_path}/file/chain/jobs (Not a directory)\n"
+    )
+
+    def record(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "chain.json")
+
+    monkeypatch.setattr(chain, "record", record)
+    done = launch(QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", environment=slurm)
+    assert (done.returncode, done.stderr) == (2, "error: run.dir: cannot write chain.json (Disk quota exceeded)\n")
+    assert (tmp_path / "cancelled").read_text() == "1 2 3 4\n"
+
+
+def test_elsewhere_than_in_the_repository_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launched.ROOT", tmp_path)
+    done = launch(str(ROOT / QUICKSTART), f"run.dir={tmp_path}/run", "cluster.time_minutes=60", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path} is not the repository's root, where the jobs start: go there\n"
 
 
 def test_a_later_stage_that_a_chain_cannot_submit_is_refused_before_the_first_is_submitted(tmp_path: Path) -> None:

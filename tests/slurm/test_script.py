@@ -1,8 +1,9 @@
-"""What `train.sh` asks of Slurm, whose commands only note it here; no Slurm is needed."""
+"""What `train.sh` asks of Slurm, whose commands only note it here, and how `rank.sh` ends; no Slurm is needed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,9 @@ COMMANDS = {
 }
 
 
-def run_slice(folder: Path, *overrides: str, **commands: str) -> tuple[list[str], str]:
+def run_slice(
+    folder: Path, *overrides: str, config: str = "configs/quickstart.yaml", **commands: str
+) -> tuple[list[str], str]:
     """The commands that a slice of job 7 gives, and what it prints."""
     for name, script in (COMMANDS | commands).items():
         note = f"words=\"{name} $*\"; echo ${{words//$'\\n'/ }} >>'{folder}/asked'"
@@ -26,7 +29,7 @@ def run_slice(folder: Path, *overrides: str, **commands: str) -> tuple[list[str]
     job |= {"PATH": f"{folder}:{search_path()}"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
-        ["bash", "slurm/train.sh", "configs/quickstart.yaml", f"run.dir={folder}/run", *overrides],
+        ["bash", "slurm/train.sh", config, f"run.dir={folder}/run", *overrides],
         cwd=ROOT,
         env=kept | job,
         stdout=subprocess.PIPE,
@@ -54,3 +57,21 @@ def test_a_check_that_takes_too_long_is_said_to(tmp_path: Path) -> None:
     assert "slice 0 of job 7: the health check took longer than cluster.health_minutes=5 (" in said
     assert "requeued: fault 1 of 3 allowed" in said and "scontrol requeue 7" in asked
     assert not any("rank.sh" in command for command in asked)
+
+
+def test_a_config_that_is_edited_meanwhile_does_not_change_how_a_slice_ends(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"extends: {ROOT}/configs/quickstart.yaml\n")
+    edit = f'case "$*" in *slurm.health*) echo n1: fine ;; *) echo "run: [" >{mine}; exit 75 ;; esac'
+    asked, said = run_slice(tmp_path, config=str(mine), srun=edit)
+    assert "slice 0 of job 7: stopped on request before the ranks began; requeued" in said
+    assert "scontrol requeue 7" in asked
+
+
+def test_a_rank_whose_script_is_edited_meanwhile_leaves_its_exit_code(tmp_path: Path) -> None:
+    script = shutil.copy(ROOT / "slurm" / "rank.sh", tmp_path)
+    program(tmp_path, "python3", f": >{script}; exit 3")
+    job = {"PATH": f"{tmp_path}:{search_path()}", "LOGS": str(tmp_path), "LAUNCHER": "srun"}
+    job |= {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n1"}
+    assert subprocess.run(["bash", script], env=job, timeout=60).returncode == 3
+    assert (tmp_path / "rank_0.exit").read_text().startswith("3 n1 ")

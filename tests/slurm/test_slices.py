@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from dataclasses import replace
@@ -225,6 +226,28 @@ def test_a_job_that_slurm_is_not_ending_is_requeued_without_the_host_that_failed
     assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}, 137) == 137
     assert told == asked
     assert slices.read_record(config).faults == len(asked) // 2
+
+
+def test_without_room_for_the_record_a_job_is_not_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slices, "ask", lambda *_, **__: "RUNNING")
+    config = load([str(ROOT / "configs/quickstart.yaml"), f"run.dir={tmp_path}"])
+    slices.begin(config, "7", 0)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(slices, "write_record", full)
+    assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}, 137) == 1
+    said = capsys.readouterr().out
+    assert f"not requeued: cannot write {tmp_path}/slurm.json (No space left on device); fix that" in said
+
+
+def test_a_slice_keeps_the_settings_that_it_began_with(tmp_path: Path) -> None:
+    config = load([str(ROOT / "configs/quickstart.yaml"), f"run.dir={tmp_path}", "cluster.max_requeues=7"])
+    slices.begin(config, "7", 0)
+    assert load([str(slices.logs_of(config, "7", 0) / "config.yaml")]) == config
 
 
 def test_the_batch_script_needs_omegaconf_and_yaml_alone(tmp_path: Path) -> None:
