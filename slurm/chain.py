@@ -190,6 +190,8 @@ def _outcome(stage: Stage, job: str, failed: str | None) -> str:
             return f"cancelled: {failed} did not succeed"
         if not job:
             return "did not run"
+        if not log.exists():
+            return "ended by Slurm: cancelled before it began"
         return (
             "ended by Slurm: cancelled, out of time or out of memory, or its end could not be written here; see "
             f"{log} and `sacct --jobs={job}`"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slurm.slices import FINE
+from slurm.slices import DISK_SETTING, FINE
 
 GPU_SECONDS = 60
 
@@ -55,7 +55,7 @@ def wrong_with_disk(logs: Path, wanted_gb: float) -> str:
         probe.unlink()
     except OSError as error:
         return f"cannot write {logs} ({error.strerror}); run.dir must lie on a file system that all nodes share"
-    return _short_of(logs, wanted_gb, "cluster.min_disk_gb")
+    return _short_of(logs, wanted_gb, DISK_SETTING)
 
 
 def wrong_with_shm(wanted_gb: float) -> str:

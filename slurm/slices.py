@@ -28,6 +28,8 @@ FAULT = 1
 TIMED_OUT = 124
 """Exit code of timeout(1), around the health check."""
 FINE = "fine"
+DISK_SETTING = "cluster.min_disk_gb"
+"""Named by a node's health check if the run directory has less room."""
 HOST_FAILURES = 2
 """A host with this many failures is excluded."""
 IDLE_SLICES = 2
@@ -162,8 +164,9 @@ def _failed_check(logs: Path, code: int, hosts: list[str], health_minutes: int) 
     sick = {host: cause for host, cause in causes.items() if cause != FINE}
     if not sick:
         return None
-    # a fault that all of several nodes share is no node's own
-    blamed = tuple(sick) if len(sick) < len(hosts) or len(hosts) == 1 else ()
+    # a fault that all of several nodes share is no node's own, nor is a full disk, which they share
+    own = tuple(host for host, cause in sick.items() if DISK_SETTING not in cause)
+    blamed = own if len(sick) < len(hosts) or len(hosts) == 1 else ()
     return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
 
 

@@ -39,7 +39,7 @@ class Stage:
 
     def __call__(self) -> None:
         """Runs train.sh in a job, on the batch host. A requeued job begins here again. Exits with the recipe's code."""
-        environment = os.environ | {"RECIPE": self.recipe}
+        environment = os.environ | {"RECIPE": self.recipe, "BATCH_PYTHON": sys.executable}
         self._end_file.unlink(missing_ok=True)
         script = Path("slurm/train.sh")  # read whole: bash reads a file as it runs, and it may be edited meanwhile
         process = subprocess.Popen(["bash", "-c", script.read_text(), str(script), *self.argv], env=environment)

@@ -20,12 +20,13 @@ if [ ! -f slurm/train.sh ]; then
     exit 2
 fi
 [ ! -x .venv/bin/python3 ] || PATH=$PWD/.venv/bin:$PATH
-if ! wrong=$(python3 -c 'import sys, omegaconf; sys.exit(sys.version_info < (3, 11))' 2>&1); then
-    echo "error: $(command -v python3 || echo python3) needs to be Python 3.11 or later with omegaconf: activate such an" \
+python=${BATCH_PYTHON:-python3} # a chain's jobs go on with the Python that launched it
+if ! wrong=$("$python" -c 'import sys, omegaconf; sys.exit(sys.version_info < (3, 11))' 2>&1); then
+    echo "error: $(command -v "$python" || echo "$python") needs to be Python 3.11 or later with omegaconf: activate such an" \
         "environment before you submit; cluster.setup prepares the ranks alone${wrong:+ (${wrong##*$'\n'})}" >&2
     exit 2
 fi
-[ -z "$printing" ] || exec python3 -m slurm.job print "$@"
+[ -z "$printing" ] || exec "$python" -m slurm.job print "$@"
 if [ -z "${SLURM_JOB_ID-}" ]; then
     echo "error: there is no Slurm job around this: submit it with sbatch, or use --print" >&2
     exit 2
@@ -46,7 +47,7 @@ forward() { # once: a second signal ends a rank before it has saved
 trap forward USR1 TERM
 
 # LOGS LAUNCHER RANKS_PER_NODE THREADS SETUP CONTAINER NODE_STEP RANK_STEP HEALTH_MINUTES HEALTH, quoted for the shell
-settings=$(python3 -m slurm.job begin "$@") || exit 2
+settings=$("$python" -m slurm.job begin "$@") || exit 2
 eval "$settings"
 
 unset RANK LOCAL_RANK WORLD_SIZE
@@ -82,4 +83,4 @@ trap '' USR1 TERM
 if [ "${#CONTAINER[@]}" -gt 0 ]; then # pyxis by itself keeps what has a name, beyond the job
     timeout 60 srun "${NODE_STEP[@]}" enroot remove --force "pyxis_nemo_r3_$SLURM_JOB_ID" >/dev/null 2>&1
 fi
-python3 -m slurm.job end "$code" "$LOGS/config.yaml"
+"$python" -m slurm.job end "$code" "$LOGS/config.yaml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,11 +63,13 @@ def test_a_stage_that_is_requeued_has_not_ended(tmp_path: Path, monkeypatch: pyt
     assert (seen, stage.ended()) == ([None], 0)
 
 
-def test_a_batch_script_that_is_edited_meanwhile_ends_as_it_began(
+def test_a_batch_script_has_the_launching_python_and_ends_as_it_began_though_it_is_edited_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "train.sh").write_text("echo exit 9 >>slurm/train.sh\n")
+    (tmp_path / "slurm" / "train.sh").write_text(
+        f'[ "$BATCH_PYTHON" = {sys.executable} ] || exit 8\necho exit 9 >>"$0"\n'
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("slurm.stage.signal.signal", lambda *_: None)
     stage = Stage("train", "", (), tmp_path)
@@ -180,6 +183,6 @@ def test_a_chain_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     assert len(waiting) == 4 and all("pending (" in line for line in waiting)
     said = launch("cancel", str(tmp_path), environment=cluster.environment)
     assert said.stdout == f"cancelled: {', '.join(chain_of(tmp_path).values())}\n"
-    assert wait(cluster, tmp_path, 30)["mine"].startswith("ended by Slurm: cancelled")
+    assert wait(cluster, tmp_path, 30)["mine"] == "ended by Slurm: cancelled before it began"
     refused = launch(*held, "cluster.nodes=9", environment=cluster.environment)
     assert refused.returncode == 2 and "error: Slurm refused mine: sbatch: error: " in refused.stderr

@@ -86,7 +86,7 @@ def test_a_bad_setting_or_place_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_python_that_cannot_read_a_config_is_named(tmp_path: Path) -> None:
-    bash = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    bash = {"PATH": "/usr/bin:/bin", "BATCH_PYTHON": f"{tmp_path}/python3"}
     command = ["bash", "slurm/train.sh", "--print"]
     for script, why in (
         ("echo 'No module named omegaconf' >&2; exit 1", " (No module named omegaconf)"),

@@ -124,6 +124,8 @@ def test_what_all_nodes_share_is_no_nodes_fault(tmp_path: Path) -> None:
     assert read_end(tmp_path, 1, HOSTS, 5) == End(1, "node n1: disk full; node n2: disk full")
     (tmp_path / "health.log").write_text("")
     assert not read_end(tmp_path, 1, HOSTS, 5).hosts
+    (tmp_path / "health.log").write_text("n1: /run has 3.0 GB free, cluster.min_disk_gb=10\n")
+    assert not read_end(tmp_path, 1, ["n1"], 5).hosts
 
 
 def test_srun_alone_may_fail(tmp_path: Path) -> None:
