@@ -1,4 +1,4 @@
-"""A resumed run does not spend steps at a learning rate of 0."""
+"""A resumed run does not spend steps at a learning rate of 0; a checkpoint that is asked for is there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from refusals import refusal
 
-from recipes.checkpoints import refuse_useless_steps
+from recipes.checkpoints import refuse_useless_steps, trained
 
 
 def said_of(steps: int, done: int, left: float) -> str:
@@ -47,3 +47,17 @@ def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
 )
 def test_what_still_learns_goes_on(steps: int, done: int, left: float) -> None:
     assert said_of(steps, done, left) == "accepted"
+
+
+def test_a_checkpoint_that_is_gone_is_answered_with_those_that_are_there(tmp_path: Path) -> None:
+    asked = SimpleNamespace(checkpoint=str(tmp_path / "step_000002"))
+    setup: Any = SimpleNamespace(
+        config=SimpleNamespace(evaluate=asked, train=SimpleNamespace(keep_checkpoints=2)),
+        world=SimpleNamespace(broadcast=lambda value: value),
+        run=SimpleNamespace(checkpoints=tmp_path),
+    )
+    assert refusal(lambda: trained(setup)).endswith(f"; complete in {tmp_path}: none (train.keep_checkpoints=2)")
+    for step in (4, 6):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "manifest.json").touch()
+    assert "step_000006, step_000004 (train" in refusal(lambda: trained(setup))
