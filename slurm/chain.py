@@ -25,6 +25,7 @@ from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import lines_of
 from slurm.commands import ask
 from slurm.job import sbatch_options
+from slurm.slices import STOPPED
 from slurm.stage import Stage
 
 PYTHON = f"exec {shlex.quote(sys.executable)}"
@@ -197,7 +198,8 @@ def _outcome(stage: Stage, job: str, failed: str | None) -> str:
             f"{log} and `sacct --jobs={job}`"
         )
     said = [line for line in lines_of(log) if line.startswith(("slice ", "error: "))]
-    return f"failed with code {code}: {said[-1] if said else 'see its output'}" + (f" ({log})" if job else "")
+    how = f"{'stopped' if code == STOPPED else 'failed'} with code {code}"
+    return f"{how}: {said[-1] if said else 'see its output'}" + (f" ({log})" if job else "")
 
 
 def cancel(run_dir: Path) -> str:

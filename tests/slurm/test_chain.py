@@ -51,6 +51,8 @@ def test_what_a_job_says_before_its_first_slice_is_quoted(tmp_path: Path, monkey
     (folder / "jobs" / "7_0_log.out").write_text("submitit INFO\nerror: my.yaml: train.stepz: unknown key\n")
     monkeypatch.setattr(chain, "ask", lambda *_: "")
     assert "failed with code 2: error: my.yaml: train.stepz: unknown key (" in chain.status(tmp_path)
+    (folder / "mine.code").write_text("75\n")
+    assert "stopped with code 75: " in chain.status(tmp_path)
 
 
 def test_a_stage_that_is_requeued_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
