@@ -18,7 +18,7 @@ Answer with nothing but a JSON list of calls: [{"name": <function>, "arguments":
 class TaskConfig:
     """The task and its own options (validated against the task's Options dataclass)."""
 
-    name: str = option("countdown", help="a module of nemo_r3.tasks, or the dotted path of your own")
+    name: str = option("countdown", help="countdown, function_calling, or the dotted path of your own module")
     options: dict[str, Any] = option(
         factory=dict,
         help="the task's own settings: the Options in nemo_r3/tasks/countdown.py, function_calling.py or your own file",

@@ -50,7 +50,7 @@ def load(task: TaskConfig, dialogue: DialogueConfig) -> Task:
     Example: ``load(TaskConfig("countdown", {"size": 1000, "test_size": 100}), DialogueConfig())``
 
     Args:
-        task: `name` is a module of nemo_r3.tasks or the dotted path of a user's module.
+        task: `name` is countdown, function_calling or the dotted path of a user's module.
         dialogue: None in it means the task's own wording.
 
     Raises:

@@ -160,7 +160,7 @@ class UserTask:
         tools = problem.tools
         if not isinstance(tools, (tuple, list)) or not all(isinstance(t, dict) and "function" in t for t in tools):
             raise ConfigError(
-                f"{where}: tools of problem {problem.id!r} must be a tuple of {{'type': 'function', 'function': ...}}; "
+                f"{where}: tools of problem {problem.id!r} must be a list of {{'type': 'function', 'function': ...}}; "
                 f"got {tools!r:.200}"
             )
         for name, value in (("data", problem.data), ("tools", [*tools])):

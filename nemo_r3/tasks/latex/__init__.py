@@ -11,7 +11,7 @@ sympy may compute for hours (`9^{9^{9}}`). Hence
 
 An answer written like the expected one is right before any of that: `\theta`, `\text{(C)}` or `6:30` need no reading.
 
-Needs math-verify (`pip install nemo_r3[math]`), in that process only.
+Needs math-verify (`pip install -e '.[math]'`), in that process only.
 """
 
 from __future__ import annotations
