@@ -26,7 +26,10 @@ def evaluate(argv: Sequence[str]) -> None:
     trained = checkpoints.trained(setup)
     if trained is None:
         progress.say(f"no checkpoint in {run.path}: measuring the starting model only")
-    policy = start_policy(setup) if trained is not None else None
+    policy, step = None, None
+    if trained is not None:  # read before anything is measured: a run on its way removes it after some more saves
+        policy = start_policy(setup)
+        step = checkpoint.load_weights(policy, trained)["step"]
     rollout = start_rollout(setup)
     problems = setup.task.problems("test")[: config.evaluate.problems or None]
 
@@ -34,11 +37,10 @@ def evaluate(argv: Sequence[str]) -> None:
     with run.timed("evaluate"):
         before, reflected = measure(rollout, problems)
     verdicts = {"before": before}
-    entries: dict[str, Any] = {"before": as_json(scores(before)), "after": None, "difference": None, "step": None}
-    if policy is not None and trained is not None:
-        entries["step"] = checkpoint.load_weights(policy, trained)["step"]
+    entries: dict[str, Any] = {"before": as_json(scores(before)), "after": None, "difference": None, "step": step}
+    if policy is not None:
         refit(policy, rollout.engine)
-        progress.begin(f"evaluate step {entries['step']}:")
+        progress.begin(f"evaluate step {step}:")
         with run.timed("evaluate"):
             after, _ = measure(rollout, problems, reflected)
         verdicts["after"] = after

@@ -158,6 +158,17 @@ def test_an_answer_limit_that_is_too_low_is_seen(tmp_path: Path) -> None:
     assert "after" not in json.loads((tmp_path / "run" / "verdicts.json").read_text())
 
 
+def test_evaluation_reads_the_checkpoint_before_it_measures(trained: Path, bank: Path, tmp_path: Path) -> None:
+    """A run on its way would remove the checkpoint while the starting model is measured."""
+    path = tmp_path / "damaged"
+    shutil.copytree(trained, path)
+    file = max((path / "checkpoints" / "step_000004").glob("__*.distcp"), key=lambda file: file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    done = run("evaluate", *settings(bank, path), succeed=False)
+    assert done.returncode == 2 and f"{file.name} has" in done.stderr, done.stderr
+    assert "loading the model" in done.stdout and "starting vLLM" not in done.stdout
+
+
 def test_the_export_generates_with_transformers(trained: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
