@@ -84,5 +84,6 @@ def _snapshot(name: str) -> Path:
 def _not_to_be_had(name: str, error: Exception) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"model.path: {name!r} is no directory here, nor a model that the Hugging Face hub gives "
-        f"({describe(error)}); download it where there is a network (hf download {name}), or name a directory"
+        f"({describe(error)}); download it where there is a network (hf download {name}), or name a directory; for "
+        "recipes.plan a config.json will do, such as one of tests/shapes"
     )

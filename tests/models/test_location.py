@@ -90,7 +90,9 @@ def test_of_a_model_on_the_hub_config_json_alone_is_downloaded_and_not_cached(
 
 def test_a_hub_name_that_is_not_to_be_had_says_what_to_do(hub: Path) -> None:
     for find in (located, planned):
-        with pytest.raises(ConfigError, match="model.path: 'org/gone' is no directory.*hf download org/gone"):
+        with pytest.raises(
+            ConfigError, match="model.path: 'org/gone' is no directory.*hf download org/gone.*config.json will do"
+        ):
             find("org/gone")
 
 
