@@ -14,6 +14,9 @@ FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tikt
 def read_tokenizer(path: Path) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face checkpoint directory; the network is never asked.
 
+    Decoding leaves spaces as they are, even if the tokenizer's config asks to clean them up: "a , b" would become
+    "a, b", and a verifier would judge what the model never said.
+
     Raises:
         UserError: the directory has none, or transformers cannot make one of its files.
     """
@@ -25,7 +28,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
             "the model that it was made from"
         )
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, clean_up_tokenization_spaces=False
+        )
         tokenizer.encode("What is broken may show only here.", add_special_tokens=False, verbose=False)
     except Exception as error:  # of any type: transformers and tokenizers check little of what is in the files
         raise UserError(f"model.path: {path} has no tokenizer that can be read: {describe(error)}") from error

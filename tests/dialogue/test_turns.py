@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from nemo_r3.types import Phase, Problem, Segment, Trajectory
 WORDING = Wording("Make {target}.", "What went wrong?", "Try again.")
 PROBLEM = Problem("p", "Make 7 from 1 2 3.", {})
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|tail|>", "<|eot|>", "<|begin|>", "<|endoftext|>"]
+FOR_BPE_TOO = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+"""With it, transformers cleans up as its 5.0 did, whatever the kind of tokenizer."""
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -238,3 +241,15 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, 
 
 def test_a_sound_tokenizer_is_read() -> None:
     assert read_tokenizer(EMBEDDED).eos_token_id is not None
+
+
+def test_decoding_leaves_spaces_alone_whatever_the_tokenizers_config_says(tmp_path: Path) -> None:
+    model, said = tmp_path / "model", "what 's ( 7 , 3 ) ? n't . !"
+    shutil.copytree(EMBEDDED, model)
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"clean_up_tokenization_spaces": True, FOR_BPE_TOO: True}
+    file.write_text(json.dumps(settings))
+    tokenizer = read_tokenizer(model)
+    ids = tokenizer.encode(said, add_special_tokens=False, verbose=False)
+    assert PreTrainedTokenizerFast.from_pretrained(model).decode(ids) != said
+    assert tokenizer.decode(ids, skip_special_tokens=True) == said
