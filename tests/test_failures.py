@@ -184,9 +184,16 @@ def test_the_answers_are_counted_over_all_processes(tmp_path: Path) -> None:
     assert again.example == attempt(many[SHARD], 0, True)
 
 
-@pytest.mark.parametrize(("most", "left"), [(0.25, {"p0": 4, "p1": 3}), (0.74, {"p0": 4, "p1": 3, "p2": 2})])
+@pytest.mark.parametrize(
+    ("samples", "most", "left"),
+    [
+        (4, 0.25, {"p0": 4, "p1": 3}),
+        (4, 0.74, {"p0": 4, "p1": 3, "p2": 2}),
+        (32, 3 / 32, {"p0": 32, "p1": 31, "p2": 30, "p3": 29}),  # solved as often as this, not more often
+    ],
+)
 def test_only_problems_that_are_solved_seldom_enough_are_let_through(
-    tmp_path: Path, most: float, left: dict[str, int]
+    tmp_path: Path, samples: int, most: float, left: dict[str, int]
 ) -> None:
     class ByNumber(Scripted):
         """Passes as many of the answers to a problem as its number says."""
@@ -194,7 +201,7 @@ def test_only_problems_that_are_solved_seldom_enough_are_let_through(
         def first_attempts(self, asked: Sequence[Problem], _: int, samples: int, **__: object) -> list[Attempt]:
             return [attempt(it, sample, sample < int(it.id[1:])) for it in asked for sample in range(samples)]
 
-    found = bank(tmp_path, max_solve_rate=most, samples_per_problem=4)
+    found = bank(tmp_path, max_solve_rate=most, samples_per_problem=samples)
     found.mine(ByNumber(), problems(5))
     assert Counter(failure.problem.id for failure in read(found)) == left
 

@@ -234,7 +234,7 @@ def _row(attempt: Attempt, solve_rate: float) -> dict[str, Any]:
             "tools": attempt.problem.tools,
         },
         "sample": attempt.sample,
-        "solve_rate": round(solve_rate, 4),
+        "solve_rate": solve_rate,
         "task_ids": attempt.context.segments[0].ids,
         "attempt": answer.text,
         "attempt_ids": answer.segment.ids,
