@@ -39,7 +39,8 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
             continue
         for reflection, advantage in zip(group.reflections, advantages[number], strict=True):
             trajectory = _up_to_trained(reflection.trajectory, phases)
-            masked = algo.mask_truncated and reflection.answer.truncated  # arXiv 2503.14476, section 3.4
+            trained = [turn for turn in (reflection.answer, reflection.retry) if turn.segment.phase in phases]
+            masked = algo.mask_truncated and any(turn.truncated for turn in trained)  # arXiv 2503.14476, section 3.4
             if trajectory.segments and not masked:
                 chosen.append((number, trajectory, advantage))
     shared = {

@@ -29,7 +29,9 @@ class AlgoConfig:
         "(centred), or the others' mean; default: as the loss does; TRL's `scale_rewards` is std",
     )
     mask_truncated: bool = option(
-        False, help="leave out reflections cut at their token limit; their rewards still count in their groups' mean"
+        False,
+        help="leave out reflections cut at their token limit (with `algo.trained_phases`: if a trained turn is); "
+        "their rewards still count in their groups' mean",
     )
     kl_beta: float = option(
         0.001,

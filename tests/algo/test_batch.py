@@ -138,6 +138,20 @@ def test_a_reflection_cut_at_its_limit_leaves_loss_and_denominators_but_not_its_
     assert masked.rows[0].advantages == whole.rows[1].advantages
 
 
+@pytest.mark.parametrize(
+    ("phases", "left"),
+    [(["reflection"], [1, 2]), (["retry"], [0, 2]), (["reflection", "retry"], [2])],
+    ids=lambda value: "-".join(map(str, value)),
+)
+def test_only_a_cut_turn_that_would_be_trained_masks_its_row(phases: list[str], left: list[int]) -> None:
+    lengths = [4, 2, 3]
+    group = cut(group_of([1, 0, 0], lengths), 0)
+    second = replace(group.reflections[1], retry=replace(group.reflections[1].retry, finish_reason="length"))
+    group = replace(group, reflections=(group.reflections[0], second, group.reflections[2]))
+    batch = build_update([group], with_algo(mask_truncated=True, trained_phases=phases), 0)
+    assert [row.phases.count(Phase.REFLECTION) for row in batch.rows] == [lengths[number] for number in left]
+
+
 def test_masking_every_reflection_leaves_no_rows() -> None:
     batch = build_update([cut(group_of([1, 0]), 0, 1)], with_algo(mask_truncated=True), 0)
     assert (batch.rows, batch.groups_used, batch.groups_dropped) == ((), 0, 1)
