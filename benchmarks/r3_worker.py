@@ -27,7 +27,7 @@ from nemo_r3.dialogue import Dialogue
 from nemo_r3.refit import refit
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Sampler, Sampling, request_seed
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
 
 class RejectsAll:
@@ -112,7 +112,7 @@ class Bench:
     def _batch(self, groups: Sequence[Group]) -> UpdateBatch:
         return build_update(groups, self.config, seed=self.config.seed)
 
-    def _force(self, failures: Sequence[Failure], number: int) -> None:
+    def _force(self, failures: Sequence[Attempt], number: int) -> None:
         """Gives every request of the step its length."""
         self.lengths.clear()
         for failed, context in zip(failures, self.workload.steps[number], strict=True):
@@ -144,11 +144,11 @@ def sampled(phase: Phase, ids: Sequence[int]) -> Segment:
     return Segment(phase, tuple(ids), (0.0,) * len(ids), 0)
 
 
-def failure(context: Context, name: str) -> Failure:
+def failure(context: Context, name: str) -> Attempt:
     """A row of a failure bank."""
     attempt = sampled(Phase.ATTEMPT, context.attempt)
     whole = Trajectory((Segment(Phase.TASK, tuple(context.task)), attempt))
-    return Failure(Problem(name, "", {}), whole, Answer(attempt, "", "length"))
+    return Attempt(Problem(name, "", {}), 0, whole, Answer(attempt, "", "length"), passed=False)
 
 
 def rewarded(group: Group, rewards: Sequence[float]) -> Group:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_r3.rollout.scheduler import Rollout
-from nemo_r3.types import Attempt, Failure, Group, Problem, Reflection
+from nemo_r3.types import Attempt, Group, Problem, Reflection
 
 EVALUATION_STEP = -1
 """The step in the seeds of evaluation requests; no training step has it, so evaluating never changes a run."""
@@ -110,7 +110,7 @@ def measure(
     verdicts: Verdicts = {}
     for mode, greedy in (("sampled", False), ("greedy", True)):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
-        own = _reflected(rollout, [attempt.failure for attempt in attempts if attempt.is_failure], greedy)
+        own = _reflected(rollout, [attempt for attempt in attempts if attempt.is_failure], greedy)
         if not greedy:
             sampled = own
         given = sampled if fixed is None else fixed
@@ -138,7 +138,7 @@ def measure(
     return verdicts, sampled
 
 
-def _reflected(rollout: Rollout, failures: Sequence[Failure], greedy: bool) -> list[Group]:
+def _reflected(rollout: Rollout, failures: Sequence[Attempt], greedy: bool) -> list[Group]:
     return rollout.reflect_and_retry(failures, EVALUATION_STEP, group_size=1, greedy=greedy)
 
 
@@ -147,7 +147,7 @@ def _only(groups: Sequence[Group]) -> list[Reflection]:
     return [group.reflections[0] for group in groups]
 
 
-def _after_donors(rollout: Rollout, failures: Sequence[Failure], reflections: Sequence[Reflection]) -> list[Reflection]:
+def _after_donors(rollout: Rollout, failures: Sequence[Attempt], reflections: Sequence[Reflection]) -> list[Reflection]:
     """A retry on each failure after the reflection on the next one; none if there is no other."""
     if len(failures) < 2:
         return []

@@ -23,7 +23,7 @@ from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, lines_of, take_lock, write_whole
 from nemo_r3.progress import warn
 from nemo_r3.runtime import World
-from nemo_r3.types import Failure, Group, Problem, UpdateBatch
+from nemo_r3.types import Attempt, Group, Problem, UpdateBatch
 
 MEASURED = ("time/", "memory/", "speed/")
 """Prefixes of the metrics that differ between two runs of one config."""
@@ -238,7 +238,7 @@ class RunDirectory:
         write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
 
     def write_verdicts(
-        self, problems: Sequence[Problem], failures: Sequence[Failure], verdicts: Mapping[str, Any]
+        self, problems: Sequence[Problem], failures: Sequence[Attempt], verdicts: Mapping[str, Any]
     ) -> None:
         """Writes an evaluation's verdicts, and on which problems, to verdicts.json, to compare runs in pairs."""
         if self._world.is_main:

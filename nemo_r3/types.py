@@ -115,7 +115,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A first answer and its verdict.
+    """A first answer and its verdict: a failure to reflect on, and a row of the failure bank, if it is rejected.
 
     Attributes:
         problem: what was asked.
@@ -135,29 +135,6 @@ class Attempt:
     def is_failure(self) -> bool:
         """Whether the verifier rejected it and it has tokens to reflect on."""
         return not self.passed and bool(self.answer.segment.ids)
-
-    @property
-    def failure(self) -> Failure:
-        """This attempt as something to reflect on."""
-        assert self.is_failure, "only a sampled, rejected attempt is a failure"
-        return Failure(self.problem, self.context, self.answer, self.sample)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A problem with a first attempt that the verifier rejected: a row of the failure bank.
-
-    Attributes:
-        problem: what was asked.
-        context: [task][attempt].
-        answer: the rejected attempt (its segment is the context's last).
-        sample: which of the samples drawn for this problem it is.
-    """
-
-    problem: Problem
-    context: Trajectory
-    answer: Answer
-    sample: int = 0
 
     @property
     def id(self) -> str:
@@ -190,7 +167,7 @@ class Reflection:
 class Group:
     """The G reflections drawn for one failure (arXiv 2505.24726 section 3; GRPO's group)."""
 
-    failure: Failure
+    failure: Attempt
     reflections: tuple[Reflection, ...]
 
 

@@ -33,7 +33,7 @@ def preview(argv: Sequence[str]) -> None:
     problems = setup.task.problems("train")[: shown * ASKED_PER_SHOWN]
     setup.progress.begin("preview")
     attempts = sorted(rollout.first_attempts(problems, MINING_STEP), key=lambda attempt: not attempt.is_failure)
-    failures = [attempt.failure for attempt in attempts[:shown] if attempt.is_failure]
+    failures = [attempt for attempt in attempts[:shown] if attempt.is_failure]
     groups = rollout.reflect_and_retry(failures, MINING_STEP, group_size=1)
     warn_of_long_problems(setup, rollout)
     for attempt, group in zip_longest(attempts[:shown], groups):  # failures come first

@@ -12,7 +12,7 @@ from nemo_r3.failures.bank import Bank
 from nemo_r3.failures.stamp import Stamp
 from nemo_r3.files import _locks
 from nemo_r3.runtime import World
-from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Phase, Problem, Segment, Trajectory
 
 SHARD = 4
 """Problems of a shard, once `failures.SHARD_PROBLEMS` is patched; `bank`'s engine is then given one shard at once."""
@@ -71,7 +71,7 @@ def bank(
     return Bank(config, stamp, world, decode)
 
 
-def read(bank: Bank) -> list[Failure]:
+def read(bank: Bank) -> list[Attempt]:
     return [row.load() for row in bank.read()]
 
 

@@ -19,7 +19,7 @@ from nemo_r3.evaluate import (
     rate,
     scores,
 )
-from nemo_r3.types import Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 
 def answer(phase: Phase, token: int = 1, cut: bool = False) -> Answer:
@@ -52,17 +52,17 @@ class Model:
         return Attempt(problem, 0, Trajectory((Segment(Phase.TASK, (1,)), first.segment)), first, passed)
 
     def reflect_and_retry(
-        self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False
+        self, failures: Sequence[Attempt], step: int, group_size: int, greedy: bool = False
     ) -> list[Group]:
         assert step < 0
         return [Group(failure, (self._reflection(failure, greedy),)) for failure in failures]
 
-    def _reflection(self, failure: Failure, greedy: bool) -> Reflection:
+    def _reflection(self, failure: Attempt, greedy: bool) -> Reflection:
         number = int(failure.problem.id)
         turns = answer(Phase.REFLECTION, number, cut=number % 4 == 0), answer(Phase.RETRY, cut=number % 5 == 0)
         return Reflection(0, failure.context, *turns, number % self.second[greedy] > 0, number % 6 == 0)
 
-    def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
+    def retry_after(self, failures: Sequence[Attempt], reflections: Sequence[Answer], step: int) -> list[Reflection]:
         steps = {EVALUATION_STEP, RESAMPLING_STEP, DONOR_STEP, REREADING_STEP}
         assert len(steps) == 4 and step in (DONOR_STEP, REREADING_STEP), "the random numbers of other answers"
         return [

@@ -38,7 +38,7 @@ def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
     assert rollout.steps == {0}, "which no training step has"
     found = read(mined)
     assert [failure.id for failure in found] == ["p0/1", "p1/1", "p2/1"]
-    assert found[2] == attempt(problems(3)[2], 1, False).failure
+    assert found[2] == attempt(problems(3)[2], 1, False)
 
 
 def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:

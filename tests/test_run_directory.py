@@ -16,7 +16,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.files import _locks, take_lock
 from nemo_r3.run_directory import RunDirectory
 from nemo_r3.runtime import World
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
 
 def directory(path: Path, *overrides: str) -> RunDirectory:
@@ -289,7 +289,7 @@ def group_of(problem: str, passed: list[bool]) -> Group:
 
     attempt = answer(Phase.ATTEMPT, f"attempt at {problem}")
     context = Trajectory((Segment(Phase.TASK, (1, 2)), attempt.segment))
-    failure = Failure(Problem(problem, "?", {}), context, attempt)
+    failure = Attempt(Problem(problem, "?", {}), 0, context, attempt, False)
     turns = [(answer(Phase.REFLECTION, f"why {n}"), answer(Phase.RETRY, f"again {n}")) for n in range(len(passed))]
     return Group(failure, tuple(Reflection(n, context, *turns[n], verdict) for n, verdict in enumerate(passed)))
 

@@ -22,7 +22,7 @@ from nemo_r3.files import sealed, take_lock, unsealed, write_whole
 from nemo_r3.progress import Progress, warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
-from nemo_r3.types import Answer, Attempt, Failure, Phase, Problem, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Phase, Problem, Segment, Trajectory
 
 SHARD_PROBLEMS = 512
 MINING_STEP = 0
@@ -38,7 +38,7 @@ class BankRow(NamedTuple):
     shard: Path
     offset: int
 
-    def load(self) -> Failure:
+    def load(self) -> Attempt:
         """The failure.
 
         Raises:
@@ -244,11 +244,11 @@ def _row(attempt: Attempt, solve_rate: float) -> dict[str, Any]:
     }
 
 
-def _failure(row: Mapping[str, Any]) -> Failure:
+def _failure(row: Mapping[str, Any]) -> Attempt:
     """The inverse of `_row`."""
     asked = row["problem"]
     problem = Problem(row["problem_id"], asked["text"], asked["data"], tuple(asked["tools"]))
     task = Segment(Phase.TASK, tuple(row["task_ids"]))
     segment = Segment(Phase.ATTEMPT, tuple(row["attempt_ids"]), tuple(row["attempt_logprobs"]), row["weights_version"])
     answer = Answer(segment, row["attempt"], row["finish_reason"])
-    return Failure(problem, Trajectory((task, segment)), answer, row["sample"])
+    return Attempt(problem, row["sample"], Trajectory((task, segment)), answer, passed=False)

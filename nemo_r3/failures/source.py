@@ -11,7 +11,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.failures.bank import BankRow
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
-from nemo_r3.types import Failure, Problem
+from nemo_r3.types import Attempt, Problem
 
 ONLINE_ROUNDS = 50
 """How many batches of problems `OnlineSource` tries before it concludes that the policy solves them all."""
@@ -26,7 +26,7 @@ class Source(Protocol):
 
     cursor: int
 
-    def draw(self, step: int) -> list[Failure]:
+    def draw(self, step: int) -> list[Attempt]:
         """The failures of a step, the same on every rank."""
         ...
 
@@ -48,7 +48,7 @@ class BankSource:
         self.cursor = 0
         self._rows, self._count, self._seed, self._world = rows, count, seed, world
 
-    def draw(self, step: int) -> list[Failure]:
+    def draw(self, step: int) -> list[Attempt]:
         """The next `count` failures, as rank 0 reads them; `step` has no effect."""
         epoch, place = divmod(self.cursor, len(self._rows) // self._count)
         order = epoch_order(len(self._rows), self._seed, epoch)
@@ -71,20 +71,20 @@ class OnlineSource:
         self.cursor = 0
         self._rollout, self._problems, self._count, self._seed = rollout, problems, count, seed
 
-    def draw(self, step: int) -> list[Failure]:
+    def draw(self, step: int) -> list[Attempt]:
         """Asks batches of problems, none of them twice, until `count` answers are rejected.
 
         Raises:
             UserError: too few are, in many batches or all problems.
         """
-        failures: list[Failure] = []
+        failures: list[Attempt] = []
         asked: set[int] = set()
         for _ in range(ONLINE_ROUNDS):
             if not (batch := self._next_unasked(asked)):
                 break
             asked.update(batch)
             attempts = self._rollout.first_attempts([self._problems[i] for i in batch], step)
-            failures += [attempt.failure for attempt in attempts if attempt.is_failure]
+            failures += [attempt for attempt in attempts if attempt.is_failure]
             if len(failures) >= self._count:
                 return failures[: self._count]
         raise UserError(

@@ -30,7 +30,7 @@ from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampler, Sampling, 
 from nemo_r3.rollout.turn_cache import TurnCache, turn_id
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
-from nemo_r3.types import NO_ROOM, Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from nemo_r3.types import NO_ROOM, Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 EngineT = TypeVar("EngineT", bound=Sampler)
 Result = TypeVar("Result")
@@ -159,7 +159,7 @@ class Rollout(Generic[EngineT]):
         return attempts
 
     def reflect_and_retry(
-        self, failures: Sequence[Failure], step: int, group_size: int, greedy: bool = False
+        self, failures: Sequence[Attempt], step: int, group_size: int, greedy: bool = False
     ) -> list[Group]:
         """A group of reflections per failure, each with its retry and reward, on every rank, in the failures' order.
 
@@ -179,7 +179,7 @@ class Rollout(Generic[EngineT]):
         reflections = iter(self._reflections(failures, None, step, group_size, greedy))
         return [Group(failure, tuple(islice(reflections, group_size))) for failure in failures]
 
-    def retry_after(self, failures: Sequence[Failure], reflections: Sequence[Answer], step: int) -> list[Reflection]:
+    def retry_after(self, failures: Sequence[Attempt], reflections: Sequence[Answer], step: int) -> list[Reflection]:
         """A retry on each failure after a reflection that was sampled elsewhere, on every rank.
 
         Args:
@@ -198,7 +198,7 @@ class Rollout(Generic[EngineT]):
 
     def _reflections(
         self,
-        failures: Sequence[Failure],
+        failures: Sequence[Attempt],
         given: Sequence[Answer] | None,
         step: int,
         group_size: int,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nemo_r3.algo.advantages import Advantage
 from nemo_r3.algo.batch import build_update, check_loss_weights
 from nemo_r3.config import AlgoConfig, Config, RolloutConfig
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
 
 def sampled(phase: Phase, first: int, length: int) -> Segment:
@@ -25,7 +25,7 @@ def group_of(rewards: Sequence[float], lengths: Sequence[int] | None = None) -> 
     lengths = lengths or [4] * len(rewards)
     attempt = sampled(Phase.ATTEMPT, 20, 2)
     context = Trajectory((Segment(Phase.TASK, (1, 2, 3)), attempt))
-    failure = Failure(Problem("p", "?", {}), context, Answer(attempt, "", "stop"))
+    failure = Attempt(Problem("p", "?", {}), 0, context, Answer(attempt, "", "stop"), False)
     reflections = []
     for number, (reward, length) in enumerate(zip(rewards, lengths, strict=True)):
         reflection, retry = sampled(Phase.REFLECTION, 40, length), sampled(Phase.RETRY, 60, 2)

@@ -21,7 +21,7 @@ from nemo_r3.config.task import DialogueConfig
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.tasks.protocol import Wording
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 GOLDEN = Path(__file__).with_name("golden")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
@@ -60,7 +60,7 @@ def group_of(family: Family, kind: str) -> tuple[Dialogue, Group]:
     context = dialogue.task(problem).then(attempt.segment)
     whole = dialogue.retry(dialogue.reflect(context).then(reflection.segment)).then(retry.segment)
     reflections = [Reflection(sample, whole, reflection, retry, passed) for sample, passed in enumerate((True, False))]
-    return dialogue, Group(Failure(problem, context, attempt), tuple(reflections))
+    return dialogue, Group(Attempt(problem, 0, context, attempt, False), tuple(reflections))
 
 
 def transcript(family: Family, kind: str) -> str:

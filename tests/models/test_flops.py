@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from nemo_r3.algo.balance import Balance
 from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, rollout_flops, speed, step_flops, training_cost
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Row, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Row, Segment, Trajectory
 
 SHARED, OWN, TRAINED = 24, 16, 10
 
@@ -83,7 +83,7 @@ def group(context: int, reflection: int, retry: int, count: int) -> Group:
     ]
     problem = Problem("p", "text", {})
     trajectory = Trajectory((before, answers[0].segment, request, answers[1].segment))
-    failure = Failure(problem, Trajectory((before,)), answers[0])
+    failure = Attempt(problem, 0, Trajectory((before,)), answers[0], False)
     return Group(failure, tuple(Reflection(number, trajectory, *answers, False) for number in range(count)))
 
 

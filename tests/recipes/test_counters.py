@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_r3.config import TrainConfig
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 from recipes.counters import Counters, reason_to_stop
 
 CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
@@ -22,7 +22,7 @@ def group(*passed: float) -> Group:
     context = Trajectory((Segment(Phase.TASK, (1,)), Segment(Phase.ATTEMPT, (2,), (-1.0,), 0)))
     answer = Answer(context.segments[1], "say\nabc", "stop")
     reflections = tuple(Reflection(n, context, answer, answer, bool(verdict)) for n, verdict in enumerate(passed))
-    return Group(Failure(Problem("sort-1", "Sort abc.", {}), context, answer), reflections)
+    return Group(Attempt(Problem("sort-1", "Sort abc.", {}), 0, context, answer, False), reflections)
 
 
 GROUP = group(0.0, 0.0)

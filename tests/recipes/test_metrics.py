@@ -9,7 +9,7 @@ import pytest
 
 from nemo_r3.config import Config, RolloutConfig
 from nemo_r3.models import flops
-from nemo_r3.types import Answer, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
+from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 from recipes.metrics import measures, speed, summary, warn_of_truncated_answers
 
 
@@ -26,7 +26,8 @@ def reflection(
 
 def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
     failure, cut = (
-        Failure(Problem("0", "", {}), Trajectory(), answer(Phase.ATTEMPT, 9, reason)) for reason in ("stop", "length")
+        Attempt(Problem("0", "", {}), 0, Trajectory(), answer(Phase.ATTEMPT, 9, reason), False)
+        for reason in ("stop", "length")
     )
     first = reflection(10, "length", 3, "stop", 0.0), reflection(4, "stop", 5, "length", 1.0, solves=True)
     second = reflection(6, "stop", 7, "length", 0.0), reflection(8, "stop", 0, "no_room", 0.0)
@@ -47,7 +48,7 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
 
 def test_each_phases_speed_is_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "rollout_flops", lambda arch, groups: 4e12)
-    failure = Failure(Problem("0", "", {}), Trajectory(), answer(Phase.ATTEMPT, 9))
+    failure = Attempt(Problem("0", "", {}), 0, Trajectory(), answer(Phase.ATTEMPT, 9), False)
     groups = [Group(failure, (reflection(10, "stop", 3, "stop", 0.0), reflection(4, "stop", 5, "stop", 1.0)))]
     setup: Any = SimpleNamespace(
         config=Config(),

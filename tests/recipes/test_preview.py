@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from launch import QUICKSTART, run
 
-from nemo_r3.types import NO_ROOM, Answer, Attempt, Failure, Group, Phase, Problem, Reflection, Segment, Trajectory
+from nemo_r3.types import NO_ROOM, Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 from recipes.preview import unfinished, verdict, warn_of_other_verdicts
 
 
@@ -50,7 +50,7 @@ def test_a_verifier_that_changes_its_mind_is_named(capsys: pytest.CaptureFixture
     whole, right, wrong, unasked = Trajectory(), *(Problem(name, "?", {}) for name in ("right", "wrong", "unasked"))
     attempts = [Attempt(right, 0, whole, answer(), True), Attempt(wrong, 0, whole, answer(), False)]
     attempts.append(Attempt(unasked, 0, whole, answer(NO_ROOM), False))
-    groups = [Group(Failure(wrong, whole, answer()), (Reflection(0, whole, answer(), answer(), True),))]
+    groups = [Group(attempts[1], (Reflection(0, whole, answer(), answer(), True),))]
     pure: Any = SimpleNamespace(name="pure", verify=lambda problem, text: problem.id == "right")
     fair: Any = SimpleNamespace(name="fair", verify=lambda problem, text: True)
     warn_of_other_verdicts(pure, attempts, [])

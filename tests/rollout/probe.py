@@ -28,7 +28,7 @@ from nemo_r3 import signals
 from nemo_r3.models import architecture_of
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.runtime import World
-from nemo_r3.types import Failure, Group, Trajectory
+from nemo_r3.types import Attempt, Group, Trajectory
 
 
 def probe_engine(home: Path) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
     }
 
 
-def probe_stop(probe: Probe, failures: list[Failure]) -> dict[str, Any]:
+def probe_stop(probe: Probe, failures: list[Attempt]) -> dict[str, Any]:
     """A step that is stopped after 8 tokens and again after 8 more, and then runs to its end, as on a GPU."""
     from nemo_r3.rollout.scheduler import Rollout
     from nemo_r3.rollout.turn_cache import TurnCache
@@ -263,7 +263,7 @@ def sampled_errors(probe: Probe, groups: list[Group]) -> list[float]:
     return errors
 
 
-def probe_no_room(probe: Probe, failure: Failure) -> list[Any]:
+def probe_no_room(probe: Probe, failure: Attempt) -> list[Any]:
     """A failure after which no reflection fits, and one after which it does but no retry."""
     task, attempt = failure.context.segments
     around = len(probe.dialogue.reflect(failure.context)) - len(attempt.ids)
@@ -278,9 +278,9 @@ def probe_no_room(probe: Probe, failure: Failure) -> list[Any]:
     return found
 
 
-def failures_of(probe: Probe) -> list[Failure]:
+def failures_of(probe: Probe) -> list[Attempt]:
     attempts = probe.rollout.first_attempts(probe.task.problems("train"), 1, samples=2)
-    return [attempt.failure for attempt in attempts if attempt.is_failure]
+    return [attempt for attempt in attempts if attempt.is_failure]
 
 
 def run_rollout(probe: Probe) -> dict[str, Any]:

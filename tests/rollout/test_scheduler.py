@@ -92,7 +92,7 @@ def scripted(
 def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
     rollout, task, engine, _ = scripted("9", "8", "7", "9", "8")
     (attempt,) = rollout.first_attempts(task.problems("train"), 1)
-    (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+    (group,) = rollout.reflect_and_retry([attempt], 1, group_size=2)
     assert [reflection.answer.text for reflection in group.reflections] == ["8", "7"]
     assert [reflection.solves for reflection in group.reflections] == [True, False]
     assert [reflection.passed for reflection in group.reflections] == [False, True]
@@ -120,7 +120,7 @@ def test_the_time_that_the_engine_waits_for_the_verifier_is_that_of_the_last_cal
     judge = task.verify
     task.verify = lambda problem, text: time.sleep(0.05) or judge(problem, text)  # type: ignore[method-assign, func-returns-value]
     (attempt,) = rollout.first_attempts(task.problems("train"), 1)
-    rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+    rollout.reflect_and_retry([attempt], 1, group_size=2)
     assert rollout.judge.seconds >= 0.2, "two reflections and two retries"
     task.verify = judge  # type: ignore[method-assign]
     rollout.first_attempts(task.problems("train"), 2)
@@ -140,7 +140,7 @@ def test_the_engine_samples_on_while_threads_verify(monkeypatch: MonkeyPatch) ->
 
     monkeypatch.setattr(engine, "step", last_step)
     monkeypatch.setattr(task, "verify", lambda problem, text: over.wait(20) and judge(problem, text))
-    (group,) = rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+    (group,) = rollout.reflect_and_retry([attempt], 1, group_size=2)
     assert [reflection.solves for reflection in group.reflections] == [True, False]
     assert [reflection.passed for reflection in group.reflections] == [False, True]
 
@@ -154,7 +154,7 @@ def test_a_verifier_that_fails_ends_the_rollout_with_its_message(monkeypatch: Mo
 
     monkeypatch.setattr(task, "verify", verify)
     with pytest.raises(VerifierError, match="the service is away on 8"):
-        rollout.reflect_and_retry([attempt.failure], 1, group_size=2)
+        rollout.reflect_and_retry([attempt], 1, group_size=2)
     assert engine.waiting, "it samples no retries that nobody would judge"
 
 
@@ -192,7 +192,7 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
         Answer(Segment(Phase.REFLECTION, ids, (-1.0,) * len(ids), 0), "8", reason)
         for ids, reason in (((40, 41, close), "stop"), ((40, 41), "length"), ((), NO_ROOM))
     )
-    failures = [replace(attempt.failure, sample=sample) for sample in range(3)]
+    failures = [replace(attempt, sample=sample) for sample in range(3)]
     found = rollout.retry_after(failures, [ended, cut, unasked], 1)
     assert [reflection.retry.text for reflection in found] == ["8", "7", ""]
     assert [reflection.passed for reflection in found] == [True, False, False]
