@@ -200,6 +200,11 @@ class Row:
     shared: int = 0
     update: int = 0
 
+    @property
+    def trained(self) -> int:
+        """How many tokens carry loss; the first is never a target."""
+        return len(self.loss_weights) - 1 - self.loss_weights[1:].count(0.0)
+
     def __len__(self) -> int:
         return len(self.ids)
 

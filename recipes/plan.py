@@ -60,9 +60,8 @@ def describe_step(plan: Plan) -> str:
 def longest_rows(plan: Plan) -> tuple[Row, ...]:
     """The rows of a step whose dialogues fill `rollout.max_model_len` and whose turns are as long as they may be."""
     algo, rollout, train = plan.config.algo, plan.config.rollout, plan.config.train
-    limits = {"reflection": rollout.max_reflection_tokens, "retry": rollout.max_answer_tokens}
-    trained = sum(limits[phase] for phase in algo.trained_phases)
-    own = sum(limits.values()) if "retry" in algo.trained_phases else limits["reflection"]
+    trained = sum(map(rollout.token_limit, algo.trained_phases))
+    own = rollout.max_reflection_tokens + (rollout.max_answer_tokens if "retry" in algo.trained_phases else 0)
     length = rollout.max_model_len
     shared = length - own if plan.config.actor.shared_context else 0
     weights = [0.0] * (length - trained) + [1.0] * trained

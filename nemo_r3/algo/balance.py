@@ -79,7 +79,7 @@ class Balance:
         Raises:
             ValueError: a row alone is longer than the budget.
         """
-        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, _trained_tokens(row)) for row in rows]
+        self._rows = [_Measured(row.shared, len(row) - 1 - row.shared, row.trained) for row in rows]
         self._cost, self._budget = cost, budget
         longest = max((row.shared + row.own for row in self._rows), default=0)
         if longest > budget:
@@ -206,9 +206,3 @@ def deal(costs: Sequence[float], hands: int) -> list[list[int]]:
         dealt[hand].append(item)
         heapq.heapreplace(loads, (load + costs[item], hand))
     return dealt
-
-
-def _trained_tokens(row: Row) -> int:
-    """How many tokens of the row carry loss."""
-    weights = row.loss_weights[1:]
-    return len(weights) - weights.count(0.0)

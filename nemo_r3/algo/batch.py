@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import compress, groupby, takewhile
-from operator import itemgetter
+from itertools import compress, takewhile
 
 from nemo_r3.algo.advantages import Advantage, group_advantages, is_mixed, shuffled
-from nemo_r3.algo.aggregation import token_weights
+from nemo_r3.algo.aggregation import Aggregation, token_weights
 from nemo_r3.algo.losses import loss_named
 from nemo_r3.algo.rewards import reward
 from nemo_r3.config import AlgoConfig, Config
@@ -23,7 +22,7 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
     aggregates it (GRPO: 1 / rows each, evenly over the row's trained tokens), so the loss does not depend on how it is
     cut into microbatches and ranks. The seed is that of `algo.shuffle_rewards`.
     """
-    algo, loss = config.algo, loss_named(config.algo.loss)
+    algo, loss, updates = config.algo, loss_named(config.algo.loss), config.train.updates_per_step
     earned = [[reward(reflection, algo) for reflection in group.reflections] for group in groups]
     rewards = shuffled(earned, seed) if algo.shuffle_rewards else earned
     kind = Advantage(algo.advantage or loss.ADVANTAGE)
@@ -32,33 +31,20 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
         group_advantages(scores, kind) if teaches else [0.0] * len(scores)
         for scores, teaches in zip(rewards, mixed, strict=True)
     ]
-    phases = frozenset(Phase(phase) for phase in algo.trained_phases)
-    chosen: list[tuple[int, Trajectory, float]] = []
-    for number, group in enumerate(groups):
-        if not (mixed[number] or algo.keep_equal_groups):
-            continue
-        for reflection, advantage in zip(group.reflections, advantages[number], strict=True):
-            trajectory = _up_to_trained(reflection.trajectory, phases)
-            trained = [turn for turn in (reflection.answer, reflection.retry) if turn.segment.phase in phases]
-            masked = algo.mask_truncated and any(turn.truncated for turn in trained)  # arXiv 2503.14476, section 3.4
-            if trajectory.segments and not masked:
-                chosen.append((number, trajectory, advantage))
-    shared = {
-        number: _shared_tokens([trajectory for _, trajectory, _ in members], phases)
-        for number, members in groupby(chosen, key=itemgetter(0))
+    trained = {
+        number: rows
+        for number, group in enumerate(groups)
+        if (mixed[number] or algo.keep_equal_groups) and (rows := _group_rows(group, advantages[number], algo))
     }
-    update = {number: place * config.train.updates_per_step // len(shared) for place, number in enumerate(shared)}
-    rows: list[Row] = []
-    for _, members in groupby(chosen, key=lambda one: update[one[0]]):
-        together = list(members)
-        lengths = [_trained_tokens(trajectory, phases) for _, trajectory, _ in together]
-        weights = token_weights(lengths, loss.AGGREGATION, _token_limit(config))
-        for (number, trajectory, advantage), weight in zip(together, weights, strict=True):
-            row = _build_row(trajectory, phases, advantage, weight)
-            rows.append(replace(row, group=number, shared=shared[number], update=update[number]))
-    used = len({number for number, _, _ in chosen if mixed[number]})
+    dealt = tuple(
+        replace(row, group=number, update=place * updates // len(trained))
+        for place, (number, rows) in enumerate(trained.items())
+        for row in rows
+    )
+    limit = sum(map(config.rollout.token_limit, algo.trained_phases))
+    used = sum(mixed[number] for number in trained)
     return UpdateBatch(
-        rows=tuple(rows),
+        rows=tuple(row for rows in UpdateBatch(dealt).updates for row in _weighted(rows, loss.AGGREGATION, limit)),
         advantages=tuple(map(tuple, advantages)),
         groups_used=used,
         groups_dropped=len(groups) - used,
@@ -66,13 +52,27 @@ def build_update(groups: Sequence[Group], config: Config, seed: int) -> UpdateBa
     )
 
 
-def _token_limit(config: Config) -> int:
-    """The most tokens that a row can train: the token limits of the trained phases."""
-    rollout = config.rollout
-    return sum(
-        rollout.max_reflection_tokens if phase == Phase.REFLECTION else rollout.max_answer_tokens
-        for phase in config.algo.trained_phases
-    )
+def _group_rows(group: Group, advantages: Sequence[float], algo: AlgoConfig) -> list[Row]:
+    """A group's training sequences, all of whose trained tokens have weight 1."""
+    phases = frozenset(Phase(phase) for phase in algo.trained_phases)
+    chosen: list[tuple[Trajectory, float]] = []
+    for reflection, advantage in zip(group.reflections, advantages, strict=True):
+        trajectory = _up_to_trained(reflection.trajectory, phases)
+        trained = [turn for turn in (reflection.answer, reflection.retry) if turn.segment.phase in phases]
+        masked = algo.mask_truncated and any(turn.truncated for turn in trained)  # arXiv 2503.14476, section 3.4
+        if trajectory.segments and not masked:
+            chosen.append((trajectory, advantage))
+    shared = _shared_tokens([trajectory for trajectory, _ in chosen], phases) if chosen else 0
+    return [_build_row(trajectory, phases, advantage, shared) for trajectory, advantage in chosen]
+
+
+def _weighted(rows: Sequence[Row], kind: Aggregation, limit: int) -> list[Row]:
+    """An update's rows with their tokens' shares in its loss."""
+    weights = token_weights([row.trained for row in rows], kind, limit)
+    return [
+        replace(row, loss_weights=[weight * trains for trains in row.loss_weights])
+        for row, weight in zip(rows, weights, strict=True)
+    ]
 
 
 def _up_to_trained(trajectory: Trajectory, phases: Collection[Phase]) -> Trajectory:
@@ -92,8 +92,8 @@ def _shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]
     return shared
 
 
-def _build_row(trajectory: Trajectory, phases: Collection[Phase], advantage: float, weight: float) -> Row:
-    """One training sequence, on its own; each of its trained tokens has this advantage and weight."""
+def _build_row(trajectory: Trajectory, phases: Collection[Phase], advantage: float, shared: int) -> Row:
+    """One training sequence; each of its trained tokens has this advantage, and weight 1."""
     ids: list[int] = []
     kinds: list[Phase] = []
     sampled: list[bool] = []
@@ -106,14 +106,10 @@ def _build_row(trajectory: Trajectory, phases: Collection[Phase], advantage: flo
         kinds += [segment.phase] * length
         sampled += [segment.sampled] * length
         advantages += [advantage if trains else 0.0] * length
-        weights += [weight if trains else 0.0] * length
+        weights += [float(trains)] * length
         logprobs += segment.logprobs if segment.sampled else [0.0] * length
     assert len(logprobs) == len(ids), "every sampled token has a log-probability"
-    return Row(ids, kinds, sampled, advantages, weights, logprobs)
-
-
-def _trained_tokens(trajectory: Trajectory, phases: Collection[Phase]) -> int:
-    return sum(len(segment.ids) for segment in trajectory.segments if _trained(segment, phases))
+    return Row(ids, kinds, sampled, advantages, weights, logprobs, shared=shared)
 
 
 def _trained(segment: Segment, phases: Collection[Phase]) -> bool:

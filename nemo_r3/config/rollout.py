@@ -43,3 +43,7 @@ class RolloutConfig:
     sleep: bool = option(
         True, help="free the engine's GPU memory during the update, where the platform can", resume=True
     )
+
+    def token_limit(self, phase: str) -> int:
+        """The most tokens that a sampled turn of this phase has."""
+        return self.max_reflection_tokens if phase == "reflection" else self.max_answer_tokens

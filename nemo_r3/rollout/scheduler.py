@@ -327,13 +327,12 @@ class Rollout(Generic[EngineT]):
     def _sampling(self, turn: _Turn, in_flight: _InFlight[Any], room: int, begun: int) -> Sampling:
         """How to sample a turn with `room` tokens left, `begun` of which it already has."""
         rollout = self._config.rollout
-        limit = rollout.max_reflection_tokens if turn.phase is Phase.REFLECTION else rollout.max_answer_tokens
         # a continued turn must not draw the random numbers of its beginning again
         phase = f"{turn.phase}+{begun}" if begun else turn.phase
         seed = request_seed(self._config.seed, in_flight.step, turn.key, turn.sample, phase)
         return Sampling(
             temperature=0.0 if in_flight.greedy else rollout.temperature,
-            max_tokens=min(limit, room) - begun,
+            max_tokens=min(rollout.token_limit(turn.phase), room) - begun,
             stop_ids=self._dialogue.end_of_turn,
             seed=None if in_flight.greedy else seed,
         )
