@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_r3.rollout.scheduler import Rollout
@@ -26,23 +25,9 @@ REREADING_STEP = -4
 Z95 = 1.959964
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A share with its 95 % interval, or the difference of two.
-
-    Attributes:
-        value: share of successes.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        n: distinct problems.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
+Rate = dict[str, Any]
+"""As summary.json has it: a share of successes or the difference of two ("value", None of no problems), the ends of its
+95 % interval ("low", "high") and how many distinct problems there are ("n")."""
 Scores = dict[str, dict[str, Rate]]
 """A name of `Verdicts` -> sampled | greedy -> Rate."""
 Verdicts = dict[str, dict[str, list[bool]]]
@@ -70,11 +55,12 @@ ADDS = {
 def rate(passed: int, n: int) -> Rate:
     """The success rate of `passed` out of `n` with its Wilson score interval (Wilson 1927)."""
     if n == 0:
-        return Rate(math.nan, 0.0, 1.0, 0)
+        return {"value": None, "low": 0.0, "high": 1.0, "n": 0}
     share, z2 = passed / n, Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Rate(round(share, 4), round(max(0.0, centre - half), 4), round(min(1.0, centre + half), 4), n)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return {"value": round(share, 4), "low": round(low, 4), "high": round(high, 4), "n": n}
 
 
 def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
@@ -85,12 +71,13 @@ def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
     """
     n = len(before)
     if n == 0:
-        return Rate(math.nan, -1.0, 1.0, 0)
+        return {"value": None, "low": -1.0, "high": 1.0, "n": 0}
     gained = sum(new and not old for old, new in zip(before, after, strict=True))
     lost = sum(old and not new for old, new in zip(before, after, strict=True))
     value = (gained - lost) / n
     half = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    return Rate(round(value, 4), round(max(-1.0, value - half), 4), round(min(1.0, value + half), 4), n)
+    low, high = max(-1.0, value - half), min(1.0, value + half)
+    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4), "n": n}
 
 
 def measure(
@@ -107,39 +94,58 @@ def measure(
     Returns:
         The verdicts, and the sampled failures of these weights, each with its reflection.
     """
-    verdicts: Verdicts = {}
-    for mode, greedy in (("sampled", False), ("greedy", True)):
-        attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
-        own = _reflected(rollout, [attempt for attempt in attempts if attempt.is_failure], greedy)
-        if not greedy:
-            sampled = own
-        given = sampled if fixed is None else fixed
-        failures = [group.failure for group in given]
-        retried = _only(own if own is given else _reflected(rollout, failures, greedy))
-        measured = {
-            "first_try": [attempt.passed for attempt in attempts],
-            "retry_success_fixed": _passed(retried),
-            "within_two": _within_two(attempts, _passed(_only(own))),
-            "reflection_solves": [reflection.solves for reflection in retried],
-            "attempts_truncated": [attempt.answer.truncated for attempt in attempts],
-            "reflections_truncated": [reflection.answer.truncated for reflection in retried],
-            "retries_truncated": [reflection.retry.truncated for reflection in retried],
-        }
-        if not greedy:
-            again = rollout.first_attempts([group.failure.problem for group in own], RESAMPLING_STEP)
-            measured["within_two_resampled"] = _within_two(attempts, [attempt.passed for attempt in again])
-            measured["retry_success_donor"] = _passed(_after_donors(rollout, failures, retried))
-            if fixed is not None:
-                old = [reflection.answer for reflection in _only(fixed)]
-                retried = rollout.retry_after(failures, old, REREADING_STEP)
-            measured["retry_success_reread"] = _passed(retried)
-        for name, values in measured.items():
-            verdicts.setdefault(name, {})[mode] = values
-    return verdicts, sampled
+    attempts, own = _two_tries(rollout, problems, greedy=False)
+    retried = own if fixed is None else _reflected(rollout, [group.failure for group in fixed], greedy=False)
+    sampled = _verdicts(attempts, own, retried) | _controls(rollout, attempts, own, retried, fixed)
+    attempts, greedy_own = _two_tries(rollout, problems, greedy=True)
+    greedy = _verdicts(attempts, greedy_own, _reflected(rollout, [group.failure for group in retried], greedy=True))
+    modes = {"sampled": sampled, "greedy": greedy}
+    return {name: {mode: found[name] for mode, found in modes.items() if name in found} for name in sampled}, own
+
+
+def _two_tries(rollout: Rollout, problems: Sequence[Problem], greedy: bool) -> tuple[list[Attempt], list[Group]]:
+    """First answers, and a reflection with its retry on each failure among them."""
+    attempts = rollout.first_attempts(problems, EVALUATION_STEP, greedy=greedy)
+    return attempts, _reflected(rollout, [attempt for attempt in attempts if attempt.is_failure], greedy)
 
 
 def _reflected(rollout: Rollout, failures: Sequence[Attempt], greedy: bool) -> list[Group]:
     return rollout.reflect_and_retry(failures, EVALUATION_STEP, group_size=1, greedy=greedy)
+
+
+def _verdicts(attempts: Sequence[Attempt], own: Sequence[Group], retried: Sequence[Group]) -> dict[str, list[bool]]:
+    """What is measured of sampled and of greedy answers; `retried` are the starting model's failures."""
+    reflections = _only(retried)
+    return {
+        "first_try": [attempt.passed for attempt in attempts],
+        "retry_success_fixed": _passed(reflections),
+        "within_two": _within_two(attempts, _passed(_only(own))),
+        "reflection_solves": [reflection.solves for reflection in reflections],
+        "attempts_truncated": [attempt.answer.truncated for attempt in attempts],
+        "reflections_truncated": [reflection.answer.truncated for reflection in reflections],
+        "retries_truncated": [reflection.retry.truncated for reflection in reflections],
+    }
+
+
+def _controls(
+    rollout: Rollout,
+    attempts: Sequence[Attempt],
+    own: Sequence[Group],
+    retried: Sequence[Group],
+    fixed: Sequence[Group] | None,
+) -> dict[str, list[bool]]:
+    """What the sampled verdicts are measured against."""
+    failures, reread = [group.failure for group in retried], _only(retried)
+    again = rollout.first_attempts([group.failure.problem for group in own], RESAMPLING_STEP)
+    donated = _after_donors(rollout, failures, reread)
+    if fixed is not None:
+        old = [reflection.answer for reflection in _only(fixed)]
+        reread = rollout.retry_after(failures, old, REREADING_STEP)
+    return {
+        "within_two_resampled": _within_two(attempts, [attempt.passed for attempt in again]),
+        "retry_success_donor": _passed(donated),
+        "retry_success_reread": _passed(reread),
+    }
 
 
 def _only(groups: Sequence[Group]) -> list[Reflection]:
@@ -183,14 +189,6 @@ def differences(before: Verdicts, after: Verdicts) -> Scores:
     return {
         name: {mode: difference(values, after[name][mode]) for mode, values in modes.items()}
         for name, modes in before.items()
-    }
-
-
-def as_json(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
-    """Scores for summary.json; a rate of no problems has the value None."""
-    return {
-        name: {mode: asdict(value) | ({} if value.n else {"value": None}) for mode, value in modes.items()}
-        for name, modes in scores.items()
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_r3 import entry, trackers
-from nemo_r3.evaluate import as_json, differences, measure, numbers, scores
+from nemo_r3.evaluate import differences, measure, numbers, scores
 from nemo_r3.refit import refit
 from nemo_r3.report import table
 from recipes.metrics import versions, warn_of_long_problems, warn_of_truncated_answers
@@ -37,16 +37,16 @@ def evaluate(argv: Sequence[str]) -> None:
     with run.timed("evaluate"):
         before, reflected = measure(rollout, problems)
     verdicts = {"before": before}
-    entries: dict[str, Any] = {"before": as_json(scores(before)), "after": None, "difference": None, "step": step}
+    entries: dict[str, Any] = {"before": scores(before), "after": None, "difference": None, "step": step}
     if policy is not None:
         refit(policy, rollout.engine)
         progress.begin(f"evaluate step {step}:")
         with run.timed("evaluate"):
             after, _ = measure(rollout, problems, reflected)
         verdicts["after"] = after
-        entries |= {"after": as_json(scores(after)), "difference": as_json(differences(before, after))}
+        entries |= {"after": scores(after), "difference": differences(before, after)}
     warn_of_long_problems(setup, rollout)
-    warn_of_truncated_answers(setup, scores(before)["attempts_truncated"]["sampled"].value)
+    warn_of_truncated_answers(setup, scores(before)["attempts_truncated"]["sampled"]["value"])
     summary = run.add_to_summary(**entries, versions=versions())
     run.write_verdicts(problems, [group.failure for group in reflected], verdicts)
     if setup.world.is_main:
