@@ -80,45 +80,31 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
     expected = policy.score(probe)
     writing = out.with_name(f"{out.name}.writing")
     shards = _Shards(writing) if policy.world.is_main else None
+
+    def finish() -> tuple[float, float]:
+        assert shards is not None, "rank 0 has them"
+        try:
+            shards.close()
+            _write_others(writing, source, card, policy.config)
+            found = _compare(writing, probe, expected, policy.config)
+            _replace(out, writing)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
+            ) from error
+        except UserError as error:
+            raise UserError(f"{error}; {out} was not written") from error
+        return found
+
     try:
         for name, tensor in policy.export_hf():
             if shards:
                 shards.add(name, tensor)
             policy.world.barrier()  # or the other ranks would run ahead, and wait for all files in one collective
-        return policy.world.on_main(lambda: _finish(shards, policy.config, source, out, card, probe, expected))
+        return policy.world.on_main(finish)
     finally:
         if shards:
             shutil.rmtree(writing, ignore_errors=True)
-
-
-def _finish(
-    shards: _Shards | None,
-    config: Config,
-    source: Path,
-    out: Path,
-    card: str,
-    probe: Sequence[Sequence[int]],
-    expected: Sequence[Tensor],
-) -> tuple[float, float]:
-    """On rank 0, completes, checks and moves the directory; see `export`."""
-    assert shards is not None, "rank 0 has them"
-    writing = shards.directory
-    try:
-        shards.close()
-        _write_config(writing, source, precision_of(config).dtype_name)
-        (writing / "README.md").write_text(card)
-        _check_tokenizer(writing, source)
-        if config.dialogue.chat_template is not None:  # the model was trained with this one
-            shutil.copyfile(config.dialogue.chat_template, writing / "chat_template.jinja")
-        found = _compare(writing, probe, expected, config)
-        _replace(out, writing)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
-        ) from error
-    except UserError as error:
-        raise UserError(f"{error}; {out} was not written") from error
-    return found
 
 
 class _Shards:
@@ -183,25 +169,28 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_config(directory: Path, source: Path, dtype: str) -> None:
-    """Writes everything but weights and card, from the starting checkpoint's files and with the actor's dtype."""
+def _write_others(directory: Path, source: Path, card: str, config: Config) -> None:
+    """Writes everything but the weights, from the starting checkpoint's files and with the actor's dtype.
+
+    Raises:
+        UserError: the tokenizer would not be the starting checkpoint's.
+    """
     hf = read_hf_config(source)
     hf.pop("torch_dtype", None)  # the old name of dtype
     hf.pop("auto_map", None)  # it names Python files that an export neither has nor needs
-    _write_json(directory / "config.json", {**hf, "dtype": dtype})
+    _write_json(directory / "config.json", {**hf, "dtype": precision_of(config).dtype_name})
     for pattern in COPIED:
         for file in source.glob(pattern):
             shutil.copyfile(file, directory / file.name)
     if not (directory / "generation_config.json").exists():
         made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         transformers.GenerationConfig.from_model_config(made).save_pretrained(directory)
-
-
-def _check_tokenizer(directory: Path, source: Path) -> None:
-    """Refuses an export whose tokenizer is not the starting checkpoint's."""
+    (directory / "README.md").write_text(card)
     ours, theirs = (read_tokenizer(path) for path in (directory, source))
     if (ours.get_vocab(), ours.chat_template) != (theirs.get_vocab(), theirs.chat_template):
         raise UserError(f"the export's tokenizer is not that of {source}: a file that it needs is none of {COPIED}")
+    if config.dialogue.chat_template is not None:  # the model was trained with this one
+        shutil.copyfile(config.dialogue.chat_template, directory / "chat_template.jinja")
 
 
 def _compare(
