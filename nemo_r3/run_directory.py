@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,7 +20,7 @@ from typing import Any
 from nemo_r3 import memory, trackers, watchdog
 from nemo_r3.config import Config, diff_for_resume, load, to_yaml
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.files import filename_in_errors, lines_of, take_lock, write_whole
+from nemo_r3.files import filename_in_errors, lines_of, parse_json_object, take_lock, write_whole
 from nemo_r3.progress import warn
 from nemo_r3.runtime import World
 from nemo_r3.types import Attempt, Group, Problem, UpdateBatch
@@ -282,14 +282,11 @@ def _add_times(total: dict[str, float], line: Mapping[str, Any]) -> None:
 
 def _read_summary(file: Path) -> dict[str, Any]:
     """A summary.json; an empty one if there is none or, with a warning, if it is damaged."""
-    if not file.exists():
+    try:
+        return parse_json_object(file.read_text(), str(file)) if file.exists() else {}
+    except ValueError:
+        warn(f"{file} is damaged, and starts again")
         return {}
-    with suppress(ValueError, RecursionError):
-        summary = json.loads(file.read_text())
-        if isinstance(summary, dict):
-            return summary
-    warn(f"{file} is damaged, and starts again")
-    return {}
 
 
 def _shared(group: Group) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_r3.config import Config, load
 from nemo_r3.errors import ConfigError, UserError, in_one_line
+from nemo_r3.files import parse_json_object
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,12 @@ def _recorded(file: Path, unread: list[str]) -> Config | None:
 
 
 def _object(file: Path, unread: list[str]) -> dict[str, Any]:
-    if not file.exists():
-        return {}
     try:
-        value = _parsed(file.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        value = None
-    if isinstance(value, dict):
-        return value
-    unread.append(str(file))
-    return {}
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else "{}"
+        return parse_json_object(text, str(file))
+    except (OSError, ValueError):
+        unread.append(str(file))
+        return {}
 
 
 def _parsed(text: str) -> Any:
