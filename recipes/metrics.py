@@ -51,19 +51,21 @@ def speed(
 ) -> dict[str, float]:
     """How fast the step's rollout and update were, as they have just been timed; see `flops.speed`."""
     config, world, times = setup.config, setup.world, setup.run.times
-    quantization, plain = config.rollout.quantization, "bf16" if precision_of(config).bf16 else "fp32"
-    sampled = flops.rollout_flops(setup.arch, groups)
-    done = {"rollout": (sampled, plain if quantization == "none" else quantization)}
-    if (update := metrics.get("update_flops")) is not None:
-        done["update"] = (update, config.actor.precision)
+
+    def per_rank(phase: str, count: float, precision: str) -> dict[str, float]:
+        return flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)
+
     turns = [turn for group in groups for it in group.reflections for turn in (it.answer, it.retry)]
     tokens = sum(len(turn.segment.ids) for turn in turns)
     speeds = {
         "speed/rollout_tokens": round(tokens / times["time/rollout"], 1),
         "speed/verifier_share": round(rollout.judge.seconds / times["time/rollout"], 3),
     }
-    for phase, (count, precision) in done.items():
-        speeds |= flops.speed(phase, count, times[f"time/{phase}"], world.size, world.gpu_name, precision)
+    plain = "bf16" if precision_of(config).bf16 else "fp32"
+    sampled_in = plain if config.rollout.quantization == "none" else config.rollout.quantization
+    speeds |= per_rank("rollout", flops.rollout_flops(setup.arch, groups), sampled_in)
+    if (update := metrics.get("update_flops")) is not None:
+        speeds |= per_rank("update", update, config.actor.precision)
     return speeds
 
 
