@@ -25,7 +25,7 @@ from nemo_r3.actor.policy import Policy, Scores
 from nemo_r3.actor.reference import Reference
 from nemo_r3.actor.scales import find_scales
 from nemo_r3.algo.batch import check_loss_weights
-from nemo_r3.algo.objective import METRICS, Objective
+from nemo_r3.algo.objective import COUNTS, METRICS, PER_TOKEN, Objective
 from nemo_r3.algo.packing import Microbatch
 from nemo_r3.models.flops import step_flops
 from nemo_r3.precision import precision_of
@@ -85,13 +85,8 @@ class Trainer:
         """One optimizer step on each of the batch's updates, all with the same learning rate.
 
         Returns:
-            `loss`, `entropy`, `grad_norm`, `lr`, `trained_tokens`, `rejected_tokens`, `microbatches`; `kl`, if there
-            is a reference; `clipped` (a share), if `train.updates_per_step` is above 1; `updates`: how many there were;
-            `skipped`: how many of them left the weights as they were, because the gradient was NaN or Inf or the
-            correction rejected every token; the mismatch with the rollout: `token_mult_prob_error`, `rollout_kl`,
-            `importance_ratio`, `importance_outliers` (a share) and `nonfinite_tokens`; `update_flops`: the model's on
-            all ranks, including passes without gradient, without recompute and padding. Loss, KL and norm are means
-            over the updates that were not skipped; if all were, over all.
+            The metrics of docs/metrics.md that are the update's. Loss, KL and norm are means over the updates that were
+            not skipped; if all were, over all.
 
         Raises:
             RuntimeError: a token that must not be trained has weight.
@@ -115,26 +110,19 @@ class Trainer:
                 self.schedule.step(increment=1)
         total = {name: sum(each[name] for each in found) for name in found[0]}
         mean = {name: fmean(each[name] for each in taken or found) for name in ("loss", "kl", "grad_norm")}
-        tokens = max(total["tokens"], 1.0)
-        return {
-            "loss": mean["loss"],
-            **({} if self._reference is None else {"kl": mean["kl"]}),
-            "entropy": total["entropy"] / tokens,
-            "token_mult_prob_error": total["prob_error"] / tokens,
-            "rollout_kl": total["rollout_kl"] / tokens,
-            "importance_ratio": total["ratio"] / tokens,
-            "importance_outliers": total["outliers"] / tokens,
-            "nonfinite_tokens": total["nonfinite"],
-            **({} if self.policy.config.train.updates_per_step == 1 else {"clipped": total["clipped"] / tokens}),
-            "grad_norm": mean["grad_norm"],
+        metrics = mean | {name: total[name] / max(total["trained_tokens"], 1.0) for name in PER_TOKEN}
+        metrics |= {name: total[name] for name in COUNTS} | {
             "lr": lr,
-            "trained_tokens": total["tokens"],
-            "rejected_tokens": total["rejected"],
             "microbatches": float(sum(map(len, updates))),
             "updates": float(len(found)),
             "skipped": float(len(found) - len(taken)),
             "update_flops": step_flops(costs, reference=self._reference is not None),
         }
+        if self._reference is None:
+            del metrics["kl"]
+        if self.policy.config.train.updates_per_step == 1:
+            del metrics["clipped"]
+        return metrics
 
     def _descend(self, microbatches: Sequence[Microbatch], given: tuple[Scores, Scores]) -> dict[str, float]:
         """One optimizer step; returns its `METRICS` and `grad_norm`, which is NaN if the step was skipped."""

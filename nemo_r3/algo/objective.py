@@ -15,21 +15,16 @@ from nemo_r3.algo.mismatch import BOUNDS, correct, outside, prob_error, ratios, 
 from nemo_r3.algo.targets import Targets
 from nemo_r3.config import AlgoConfig
 
-METRICS = (
-    *("loss", "kl", "prob_error", "rollout_kl", "ratio", "outliers", "nonfinite", "entropy"),
-    *("tokens", "counted", "kept", "rejected", "clipped"),
-)
-"""What an `Objective` returns as sums, which add up over microbatches and data-parallel ranks:
+PER_TOKEN = ("entropy", "token_mult_prob_error", "rollout_kl", "importance_ratio", "importance_outliers", "clipped")
+"""Of `METRICS`, those that are means once they are divided by the trained tokens, which include rejected ones."""
+COUNTS = ("nonfinite_tokens", "trained_tokens", "rejected_tokens")
+METRICS = ("loss", "kl", "counted", "kept", *PER_TOKEN, *COUNTS)
+"""What an `Objective` returns as sums, which add up over microbatches and data-parallel ranks; see docs/metrics.md.
 
 - loss: the scalar, including the KL; kl: the KL alone, weighted like the loss but without `algo.kl_beta`. At the end of
   an update both, and the gradient, are multiplied by counted / kept.
-- prob_error, rollout_kl, ratio, entropy: over all trained tokens, including rejected ones; divided by tokens, means.
-- outliers: trained tokens whose importance ratio is beyond `mismatch.OUTLIER`.
-- nonfinite: trained tokens whose log-probability is NaN or Inf.
-- tokens: trained tokens; rejected: those of them that `algo.mismatch_correction` rejected.
 - counted, kept: the loss's denominator with and without rejected tokens (tokens or sequences, as the loss aggregates).
   If kept is 0, so are loss, kl and gradient.
-- clipped: trained tokens that have an advantage and no gradient, because the loss clips their ratio.
 """
 
 
@@ -85,17 +80,17 @@ class Objective:
         sums = {
             "loss": loss,
             "kl": (weights * divergence).sum(),
-            "prob_error": prob_error(log_ratio).sum(),
-            "rollout_kl": rollout_kl(log_ratio).sum(),
-            "ratio": ratios(log_ratio).sum(),
-            "outliers": outside(log_ratio).sum(),
-            "nonfinite": (~logprobs.isfinite()).sum(),
-            "entropy": entropy.sum(),
-            "tokens": loss.new_full((), len(targets)),
             "counted": counted,
             "kept": left,
-            "rejected": loss.new_full((), len(targets) - len(new)),
+            "entropy": entropy.sum(),
+            "token_mult_prob_error": prob_error(log_ratio).sum(),
+            "rollout_kl": rollout_kl(log_ratio).sum(),
+            "importance_ratio": ratios(log_ratio).sum(),
+            "importance_outliers": outside(log_ratio).sum(),
             "clipped": loss.new_zeros(()) if old is None else _clipped(policy, new, advantages),
+            "nonfinite_tokens": (~logprobs.isfinite()).sum(),
+            "trained_tokens": loss.new_full((), len(targets)),
+            "rejected_tokens": loss.new_full((), len(targets) - len(new)),
         }
         return loss, torch.stack([sums[name].detach().double() for name in METRICS])
 

@@ -118,7 +118,7 @@ def test_corrections_do_reject_in_these_steps() -> None:
     for correction in ("icepop", "sequence_mask"):
         objective = Objective(AlgoConfig(mismatch_correction=correction))
         found = [run(objective, Step(seed, loss_named("grpo").AGGREGATION), [list(range(6))])[0] for seed in range(4)]
-        assert any(0 < metrics["rejected"] < metrics["tokens"] for metrics in found)
+        assert any(0 < metrics["rejected_tokens"] < metrics["trained_tokens"] for metrics in found)
         assert any(0 < metrics["kept"] < metrics["counted"] for metrics in found)
 
 
@@ -137,16 +137,16 @@ def test_every_metric_by_hand() -> None:
     expected = {
         "loss": 0.5 * (-1 + math.exp(0.1)) + 0.5 * drift,
         "kl": drift,
-        "prob_error": 1 + math.exp(0.1) + math.exp(6),
+        "token_mult_prob_error": 1 + math.exp(0.1) + math.exp(6),
         "rollout_kl": (math.exp(0.1) - 1.1) + (math.exp(6) - 7),
-        "ratio": 1 + math.exp(0.1) + math.exp(6),
-        "outliers": 1,
-        "nonfinite": 0,
+        "importance_ratio": 1 + math.exp(0.1) + math.exp(6),
+        "importance_outliers": 1,
+        "nonfinite_tokens": 0,
         "entropy": 3,
-        "tokens": 3,
+        "trained_tokens": 3,
         "counted": 2,
         "kept": 2,
-        "rejected": 1,
+        "rejected_tokens": 1,
         "clipped": 0,
     }
     assert dict(zip(METRICS, sums.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
@@ -165,7 +165,9 @@ def test_a_later_update_clips_against_the_old_policy_and_corrects_by_it() -> Non
     )
     loss, sums = Objective(AlgoConfig(mismatch_correction="tis", kl_beta=0))(ours, targets, None, zeros, old)
     found = dict(zip(METRICS, sums.tolist(), strict=True))
-    assert (found["clipped"], found["ratio"]) == (1, pytest.approx(4 * 1.5)), "actor against vLLM, both before the step"
+    assert (found["clipped"], found["importance_ratio"]) == (1, pytest.approx(4 * 1.5)), (
+        "actor against vLLM, both before the step"
+    )
     assert loss.item() == pytest.approx(0.25 * 1.5 * (-math.exp(0.1) - 1.2 + math.exp(0.5)))
     loss.backward()
     slopes = [-0.25 * 1.5 * math.exp(0.1), 0.0, 0.25 * 1.5 * math.exp(0.5), 0.0]
@@ -177,7 +179,7 @@ def test_bounds_are_the_settings_or_the_corrections_own() -> None:
         step = Step(3, loss_named("grpo").AGGREGATION)
         step.theirs = [[x - math.log(2) for x in row] for row in step.ours]  # all ratios are 2
         objective = Objective(AlgoConfig(mismatch_correction="icepop", **settings))
-        return run(objective, step, [[0, 1, 2, 3, 4, 5]])[0]["rejected"]
+        return run(objective, step, [[0, 1, 2, 3, 4, 5]])[0]["rejected_tokens"]
 
     assert rejected() == rejected(mismatch_low=0.9) == 0
     assert rejected(mismatch_high=1.9) == sum(Step(3, loss_named("grpo").AGGREGATION).lengths)
