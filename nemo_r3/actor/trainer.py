@@ -16,7 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from nemo_r3 import memory
-from nemo_r3.actor import cpu, stream
+from nemo_r3.actor import cpu
 from nemo_r3.actor.heap import FreedMemory
 from nemo_r3.actor.model import connect
 from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
@@ -93,7 +93,7 @@ class Trainer:
         """
         check_loss_weights(batch, self.policy.config.algo)
         updates, costs = zip(*map(self.policy.microbatches, batch.updates), strict=True)
-        with stream.on(self._stream), self.at_work(), cpu.cuda_stand_in():
+        with on_stream(self._stream), self.at_work(), cpu.cuda_stand_in():
             memory.reserve(self._working_bytes)
             before = memory.restart_peak()
             if self._lacks_scales:
@@ -209,3 +209,16 @@ class Trainer:
 def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
     """megatron-core's gradient reduction, without its division by a token count."""
     finalize_model_grads(model, None, **groups)
+
+
+@contextmanager
+def on_stream(own: torch.cuda.Stream) -> Iterator[None]:
+    """Queues what happens inside on `own`: after all that is queued so far, and before what comes next.
+
+    vLLM may have made another stream the process's current one.
+    """
+    outside = torch.cuda.current_stream()
+    own.wait_stream(outside)
+    with torch.cuda.stream(own):
+        yield
+    outside.wait_stream(own)

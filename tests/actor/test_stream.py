@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nemo_r3.actor import stream
+from nemo_r3.actor.trainer import on_stream
 
 
 class Stream:
@@ -33,7 +33,7 @@ def test_work_is_queued_after_what_came_before_and_before_what_follows(monkeypat
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     monkeypatch.setattr(torch.cuda, "stream", use)
-    with stream.on(own):  # type: ignore[arg-type]
+    with on_stream(own):  # type: ignore[arg-type]
         noted.append("work")
     waits = ["the actor's waits for vLLM's", "on the actor's", "work", "back", "vLLM's waits for the actor's"]
     assert noted == waits
