@@ -1,9 +1,8 @@
-"""`Fleet`: deals work to the engines, statically, and collects their results on every rank."""
+"""`Fleet`: deals work to the engines, statically, and lets the ranks of one stop together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,8 +10,6 @@ import torch.distributed as dist
 from nemo_r3 import signals
 from nemo_r3.algo import balance
 from nemo_r3.runtime import World
-
-T = TypeVar("T")
 
 STEPS_BETWEEN_VOTES = 16
 """Every so many engine steps, a few hundred milliseconds, the ranks of an engine ask each other whether to stop."""
@@ -24,7 +21,6 @@ class Fleet:
     Attributes:
         world: all ranks.
         tensor_parallel: ranks per engine.
-        engines: number of engines.
     """
 
     def __init__(self, world: World, tensor_parallel: int) -> None:
@@ -33,15 +29,9 @@ class Fleet:
         A group that its own ranks alone make would be named after how many they are in: in a pipeline that differs.
         """
         self.world, self.tensor_parallel = world, tensor_parallel
-        self.engines = world.size // tensor_parallel
         self._steps = 0
         if tensor_parallel > 1:
             self._group, _ = dist.new_subgroups(tensor_parallel, dist.group.WORLD, world.timeout, "gloo")
-
-    @property
-    def index(self) -> int:
-        """The engine that this rank belongs to."""
-        return self.world.rank // self.tensor_parallel
 
     def deal(self, costs: Sequence[int], samples: int) -> tuple[list[int], frozenset[int]]:
         """Deals items to the engines by their costs; item i has `samples` results, numbered from i * samples.
@@ -50,9 +40,10 @@ class Fleet:
             The numbers of this rank's engine, ascending; and of these, those of the results that this rank judges and
             gives to the others: neighbours, which share a context.
         """
-        own = sorted(balance.deal(costs, self.engines)[self.index])
+        ranks = self.tensor_parallel
+        engine, place = divmod(self.world.rank, ranks)
+        own = sorted(balance.deal(costs, self.world.size // ranks)[engine])
         numbers = [item * samples + sample for item in own for sample in range(samples)]
-        place, ranks = self.world.rank % self.tensor_parallel, self.tensor_parallel
         return numbers, frozenset(numbers[len(numbers) * place // ranks : len(numbers) * (place + 1) // ranks])
 
     def asked_to_stop(self, failed: bool) -> bool:
@@ -70,14 +61,3 @@ class Fleet:
         asked = torch.tensor(stop, dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         return bool(asked)
-
-    def collect(self, done: Mapping[int, T], count: int) -> list[T]:
-        """The results of all engines, in their order, on every rank.
-
-        Args:
-            done: number -> result, of this rank's `share`.
-            count: number of results of all engines together.
-        """
-        merged = self.world.merge(done)
-        assert merged.keys() == set(range(count)), "an engine lost some of its work"
-        return [merged[number] for number in range(count)]

@@ -11,7 +11,7 @@ depend on time or rank.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -116,7 +116,7 @@ class Rollout(Generic[EngineT]):
         self.engine = engine
         self._dialogue = dialogue
         self._config = config
-        self._fleet = Fleet(world, config.rollout.tensor_parallel)
+        self._world, self._fleet = world, Fleet(world, config.rollout.tensor_parallel)
         self._progress = progress if world.is_main else None
         self._deterministic = is_deterministic(config.rollout, torch.cuda.is_available())
         self.too_long: set[str] = set()
@@ -243,7 +243,13 @@ class Rollout(Generic[EngineT]):
         numbers, share = self._fleet.deal(costs, samples)
         conversations = {number: converse(*divmod(number, samples), number in share) for number in numbers}
         done = self._run(conversations, step, greedy, phases)
-        return self._collect(done, share, len(costs) * samples)
+        own = {number: done[number]() for number in done if number in share and signals.noted() is None}
+        self._world.leave_if_asked()  # first: a Ctrl-C may also have ended a program that the verifier waited for
+        if failures := [failure for failure in self._world.gather(self.judge.failure) if failure is not None]:
+            raise VerifierError(str(failures[0]))
+        merged = self._world.merge(own)
+        assert len(merged) == len(costs) * samples, "an engine lost some of its work"
+        return [merged[number] for number in range(len(merged))]
 
     def _run(
         self, conversations: Mapping[int, Conversation[Result]], step: int, greedy: bool, phases: Sequence[Phase]
@@ -275,28 +281,6 @@ class Rollout(Generic[EngineT]):
         if self.judge.failure is not None and step < 1 and signals.noted() is None:
             raise VerifierError(str(self.judge.failure))
         return in_flight.done
-
-    def _collect(self, done: Mapping[int, Callable[[], Result]], share: Set[int], count: int) -> list[Result]:
-        """The results of all engines, once their verdicts are there.
-
-        Args:
-            done: number -> what makes the result, of this rank's engine; incomplete if it was asked to stop.
-            share: the numbers of those that this rank has judged.
-            count: number of results of all engines together.
-
-        Raises:
-            Stopped: a signal asked to stop.
-            VerifierError: the verifier failed on some rank.
-        """
-        results = {}
-        for place, result in done.items():
-            if place in share and signals.noted() is None:
-                results[place] = result()
-        world = self._fleet.world
-        world.leave_if_asked()  # first: a Ctrl-C may also have ended a program that the verifier waited for
-        if failures := [failure for failure in world.gather(self.judge.failure) if failure is not None]:
-            raise VerifierError(str(failures[0]))
-        return self._fleet.collect(results, count)
 
     def _go_on(self, number: int, answer: Answer | None, in_flight: _InFlight[Any]) -> None:
         """Gives a conversation its last turn's answer; adds the next turn that has to be sampled to the engine."""

@@ -69,7 +69,7 @@ def test_an_engine_that_hangs_shows_the_stacks_of_every_rank_and_ends_the_run(ba
     assert 50 < seconds < 90
     assert said.count("Timeout (0:00:54)!") == 2
     assert re.search(r"broken_engine.py\", line \d+ in breaks_in_step_2", said)
-    assert re.search(r"scheduler.py\", line \d+ in _collect", said)
+    assert re.search(r"in leave_if_asked\n.*scheduler.py\", line \d+ in _hold", said)
     assert "error: a collective waited for another rank until run.timeout_minutes; the stacks of all ranks" in said
 
 
