@@ -24,6 +24,7 @@ from nemo_r3 import entry, runtime
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.progress import Progress
 from nemo_r3.refit import refit
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Sampler, Sampling, request_seed
@@ -77,7 +78,7 @@ class Bench:
         self.trainer, self.engine = Trainer(self.policy), Engine.start(self.config, model)
         self.lengths = force_lengths(self.engine)
         dialogue = Dialogue(AutoTokenizer.from_pretrained(model), self.config.dialogue, RejectsAll.wording)
-        self.rollout = Rollout(self.engine, dialogue, RejectsAll(), self.config, world)
+        self.rollout = Rollout(self.engine, dialogue, RejectsAll(), self.config, world, Progress(enabled=False))
 
     def step(self, number: int) -> dict[str, Any]:
         """One training step with its times."""

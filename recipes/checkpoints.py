@@ -80,7 +80,10 @@ def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, 
         home, manifest = _load_newest(setup, trainer, newest_first)
         counters = Counters(**manifest["state"])
         refuse_useless_steps(setup, trainer, counters.step)
-        setup.progress.say(f"resuming after step {counters.step} from {home}; {trainer.describe_schedule()}")
+        end, horizon = setup.config.actor.lr_min, trainer.schedule.lr_decay_steps
+        setup.progress.say(
+            f"resuming after step {counters.step} from {home}; the learning rate reaches {end:g} after {horizon} steps"
+        )
         _restore_turns(setup, rollout, home, counters.step + 1)
     setup.run.cut_back(counters.step)
     return counters, home

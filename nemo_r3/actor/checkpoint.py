@@ -133,8 +133,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
 def finish(saving: Saving, keep: int) -> Path:
     """Waits for the shards of all ranks, publishes the checkpoint and removes all but the newest `keep`.
 
-    Raises:
-        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    Raises as `begin` does.
     """
     world = saving.world
     with _explained(saving):

@@ -194,11 +194,6 @@ class Trainer:
             "reference" + away: 0 if self._reference is None else self._reference.nbytes,
         }
 
-    def describe_schedule(self) -> str:
-        """When the learning rate reaches its end; a resumed run keeps the horizon it began with."""
-        end = self.policy.config.actor.lr_min
-        return f"the learning rate reaches {end:g} after {self.schedule.lr_decay_steps} steps"
-
     def steps_left(self) -> float:
         """How many more steps have a learning rate above 0; those without an update do not count."""
         if self.policy.config.actor.lr_min:

@@ -98,13 +98,7 @@ class Engine:
         return engine
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Queues a request.
-
-        Args:
-            request_id: unique among the unfinished ones.
-            prompt_ids: [length] token ids; at most max_model_len - 1.
-            sampling: how to continue them.
-        """
+        """Queues a request, whose id no unfinished one has; its prompt has at most max_model_len - 1 token ids."""
         params = SamplingParams(
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,

@@ -96,6 +96,9 @@ class _InFlight(Generic[Result]):
 class Rollout(Generic[EngineT]):
     """Samples turns with the run's engines; every rank calls the same method with the same arguments.
 
+    Their `step` is part of every request's seed; with `greedy` the likeliest token is taken instead of sampling. They
+    raise `Stopped` if a signal asked for that, and VerifierError if the verifier failed on an answer.
+
     Attributes:
         engine: this rank's.
         too_long: ids of the problems that were not asked, because the task alone fills `rollout.max_model_len`.
@@ -105,19 +108,13 @@ class Rollout(Generic[EngineT]):
     """
 
     def __init__(
-        self,
-        engine: EngineT,
-        dialogue: Dialogue,
-        task: Task,
-        config: Config,
-        world: World,
-        progress: Progress | None = None,
+        self, engine: EngineT, dialogue: Dialogue, task: Task, config: Config, world: World, progress: Progress
     ) -> None:
         self.engine = engine
         self._dialogue = dialogue
         self._config = config
         self._world, self._fleet = world, Fleet(world, config.rollout.tensor_parallel)
-        self._progress = progress if world.is_main else None
+        self._progress = progress
         self._deterministic = is_deterministic(config.rollout, torch.cuda.is_available())
         self.too_long: set[str] = set()
         self.turns = TurnCache(enabled=not self._deterministic)
@@ -126,21 +123,7 @@ class Rollout(Generic[EngineT]):
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
     ) -> list[Attempt]:
-        """First answers and their verdicts, on every rank.
-
-        Args:
-            problems: what to ask.
-            step: part of every request's seed.
-            samples: answers per problem.
-            greedy: take the likeliest token instead of sampling.
-
-        Raises:
-            Stopped: a signal asked to stop.
-            VerifierError: the verifier failed on an answer.
-
-        Returns:
-            len(problems) * samples attempts: all of the first problem's, then the next one's.
-        """
+        """First answers and their verdicts, on every rank: the first problem's `samples`, then the next one's."""
 
         @cache
         def prompt_of(item: int) -> Trajectory:
@@ -165,34 +148,14 @@ class Rollout(Generic[EngineT]):
 
         The template closes a reflection that was cut at its token limit before the retry. A turn whose prompt leaves no
         room in `rollout.max_model_len` is not sampled: its answer is empty, with finish reason NO_ROOM, and fails.
-
-        Args:
-            failures: what to reflect on.
-            step: part of every request's seed.
-            group_size: reflections per failure.
-            greedy: take the likeliest token instead of sampling.
-
-        Raises:
-            Stopped: a signal asked to stop.
-            VerifierError: the verifier failed on an answer.
         """
         reflections = iter(self._reflections(failures, None, step, group_size, greedy))
         return [Group(failure, tuple(islice(reflections, group_size))) for failure in failures]
 
     def retry_after(self, failures: Sequence[Attempt], reflections: Sequence[Answer], step: int) -> list[Reflection]:
-        """A retry on each failure after a reflection that was sampled elsewhere, on every rank.
+        """A retry on each failure after the reflection given for it, in the failures' order, on every rank.
 
-        Args:
-            failures: what to try again.
-            reflections: what to read before it, one per failure; their token ids are taken as they are.
-            step: part of every request's seed.
-
-        Raises:
-            Stopped: a signal asked to stop.
-            VerifierError: the verifier failed on an answer.
-
-        Returns:
-            In the failures' order; the reflections themselves are not verified, so `solves` is False.
+        The reflections' token ids are taken as they are. They are not verified, so `solves` is False.
         """
         return self._reflections(failures, reflections, step, group_size=1, greedy=False)
 
@@ -272,7 +235,7 @@ class Rollout(Generic[EngineT]):
             for completion in completions:
                 number, turn, whole = self._take(completion, in_flight)
                 self._go_on(number, self._answer(turn.phase, whole), in_flight)
-            if completions and self._progress is not None:
+            if completions:
                 for phase in phases:
                     self._progress(phase, in_flight.ended[phase], len(conversations), in_flight.tokens[phase])
         for completion in self.engine.abort():

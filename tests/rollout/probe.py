@@ -26,6 +26,7 @@ from refusals import refusal
 
 from nemo_r3 import signals
 from nemo_r3.models import architecture_of
+from nemo_r3.progress import Progress
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.runtime import World
 from nemo_r3.types import Attempt, Group, Trajectory
@@ -216,7 +217,7 @@ def probe_stop(probe: Probe, failures: list[Attempt]) -> dict[str, Any]:
     from nemo_r3.rollout.turn_cache import TurnCache
 
     config = replace(probe.config, rollout=replace(probe.config.rollout, deterministic=False))
-    rollout, asked = Rollout(probe.engine, probe.dialogue, probe.task, config, probe.world), []
+    rollout, asked = Rollout(probe.engine, probe.dialogue, probe.task, config, probe.world, Progress(enabled=False)), []
     add = probe.engine.add
     probe.engine.add = lambda request, ids, sampling: (
         asked.append((sampling.seed, tuple(ids))),

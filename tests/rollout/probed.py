@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.progress import Progress
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Completion, Sampling
 
@@ -68,7 +69,7 @@ class Probe:
         self.task = Parity()
         tokenizer = AutoTokenizer.from_pretrained(home / "a")
         self.dialogue = Dialogue(tokenizer, config.dialogue, self.task.wording, STOPS)
-        self.rollout = Rollout(self.engine, self.dialogue, self.task, config, self.world)
+        self.rollout = Rollout(self.engine, self.dialogue, self.task, config, self.world, Progress(enabled=False))
 
     def load(self, name: str, version: int) -> None:
         state = self.models[name].state_dict()
