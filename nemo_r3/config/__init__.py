@@ -5,7 +5,7 @@ config = load(["configs/quickstart.yaml", "train.steps=10"])
 
 from nemo_r3.config.actor import ActorConfig
 from nemo_r3.config.algo import AlgoConfig
-from nemo_r3.config.checks import check, check_world
+from nemo_r3.config.checks import check_world
 from nemo_r3.config.load import load, to_yaml
 from nemo_r3.config.resume import diff_for_resume
 from nemo_r3.config.rollout import RolloutConfig
@@ -18,7 +18,6 @@ __all__ = [
     "Config",
     "RolloutConfig",
     "TrainConfig",
-    "check",
     "check_world",
     "diff_for_resume",
     "load",

@@ -11,7 +11,7 @@ answers lose (Qwen3 with enable_thinking: false).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 
 from jinja2 import TemplateError
@@ -56,7 +56,7 @@ def objection(template: ChatTemplate, tools: Sequence[Tool] = ()) -> str | None:
         tools: `(TOOL,)` for dialogues whose first turn offers tools; later turns do not repeat them.
     """
     try:
-        return next(_objections(template, tools), None)
+        return _objection(template, tools)
     except TemplateError as error:
         return f"cannot render this dialogue ({error})"
 
@@ -66,18 +66,23 @@ def after_answer(rendered: str) -> str:
     return rendered[rendered.index(ANSWER[0]) + len(ANSWER[0]) :]
 
 
-def _objections(template: ChatTemplate, tools: Sequence[Tool]) -> Iterator[str]:
+def _objection(template: ChatTemplate, tools: Sequence[Tool]) -> str | None:
     """The checks, one after the other; each relies on the earlier ones having passed."""
     first = template.render(USER[:1], tools)
     if tools and not (FUNCTION in first and PARAMETER in first):
-        yield "does not show the tools"
+        return "does not show the tools"
     dialogues = [template.render(_alternate(count), tools) for count in COUNTS]
     for rendered, count in zip(dialogues, COUNTS, strict=True):
         for answer in ANSWER[:count]:
-            yield from _lost(rendered, answer)
+            if (times := rendered.count(answer)) > 1:
+                return "repeats the text of an answer; sampled ids could not be kept"
+            if not times and answer[: answer.index("]]") + 2] not in rendered:
+                return "drops an earlier answer; the failed answer must stay in context"
+            if not times:
+                return "trims or rewrites the text of an answer; sampled ids could not be kept"
     if not NO_THOUGHT.search(first):
         if THOUGHT.strip() not in template.render((USER[0], THOUGHT + ANSWER[0], USER[1]), tools):
-            yield (
+            return (
                 "drops the reasoning (<think>...</think>) of earlier answers, so a reflection would not see the "
                 "attempt it is about; switch reasoning off where the template can (Qwen3: dialogue.template_options="
                 "{enable_thinking: false}), or name a template that keeps it in dialogue.chat_template"
@@ -87,13 +92,14 @@ def _objections(template: ChatTemplate, tools: Sequence[Tool]) -> Iterator[str]:
     same = len(commonprefix([first, opening]))
     asked, shown = first[same:], opening[same:]
     if shown.strip() or (asked and not NO_THOUGHT.fullmatch(asked)):
-        yield MOVES
+        return MOVES
     expected = opening
     for rendered, count in zip(dialogues, COUNTS, strict=True):
         expected = expected + ANSWER[count - 1] + close.replace(USER[1], USER[count])
         if rendered != expected:
-            yield MOVES
+            return MOVES
         expected = expected.removesuffix(asked) + shown
+    return None
 
 
 def _alternate(count: int) -> list[str]:
@@ -102,14 +108,3 @@ def _alternate(count: int) -> list[str]:
     for index in range(count):
         turns += [ANSWER[index], USER[index + 1]]
     return turns
-
-
-def _lost(rendered: str, answer: str) -> Iterator[str]:
-    count = rendered.count(answer)
-    if count == 1:
-        return
-    start = answer[: answer.index("]]") + 2]
-    if start not in rendered:
-        yield "drops an earlier answer; the failed answer must stay in context"
-    how = "repeats" if count > 1 else "trims or rewrites"
-    yield f"{how} the text of an answer; sampled ids could not be kept"
