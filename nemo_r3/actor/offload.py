@@ -65,13 +65,11 @@ class Offload:
         self._hosts: dict[int, HostBuffer] = {}
         self._parked: list[tuple[UntypedStorage, HostBuffer]] = []
         self._freed: list[tuple[UntypedStorage, int]] = []
-        self._away = False
 
     def park(self) -> None:
         """Moves the state to the host and frees the gradient buffers, unless that is already done."""
-        if self._away:
+        if self._freed:
             return
-        self._away = True
         hosts: dict[int, HostBuffer] = {}
         for storage in _own_storages(self._model, self._optimizer):
             host = self._hosts.get(storage._cdata)
@@ -91,9 +89,6 @@ class Offload:
 
     def restore(self) -> None:
         """Brings the state back to the device, unless it is there."""
-        if not self._away:
-            return
-        self._away = False
         for storage, size in self._freed:
             storage.resize_(size)
             _whole(storage).zero_()
