@@ -83,16 +83,9 @@ def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
 def measure(
     rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Group] | None = None
 ) -> tuple[Verdicts, Sequence[Group]]:
-    """All verdicts on the weights that the engine holds.
+    """All verdicts on the weights that the engine holds, and their sampled failures, each with its reflection.
 
-    Args:
-        rollout: with the weights to measure.
-        problems: held-out ones.
-        fixed: the starting model's sampled failures on them, each with its reflection; None if these weights are the
-            starting model's.
-
-    Returns:
-        The verdicts, and the sampled failures of these weights, each with its reflection.
+    `fixed` are those of the starting model, on the same problems; None if these weights are the starting model's.
     """
     attempts, own = _two_tries(rollout, problems, greedy=False)
     retried = own if fixed is None else _reflected(rollout, [group.failure for group in fixed], greedy=False)

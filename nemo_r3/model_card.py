@@ -12,13 +12,9 @@ from nemo_r3.report import HEADINGS, NOTE, rates
 
 
 def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str) -> str:
-    """README.md of an export.
+    """README.md of an export after `step` steps, from the run's config, its summary.json and the starting model's name.
 
-    Args:
-        config: the run's.
-        summary: summary.json; its results are shown if they were measured at `step`.
-        step: training steps that the weights have seen.
-        base: name of the starting model.
+    The summary's results are shown if they were measured at that step.
     """
     front = {
         "library_name": "transformers",

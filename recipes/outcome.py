@@ -61,10 +61,7 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
 def conclude_early(setup: Setup, end: Exception, step: int) -> None:
     """Says what a run that stops has saved, and ends its trackers: a rank that left first would have the others killed.
 
-    Args:
-        setup: the run.
-        end: why it stops.
-        step: the last one that is saved; 0: none.
+    `step` is the last one that is saved; 0: none.
     """
     if step:
         setup.progress.say(f"step {step} is saved")

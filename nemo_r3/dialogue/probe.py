@@ -51,9 +51,7 @@ PROBLEM = Problem("probe", USER[0], {}, (TOOL,))
 def objection(template: ChatTemplate, tools: Sequence[Tool] = ()) -> str | None:
     """Why sampled answers could not be kept as they are; None if they can.
 
-    Args:
-        template: to be used.
-        tools: `(TOOL,)` for dialogues whose first turn offers tools; later turns do not repeat them.
+    With `(TOOL,)`, dialogues are tried whose first turn offers a tool; later turns do not repeat it.
     """
     try:
         return _objection(template, tools)

@@ -74,13 +74,7 @@ def peak_of(chip: str, precision: str) -> float | None:
 def speed(phase: str, flops: float, seconds: float, ranks: int, chip: str, precision: str) -> dict[str, float]:
     """A rank's average rate: `speed/<phase>_tflops`, and `speed/<phase>_mfu` if the chip's peak is known.
 
-    Args:
-        phase: rollout or update.
-        flops: of all ranks together.
-        seconds: of wall time.
-        ranks: number of them.
-        chip: the GPU's name as CUDA has it.
-        precision: as in `actor.precision` or `rollout.quantization`.
+    The FLOPs are those of all ranks together; `precision` is as in `actor.precision` or `rollout.quantization`.
     """
     done, peak = flops / seconds / ranks, peak_of(chip, precision)
     return {f"speed/{phase}_tflops": done / 1e12} | ({} if peak is None else {f"speed/{phase}_mfu": done / peak})
