@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from nemo_r3.config.option import option
 
-PHASES = ("reflection", "retry")
-
 
 @dataclass
 class AlgoConfig:
@@ -57,7 +55,7 @@ class AlgoConfig:
     )
     trained_phases: list[str] = option(
         factory=lambda: ["reflection"],
-        choices=PHASES,
+        choices=("reflection", "retry"),
         help="phases whose sampled tokens carry loss; not the attempt: a group shares it, so its advantages sum to 0",
     )
     keep_equal_groups: bool = option(

@@ -20,7 +20,7 @@ from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.bfcl import Listed, folder_of, read_bfcl, spelling
 from nemo_r3.tasks.calls import FORMATS, Call, NotCallsError, read_calls
 from nemo_r3.tasks.lazy_problems import LazyProblems
-from nemo_r3.tasks.matching import NUMBERS, Equality, OneValue, Rule, fits, pair_up
+from nemo_r3.tasks.matching import Equality, OneValue, Rule, fits, pair_up
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.records import Record, problem_of, read_xlam
 from nemo_r3.tasks.schemas import defaults_of
@@ -53,7 +53,7 @@ class Options:
     format: str = option("auto", choices=FORMATS, help="how an answer writes calls; auto: as its own markers say")
     numbers: str = option(
         "widen",
-        choices=NUMBERS,
+        choices=("widen", "equal"),
         help="widen: an integer is as good as the float asked for; equal: a float as the integer",
     )
     accept_defaults: bool = option(False, help="leaving an argument out is the same as giving its declared default")

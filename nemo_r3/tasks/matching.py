@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-NUMBERS = ("widen", "equal")
-
 
 @dataclass(frozen=True)
 class Equality:
