@@ -154,7 +154,7 @@ def save_turns(setup: Setup, rollout: Rollout, step: int) -> None:
     warning: the turns will be sampled again.
     """
     speaks = setup.world.rank % setup.config.rollout.tensor_parallel == 0  # all ranks of an engine have the same
-    turns = setup.world.merge(rollout.turns.nonempty(step) if speaks else {})
+    turns = rollout.turns.restored(step) | setup.world.merge(rollout.turns.sampled(step) if speaks else {})
     home = latest(setup.run.checkpoints)
     if setup.world.is_main and turns and home is not None:
         file = home / turn_cache.FILE

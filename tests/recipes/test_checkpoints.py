@@ -1,16 +1,22 @@
-"""A resumed run does not spend steps at a learning rate of 0; a checkpoint that is asked for is there."""
+"""A resumed run wastes no step and loses no turn; a checkpoint that is asked for is there."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from refusals import refusal
 
-from recipes.checkpoints import refuse_useless_steps, trained
+from nemo_r3.rollout import turn_cache
+from nemo_r3.rollout.sampling import UNFINISHED, Completion
+from nemo_r3.rollout.turn_cache import TurnCache
+from recipes.checkpoints import refuse_useless_steps, save_turns, trained
 
 
 def said_of(steps: int, done: int, left: float) -> str:
@@ -61,3 +67,37 @@ def test_a_checkpoint_that_is_gone_is_answered_with_those_that_are_there(tmp_pat
         (tmp_path / f"step_{step:06d}").mkdir()
         (tmp_path / f"step_{step:06d}" / "manifest.json").touch()
     assert "step_000006, step_000004 (train" in refusal(lambda: trained(setup))
+
+
+def test_a_second_stop_keeps_what_either_engine_added_to_the_turns_of_the_first(tmp_path: Path) -> None:
+    """Both were given all turns; each went on with its own, and still holds the other's as it was."""
+    (tmp_path / "step_000002").mkdir()
+    (tmp_path / "step_000002" / "manifest.json").touch()
+    begun = {name: Completion(name, (5,), (-0.5,), UNFINISHED, 2) for name in ("of 0", "of 1", "of neither")}
+    ended = [Completion(f"of {rank}", (5, 6, rank), (-0.5, -1.0, -2.0), "stop", 2) for rank in (0, 1)]
+    parts: dict[int, Mapping[str, Completion]] = {}
+    met = Barrier(2)
+
+    def stop(rank: int) -> None:
+        def merge(part: Mapping[str, Completion]) -> dict[str, Completion]:
+            parts[rank] = part
+            met.wait(20)
+            return {**parts[0], **parts[1]}
+
+        cache = TurnCache(enabled=True)
+        cache.restore(3, begun)
+        cache.begin(3)
+        cache.add(f"of {rank}", ended[rank])
+        setup: Any = SimpleNamespace(
+            config=SimpleNamespace(rollout=SimpleNamespace(tensor_parallel=1)),
+            world=SimpleNamespace(rank=rank, is_main=rank == 0, merge=merge),
+            run=SimpleNamespace(checkpoints=tmp_path),
+            progress=SimpleNamespace(say=lambda line: None),
+        )
+        rollout: Any = SimpleNamespace(turns=cache)
+        save_turns(setup, rollout, 3)
+
+    with ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(stop, (0, 1)))
+    kept = turn_cache.read(tmp_path / "step_000002" / turn_cache.FILE)
+    assert kept == begun | {turn.request_id: turn for turn in ended}

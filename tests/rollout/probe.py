@@ -230,14 +230,14 @@ def probe_stop(probe: Probe, failures: list[Attempt]) -> dict[str, Any]:
         try:
             rollout.reflect_and_retry(failures, 3, 4)
         except AssertionError:  # no signal came, so `collect` misses what is unfinished
-            kept.append(rollout.turns.nonempty(3))
+            kept.append(rollout.turns.sampled(3))
     del rollout._fleet.asked_to_stop
     rollout.turns = TurnCache(enabled=True)
     rollout.turns.restore(3, kept[-1])
     before = len(asked)
     groups = rollout.reflect_and_retry(failures, 3, 4)
     probe.engine.add = add
-    turns = rollout.turns.nonempty(3)
+    turns = rollout.turns.restored(3) | rollout.turns.sampled(3)
     begun = [found for found in kept[-1].values() if found.finish_reason == "unfinished"]
     return {
         "counts": [[sum(c.finish_reason == "unfinished" for c in part.values()), len(part)] for part in kept],
@@ -249,7 +249,7 @@ def probe_stop(probe: Probe, failures: list[Attempt]) -> dict[str, Any]:
         "longest_begun": max(len(found.ids) for found in begun),
         "longest": max(len(found.ids) for found in turns.values()),
         "logprob_error": max(sampled_errors(probe, groups)),
-        "of_another_step": len(rollout.turns.nonempty(4)),
+        "of_another_step": len(rollout.turns.sampled(4) | rollout.turns.restored(4)),
     }
 
 

@@ -52,12 +52,12 @@ def test_only_the_training_step_under_way_is_kept() -> None:
     cache = TurnCache(enabled=True)
     cache.begin(0)  # mining
     cache.add("a", TURNS["a"])
-    assert cache.nonempty(0) == {}
+    assert cache.sampled(0) == {}
     cache.begin(2)
     for name, turn in TURNS.items():
         cache.add(name, turn)
-    assert cache.nonempty(2).keys() == {"a", "c"}, "a turn without tokens is none"
-    assert cache.nonempty(3) == {}
+    assert cache.sampled(2).keys() == {"a", "c"}, "a turn without tokens is none"
+    assert cache.sampled(3) == {}
     cache.begin(3)
     assert cache.get("a") is None
 
@@ -65,7 +65,7 @@ def test_only_the_training_step_under_way_is_kept() -> None:
     off.restore(2, TURNS)
     off.begin(2)
     off.add("a", TURNS["a"])
-    assert off.get("a") is None and off.nonempty(2) == {}
+    assert off.get("a") is None and off.sampled(2) == {}
 
 
 def test_what_goes_on_follows_what_was_begun() -> None:
