@@ -78,7 +78,9 @@ def well_formed(rows: Iterable[Row], read: Callable[[Any], Record], source: str,
     for place, row in rows:
         count += 1
         try:
-            records.append(read(parse_json(row.strip()) if isinstance(row, str) else row))
+            record = read(parse_json(row.strip()) if isinstance(row, str) else row)
+            _refuse_half_characters(record)
+            records.append(record)
         except ValueError as error:
             malformed.append(f"{place}: {error}")
     if not count:
@@ -95,6 +97,15 @@ def well_formed(rows: Iterable[Row], read: Callable[[Any], Record], source: str,
     if is_rank_0():
         print(f"task.options.source: left out: {found}", flush=True)
     return records
+
+
+def _refuse_half_characters(record: Record) -> None:
+    """A tokenizer refuses a text that holds one half of a surrogate pair, which JSON can write."""
+    tools = json.dumps(json.loads(record.tools), ensure_ascii=False) if "\\ud" in record.tools else ""
+    try:
+        (record.query + tools).encode()
+    except UnicodeEncodeError:
+        raise ValueError("query or tools hold half a character, a lone surrogate") from None
 
 
 def read_xlam(source: str, max_malformed: float) -> list[Record]:

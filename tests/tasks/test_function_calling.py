@@ -147,6 +147,8 @@ MALFORMED = [
     ("[1]", "query is not text"),
     ({**SORT, "query": " "}, "query is not text"),
     ({**SORT, "query": None}, "query is not text"),
+    ({**SORT, "query": "Sort \ud83d."}, "a lone surrogate"),
+    ({**SORT, "tools": SORT["tools"].replace("Sorts", r"Sorts \ud83d", 1)}, "a lone surrogate"),
     ({"query": "?", "tools": SORT["tools"]}, "answers is not text"),
     ({**SORT, "tools": json.loads(SORT["tools"])}, "tools is not text"),
     ({**SORT, "tools": "{}"}, "tools is not a list"),
