@@ -24,5 +24,6 @@ class PrivateWorker(CPUWorker):
         dist.broadcast_object_list(name)
         self.distributed_init_method += f":{name[0]}"  # vLLM names the memory after what follows the last colon
         super().init_device()
+        dist.barrier()  # the name is that of all engines, and another's ranks may not have opened theirs yet
         for file in SHARED_MEMORY.glob(f"*{name[0]}*"):
             file.unlink(missing_ok=True)
