@@ -121,9 +121,10 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
     verdict = decide(config, read_record(config), ended, progress_of(config))
     try:
         write_record(config, verdict.record)
-    except OSError as error:  # without a record faults would not be counted
-        reason = f"not requeued: cannot write {_file(config)} ({error.strerror}); fix that and submit again"
-        verdict = replace(verdict, requeue=False, reason=reason)
+    except OSError as error:
+        if verdict.requeue:  # without a record faults would not be counted
+            reason = f"not requeued: cannot write {_file(config)} ({error.strerror}); fix that and submit again"
+            verdict = replace(verdict, requeue=False, reason=reason)
     print(f"{what}; {verdict.reason}", flush=True)
     if verdict.requeue:
         requeue(job, [host for host, failures in verdict.record.hosts.items() if failures >= HOST_FAILURES])

@@ -244,6 +244,8 @@ def test_without_room_for_the_record_a_job_is_not_requeued(
     assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}, 137) == 1
     said = capsys.readouterr().out
     assert f"not requeued: cannot write {tmp_path}/slurm.json (No space left on device); fix that" in said
+    assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}, 0) == 0
+    assert capsys.readouterr().out == "slice 0 of job 7: finished; done\n", "there is nothing to submit again"
 
 
 def test_a_slice_keeps_the_settings_that_it_began_with(tmp_path: Path) -> None:
