@@ -224,7 +224,7 @@ def _cause(error: BaseException) -> str:
 
 
 def check(checkpoint: Path, world: World) -> None:
-    """Reads all files of a checkpoint, each on one rank, which takes no model.
+    """Reads all files of a checkpoint, each on one rank; there need be no model.
 
     Raises:
         DamagedError: the checkpoint is incomplete or damaged, on every rank alike.

@@ -168,7 +168,7 @@ class Trainer:
     def _step(self, finite: bool) -> float:
         """Clips and steps; returns the gradient norm, or NaN if the step is skipped.
 
-        The optimizer's own `step` measures the norm, too, but steps by one that is NaN or Inf.
+        The optimizer's own `step` would do as much, but where the norm is NaN or Inf, too.
         """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())

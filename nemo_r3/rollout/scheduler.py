@@ -96,8 +96,8 @@ class _InFlight(Generic[Result]):
 class Rollout(Generic[EngineT]):
     """Samples turns with the run's engines; every rank calls the same method with the same arguments.
 
-    Their `step` is part of every request's seed; with `greedy` the likeliest token is taken instead of sampling. They
-    raise `Stopped` if a signal asked for that, and VerifierError if the verifier failed on an answer.
+    A method's `step` is part of every request's seed; with `greedy` it takes the likeliest token instead of sampling.
+    Each raises `Stopped` if a signal asked for that, and VerifierError if the verifier failed on an answer.
 
     Attributes:
         engine: this rank's.
