@@ -60,7 +60,7 @@ def open_bank(setup: Setup) -> Bank | None:
 
 def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     """The bank's failures, after mining what is missing, for which the engine must hold the starting weights."""
-    if bank.complete:
+    if bank.is_complete():
         return bank.read()
     problems, progress = problems_to_mine(setup), setup.progress
     if any(problem.tools for problem in problems):
@@ -91,6 +91,6 @@ def failure_source(setup: Setup, bank: Bank | None, policy: Policy, rollout: Rol
     count = config.train.failures_per_step
     if bank is None:
         return OnlineSource(rollout, setup.task.problems("train"), count, config.seed)
-    if not bank.complete:
+    if not bank.is_complete():
         refit_if_behind(setup, policy, rollout)
     return BankSource(bank_rows(setup, bank, rollout), count, config.seed, setup.world)

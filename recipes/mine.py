@@ -18,7 +18,7 @@ def mine(argv: Sequence[str]) -> None:
     bank = open_bank(setup)
     if bank is None:
         raise UserError("failures.source=online keeps no bank to mine; it must be bank")
-    if bank.complete:
+    if bank.is_complete():
         setup.progress.say(f"{bank.path} is complete: {len(bank.read())} failures")
         return
     bank_rows(setup, bank, start_rollout(setup))

@@ -31,10 +31,11 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mined_bank_gives_back_every_rejected_answer(tmp_path: Path) -> None:
-    mined, rollout = bank(tmp_path / "bank"), Scripted(passes=1)
-    assert not mined.complete
+    mined, another_run_s = bank(tmp_path / "bank"), bank(tmp_path / "bank")
+    rollout = Scripted(passes=1)
+    assert not mined.is_complete()
     mined.mine(rollout, problems(3))
-    assert mined.complete and bank(tmp_path / "bank").complete
+    assert mined.is_complete() and another_run_s.is_complete() and bank(tmp_path / "bank").is_complete()
     assert rollout.steps == {0}, "which no training step has"
     found = read(mined)
     assert [failure.id for failure in found] == ["p0/1", "p1/1", "p2/1"]
@@ -54,7 +55,7 @@ def test_mining_says_how_many_answers_were_cut(tmp_path: Path) -> None:
     bank(tmp_path).mine(Cut(passes=1), problems(4))
     _locks.pop().close()
     again = bank(tmp_path)
-    assert again.complete
+    assert again.is_complete()
     assert again.tally().truncated_share == 5 / 8, "those that passed count, too, and those of an earlier process"
 
 
@@ -65,11 +66,11 @@ def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, caps
     whole = read(bank(tmp_path))
     lost = tmp_path / "shard_00001.jsonl"
     lost.unlink()
-    assert not bank(tmp_path).complete
+    assert not bank(tmp_path).is_complete()
     mine(tmp_path, again, many)
     assert (first.asked, again.asked) == (len(many), SHARD)
     assert f"{lost} is missing" in capsys.readouterr().err
-    assert bank(tmp_path).complete
+    assert bank(tmp_path).is_complete()
     assert read(bank(tmp_path)) == whole
 
 
@@ -84,7 +85,7 @@ def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         mine(tmp_path, Killed(), many)
     _locks.pop().close()
-    assert not bank(tmp_path).complete
+    assert not bank(tmp_path).is_complete()
     mine(tmp_path, again, many)
     assert again.asked == 3
     assert [failure.id for failure in read(bank(tmp_path))] == [f"{problem.id}/1" for problem in many]
@@ -123,7 +124,7 @@ def test_a_foreign_bank_is_refused_by_name_unless_told(tmp_path: Path, field: st
     bank(tmp_path).mine(Scripted(), problems(2))
     other = Stamp(**{**vars(STAMP), field: value})
     assert f"mined otherwise: {field}" in refusal(lambda: bank(tmp_path, other))
-    assert bank(tmp_path, other, allow_foreign=True).complete
+    assert bank(tmp_path, other, allow_foreign=True).is_complete()
 
 
 def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path)
 
     bank(tmp_path).mine(Scripted(), problems(2))
     other = replace(STAMP, model="m1")
-    assert bank(tmp_path, decode=other_words, allow_foreign=True).complete  # it is no foreign one
+    assert bank(tmp_path, decode=other_words, allow_foreign=True).is_complete()  # it is no foreign one
     with pytest.raises(
         UserError, match=r"failures\.path: .*another tokenizer.*'7 8'.*'words .*failures\.allow_foreign"
     ):
@@ -244,7 +245,7 @@ def test_all_ranks_draw_what_rank_0_reads(tmp_path: Path) -> None:
     def seen(path: Path, world: SimpleNamespace) -> list[Any]:
         found = bank(path, world=cast(World, world))
         source = BankSource(found.read(), 4, 1, cast(World, world))
-        return [found.complete, source.draw(1), source.draw(2)]
+        return [found.is_complete(), source.draw(1), source.draw(2)]
 
     assert seen(tmp_path / "here", first) == seen(tmp_path / "not here", other)
 

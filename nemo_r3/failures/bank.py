@@ -55,7 +55,7 @@ class BankRow(NamedTuple):
 class Bank:
     """A directory of mined failures. Only rank 0 touches it: on a shared file system, ranks may see different files.
 
-    All ranks open it, and call `mine`, `tally` and `read`, together.
+    All ranks open it, and call its methods, together.
 
     Args:
         config: the run's settings.
@@ -68,7 +68,6 @@ class Bank:
             but holds token ids of another tokenizer.
 
     Attributes:
-        complete: whether nothing is left to mine: it is not missing, half mined or lacking a shard.
         example: the first answer that this process mined, if any.
     """
 
@@ -79,7 +78,17 @@ class Bank:
         self._index = self.path / "bank.json"
         self._shards: dict[str, str] = {}
         self._tallies: dict[str, dict[str, int]] = {}
-        self.complete = world.on_main(self._is_complete)
+        self.is_complete()
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to mine now, when another run may have mined it since.
+
+        A bank that is missing, half mined or lacking a shard is not complete.
+
+        Raises:
+            UserError: as when it is opened.
+        """
+        return self._world.on_main(self._is_complete)
 
     def _is_complete(self) -> bool:
         if not self._index.exists():
@@ -141,7 +150,6 @@ class Bank:
         if self._world.is_main:
             self._write_index(len(problems), complete=True)
         self._world.barrier()
-        self.complete = True
 
     def _keep(self, name: str, attempts: Sequence[Attempt]) -> None:
         """Writes a shard."""

@@ -12,7 +12,8 @@ import pytest
 from paper_models import NAMES, shape
 from refusals import refusal
 
-from nemo_r3.config import Config, check
+from nemo_r3.config import Config
+from nemo_r3.config.checks import check
 from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
 from nemo_r3.models.names import count_parameters
 from nemo_r3.models.rope import Llama3, LongRope, Rope
