@@ -27,7 +27,7 @@ def test_mining_says_how_many_answers_were_cut(capsys: pytest.CaptureFixture[str
     )
     bank: Any = SimpleNamespace(
         path=Path("failures"),
-        complete=False,
+        is_complete=lambda: False,
         mine=lambda rollout, problems, progress: None,
         read=lambda: [1, 2, 3],
         tally=lambda: Tally(100, 40, truncated=97),
