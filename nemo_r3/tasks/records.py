@@ -23,7 +23,7 @@ from nemo_r3.progress import is_rank_0
 from nemo_r3.tasks.calls import parse_json
 from nemo_r3.tasks.data_set import read_columns
 from nemo_r3.tasks.schemas import as_declared, object_of_python, tool
-from nemo_r3.tasks.template import fill
+from nemo_r3.tasks.template import fill, is_unicode
 from nemo_r3.types import Problem
 
 MOST_CALLS = 64
@@ -100,12 +100,9 @@ def well_formed(rows: Iterable[Row], read: Callable[[Any], Record], source: str,
 
 
 def _refuse_half_characters(record: Record) -> None:
-    """A tokenizer refuses a text that holds one half of a surrogate pair, which JSON can write."""
     tools = json.dumps(json.loads(record.tools), ensure_ascii=False) if "\\ud" in record.tools else ""
-    try:
-        (record.query + tools).encode()
-    except UnicodeEncodeError:
-        raise ValueError("query or tools hold half a character, a lone surrogate") from None
+    if not is_unicode(record.query + tools):
+        raise ValueError("query or tools hold half a character, a lone surrogate")
 
 
 def read_xlam(source: str, max_malformed: float) -> list[Record]:

@@ -1,4 +1,4 @@
-"""`{placeholder}` templates of user turns: only named placeholders are touched, so `\\boxed{}` stays as it is."""
+"""Texts of user turns: of their `{placeholder}`s only named ones are touched, so `\\boxed{}` stays as it is."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def fill(template: str, values: Mapping[str, str]) -> str:
         KeyError: a placeholder that `values` lacks.
     """
     return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: Python's may hold one half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

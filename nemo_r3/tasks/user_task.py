@@ -18,7 +18,7 @@ from nemo_r3.errors import ConfigError, UserError, in_one_line
 from nemo_r3.progress import warn
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.slow_calls import warn_if_slow
-from nemo_r3.tasks.template import fill
+from nemo_r3.tasks.template import fill, is_unicode
 from nemo_r3.tasks.user_code import user_code
 from nemo_r3.types import Problem
 
@@ -155,7 +155,7 @@ class UserTask:
                 f"{where} gives the id {problem.id!r} and the text {problem.text!r:.80}; both must be text, "
                 "and not empty"
             )
-        if not _is_unicode(problem.id + problem.text):
+        if not is_unicode(problem.id + problem.text):
             raise ConfigError(f"{where}: id or text of problem {problem.id!r} holds half a character, a lone surrogate")
         tools = problem.tools
         if not isinstance(tools, (tuple, list)) or not all(isinstance(t, dict) and "function" in t for t in tools):
@@ -174,18 +174,9 @@ class UserTask:
 def _survives_json(value: Any) -> bool:
     try:
         written = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        return bool(json.loads(written) == value) and _is_unicode(written)
+        return bool(json.loads(written) == value) and is_unicode(written)
     except (TypeError, ValueError, RecursionError):
         return False
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: Python's may hold one half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _asked(problem: Problem) -> tuple[str, str]:
