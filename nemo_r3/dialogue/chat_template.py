@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_r3.config.task import DialogueConfig
-from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.errors import ConfigError, UserError, describe
 
 DATE = "26 Jul 2024"
 """The date for templates that print today's (it is Llama 3's own default): contexts must not change overnight."""
@@ -16,6 +16,10 @@ DATE = "26 Jul 2024"
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
 Tool = Mapping[str, Any]
+
+
+class RenderError(UserError):
+    """The chat template fails on a dialogue; the cause is the template's own error."""
 
 
 class Tokenizer(Protocol):
@@ -79,19 +83,24 @@ class ChatTemplate:
         """The text of alternating user and assistant turns, after the system turn, with the generation prompt.
 
         Raises:
-            jinja2.TemplateError: the template refuses such a dialogue.
+            RenderError: the template refuses such a dialogue, or fails on it.
         """
         messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": turn} for i, turn in enumerate(turns)]
         if self._system is not None:
             messages.insert(0, {"role": "system", "content": self._system})
-        rendered: str = self._tokenizer.apply_chat_template(
-            messages,
-            chat_template=self._source,
-            tools=[dict(tool) for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self._options,
-        )
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._source,
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._options,
+            )
+        except Exception as error:  # of any type: a template is a program of the model's author
+            raise RenderError(
+                f"{self.setting}: the chat template cannot render this dialogue: {describe(error)}"
+            ) from error
         return rendered
 
 

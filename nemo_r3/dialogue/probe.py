@@ -14,9 +14,8 @@ import re
 from collections.abc import Sequence
 from os.path import commonprefix
 
-from jinja2 import TemplateError
-
-from nemo_r3.dialogue.chat_template import ChatTemplate, Tool
+from nemo_r3.dialogue.chat_template import ChatTemplate, RenderError, Tool
+from nemo_r3.errors import describe
 from nemo_r3.types import Problem
 
 USER = ("[[user turn one]]", "[[user turn two]]", "[[user turn three]]", "[[user turn four]]")
@@ -55,8 +54,8 @@ def objection(template: ChatTemplate, tools: Sequence[Tool] = ()) -> str | None:
     """
     try:
         return _objection(template, tools)
-    except TemplateError as error:
-        return f"cannot render this dialogue ({error})"
+    except RenderError as error:
+        return f"cannot render this dialogue: {describe(error.__cause__ or error)}"
 
 
 def after_answer(rendered: str) -> str:

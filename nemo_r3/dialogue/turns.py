@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nemo_r3.config.task import DialogueConfig
-from nemo_r3.dialogue.chat_template import ChatTemplate, Tokenizer, Tool
+from nemo_r3.dialogue.chat_template import ChatTemplate, RenderError, Tokenizer, Tool
 from nemo_r3.dialogue.probe import ANSWER, PROBLEM, TOOL, USER, after_answer, objection
 from nemo_r3.errors import ConfigError, UserError, in_one_line
 from nemo_r3.files import read_json_object
@@ -60,11 +60,19 @@ class Dialogue:
         self.fingerprint = self._fingerprint()
 
     def task(self, problem: Problem) -> Trajectory:
-        """[task]: the prompt of a first attempt, with the problem's tools."""
+        """[task]: the prompt of a first attempt, with the problem's tools.
+
+        Raises:
+            UserError: the chat template cannot render this problem.
+        """
         text, tools = problem.text, problem.tools
         if tools and self.tools == "plain":
             text, tools = fill(self._tools_text, {"tools": _written(tools), "task": text}), ()
-        return Trajectory((Segment(Phase.TASK, self._encode(self._template.render([text], tools))),))
+        try:
+            rendered = self._template.render([text], tools)
+        except RenderError as error:
+            raise UserError(f"problem {problem.id!r}: {error}") from error
+        return Trajectory((Segment(Phase.TASK, self._encode(rendered)),))
 
     def reflect(self, trajectory: Trajectory) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of a reflection on what was sampled last."""

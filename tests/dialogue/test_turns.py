@@ -65,8 +65,9 @@ REFUSED = {
     + "{% if m['role'] == 'assistant' %}(said) {% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
     + GENERATE,
     "without a special token": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: ",
-    "cannot render this dialogue": "{% if messages|length > 2 %}{{ raise_exception('two turns only') }}{% endif %}"
+    "cannot render this dialogue: TemplateError": "{% if messages|length > 2 %}{{ raise_exception('no') }}{% endif %}"
     + PLAIN,
+    "cannot render this dialogue: TypeError": "{% for tool in tools %}{{ tool.name }}{% endfor %}" + PLAIN,
 }
 
 
@@ -166,6 +167,12 @@ def test_tools_are_written_plainly_where_showing_them_would_drop_the_reasoning(t
     assert dialogue_of(trained, template).tools == "plain"
     with pytest.raises(UserError, match=r"dialogue\.tools: template: .*drops the reasoning"):
         dialogue_of(trained, template, tools="template")
+
+
+def test_a_problem_that_the_template_fails_on_is_named(trained: Tokenizer) -> None:
+    template = "{% if 'x' in messages[0]['content'] %}{{ 1 + messages[0]['content'] }}{% endif %}" + PLAIN
+    with pytest.raises(UserError, match=r"problem 'odd': model\.path: the chat template cannot render .*TypeError"):
+        dialogue_of(trained, template).task(Problem("odd", "Find x.", {}))
 
 
 def test_no_template(trained: Tokenizer) -> None:
