@@ -92,7 +92,7 @@ class RunDirectory:
             )
 
     def open(self, resuming: bool) -> None:
-        """Makes the directory and writes the resolved config.
+        """Makes the directory.
 
         Steps that were logged there with other settings, and have no checkpoint, are moved into `tried_1` (or 2, ...).
         When `resuming` from a checkpoint, this run must have its settings.
@@ -121,7 +121,6 @@ class RunDirectory:
                         flush=True,
                     )
                 (self.path / "rollouts").mkdir(exist_ok=True)
-                write_whole(self.path / "config.yaml", to_yaml(self._config))
         except OSError as error:
             raise UserError(f"run.dir: cannot write {self.path} ({error.strerror})") from error
         self._world.barrier()
@@ -158,9 +157,13 @@ class RunDirectory:
             ) from error
 
     def cut_back(self, step: int) -> None:
-        """Removes what was logged after `step`, so that a resumed run logs every step once."""
+        """Removes what was logged after `step`, so that a resumed run logs every step once.
+
+        Writes the resolved config, too: not before, since settings that are refused must not look like the run's.
+        """
         if not self._world.is_main:
             return
+        write_whole(self.path / "config.yaml", to_yaml(self._config))
         logged = {number: line for line in lines_of(self.metrics) if (number := _step_of(line)) and number <= step}
         if lost := step - len(logged):
             warn(f"{self.metrics} lacks {lost} of the {step} steps before")

@@ -82,6 +82,7 @@ def test_a_run_without_a_checkpoint_starts_its_log_anew_and_says_so(
 
 def test_resuming_with_another_setting_is_refused_by_key(tmp_path: Path) -> None:
     directory(tmp_path / "run").open(resuming=False)
+    directory(tmp_path / "run").cut_back(0)
     assert "actor.lr" in refusal(lambda: directory(tmp_path / "run", "actor.lr=1e-3").open(resuming=True))
 
 
@@ -91,6 +92,7 @@ def test_steps_before_the_first_checkpoint_make_way_for_other_settings_and_are_k
     run = directory(tmp_path / "run")
     for seed in (2, 3):
         run.open(resuming=False)
+        run.cut_back(0)
         run.log(1, {"loss": 0.5})
         (run.path / "rollouts" / "step_000001.jsonl").write_text("")
         _locks.pop().close()
@@ -105,7 +107,9 @@ def test_steps_before_the_first_checkpoint_make_way_for_other_settings_and_are_k
 
 
 def test_other_settings_are_refused_and_the_runs_own_config_has_them_all(tmp_path: Path) -> None:
-    directory(tmp_path / "run", "algo.group_size=4").open(resuming=False)
+    run = directory(tmp_path / "run", "algo.group_size=4")
+    run.open(resuming=False)
+    run.cut_back(0)
     _locks.pop().close()
     own = tmp_path / "run" / "config.yaml"
     with pytest.raises(UserError, match=rf"algo\.group_size: 4 -> 8\. .* old values, which {own} has"):
@@ -192,9 +196,10 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
 
 def test_resuming_may_change_layout_steps_and_logging(tmp_path: Path) -> None:
     changed = "actor.tensor_parallel=2", "train.steps=9", "run.tensorboard=true"
-    directory(tmp_path / "run").open(resuming=False)
-    _locks.pop().close()  # as the end of its process would
-    directory(tmp_path / "run", *changed).open(resuming=True)
+    for run, resuming in ((directory(tmp_path / "run"), False), (directory(tmp_path / "run", *changed), True)):
+        run.open(resuming)
+        run.cut_back(0)
+        _locks.pop().close()  # as the end of its process would
     assert load([str(tmp_path / "run" / "config.yaml")]) == load(
         [str(tmp_path / "run.yaml"), f"run.dir={tmp_path}/run", *changed]
     )

@@ -72,10 +72,11 @@ def test_a_changed_setting_is_refused_by_key_on_resume(trained: Path, bank: Path
 
 
 def test_a_finished_run_is_not_extended_at_a_learning_rate_of_zero(trained: Path, bank: Path) -> None:
-    before = (trained / "metrics.jsonl").read_bytes()
+    logs = [trained / "metrics.jsonl", trained / "config.yaml"]
+    before = [log.read_bytes() for log in logs]
     line = refused("train", QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={trained}", "train.steps=6")
     assert "train.steps=6: the learning rate is 0 after step 4, so steps 5 to 6 would change nothing" in line
-    assert (trained / "metrics.jsonl").read_bytes() == before
+    assert [log.read_bytes() for log in logs] == before
 
 
 def test_a_place_of_something_else_is_refused(tmp_path: Path) -> None:
