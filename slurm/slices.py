@@ -165,9 +165,9 @@ def _failed_check(logs: Path, code: int, hosts: list[str], health_minutes: int) 
     sick = {host: cause for host, cause in causes.items() if cause != FINE}
     if not sick:
         return None
-    # a fault that all of several nodes share is no node's own, nor is a full disk, which they share
-    own = tuple(host for host, cause in sick.items() if DISK_SETTING not in cause)
-    blamed = own if len(sick) < len(hosts) or len(hosts) == 1 else ()
+    # a full disk is no node's own, since they share it, nor is another fault that all of several nodes have
+    own = tuple(host for host, cause in sick.items() if any(DISK_SETTING not in part for part in cause.split("; ")))
+    blamed = own if len(own) < len(hosts) or len(hosts) == 1 else ()
     return End(FAULT, "; ".join(f"node {host}: {cause}" for host, cause in sick.items()), blamed)
 
 

@@ -124,8 +124,11 @@ def test_what_all_nodes_share_is_no_nodes_fault(tmp_path: Path) -> None:
     assert read_end(tmp_path, 1, HOSTS, 5) == End(1, "node n1: disk full; node n2: disk full")
     (tmp_path / "health.log").write_text("")
     assert not read_end(tmp_path, 1, HOSTS, 5).hosts
-    (tmp_path / "health.log").write_text("n1: /run has 3.0 GB free, cluster.min_disk_gb=10\n")
+    full = "/run has 3.0 GB free, cluster.min_disk_gb=10"
+    (tmp_path / "health.log").write_text(f"n1: {full}\n")
     assert not read_end(tmp_path, 1, ["n1"], 5).hosts
+    (tmp_path / "health.log").write_text(f"n1: {full}\nn2: CUDA sees 1 GPUs, 2 were allocated; {full}\n")
+    assert read_end(tmp_path, 1, HOSTS, 5).hosts == ("n2",), "which has a fault of its own, too"
 
 
 def test_srun_alone_may_fail(tmp_path: Path) -> None:
