@@ -104,12 +104,13 @@ def submit(arrays: Sequence[JobArray]) -> str:
 
     Raises:
         ConfigError: `cluster` has something that a chain cannot submit.
-        UserError: an earlier chain is still active there, Slurm refuses a job, or the run directory cannot be written;
-            then nothing stays submitted.
+        UserError: there is no sbatch, an earlier chain is still active there, Slurm refuses a job, or the run directory
+            cannot be written; then nothing stays submitted.
     """
     folder = arrays[0].stages[0].folder
     submitted: list[tuple[Stage, str]] = []
     batch_scripts(arrays)  # what it refuses is refused before anything is submitted
+    ask("sbatch", "--version")  # submitit looks for srun alone
     refuse_another(folder)
     before, last = None, ""
     try:
@@ -121,7 +122,7 @@ def submit(arrays: Sequence[JobArray]) -> str:
             submitted += [(stage, job.job_id) for stage, job in zip(array.stages, jobs, strict=True)]
             before, last = array, jobs[0].job_id.partition("_")[0]
         record(folder, submitted)
-    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no Slurm
+    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:  # the last: there is no srun
         left = _take_back([job for _, job in submitted])
         raise UserError(f"Slurm refused {array.recipe}: {' '.join(str(error).split())}{left}") from error
     except OSError as error:
