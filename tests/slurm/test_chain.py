@@ -79,6 +79,16 @@ def test_a_batch_script_has_the_launching_python_and_ends_as_it_began_though_it_
     assert stage.ended() == 0
 
 
+def test_a_job_that_starts_elsewhere_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = Stage("train", "", (), tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        stage()
+    assert stage.ended() == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path} has no slurm/train.sh")
+
+
 @pytest.mark.slow
 def test_here_the_chain_runs_to_its_end(tmp_path: Path) -> None:
     done = launch_here(QUICKSTART, *SMALL, f"run.dir={tmp_path}", "--evaluate", "evaluate.problems=8")
