@@ -134,6 +134,7 @@ def _check_arithmetic(config: Config) -> None:
 def _check_divides(config: Config, world_size: int, ranks: str) -> None:
     actor, rollout = config.actor, config.rollout
     layout = actor.tensor_parallel * actor.pipeline_parallel
+    ranks += f" (allowed: {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)})"
     if world_size % layout:
         raise ConfigError(
             f"actor.tensor_parallel * actor.pipeline_parallel = {actor.tensor_parallel} * {actor.pipeline_parallel} = "
