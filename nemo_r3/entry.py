@@ -39,7 +39,7 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         _leave(f"error: {error}", USER_ERROR)
     except signals.Stopped as error:
-        _leave(f"{error}: the same command goes on from what is saved", signals.STOPPED)
+        _leave(f"{error}; run the same command again: training and mining go on from what is saved", signals.STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except Exception as error:  # noqa: BLE001  the last frame of the process

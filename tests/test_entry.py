@@ -88,7 +88,7 @@ def test_another_rank_says_who_it_is(ends: dict[str, tuple[int, str, str]]) -> N
 
 
 def test_of_all_ranks_that_stop_one_says_so(ends: dict[str, tuple[int, str, str]]) -> None:
-    said = "stopped by SIGUSR1: the same command goes on from what is saved\n"
+    said = "stopped by SIGUSR1; run the same command again: training and mining go on from what is saved\n"
     assert ends["stop 0"] == (signals.STOPPED, "said before", said)
     assert ends["stop 1"] == (signals.STOPPED, "said before", "")
 
