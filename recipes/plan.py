@@ -47,7 +47,7 @@ def describe_step(plan: Plan) -> str:
     batch, cost = UpdateBatch(longest_rows(plan)), training_cost(plan.arch)
     balances = [Balance(rows, cost, config.actor.microbatch_tokens) for rows in batch.updates]
     dealt = [balance.deal(plan.data_parallel, config.actor.pipeline_parallel) for balance in balances]
-    costs = [balance.all_flops(hands) for balance, hands in zip(balances, dealt, strict=True)]
+    costs = [balance.all_flops() for balance in balances]
     flops = step_flops(costs, reference=config.algo.kl_beta > 0)
     sampled = len(batch.rows) * (config.rollout.max_reflection_tokens + config.rollout.max_answer_tokens)
     updates = f"an update of {flops:.1e} FLOPs" if len(costs) == 1 else f"{len(costs)} updates, {flops:.1e} FLOPs"

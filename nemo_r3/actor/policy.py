@@ -99,7 +99,7 @@ class Policy:
         dealt = balance.deal(parallel_state.get_data_parallel_world_size(), stages=actor.pipeline_parallel)
         multiple = precision_of(self.config).row_multiple(actor)
         mine = dealt[parallel_state.get_data_parallel_rank()]
-        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], balance.all_flops(dealt)
+        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], balance.all_flops()
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> Scores:
         """The microbatches' `Scores`."""

@@ -134,9 +134,9 @@ class Balance:
         rows = [self._rows[number] for number in piece]
         return self._cost.flops(rows[0].shared, [row.own for row in rows], sum(row.targets for row in rows))
 
-    def all_flops(self, dealt: Dealt) -> float:
-        """FLOPs of training on all ranks' pieces."""
-        return sum(self.flops(piece) for rank in dealt for pieces in rank for piece in pieces)
+    def all_flops(self) -> float:
+        """FLOPs of training on all groups, each with its context once: what repeats a context is no use."""
+        return sum(self.flops(tuple(members)) for members in self._groups)
 
     def _cut(self, members: Sequence[int], longest: int) -> list[Piece]:
         """Cuts a group, in order, into pieces of at most `longest` tokens, or of one longer row."""

@@ -106,9 +106,11 @@ def test_a_group_is_cut_where_that_makes_the_slowest_rank_faster() -> None:
 
 def test_a_group_beyond_the_budget_repeats_its_context() -> None:
     rows = rows_of([(50, [21] * 5)])
-    (microbatches,) = Balance(rows, TOKENS, BUDGET).deal(1)
+    balance = Balance(rows, TOKENS, BUDGET)
+    (microbatches,) = balance.deal(1)
     assert sorted(len(piece) for pieces in microbatches for piece in pieces) == [1, 2, 2]
     assert len(microbatches) == 3
+    assert balance.all_flops() == 50 + 5 * 20, "which is no use"
 
 
 @settings(max_examples=80)
