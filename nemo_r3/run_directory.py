@@ -30,7 +30,7 @@ MEASURED = ("time/", "memory/", "speed/")
 
 MARKS = ("metrics.jsonl", "rollouts", "checkpoints", "summary.json", "failures/bank.json")
 """A directory with one of these holds a run."""
-BEFORE_A_RUN = {"failures", "logs", "chain", "slurm.json", "drill", "lost+found"}
+BEFORE_A_RUN = {"failures", "logs", "chain", "drill", "lost+found"}
 """What may be in a directory before there is a run: from Slurm's scripts, a drill or a mount point."""
 NOTES = {".log", ".txt", ".out", ".err"}
 """Suffixes of files that a user may put there, such as the run's own output."""

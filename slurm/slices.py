@@ -1,6 +1,6 @@
 """Slices of a run: a slice is a job from one (re)start to the next. How one ended, and whether another follows.
 
-<run.dir>/slurm.json             what must outlive a slice: faults, failures per host, progress at its start
+<run.dir>/logs/JOB.json          what must outlive a slice: faults, failures per host, progress at its start
 <run.dir>/logs/JOB_RESTART/      config.yaml, health.log, rank_N.log, rank_N.exit ("code host seconds") of one slice
 """
 
@@ -46,17 +46,15 @@ ERROR_LINE = re.compile(r"(\[rank ?\d+\]:? ?)?(error: |([a-zA-Z_]\w*\.)*[A-Z]\w*
 
 @dataclass(frozen=True)
 class Record:
-    """The content of `slurm.json`.
+    """The content of a job's `JOB.json`.
 
     Attributes:
-        job: the job that wrote it; for another job, `faults` and `idle` start again.
-        faults: slices of this job that ended in a fault since the run last made progress.
+        faults: slices that ended in a fault since the run last made progress.
         idle: slices in a row that were stopped without progress.
         progress: the newest checkpoint's step and the number of mined shards when the slice began.
-        hosts: failures by host, of all jobs on this run directory, since it last made progress.
+        hosts: failures by host since the run last made progress.
     """
 
-    job: str = ""
     faults: int = 0
     idle: int = 0
     progress: tuple[int, int] = (0, 0)
@@ -96,10 +94,7 @@ def begin(config: Config, job: str, restarts: int) -> None:
     try:
         logs.mkdir(parents=True, exist_ok=True)
         write_whole(logs / "config.yaml", to_yaml(config))  # for `end`: the user may edit the file meanwhile
-        record = read_record(config)
-        if record.job != job:
-            record = Record(job=job, hosts=record.hosts)
-        write_record(config, replace(record, progress=progress_of(config)))
+        write_record(config, job, replace(read_record(config, job), progress=progress_of(config)))
     except OSError as error:
         raise UserError(f"run.dir: cannot write {config.run.dir} ({error.strerror})") from error
 
@@ -118,12 +113,12 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
     if state != "RUNNING":  # cancelled, preempted, a node lost
         print(f"{what}; the job is {state}: Slurm is ending it, and decides whether it runs again", flush=True)
         return ended.code
-    verdict = decide(config, read_record(config), ended, progress_of(config))
+    verdict = decide(config, read_record(config, job), ended, progress_of(config))
     try:
-        write_record(config, verdict.record)
+        write_record(config, job, verdict.record)
     except OSError as error:
         if verdict.requeue:  # without a record faults would not be counted
-            reason = f"not requeued: cannot write {_file(config)} ({error.strerror}); fix that and submit again"
+            reason = f"not requeued: cannot write {_file(config, job)} ({error.strerror}); fix that and submit again"
             verdict = replace(verdict, requeue=False, reason=reason)
     print(f"{what}; {verdict.reason}", flush=True)
     if verdict.requeue:
@@ -232,28 +227,28 @@ def progress_of(config: Config) -> tuple[int, int]:
     return latest_step(Path(config.run.dir, "checkpoints")), len(list(shards))
 
 
-def read_record(config: Config) -> Record:
-    """The run's record; a new one if there is none.
+def read_record(config: Config, job: str) -> Record:
+    """A job's record; a new one if there is none.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        fields = json.loads(_file(config).read_text())
+        fields = json.loads(_file(config, job).read_text())
         return Record(**fields | {"progress": tuple(fields["progress"])})
     except FileNotFoundError:
         return Record()
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{_file(config)} is damaged ({error}); remove it: it only counts faults") from error
+        raise UserError(f"{_file(config, job)} is damaged ({error}); remove it: it only counts faults") from error
 
 
-def write_record(config: Config, record: Record) -> None:
-    """Writes `slurm.json`, whole."""
-    write_whole(_file(config), json.dumps(asdict(record)) + "\n")
+def write_record(config: Config, job: str, record: Record) -> None:
+    """Writes a job's record, whole."""
+    write_whole(_file(config, job), json.dumps(asdict(record)) + "\n")
 
 
-def _file(config: Config) -> Path:
-    return Path(config.run.dir, "slurm.json")
+def _file(config: Config, job: str) -> Path:
+    return Path(config.run.dir, "logs", f"{job}.json")
 
 
 class _EndedRank(NamedTuple):

@@ -183,18 +183,18 @@ def test_progress_forgives_faults_and_hosts() -> None:
     assert not decide(Config(), before, End(1, "", ("n2",)), (5, 2)).requeue
 
 
-def test_the_record_outlives_a_slice_but_not_a_job(tmp_path: Path) -> None:
+def test_the_record_outlives_a_slice_and_is_the_jobs_own(tmp_path: Path) -> None:
     config = load([str(ROOT / "configs/quickstart.yaml"), f"run.dir={tmp_path}/run"])
     slices.begin(config, "7", 0)
-    slices.write_record(config, Record("7", faults=2, idle=1, hosts={"n2": 1}))
+    slices.write_record(config, "7", Record(faults=2, idle=1, hosts={"n2": 1}))
     for step in (5, 20):
         (tmp_path / f"run/checkpoints/step_{step:06d}").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_000005/manifest.json").write_text("{}")
+    slices.begin(config, "8", 0)  # beside it, such as an export
+    assert slices.read_record(config, "8") == Record(progress=(5, 0))
     slices.begin(config, "7", 1)
-    assert slices.read_record(config) == Record("7", 2, 1, progress=(5, 0), hosts={"n2": 1})
-    slices.begin(config, "8", 0)
-    assert slices.read_record(config) == Record("8", progress=(5, 0), hosts={"n2": 1})
-    (tmp_path / "run/slurm.json").write_text("{")
+    assert slices.read_record(config, "7") == Record(2, 1, progress=(5, 0), hosts={"n2": 1})
+    (tmp_path / "run/logs/8.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         slices.begin(config, "8", 1)
 
@@ -226,11 +226,11 @@ def test_a_job_that_slurm_is_not_ending_is_requeued_without_the_host_that_failed
     config = Config()
     config.run.dir, config.failures.path = str(tmp_path), str(tmp_path / "failures")
     slices.begin(config, "7", 0)
-    slices.write_record(config, Record(job="7", hosts={"n2": 1}))
+    slices.write_record(config, "7", Record(hosts={"n2": 1}))
     leave(slices.logs_of(config, "7", 0), {3: "137 n2 101.5"})
     assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}, 137) == 137
     assert told == asked
-    assert slices.read_record(config).faults == len(asked) // 2
+    assert slices.read_record(config, "7").faults == len(asked) // 2
 
 
 def test_without_room_for_the_record_a_job_is_not_requeued(
@@ -246,7 +246,7 @@ def test_without_room_for_the_record_a_job_is_not_requeued(
     monkeypatch.setattr(slices, "write_record", full)
     assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}, 137) == 1
     said = capsys.readouterr().out
-    assert f"not requeued: cannot write {tmp_path}/slurm.json (No space left on device); fix that" in said
+    assert f"not requeued: cannot write {tmp_path}/logs/7.json (No space left on device); fix that" in said
     assert slices.end(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}, 0) == 0
     assert capsys.readouterr().out == "slice 0 of job 7: finished; done\n", "there is nothing to submit again"
 

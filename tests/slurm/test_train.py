@@ -66,12 +66,12 @@ def test_a_killed_rank_is_named_and_the_job_resumes(
     until(lambda: (tmp_path / "checkpoints" / "step_000001" / "manifest.json").exists(), cluster, job)
     os.kill(rank_process(job, 3), signal.SIGKILL)
     until_resumed(cluster, job, "kill -9 of a rank")
-    assert json.loads((tmp_path / "slurm.json").read_text())["hosts"] == {"n2": 1}
+    assert json.loads((tmp_path / "logs" / f"{job}.json").read_text())["hosts"] == {"n2": 1}
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert "rank 3 on n2 was killed by signal 9 (SIGKILL); requeued: fault 1 of 3 allowed" in cluster.output(job)
     assert cluster.show(job)["Restarts"] == "1"
     assert untimed(tmp_path / "metrics.jsonl") == by_torchrun
-    assert json.loads((tmp_path / "slurm.json").read_text())["hosts"] == {}, "what followed was progress"
+    assert json.loads((tmp_path / "logs" / f"{job}.json").read_text())["hosts"] == {}, "what followed was progress"
 
 
 def test_faults_requeue_up_to_the_cap(cluster: Cluster, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_faults_requeue_up_to_the_cap(cluster: Cluster, tmp_path: Path) -> None:
     assert "requeued: fault 1 of 1 allowed" in said
     assert "not requeued: cluster.max_requeues=1 is used up" in said
     assert cluster.show(job)["Restarts"] == "1"
-    assert json.loads((tmp_path / "run" / "slurm.json").read_text())["hosts"] == {}
+    assert json.loads((tmp_path / "run" / "logs" / f"{job}.json").read_text())["hosts"] == {}
 
 
 def test_an_unfit_node_is_named_and_in_the_end_left_out(cluster: Cluster, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_slurm_interrupts_a_job_and_it_goes_on(
         cluster.mend("n1", "n2")
     assert cluster.show(job)["Restarts"] == "1"
     assert untimed(tmp_path / "metrics.jsonl") == by_torchrun
-    assert json.loads((tmp_path / "slurm.json").read_text())["faults"] == 0, "not the job's fault"
+    assert json.loads((tmp_path / "logs" / f"{job}.json").read_text())["faults"] == 0, "not the job's fault"
 
 
 @pytest.mark.slow
