@@ -78,6 +78,13 @@ class World:
         """Every rank's entries in one, on every rank."""
         return {key: value for each in self.gather(dict(part)) for key, value in each.items()}
 
+    def merge_on_main(self, part: Mapping[Key, Result]) -> dict[Key, Result]:
+        """Every rank's entries in one, on rank 0; none elsewhere. For what is too large for every rank of a host."""
+        watchdog.alive()
+        parts = [dict(part)] * self.size if self.is_main else None
+        dist.gather_object(dict(part), parts, dst=0, group=self.objects)
+        return {key: value for each in parts or () for key, value in each.items()}
+
     def broadcast(self, item: Item) -> Item:
         """Rank 0's `item`, on every rank."""
         watchdog.alive()

@@ -35,7 +35,7 @@ class Scripted:
         self.passes, self.asked, self.steps, self.too_long = passes, 0, set[int](), set[str]()
 
     def first_attempts(
-        self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
+        self, problems: Sequence[Problem], step: int, samples: int = 1, everywhere: bool = True
     ) -> list[Attempt]:
         self.asked += len(problems)
         self.steps.add(step)

@@ -68,7 +68,7 @@ class Bank:
             but holds token ids of another tokenizer.
 
     Attributes:
-        example: the first answer that this process mined, if any.
+        example: the first answer that this process mined, if any, on rank 0.
     """
 
     def __init__(self, config: Config, stamp: Stamp, world: World, decode: Callable[[Sequence[int]], str]) -> None:
@@ -140,9 +140,9 @@ class Bank:
             if progress is not None:
                 done = len(problems) - sum(len(parts[name]) for name in missing[first:])
                 progress.part(done, len(asked), len(problems))
-            attempts = rollout.first_attempts(asked, MINING_STEP, samples)
-            self.example = self.example or attempts[0]
+            attempts = rollout.first_attempts(asked, MINING_STEP, samples, everywhere=False)
             if self._world.is_main:
+                self.example = self.example or attempts[0]
                 left = iter(attempts)
                 for name in names:
                     self._keep(name, list(islice(left, len(parts[name]) * samples)))

@@ -121,9 +121,17 @@ class Rollout(Generic[EngineT]):
         self.judge = Judge(task, config.task.verifier_threads)
 
     def first_attempts(
-        self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
+        self,
+        problems: Sequence[Problem],
+        step: int,
+        samples: int = 1,
+        greedy: bool = False,
+        everywhere: bool = True,
     ) -> list[Attempt]:
-        """First answers and their verdicts, on every rank: the first problem's `samples`, then the next one's."""
+        """First answers and their verdicts: the first problem's `samples`, then the next one's.
+
+        On every rank; without `everywhere` on rank 0, and elsewhere none.
+        """
 
         @cache
         def prompt_of(item: int) -> Trajectory:
@@ -137,7 +145,7 @@ class Rollout(Generic[EngineT]):
 
         # dealt by their text: to tokenise other engines' prompts, with all their tools, can take minutes
         costs = [len(problem.text) for problem in problems]
-        attempts = self._hold(attempt, costs, samples, step, greedy, [Phase.ATTEMPT])
+        attempts = self._hold(attempt, costs, samples, step, greedy, [Phase.ATTEMPT], everywhere)
         self.too_long |= {attempt.problem.id for attempt in attempts if attempt.answer.finish_reason == NO_ROOM}
         return attempts
 
@@ -197,8 +205,10 @@ class Rollout(Generic[EngineT]):
         step: int,
         greedy: bool,
         phases: Sequence[Phase],
+        everywhere: bool = True,
     ) -> list[Result]:
-        """Deals items to the engines, holds their conversations, and collects the results of all on every rank.
+        """Deals items to the engines, holds their conversations, and collects the results of all: `everywhere`, or on
+        rank 0 alone.
 
         `converse` begins the conversation of an item and one of its `samples`; its last argument is whether this rank
         judges the answers. The results are in the order of the items, and of an item's samples.
@@ -210,8 +220,9 @@ class Rollout(Generic[EngineT]):
         self._world.leave_if_asked()  # first: a Ctrl-C may also have ended a program that the verifier waited for
         if failures := [failure for failure in self._world.gather(self.judge.failure) if failure is not None]:
             raise VerifierError(str(failures[0]))
-        merged = self._world.merge(own)
-        assert len(merged) == len(costs) * samples, "an engine lost some of its work"
+        merged = self._world.merge(own) if everywhere else self._world.merge_on_main(own)
+        if everywhere or self._world.is_main:
+            assert len(merged) == len(costs) * samples, "an engine lost some of its work"
         return [merged[number] for number in range(len(merged))]
 
     def _run(

@@ -333,6 +333,7 @@ def probe_fleet(home: Path, tensor_parallel: int) -> dict[str, Any]:
         "looks": looks_until_stop(probe),
         "patience": patience(probe),
         "shared": shared_memory(),
+        "mined": [it.id for it in probe.rollout.first_attempts(probe.task.problems("train"), 0, everywhere=False)],
     }
 
 

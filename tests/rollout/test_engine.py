@@ -161,6 +161,12 @@ def test_every_rank_hands_on_a_part_of_its_engines_results(fleet: list[dict[str,
     assert fleet[0]["tensor_parallel"] == 1 or (first, last) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
 
 
+def test_what_is_mined_is_held_by_the_first_rank_alone(fleet: list[dict[str, Any]]) -> None:
+    """64 ranks mining 8 answers of 1,024 tokens to each of 10,000 problems would hold 5.7 GB each."""
+    first, last = (rank["mined"] for rank in fleet)
+    assert len(set(first)) == 5 and last == []
+
+
 def test_a_signal_to_one_rank_stops_all_ranks_of_its_engine_at_the_same_step(fleet: list[dict[str, Any]]) -> None:
     first, last = (rank["looks"] for rank in fleet)
     if fleet[0]["tensor_parallel"] == 1:
