@@ -140,9 +140,7 @@ def test_a_directory_of_something_else_is_not_filled(tmp_path: Path) -> None:
         directory(place / "a.yaml").check_directory()
 
 
-@pytest.mark.parametrize(
-    "names", [["logs/1_0/", "chain/", "train.log"], ["failures/"], ["notes.md", "summary.json"]]
-)
+@pytest.mark.parametrize("names", [["logs/1_0/", "chain/", "train.log"], ["failures/"], ["notes.md", "summary.json"]])
 def test_a_run_and_what_comes_before_it_is_no_other_thing(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         file = tmp_path / "run" / name
