@@ -59,19 +59,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Node:
-    """One of the machines of a run.
+    """One of the machines of a run."""
 
-    Attributes:
-        name: what messages call it.
-        ranks: how many of the run's ranks it has.
-        gpu: bytes of each rank's GPU; 0 if there are none.
-        host: bytes of host memory for the run; infinite if nobody knows.
-    """
-
-    name: str
-    ranks: int
-    gpu: float
-    host: float
+    name: str  # what messages call it
+    ranks: int  # how many of the run's ranks it has
+    gpu: float  # bytes of each rank's GPU; 0 if there are none
+    host: float  # bytes of host memory for the run; infinite if nobody knows
 
 
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:

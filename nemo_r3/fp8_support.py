@@ -27,21 +27,13 @@ VLLM = {"fp8_per_tensor": (ADA, 16), "fp8_per_block": (HOPPER, 128)}
 
 @dataclass(frozen=True)
 class Machine:
-    """The software and hardware that decide which arithmetic can run.
+    """The software and hardware that decide which arithmetic can run."""
 
-    Attributes:
-        megatron: megatron-core's version.
-        te: Transformer Engine's version; None if it cannot be imported.
-        cuda: the version of CUDA that torch was built for; None without a GPU.
-        capability: the GPU's CUDA compute capability, (9, 0) for an H100; None without a GPU.
-        te_error: why Transformer Engine cannot be imported.
-    """
-
-    megatron: Version
-    te: Version | None = None
-    cuda: Version | None = None
-    capability: Version | None = None
-    te_error: str = ""
+    megatron: Version  # megatron-core's
+    te: Version | None = None  # Transformer Engine's; None if it cannot be imported
+    cuda: Version | None = None  # the one that torch was built for; None without a GPU
+    capability: Version | None = None  # the GPU's CUDA compute capability, (9, 0) for an H100; None without a GPU
+    te_error: str = ""  # why Transformer Engine cannot be imported
 
     @classmethod
     def here(cls) -> Machine:
@@ -162,19 +154,12 @@ def _show(version: Version) -> str:
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dimension of a layer's matrices.
+    """A dimension of a layer's matrices."""
 
-    Attributes:
-        what: its name.
-        total: its size in the whole model.
-        ways: tensor-parallel ranks that it is cut over.
-        summed: whether a product sums over it, so that numbers are quantised along it.
-    """
-
-    what: str
-    total: int
-    ways: int
-    summed: bool = True
+    what: str  # its name
+    total: int  # its size in the whole model
+    ways: int  # tensor-parallel ranks that it is cut over
+    summed: bool = True  # whether a product sums over it, so that numbers are quantised along it
 
 
 def matrix_dimensions(arch: Architecture, ways: int) -> Iterator[Dimension]:

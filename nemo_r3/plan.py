@@ -35,19 +35,12 @@ NAMES = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """A config's layout on nodes that are all alike.
-
-    Attributes:
-        config: the run's settings.
-        arch: the model.
-        node: each of the nodes.
-        source: how the size of a GPU is known.
-    """
+    """A config's layout on nodes that are all alike."""
 
     config: Config
     arch: Architecture
-    node: Node
-    source: str = ""
+    node: Node  # each of the nodes
+    source: str = ""  # how the size of a GPU is known
 
     @property
     def ranks(self) -> int:

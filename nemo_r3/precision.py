@@ -26,37 +26,21 @@ Tile = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One of Transformer Engine's ways to scale numbers into FP8.
+    """One of Transformer Engine's ways to scale numbers into FP8."""
 
-    Attributes:
-        name: megatron-core's name.
-        format: "e4m3", or "hybrid" with gradients in e5m2, whose range is larger.
-        row_multiple: the length of a packed row, in tokens, must be a multiple of this.
-        block: every dimension of a layer's matrices on a rank must be a multiple of this.
-        edges: layers at each end of the model that stay BF16; 0 if the recipe cannot leave any out.
-        te: the oldest Transformer Engine that has it.
-        cuda: the oldest CUDA.
-        capabilities: supported range [first, last) of CUDA compute capabilities.
-        environment: variables that must be set when Transformer Engine is imported.
-        tile: what shares a scale in inputs and gradients; None for the whole tensor.
-        weight_tile: the same in weights.
-        powers_of_two: whether scales are rounded to powers of two.
-        delayed: whether scales come from earlier steps' amax, and so can be wrong for the current one.
-    """
-
-    name: str
-    format: str
-    row_multiple: int
-    block: int
-    edges: int
-    te: Version
-    cuda: Version
-    capabilities: tuple[Version, Version]
-    environment: tuple[tuple[str, str], ...] = ()
-    tile: Tile | None = None
-    weight_tile: Tile | None = None
-    powers_of_two: bool = False
-    delayed: bool = False
+    name: str  # megatron-core's name
+    format: str  # "e4m3", or "hybrid" with gradients in e5m2, whose range is larger
+    row_multiple: int  # the length of a packed row, in tokens, must be a multiple of this
+    block: int  # every dimension of a layer's matrices on a rank must be a multiple of this
+    edges: int  # layers at each end of the model that stay BF16; 0 if the recipe cannot leave any out
+    te: Version  # the oldest Transformer Engine that has it
+    cuda: Version  # the oldest CUDA
+    capabilities: tuple[Version, Version]  # supported range [first, last) of CUDA compute capabilities
+    environment: tuple[tuple[str, str], ...] = ()  # variables that must be set when Transformer Engine is imported
+    tile: Tile | None = None  # what shares a scale in inputs and gradients; None for the whole tensor
+    weight_tile: Tile | None = None  # the same in weights
+    powers_of_two: bool = False  # whether scales are rounded to powers of two
+    delayed: bool = False  # whether scales come from earlier steps' amax, and so can be wrong for the current one
 
     def runs_on(self, capability: Version) -> bool:
         """Whether a GPU of this CUDA compute capability can do it."""
@@ -66,18 +50,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Precision:
-    """What one name of `actor.precision` stands for.
+    """What one name of `actor.precision` stands for."""
 
-    Attributes:
-        name: the setting.
-        dtype_name: torch's and vLLM's name of the dtype of parameters and activations; main weights, gradients and
-            moments stay fp32.
-        fp8: how the layers' matrices are multiplied in FP8; None if they are not.
-    """
-
-    name: str
-    dtype_name: str
-    fp8: Recipe | None = None
+    name: str  # the setting
+    dtype_name: str  # of parameters and activations, for torch and vLLM; main weights, gradients and moments stay fp32
+    fp8: Recipe | None = None  # how the layers' matrices are multiplied in FP8; None if they are not
 
     @property
     def dtype(self) -> torch.dtype:

@@ -36,21 +36,13 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of the run, and this one.
+    """All ranks of the run, and this one."""
 
-    Attributes:
-        rank: this process, from 0.
-        size: number of processes.
-        device: where the actor's tensors live.
-        objects: gloo group of all ranks, for Python objects.
-        timeout: how long a collective may wait.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-    objects: ProcessGroup
-    timeout: timedelta
+    rank: int  # this process, from 0
+    size: int  # number of processes
+    device: torch.device  # where the actor's tensors live
+    objects: ProcessGroup  # gloo group of all ranks, for Python objects
+    timeout: timedelta  # how long a collective may wait
 
     @property
     def is_main(self) -> bool:

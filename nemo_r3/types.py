@@ -36,37 +36,26 @@ class Problem:
     """One verifiable task.
 
     Example: ``Problem("countdown-1-2-3-7", "Using the numbers 1, 2, 3, ...", {"numbers": [1, 2, 3], "target": 7})``
-
-    Attributes:
-        id: unique, and stable across runs and machines.
-        text: the user's first turn.
-        data: facts for the verifier, as JSON has them; never shown to the model.
-        tools: the functions that the model may call, as chat templates take them:
-            ``{"type": "function", "function": {"name": ..., "description": ..., "parameters": <JSON Schema>}}``.
     """
 
-    id: str
-    text: str
-    data: Mapping[str, Any]
+    id: str  # unique, and stable across runs and machines
+    text: str  # the user's first turn
+    data: Mapping[str, Any]  # facts for the verifier, as JSON has them; never shown to the model
     tools: tuple[Mapping[str, Any], ...] = ()
+    """The functions that the model may call, as chat templates take them:
+    ``{"type": "function", "function": {"name": ..., "description": ..., "parameters": <JSON Schema>}}``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of one phase.
+    """A run of tokens of one phase."""
 
-    Attributes:
-        phase: the part of the trajectory.
-        ids: [length] token ids.
-        logprobs: [length] log-probabilities (nats, at the rollout temperature) with which vLLM sampled the tokens;
-            empty for template and user text.
-        version: the version of the weights that sampled it; -1 for template and user text.
-    """
-
-    phase: Phase
-    ids: tuple[int, ...]
+    phase: Phase  # the part of the trajectory
+    ids: tuple[int, ...]  # [length] token ids
     logprobs: tuple[float, ...] = ()
-    version: int = -1
+    """[length] log-probabilities (nats, at the rollout temperature) with which vLLM sampled the tokens; empty for
+    template and user text."""
+    version: int = -1  # of the weights that sampled it; -1 for template and user text
 
     @property
     def sampled(self) -> bool:
@@ -95,17 +84,11 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A sampled turn with its text and how it ended.
+    """A sampled turn with its text and how it ended."""
 
-    Attributes:
-        segment: its tokens, including the end-of-turn token that ended it, if one did.
-        text: decoded without special tokens.
-        finish_reason: "stop" (the model ended its turn), "length" (cut at the token limit) or NO_ROOM.
-    """
-
-    segment: Segment
-    text: str
-    finish_reason: str
+    segment: Segment  # its tokens, including the end-of-turn token that ended it, if one did
+    text: str  # decoded without special tokens
+    finish_reason: str  # "stop" (the model ended its turn), "length" (cut at the token limit) or NO_ROOM
 
     @property
     def truncated(self) -> bool:
@@ -115,21 +98,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A first answer and its verdict: a failure to reflect on, and a row of the failure bank, if it is rejected.
-
-    Attributes:
-        problem: what was asked.
-        sample: which of the samples drawn for this problem it is.
-        context: [task][attempt].
-        answer: the answer (its segment is the context's last).
-        passed: whether the verifier accepts it.
-    """
+    """A first answer and its verdict: a failure to reflect on, and a row of the failure bank, if it is rejected."""
 
     problem: Problem
-    sample: int
-    context: Trajectory
-    answer: Answer
-    passed: bool
+    sample: int  # which of the samples drawn for this problem it is
+    context: Trajectory  # [task][attempt]
+    answer: Answer  # the answer (its segment is the context's last)
+    passed: bool  # whether the verifier accepts it
 
     @property
     def is_failure(self) -> bool:
@@ -144,23 +119,14 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Reflection:
-    """One self-reflection with the retry it led to.
+    """One self-reflection with the retry it led to."""
 
-    Attributes:
-        sample: its index in the group.
-        trajectory: [task][attempt][request][reflection][request][retry].
-        answer: the reflection.
-        retry: the answer sampled with the reflection in context.
-        passed: whether the verifier accepts the retry.
-        solves: whether the verifier accepts the reflection itself, which then gives the answer away.
-    """
-
-    sample: int
-    trajectory: Trajectory
-    answer: Answer
-    retry: Answer
-    passed: bool
-    solves: bool = False
+    sample: int  # its index in the group
+    trajectory: Trajectory  # [task][attempt][request][reflection][request][retry]
+    answer: Answer  # the reflection
+    retry: Answer  # the answer sampled with the reflection in context
+    passed: bool  # whether the verifier accepts the retry
+    solves: bool = False  # whether the verifier accepts the reflection itself, which then gives the answer away
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,29 +142,19 @@ class Row:
     """One training sequence: a trajectory with what the loss needs at each of its tokens.
 
     All lists are [length] and aligned with `ids`: entry t is about token t as a target.
-
-    Attributes:
-        ids: token ids.
-        phases: the phase of each token.
-        sampled: whether vLLM sampled the token.
-        advantages: group advantage of the token's reflection; 0 for tokens that are not trained.
-        loss_weights: the token's share in its update's loss; 0 for tokens that are not trained. They carry the loss's
-            denominators, so any split into microbatches and ranks adds up to the same loss.
-        rollout_logprobs: vLLM's log-probability of the token; 0 if it was not sampled.
-        group: number of the row's group.
-        shared: number of leading, untrained tokens that all rows of the group share.
-        update: which of the step's optimizer steps trains on it, as its whole group; never decreasing from row to row.
     """
 
     ids: Sequence[int]
     phases: Sequence[Phase]
-    sampled: Sequence[bool]
-    advantages: Sequence[float]
+    sampled: Sequence[bool]  # whether vLLM sampled the token
+    advantages: Sequence[float]  # group advantage of the token's reflection; 0 for tokens that are not trained
     loss_weights: Sequence[float]
-    rollout_logprobs: Sequence[float]
-    group: int = 0
-    shared: int = 0
-    update: int = 0
+    """The token's share in its update's loss; 0 for tokens that are not trained. They carry the loss's denominators, so
+    any split into microbatches and ranks adds up to the same loss."""
+    rollout_logprobs: Sequence[float]  # vLLM's log-probability of the token; 0 if it was not sampled
+    group: int = 0  # number of the row's group
+    shared: int = 0  # leading, untrained tokens that all rows of the group share
+    update: int = 0  # which of the step's optimizer steps trains on it and its whole group; never decreasing
 
     @property
     def trained(self) -> int:
@@ -211,21 +167,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class UpdateBatch:
-    """Everything one training step trains on, the same on every rank.
+    """Everything one training step trains on, the same on every rank."""
 
-    Attributes:
-        rows: the training sequences.
-        advantages: per group, per reflection; 0 in a dropped group.
-        groups_used: number of groups that have mixed rewards and at least one row.
-        groups_dropped: number of other groups; they have no rows, unless `algo.keep_equal_groups`.
-        rewards: per group, per reflection; as they were earned, even if `algo.shuffle_rewards` deals them out anew.
-    """
-
-    rows: tuple[Row, ...] = ()
-    advantages: tuple[tuple[float, ...], ...] = ()
-    groups_used: int = 0
-    groups_dropped: int = 0
+    rows: tuple[Row, ...] = ()  # the training sequences
+    advantages: tuple[tuple[float, ...], ...] = ()  # per group, per reflection; 0 in a dropped group
+    groups_used: int = 0  # groups that have mixed rewards and at least one row
+    groups_dropped: int = 0  # the others; they have no rows, unless `algo.keep_equal_groups`
     rewards: tuple[tuple[float, ...], ...] = ()
+    """Per group, per reflection; as they were earned, even if `algo.shuffle_rewards` deals them out anew."""
 
     @property
     def updates(self) -> list[list[Row]]:

@@ -13,23 +13,14 @@ from nemo_r3.types import Group
 
 @dataclass
 class Counters:
-    """The loop's state; every checkpoint keeps it beside the policy.
+    """The loop's state; every checkpoint keeps it beside the policy."""
 
-    Attributes:
-        step: the last finished step.
-        cursor: how far the source of failures has come.
-        empty_steps: consecutive steps, up to this one, without a group of mixed rewards.
-        skipped_steps: consecutive steps whose updates were all skipped.
-        mismatch_steps: consecutive steps above `train.mismatch_stop`.
-        bf16_layers: layers that were moved from FP8 to BF16.
-    """
-
-    step: int = 0
-    cursor: int = 0
-    empty_steps: int = 0
-    skipped_steps: int = 0
-    mismatch_steps: int = 0
-    bf16_layers: list[int] = field(default_factory=list)
+    step: int = 0  # the last finished step
+    cursor: int = 0  # how far the source of failures has come
+    empty_steps: int = 0  # consecutive steps, up to this one, without a group of mixed rewards
+    skipped_steps: int = 0  # consecutive steps whose updates were all skipped
+    mismatch_steps: int = 0  # consecutive steps above `train.mismatch_stop`
+    bf16_layers: list[int] = field(default_factory=list)  # layers that were moved from FP8 to BF16
 
     def after(self, step: int, cursor: int, metrics: Mapping[str, float | None], config: TrainConfig) -> Counters:
         """The counters after one more step."""

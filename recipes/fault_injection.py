@@ -30,17 +30,11 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True)
 class Launch:
-    """A run in processes of its own.
+    """A run in processes of its own."""
 
-    Attributes:
-        argv: CONFIG.yaml and settings, as on the command line.
-        ranks: number of processes; with more than one, torchrun starts them.
-        path: the run directory.
-    """
-
-    argv: Sequence[str]
-    ranks: int
-    path: Path
+    argv: Sequence[str]  # CONFIG.yaml and settings, as on the command line
+    ranks: int  # number of processes; with more than one, torchrun starts them
+    path: Path  # the run directory
 
     @property
     def checkpoints(self) -> Path:

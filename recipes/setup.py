@@ -28,27 +28,16 @@ from nemo_r3.tasks.protocol import Task
 
 @dataclass(frozen=True)
 class Setup:
-    """What every part of a run is given.
-
-    Attributes:
-        config: its settings.
-        task: its problems and their verifier.
-        arch: the model's shape.
-        model: the starting checkpoint.
-        world: all ranks.
-        run: the run directory.
-        dialogue: the model's chat template with the task's wording.
-        progress: what the user sees.
-    """
+    """What every part of a run is given."""
 
     config: Config
     task: Task
     arch: Architecture
-    model: Path
+    model: Path  # the starting checkpoint
     world: World
     run: RunDirectory
-    dialogue: Dialogue
-    progress: Progress
+    dialogue: Dialogue  # the model's chat template with the task's wording
+    progress: Progress  # what the user sees
 
     def check_trackers(self) -> None:
         """Checks, before any weight is read, that the servers which will show this run can be used.

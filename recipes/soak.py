@@ -35,31 +35,18 @@ WORK = ("kills", "cut_saves", "rounds", "seconds")
 
 @dataclass
 class Tally:
-    """Counts over all kills so far.
+    """Counts over all kills so far."""
 
-    Attributes:
-        kills: by kind.
-        cut_saves: kills that left a save half done.
-        rounds: runs that finished in spite of their kills.
-        seconds: how long the killed runs ran.
-        corrupt_checkpoints: checkpoints whose manifest is cut, or whose files do not match its hashes.
-        lost_checkpoints: kills after which the newest checkpoint was older than before.
-        lost_failure_rows: rows missing from mined shards of the failure bank, compared with the undisturbed run's.
-        double_counted_steps: repeated steps in metrics.jsonl.
-        differing_steps: steps whose metrics differ from the undisturbed run's.
-        differing_rounds: finished runs that differ from the undisturbed one.
-    """
-
-    kills: dict[str, int] = field(default_factory=dict)
-    cut_saves: int = 0
-    rounds: int = 0
-    seconds: float = 0.0
-    corrupt_checkpoints: int = 0
-    lost_checkpoints: int = 0
-    lost_failure_rows: int = 0
-    double_counted_steps: int = 0
-    differing_steps: int = 0
-    differing_rounds: int = 0
+    kills: dict[str, int] = field(default_factory=dict)  # by kind
+    cut_saves: int = 0  # kills that left a save half done
+    rounds: int = 0  # runs that finished in spite of their kills
+    seconds: float = 0.0  # how long the killed runs ran
+    corrupt_checkpoints: int = 0  # checkpoints whose manifest is cut, or whose files do not match its hashes
+    lost_checkpoints: int = 0  # kills after which the newest checkpoint was older than before
+    lost_failure_rows: int = 0  # rows of the undisturbed run's mined shards that are missing
+    double_counted_steps: int = 0  # repeated steps in metrics.jsonl
+    differing_steps: int = 0  # steps whose metrics differ from the undisturbed run's
+    differing_rounds: int = 0  # finished runs that differ from the undisturbed one
 
     @property
     def total(self) -> int:

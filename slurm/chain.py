@@ -34,15 +34,10 @@ PYTHON = f"exec {shlex.quote(sys.executable)}"
 
 @dataclass(frozen=True)
 class JobArray:
-    """A stage at every point of the sweep: a job array, or a single job.
+    """A stage at every point of the sweep: a job array, or a single job."""
 
-    Attributes:
-        stages: one for each point, or a single one that all points share.
-        config: what each of the jobs asks of Slurm.
-    """
-
-    stages: tuple[Stage, ...]
-    config: Config
+    stages: tuple[Stage, ...]  # one for each point, or a single one that all points share
+    config: Config  # what each of the jobs asks of Slurm
 
     @property
     def recipe(self) -> str:

@@ -32,21 +32,13 @@ HIDES_GPUS = {
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave the job.
+    """What Slurm gave the job."""
 
-    Attributes:
-        job: its id.
-        restarts: how often it was requeued.
-        nodes: number of nodes.
-        tasks: tasks per node.
-        gpus: GPUs per node; None if Slurm was not asked for any.
-    """
-
-    job: str
-    restarts: int
-    nodes: int
-    tasks: int
-    gpus: int | None
+    job: str  # its id
+    restarts: int  # how often it was requeued
+    nodes: int  # number of nodes
+    tasks: int  # tasks per node
+    gpus: int | None  # GPUs per node; None if Slurm was not asked for any
 
 
 def read_allocation(environ: Mapping[str, str]) -> Allocation:

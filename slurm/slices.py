@@ -46,19 +46,12 @@ ERROR_LINE = re.compile(r"(\[rank ?\d+\]:? ?)?(error: |([a-zA-Z_]\w*\.)*[A-Z]\w*
 
 @dataclass(frozen=True)
 class Record:
-    """The content of a job's `JOB.json`.
+    """The content of a job's `JOB.json`."""
 
-    Attributes:
-        faults: slices that ended in a fault since the run last made progress.
-        idle: slices in a row that were stopped without progress.
-        progress: the newest checkpoint's step and the number of mined shards when the slice began.
-        hosts: failures by host since the run last made progress.
-    """
-
-    faults: int = 0
-    idle: int = 0
-    progress: tuple[int, int] = (0, 0)
-    hosts: dict[str, int] = field(default_factory=dict)
+    faults: int = 0  # slices that ended in a fault since the run last made progress
+    idle: int = 0  # slices in a row that were stopped without progress
+    progress: tuple[int, int] = (0, 0)  # step of the newest checkpoint, mined shards: when the slice began
+    hosts: dict[str, int] = field(default_factory=dict)  # failures by host since the run last made progress
 
 
 @dataclass(frozen=True)

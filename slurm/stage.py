@@ -17,20 +17,13 @@ STAGES = ("mine", "train", "evaluate", "export")
 
 @dataclass(frozen=True)
 class Stage:
-    """One recipe with its settings, at one point of a sweep.
+    """One recipe with its settings, at one point of a sweep."""
 
-    Attributes:
-        recipe: of STAGES.
-        point: its settings of the sweep, such as "actor.lr=1e-6,seed=2"; empty without a sweep, or if all points share
-            the stage.
-        argv: CONFIG.yaml key=value ...
-        folder: the chain's directory, where the stage leaves its exit code.
-    """
-
-    recipe: str
+    recipe: str  # of STAGES
     point: str
-    argv: tuple[str, ...]
-    folder: Path
+    """Its settings of the sweep, such as "actor.lr=1e-6,seed=2"; empty without a sweep, or if all points share it."""
+    argv: tuple[str, ...]  # CONFIG.yaml key=value ...
+    folder: Path  # the chain's directory, where the stage leaves its exit code
 
     @property
     def name(self) -> str:

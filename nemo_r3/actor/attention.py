@@ -25,17 +25,11 @@ from nemo_r3.algo.layout import Layout
 
 @dataclass
 class Packed(PackedSeqParams):
-    """What megatron-core hands to every layer's core attention, beside query, key and value.
+    """What megatron-core hands to every layer's core attention, beside query, key and value."""
 
-    Attributes:
-        layout: of the microbatch.
-        cos: [tokens, 1, rotary channels / 2] of each token's rotary angles.
-        sin: the same.
-    """
-
-    layout: Layout | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    layout: Layout | None = None  # of the microbatch
+    cos: Tensor | None = None  # [tokens, 1, rotary channels / 2] of each token's rotary angles
+    sin: Tensor | None = None  # the same
 
 
 def packed(layout: Layout, rotary: Rotary, dtype: torch.dtype) -> Packed:

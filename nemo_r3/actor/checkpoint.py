@@ -51,19 +51,12 @@ NORM_STATE = "decoder.final_layernorm._extra_state"
 
 @dataclass(frozen=True)
 class Saving:
-    """A save under way.
-
-    Attributes:
-        world: all ranks.
-        directory: the run's `checkpoints`.
-        manifest: the checkpoint's manifest without its `files`.
-        strategy: writes the shards.
-    """
+    """A save under way."""
 
     world: World
-    directory: Path
-    manifest: dict[str, Any]
-    strategy: ThreadedSave
+    directory: Path  # the run's `checkpoints`
+    manifest: dict[str, Any]  # the checkpoint's manifest without its `files`
+    strategy: ThreadedSave  # writes the shards
 
     @property
     def writing(self) -> Path:

@@ -23,17 +23,11 @@ CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of the vocabulary this tensor-parallel rank holds, and the ranks that hold the others.
+    """Which columns of the vocabulary this tensor-parallel rank holds, and the ranks that hold the others."""
 
-    Attributes:
-        start: its first column.
-        count: number of its columns; further rows of the weight are padding.
-        group: the tensor-parallel ranks; None if there is only this one.
-    """
-
-    start: int
-    count: int
-    group: dist.ProcessGroup | None
+    start: int  # its first column
+    count: int  # number of its columns; further rows of the weight are padding
+    group: dist.ProcessGroup | None  # the tensor-parallel ranks; None if there is only this one
 
     def reduce(self, tensor: Tensor, op: Any) -> None:
         """All-reduces over the ranks, in place."""

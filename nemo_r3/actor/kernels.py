@@ -20,17 +20,11 @@ from nemo_r3.algo.layout import Bounds
 
 
 class Parts(NamedTuple):
-    """Which queries attend to which keys.
+    """Which queries attend to which keys."""
 
-    Attributes:
-        queries: bounds of the parts of the queries.
-        keys: bounds of the parts of the keys, equally many.
-        causal: whether query j of a part sees only its keys 0..j.
-    """
-
-    queries: Bounds
-    keys: Bounds
-    causal: bool
+    queries: Bounds  # of the parts of the queries
+    keys: Bounds  # of the parts of the keys, equally many
+    causal: bool  # whether query j of a part sees only its keys 0..j
 
 
 class Kernel(Protocol):
@@ -95,15 +89,10 @@ LENGTH_STEP = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Parts of similar length, side by side.
+    """Parts of similar length, side by side."""
 
-    Attributes:
-        places: [parts, longest] int64, each token's place; the last one is repeated after a part's end.
-        inside: [parts, longest] bool, False after a part's end.
-    """
-
-    places: Tensor
-    inside: Tensor
+    places: Tensor  # [parts, longest] int64, each token's place; the last one is repeated after a part's end
+    inside: Tensor  # [parts, longest] bool, False after a part's end
 
 
 def _batches(parts: Parts) -> Iterator[tuple[slice | Batch, slice | Batch]]:

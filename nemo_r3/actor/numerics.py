@@ -32,23 +32,14 @@ Key = tuple[int, str, str]
 
 @dataclass
 class Rounding:
-    """What rounding did to one operand, summed over microbatches and ranks.
+    """What rounding did to one operand, summed over microbatches and ranks."""
 
-    Attributes:
-        amax: the largest magnitude.
-        numbers: how many numbers were not zero.
-        underflows: how many of these were rounded to zero.
-        saturated: how many of these exceeded the format's largest number.
-        error: sum of squares of what rounding changed.
-        square: sum of squares of the numbers.
-    """
-
-    amax: float = 0.0
-    numbers: float = 0.0
-    underflows: float = 0.0
-    saturated: float = 0.0
-    error: float = 0.0
-    square: float = 0.0
+    amax: float = 0.0  # the largest magnitude
+    numbers: float = 0.0  # how many numbers were not zero
+    underflows: float = 0.0  # how many of these were rounded to zero
+    saturated: float = 0.0  # how many of these exceeded the format's largest number
+    error: float = 0.0  # sum of squares of what rounding changed
+    square: float = 0.0  # sum of squares of the numbers
 
     def add(self, other: Rounding) -> None:
         """Adds another part of the same operand."""

@@ -29,19 +29,12 @@ LossFunction = Callable[[Microbatch, Tensor, Tensor], tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Runs microbatches through this rank's stage, together with the other stages.
+    """Runs microbatches through this rank's stage, together with the other stages."""
 
-    Attributes:
-        trunk: this stage.
-        vocab_size: of the model, without padding.
-        rotary: the rotary positions at the rollout's lengths.
-        temperature: the rollout's.
-    """
-
-    trunk: Trunk
-    vocab_size: int
-    rotary: Rotary
-    temperature: float
+    trunk: Trunk  # this stage
+    vocab_size: int  # of the model, without padding
+    rotary: Rotary  # at the rollout's lengths
+    temperature: float  # the rollout's
 
     def run(self, model: nn.Module, microbatches: Sequence[Microbatch], loss: LossFunction, train: bool) -> list[Any]:
         """Runs every microbatch; `loss` is called on the last stage.

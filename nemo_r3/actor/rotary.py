@@ -13,15 +13,10 @@ from nemo_r3.models.rope import Llama3, LongRope, Rope
 
 @dataclass(frozen=True)
 class Rotary:
-    """How fast each pair of channels rotates.
+    """How fast each pair of channels rotates."""
 
-    Attributes:
-        frequencies: [dim / 2] float32, radians per position.
-        magnitude: what cosines and sines are multiplied by.
-    """
-
-    frequencies: Tensor
-    magnitude: float = 1.0
+    frequencies: Tensor  # [dim / 2] float32, radians per position
+    magnitude: float = 1.0  # what cosines and sines are multiplied by
 
     @classmethod
     def of(cls, rope: Rope, max_model_len: int, device: torch.device) -> Rotary:

@@ -35,17 +35,11 @@ CUTS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one training pass over a model, by what causes them.
+    """FLOPs of one training pass over a model, by what causes them."""
 
-    Attributes:
-        per_token: of an input token in the layers' matrices.
-        per_pair: of a pair of a query token and a key token that it attends to, in all layers.
-        per_target: of a trained token in the head.
-    """
-
-    per_token: float
-    per_pair: float
-    per_target: float
+    per_token: float  # of an input token in the layers' matrices
+    per_pair: float  # of a pair of a query token and a key token that it attends to, in all layers
+    per_target: float  # of a trained token in the head
 
     def flops(self, shared: int, own: Sequence[int], targets: int) -> float:
         """FLOPs on a context of `shared` tokens with branches of `own` tokens each, `targets` of all these trained."""

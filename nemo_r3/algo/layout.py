@@ -43,30 +43,19 @@ class Bounds:
 
 @dataclass(frozen=True)
 class SharedContext:
-    """Lengths of a context and of its branches.
+    """Lengths of a context and of its branches."""
 
-    Attributes:
-        context: number of tokens of the context.
-        branches: number of tokens of all its branches together.
-    """
-
-    context: int
-    branches: int
+    context: int  # tokens of the context
+    branches: int  # tokens of all its branches together
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a microbatch.
+    """The parts of a microbatch."""
 
-    Attributes:
-        cuts: where contexts, branches and whole sequences begin, in this order, and where the last one ends.
-        shared: the contexts that have branches, in the order of both.
-        positions: [tokens] int64; a branch's positions continue its context's.
-    """
-
-    cuts: tuple[int, ...]
-    shared: tuple[SharedContext, ...]
-    positions: Tensor
+    cuts: tuple[int, ...]  # where contexts, branches and whole sequences begin, in this order, and the last one ends
+    shared: tuple[SharedContext, ...]  # the contexts that have branches, in the order of both
+    positions: Tensor  # [tokens] int64; a branch's positions continue its context's
 
     @cached_property
     def parts(self) -> Bounds:

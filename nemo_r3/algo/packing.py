@@ -20,17 +20,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward pass sees.
+    """What one forward pass sees."""
 
-    Attributes:
-        rows: which rows of the batch it holds, in the order of their targets.
-        ids: [tokens] int64 input ids. A row's last token is only ever a target.
-        layout: where the sequences lie.
-        targets: the tokens that carry loss.
-    """
-
-    rows: tuple[int, ...]
-    ids: Tensor
+    rows: tuple[int, ...]  # which rows of the batch it holds, in the order of their targets
+    ids: Tensor  # [tokens] int64 input ids; a row's last token is only ever a target
     layout: Layout
     targets: Targets
 

@@ -28,15 +28,10 @@ LONGEST_VALUE = 80
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one place.
+    """Settings from one place."""
 
-    Attributes:
-        values: nested mappings, as from YAML.
-        source: prefix of errors in these values ("configs/a.yaml: "); empty for the command line.
-    """
-
-    values: Mapping[Any, Any]
-    source: str = ""
+    values: Mapping[Any, Any]  # nested mappings, as from YAML
+    source: str = ""  # prefix of errors in these values ("configs/a.yaml: "); empty for the command line
 
 
 @dataclass(frozen=True)

@@ -23,27 +23,16 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a bank's answers depend on.
+    """What a bank's answers depend on."""
 
-    Attributes:
-        model: fingerprint of the checkpoint that answered.
-        problems: `hash_of` the problems that were asked: another split, text or right answer is another bank.
-        task: its name.
-        verifier: its version and settings.
-        dialogue: fingerprint of template and wording.
-        temperature: of the answers.
-        max_answer_tokens: of the answers.
-        samples_per_problem: answers drawn for each problem.
-    """
-
-    model: str
-    problems: str
-    task: str
-    verifier: str
-    dialogue: str
-    temperature: float
-    max_answer_tokens: int
-    samples_per_problem: int
+    model: str  # fingerprint of the checkpoint that answered
+    problems: str  # `hash_of` the problems that were asked: another split, text or right answer is another bank
+    task: str  # its name
+    verifier: str  # its version and settings
+    dialogue: str  # fingerprint of template and wording
+    temperature: float  # of the answers
+    max_answer_tokens: int  # of the answers
+    samples_per_problem: int  # answers drawn for each problem
 
 
 def differences(stamp: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

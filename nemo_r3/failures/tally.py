@@ -13,19 +13,12 @@ from nemo_r3.types import NO_ROOM, Attempt
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of first answers.
+    """Counts of first answers."""
 
-    Attributes:
-        asked: all of them.
-        passed: the verifier accepts them.
-        no_room: not sampled, because the task alone fills `rollout.max_model_len`.
-        truncated: cut at `rollout.max_answer_tokens`.
-    """
-
-    asked: int = 0
-    passed: int = 0
-    no_room: int = 0
-    truncated: int = 0
+    asked: int = 0  # all of them
+    passed: int = 0  # the verifier accepts them
+    no_room: int = 0  # not sampled, because the task alone fills `rollout.max_model_len`
+    truncated: int = 0  # cut at `rollout.max_answer_tokens`
 
     @property
     def truncated_share(self) -> float:

@@ -26,19 +26,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of some curves.
+    """A picture of some curves."""
 
-    Attributes:
-        title: what they show.
-        curves: those that have values.
-        x_ticks: pixel and label of each tick of the steps.
-        y_ticks: the same for the values.
-    """
-
-    title: str
-    curves: list[Curve]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
+    title: str  # what they show
+    curves: list[Curve]  # those that have values
+    x_ticks: list[tuple[float, str]]  # pixel and label of each tick of the steps
+    y_ticks: list[tuple[float, str]]  # the same for the values
 
 
 def draw(

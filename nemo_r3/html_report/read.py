@@ -16,25 +16,15 @@ from nemo_r3.files import parse_json_object
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What was read of a run.
+    """What was read of a run."""
 
-    Attributes:
-        path: the run directory.
-        config: the settings recorded there, or else those that were given.
-        metrics: metrics.jsonl, one mapping per step, in the order of steps.
-        rollouts: the files of rollouts/ by step, in the order of steps.
-        summary: summary.json; empty if there is none.
-        bank: the failure bank's bank.json; empty if there is none.
-        unread: what could not be read, for people.
-    """
-
-    path: Path
-    config: Config
-    metrics: list[dict[str, Any]]
-    rollouts: dict[int, Path]
-    summary: dict[str, Any]
-    bank: dict[str, Any]
-    unread: list[str]
+    path: Path  # the run directory
+    config: Config  # the settings recorded there, or else those that were given
+    metrics: list[dict[str, Any]]  # metrics.jsonl, one mapping per step, in the order of steps
+    rollouts: dict[int, Path]  # the files of rollouts/ by step, in the order of steps
+    summary: dict[str, Any]  # summary.json; empty if there is none
+    bank: dict[str, Any]  # the failure bank's bank.json; empty if there is none
+    unread: list[str]  # what could not be read, for people
 
 
 def read_run(config: Config) -> RunFiles:

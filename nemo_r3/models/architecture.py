@@ -16,43 +16,24 @@ from nemo_r3.models.rope import Rope, positive_integer, positive_number, read_ro
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer with RMSNorm, SwiGLU, grouped-query attention and rotary positions.
+    """A decoder-only transformer with RMSNorm, SwiGLU, grouped-query attention and rotary positions."""
 
-    Attributes:
-        family: the module of nemo_r3.models that read it.
-        num_layers: transformer layers.
-        hidden_size: width of the residual stream.
-        ffn_hidden_size: width of the SwiGLU's gate.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        head_dim: width of one head.
-        vocab_size: rows of the embedding in the checkpoint, before any padding.
-        max_positions: longest sequence the checkpoint was made for, in tokens.
-        norm_eps: epsilon of the RMSNorms.
-        rope: the rotary positions.
-        tied: whether the head shares the embedding's weight.
-        qkv_bias: whether the query, key and value projections have a bias.
-        qk_norm: whether every head's query and key pass an RMSNorm before they are rotated.
-        fused: whether the checkpoint holds query, key and value in one tensor, and gate and up in another.
-        window: how many recent tokens a token sees in sliding-window layers; None if there are none.
-    """
-
-    family: str
+    family: str  # the module of nemo_r3.models that read it
     num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
+    hidden_size: int  # width of the residual stream
+    ffn_hidden_size: int  # width of the SwiGLU's gate
+    num_heads: int  # of queries
+    num_kv_heads: int  # of keys, and of values
     head_dim: int
-    vocab_size: int
-    max_positions: int
+    vocab_size: int  # rows of the embedding in the checkpoint, before any padding
+    max_positions: int  # longest sequence the checkpoint was made for, in tokens
     norm_eps: float
     rope: Rope
-    tied: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    fused: bool = False
-    window: int | None = None
+    tied: bool  # whether the head shares the embedding's weight
+    qkv_bias: bool = False  # whether the query, key and value projections have a bias
+    qk_norm: bool = False  # whether every head's query and key pass an RMSNorm before they are rotated
+    fused: bool = False  # whether the checkpoint holds query, key and value in one tensor, and gate and up in another
+    window: int | None = None  # how many recent tokens a token sees in sliding-window layers; None if there are none
 
     @property
     def query_width(self) -> int:

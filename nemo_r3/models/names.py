@@ -17,24 +17,16 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 @dataclass(frozen=True)
 class NameRow:
-    """One megatron parameter and the Hugging Face tensors it is made of.
+    """One megatron parameter and the Hugging Face tensors it is made of."""
 
-    Attributes:
-        megatron: parameter name with the global layer number, as the local layer spec names it.
-        hf: the Hugging Face names it holds, in the order of `convert.merge`.
-        shape: of the whole tensor, before a vocabulary is padded.
-        kind: how they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab". "qkv" and
-            "gate_up" may have a single name: of the tensor in which a family has fused them, one after the other.
-        cut: the axis that tensor parallelism cuts; None if every rank holds the whole.
-        layer: the global layer it belongs to; None for embedding, final norm and head.
-    """
-
-    megatron: str
-    hf: tuple[str, ...]
-    shape: tuple[int, ...]
+    megatron: str  # parameter name with the global layer number, as the local layer spec names it
+    hf: tuple[str, ...]  # the Hugging Face names it holds, in the order of `convert.merge`
+    shape: tuple[int, ...]  # of the whole tensor, before a vocabulary is padded
     kind: str = "copy"
-    cut: int | None = None
-    layer: int | None = None
+    """How they combine: "copy", "qkv" (interleaved by key/value group), "gate_up" or "vocab". "qkv" and "gate_up" may
+    have a single name: of the tensor in which a family has fused them, one after the other."""
+    cut: int | None = None  # the axis that tensor parallelism cuts; None if every rank holds the whole
+    layer: int | None = None  # the global layer it belongs to; None for embedding, final norm and head
 
 
 def rows(arch: Architecture) -> list[NameRow]:

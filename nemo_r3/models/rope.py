@@ -13,51 +13,31 @@ from nemo_r3.errors import ConfigError, in_one_line
 
 @dataclass(frozen=True)
 class Llama3:
-    """Llama 3.1's scaling: slow channels rotate `factor` times slower, fast ones as before, the others in between.
+    """Llama 3.1's scaling: slow channels rotate `factor` times slower, fast ones as before, the others in between."""
 
-    Attributes:
-        factor: how many times longer the context became.
-        low_freq_factor: channels with fewer rotations than this within the original context are slow.
-        high_freq_factor: channels with more rotations than this within the original context are fast.
-        original_positions: the context before scaling, in tokens.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
+    factor: float  # how many times longer the context became
+    low_freq_factor: float  # channels with fewer rotations than this within the original context are slow
+    high_freq_factor: float  # channels with more rotations than this within the original context are fast
+    original_positions: int  # the context before scaling, in tokens
 
 
 @dataclass(frozen=True)
 class LongRope:
-    """Phi-3's scaling (arXiv 2402.13753): every channel has a factor of its own, and there are two sets of factors.
+    """Phi-3's scaling (arXiv 2402.13753): every channel has a factor of its own, and there are two sets of factors."""
 
-    Attributes:
-        short: factors [dim / 2] for sequences that never exceed `original_positions` tokens.
-        long: factors [dim / 2] for others, at all of their positions.
-        original_positions: the context before scaling, in tokens.
-        magnitude: what cosines and sines are multiplied by, in both regimes.
-    """
-
-    short: tuple[float, ...]
-    long: tuple[float, ...]
-    original_positions: int
-    magnitude: float
+    short: tuple[float, ...]  # factors [dim / 2] for sequences that never exceed `original_positions` tokens
+    long: tuple[float, ...]  # factors [dim / 2] for others, at all of their positions
+    original_positions: int  # the context before scaling, in tokens
+    magnitude: float  # what cosines and sines are multiplied by, in both regimes
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions.
+    """Rotary positions."""
 
-    Attributes:
-        theta: base of the wavelengths.
-        dim: how many channels of a head rotate; those after them do not.
-        scaling: how they were stretched to a longer context; None if they were not.
-    """
-
-    theta: float
-    dim: int
-    scaling: Llama3 | LongRope | None = None
+    theta: float  # base of the wavelengths
+    dim: int  # how many channels of a head rotate; those after them do not
+    scaling: Llama3 | LongRope | None = None  # how they were stretched to a longer context; None if they were not
 
     def regime(self, max_model_len: int) -> str:
         """Which factors apply to sequences of up to `max_model_len` tokens: "short" or "long"; "only" without a choice.

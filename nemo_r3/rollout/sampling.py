@@ -15,39 +15,25 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a request is sampled: always from the whole distribution (no top_p, no top_k).
+    """How a request is sampled: always from the whole distribution (no top_p, no top_k)."""
 
-    Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        max_tokens: most tokens to sample, including the end-of-turn token.
-        stop_ids: tokens that end the turn; the one that did is its last token.
-        seed: of the request's own random numbers, which are the same in any engine and after a resume; None for
-            temperature 0.
-    """
-
-    temperature: float
-    max_tokens: int
-    stop_ids: tuple[int, ...]
+    temperature: float  # logits are divided by it; 0 takes the likeliest token
+    max_tokens: int  # most tokens to sample, including the end-of-turn token
+    stop_ids: tuple[int, ...]  # tokens that end the turn; the one that did is its last token
     seed: int | None = None
+    """Of the request's own random numbers, which are the same in any engine and after a resume; None for
+    temperature 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a request has sampled.
+    """What a request has sampled."""
 
-    Attributes:
-        request_id: as it was added.
-        ids: [length] sampled token ids.
-        logprobs: [length] their log-probabilities in nats, at the request's temperature.
-        finish_reason: "stop", "length" or UNFINISHED.
-        version: the version of the weights that sampled it.
-    """
-
-    request_id: str
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
-    version: int
+    request_id: str  # as it was added
+    ids: tuple[int, ...]  # [length] sampled token ids
+    logprobs: tuple[float, ...]  # [length] their log-probabilities in nats, at the request's temperature
+    finish_reason: str  # "stop", "length" or UNFINISHED
+    version: int  # the version of the weights that sampled it
 
     def continuing(self, begun: Completion | None) -> Completion:
         """This completion appended to the one it continues, of the same weights."""

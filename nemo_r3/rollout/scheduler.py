@@ -38,19 +38,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn to be sampled.
-
-    Attributes:
-        phase: of the turn.
-        prompt: what comes before it; None if there is nothing to continue.
-        key: identifies the problem or failure in the request's seed.
-        sample: its index among the samples of that.
-    """
+    """A turn to be sampled."""
 
     phase: Phase
-    prompt: Trajectory | None
-    key: str
-    sample: int
+    prompt: Trajectory | None  # what comes before it; None if there is nothing to continue
+    key: str  # identifies the problem or failure in the request's seed
+    sample: int  # its index among the samples of that
 
 
 Conversation = Generator[_Turn, Answer, Callable[[], Result]]
@@ -59,26 +52,17 @@ Conversation = Generator[_Turn, Answer, Callable[[], Result]]
 
 @dataclass
 class _InFlight(Generic[Result]):
-    """The conversations of one call.
+    """The conversations of one call."""
 
-    Attributes:
-        conversations: by the numbers of their results.
-        step: part of every request's seed.
-        greedy: take the likeliest token instead of sampling.
-        requests: what the engine works on, by id, which is the turn's `turn_id`: the conversation's number, its turn,
-            and what an earlier process sampled of that.
-        done: what the conversations that have ended returned, by their numbers.
-        ended: number of ended turns by phase.
-        tokens: number of tokens in these.
-    """
-
-    conversations: Mapping[int, Conversation[Result]]
-    step: int
-    greedy: bool
+    conversations: Mapping[int, Conversation[Result]]  # by the numbers of their results
+    step: int  # part of every request's seed
+    greedy: bool  # take the likeliest token instead of sampling
     requests: dict[str, tuple[int, _Turn, Completion | None]] = field(default_factory=dict)
-    done: dict[int, Callable[[], Result]] = field(default_factory=dict)
-    ended: Counter[Phase] = field(default_factory=Counter)
-    tokens: Counter[Phase] = field(default_factory=Counter)
+    """What the engine works on, by `turn_id`: the conversation's number, its turn, and what an earlier process sampled
+    of that."""
+    done: dict[int, Callable[[], Result]] = field(default_factory=dict)  # what those that have ended returned
+    ended: Counter[Phase] = field(default_factory=Counter)  # turns by phase
+    tokens: Counter[Phase] = field(default_factory=Counter)  # in these turns
 
     def next_turn(self, number: int, answer: Answer | None) -> _Turn | None:
         """A conversation's turn after the one with this answer, or without one its first; None if it has ended."""

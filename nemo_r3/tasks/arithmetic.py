@@ -37,19 +37,12 @@ class NotArithmeticError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """What an expression comes to.
+    """What an expression comes to."""
 
-    Attributes:
-        value: its exact value.
-        numbers: the integers written in it, left to right.
-        operators: the operators used, each of "+-*/".
-        integral: whether every division in it came out even.
-    """
-
-    value: Fraction
-    numbers: tuple[int, ...]
-    operators: frozenset[str]
-    integral: bool
+    value: Fraction  # exact
+    numbers: tuple[int, ...]  # the integers written in it, left to right
+    operators: frozenset[str]  # the operators used, each of "+-*/"
+    integral: bool  # whether every division in it came out even
 
 
 def answer_of(text: str) -> str:

@@ -9,16 +9,12 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Equality:
-    """Deep equality of JSON values. Unlike Python's, in which True == 1 == 1.0, it tells types apart.
-
-    Attributes:
-        numbers: when integers and floats are equal. "widen": an integer is as good as the wanted float, as it is to a
-            Python function, but not the other way round; "equal": both ways.
-        spelling: applied to strings before they are compared; not to the keys of objects.
-    """
+    """Deep equality of JSON values. Unlike Python's, in which True == 1 == 1.0, it tells types apart."""
 
     numbers: str
-    spelling: Callable[[str], str] = str
+    """When integers and floats are equal. "widen": an integer is as good as the wanted float, as it is to a Python
+    function, but not the other way round; "equal": both ways."""
+    spelling: Callable[[str], str] = str  # applied to strings before they are compared; not to the keys of objects
 
     def __call__(self, value: Any, gold: Any) -> bool:
         """Whether `value` is what `gold` says."""

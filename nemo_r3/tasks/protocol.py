@@ -11,15 +11,9 @@ from nemo_r3.types import Problem
 
 @dataclass(frozen=True)
 class Wording:
-    """A task's own words for its turns; `dialogue.*` settings replace them.
+    """A task's own words for its turns, by default the paper's for Countdown; `dialogue.*` settings replace them."""
 
-    Attributes:
-        task: the first turn, with the task's {placeholders}.
-        reflect: asks for a reflection; by default in the words of the paper's Countdown.
-        retry: asks to try again.
-    """
-
-    task: str = "{problem}"
+    task: str = "{problem}"  # the first turn, with the task's {placeholders}
     reflect: str = (
         "You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a short "
         "explanation that will help you do better next time."

@@ -36,19 +36,12 @@ Row = tuple[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A problem, its structured parts as JSON text: the real data set would take a GB as objects.
+    """A problem, its structured parts as JSON text: the real data set would take a GB as objects."""
 
-    Attributes:
-        id: unique and stable.
-        query: what the user asks.
-        tools: list of tools, see `nemo_r3.tasks.schemas`.
-        calls: list of {"name": .., "arguments": {..}}: the gold.
-    """
-
-    id: str
-    query: str
-    tools: str
-    calls: str
+    id: str  # unique and stable
+    query: str  # what the user asks
+    tools: str  # list of tools, see `nemo_r3.tasks.schemas`
+    calls: str  # list of {"name": .., "arguments": {..}}: the gold
 
     @property
     def question(self) -> str:
