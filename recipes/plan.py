@@ -6,18 +6,27 @@ Reads the config and the model's config.json: no weights, no GPU. Exits with cod
 from __future__ import annotations
 
 import importlib.util
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from nemo_r3 import config as configuration
 from nemo_r3 import entry
 from nemo_r3.algo.balance import Balance
-from nemo_r3.capacity import Node, host_bytes
+from nemo_r3.capacity import OWN_BYTES, Node, checkpoint_bytes, export_bytes, host_bytes
+from nemo_r3.config.schema import show as value_text
 from nemo_r3.models import planned_architecture
 from nemo_r3.models.flops import step_flops, training_cost
-from nemo_r3.plan import Plan, describe, plan_of
+from nemo_r3.models.names import count_parameters
+from nemo_r3.plan import Plan, plan_of
 from nemo_r3.types import Row, UpdateBatch
+from nemo_r3.units import GIB, show
+
+SMALL_BYTES = 4 * GIB
+NAMES = 32
+"""Columns for what the memory is for."""
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -39,6 +48,100 @@ def this_machine() -> tuple[Node, str]:
         if torch.cuda.is_available():
             gpu, name = torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
     return Node(socket.gethostname(), 1, gpu, host_bytes()), name
+
+
+def describe(plan: Plan) -> str:
+    """A plan as text, without a verdict."""
+    config, size, node = plan.config, plan.size, plan.node
+    actor, rollout, nodes = config.actor, config.rollout, config.cluster.nodes
+    gpus = f"each with a GPU of {node.gpu / GIB:.0f} GiB ({plan.source})" if node.gpu else "without GPUs"
+    sequence = " with sequence parallel" if actor.sequence_parallel else ""
+    kept, each = config.train.keep_checkpoints, checkpoint_bytes(config, plan.arch)
+    engines, groups = plan.ranks // rollout.tensor_parallel, config.train.failures_per_step
+    idle = f", {engines - groups} of them idle (train.failures_per_step={groups})" if groups < engines else ""
+    lines = [
+        f"model     {config.model.path}: {count_parameters(plan.arch) / 1e6:,.1f}M parameters, {actor.precision}",
+        f"ranks     {plan.ranks} on {_number(nodes, 'node')}, {gpus}",
+        f"actor     tensor parallel {actor.tensor_parallel}{sequence}, pipeline parallel {actor.pipeline_parallel}, "
+        f"data parallel {plan.data_parallel}",
+        f"rollout   {_number(engines, 'engine')} of {_number(rollout.tensor_parallel, 'rank')}{idle}",
+        "",
+        *(_on_gpus(plan) if node.gpu else _on_a_cpu(plan)),
+        f"disk      {kept + 1} x {show(each)}: train.keep_checkpoints={kept}, and the one being written",
+        f"refit     {show(size.engine * rollout.tensor_parallel)} of weights into each engine, once per step",
+        f"export    {show(export_bytes(plan.arch))} of host memory for rank 0",
+    ]
+    return "\n".join(lines)
+
+
+def _on_gpus(plan: Plan) -> list[str]:
+    size, node, rollout = plan.size, plan.node, plan.config.rollout
+    cache, asleep = plan.share - size.engine, rollout.sleep
+    rows: list[tuple[Any, ...]] = [
+        ("weights", size.weights, size.weights, size.weights),
+        ("gradients", size.gradients, size.gradients, 0),
+        ("optimizer state", size.optimizer, size.optimizer, 0),
+        ("reference", size.reference, size.reference, 0),
+        ("vLLM's weights", 0 if asleep else size.engine, size.engine, size.engine),
+        ("vLLM's KV cache, at most", 0 if asleep else cache, cache, cache),
+        ("CUDA, NCCL and kernels", OWN_BYTES, OWN_BYTES, OWN_BYTES),
+    ]
+    held = [sum(row[column] for row in rows) for column in (1, 2, 3)]
+    sums = [("together", *held), ("left", *(node.gpu - each for each in held))]
+    sums.append(("activations, about", plan.activations, 0, 0))
+    offloads = plan.config.actor.offload_optimizer
+    dialogues = plan.cached_tokens // rollout.max_model_len
+    saved, away = node.ranks * size.saved, node.ranks * size.offloaded
+    return [
+        *_table("each GPU", ("update", "rollout", "rollout, offloading"), [*rows, *sums]),
+        "",
+        f"KV cache  at most {plan.cached_tokens:,} tokens of an engine: {dialogues:,} whole dialogues of "
+        f"rollout.max_model_len={rollout.max_model_len}",
+        f"host      {show(saved)} of each node to save, {show(away)} to offload "
+        f"(actor.offload_optimizer={value_text(offloads)}); {_has(node)}",
+    ]
+
+
+def _on_a_cpu(plan: Plan) -> list[str]:
+    size, config, node = plan.size, plan.config, plan.node
+    rows = [
+        ("weights", size.weights),
+        ("gradients", size.gradients),
+        ("optimizer state", size.optimizer),
+        ("its buffers, offloading", size.optimizer if config.actor.offload_optimizer else 0),
+        ("reference", size.reference),
+        ("copies for a save", size.saved if config.train.save_in_background else 0),
+        ("vLLM's weights", size.engine),
+        ("vLLM's KV cache, at most", config.rollout.cpu_kv_cache_gb * GIB / config.rollout.tensor_parallel),
+    ]
+    *checked, cache = (count for _, count in rows)
+    return [
+        *_table("each rank's host memory", ("",), [*rows, ("together", sum(checked) + cache)]),
+        "",
+        f"host      {show(node.ranks * sum(checked))} of each node before activations and KV cache; {_has(node)}",
+    ]
+
+
+def _has(node: Node) -> str:
+    return "it has " + ("an unknown amount (cluster.memory_gb=0)" if math.isinf(node.host) else show(node.host))
+
+
+def _table(of: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Bytes under their columns, as GiB or, of a small model, as MiB."""
+    widths = [max(len(column), 8) + 2 for column in columns]
+    unit, name = (GIB, "GiB") if max(max(counts) for _, *counts in rows) > SMALL_BYTES else (2**20, "MiB")
+
+    def line(what: str, cells: Sequence[str]) -> str:
+        return what.ljust(NAMES) + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    lines = [line(f"{name} of {of}", columns)]
+    for what, *counts in rows:
+        lines.append(line(f"  {what}", [f"{count / unit:,.1f}" if count else "-" for count in counts]))
+    return lines
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def describe_step(plan: Plan) -> str:

@@ -9,9 +9,9 @@ from paper_models import shape
 
 from nemo_r3.capacity import OWN_BYTES, Node
 from nemo_r3.config import Config, load
-from nemo_r3.plan import ASSUMED_BYTES, Plan, describe, plan_of
+from nemo_r3.plan import ASSUMED_BYTES, Plan, plan_of
 from nemo_r3.units import GIB
-from recipes.plan import describe_step
+from recipes.plan import describe, describe_step
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "training.md"

@@ -34,7 +34,6 @@ FLOORS = {
     "nemo_r3.rollout": 3,
     "nemo_r3.refit": 3,
     "nemo_r3.assets": 4,  # shipped data and the scripts that made it
-    "nemo_r3.activations": 4,
     "nemo_r3.capacity": 4,
     "nemo_r3.plan": 4,
     "nemo_r3.evaluate": 4,

@@ -13,15 +13,14 @@ import pytest
 from paper_models import shape
 from refusals import refusal
 
-from nemo_r3.activations import HEAD_LOGITS, activation_bytes
 from nemo_r3.actor.head import CHUNK_ELEMENTS
 from nemo_r3.capacity import Node
 from nemo_r3.config import Config, load
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import EMBEDDED, architecture_of
-from nemo_r3.plan import ASSUMED, Plan, describe, plan_of
+from nemo_r3.plan import ASSUMED, HEAD_LOGITS, Plan, activation_bytes, plan_of
 from nemo_r3.units import GIB
-from recipes.plan import describe_step, longest_rows
+from recipes.plan import describe, describe_step, longest_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
