@@ -7,10 +7,9 @@ from nemo_r3.config.actor import ActorConfig
 from nemo_r3.config.algo import AlgoConfig
 from nemo_r3.config.checks import check_world
 from nemo_r3.config.load import load, to_yaml
-from nemo_r3.config.resume import diff_for_resume
 from nemo_r3.config.rollout import RolloutConfig
 from nemo_r3.config.train import TrainConfig
-from nemo_r3.config.tree import Config
+from nemo_r3.config.tree import Config, diff_for_resume
 
 __all__ = [
     "ActorConfig",

@@ -1,19 +1,65 @@
-"""`Config`: the whole tree, one section per file."""
+"""`Config`: the whole tree, whose larger sections have files of their own, and how two of them differ."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_r3.config.actor import ActorConfig
 from nemo_r3.config.algo import AlgoConfig
 from nemo_r3.config.cluster import ClusterConfig
-from nemo_r3.config.drill import DrillConfig
-from nemo_r3.config.evaluate import EvaluateConfig
 from nemo_r3.config.failures import FailuresConfig
-from nemo_r3.config.model import ModelConfig
 from nemo_r3.config.option import option
 from nemo_r3.config.rollout import RolloutConfig
-from nemo_r3.config.run import RunConfig
+from nemo_r3.config.schema import Leaf, leaves, show
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.config.train import TrainConfig
+
+
+@dataclass
+class RunConfig:
+    """The run directory and its logs."""
+
+    dir: str = option("", help="run directory; empty: runs/<config file's stem>", resume=True)
+    tensorboard: bool = option(True, help="write TensorBoard events beside metrics.jsonl", resume=True)
+    wandb_project: str = option("", help="Weights & Biases project that gets every step, too; empty: none", resume=True)
+    mlflow_experiment: str = option("", help="MLflow experiment that gets every step, too; empty: none", resume=True)
+    timeout_minutes: int = option(
+        30,
+        low=1,
+        high=30 * 24 * 60,
+        help="minutes a collective may wait, or a rank give no sign of life, before the job fails",
+        resume=True,
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The starting model, which is also the reference of the KL term."""
+
+    path: str = option(
+        "",
+        help="directory or hub name of a Hugging Face checkpoint; 'embedded' is the tiny one shipped with nemo_r3",
+        resume=True,
+    )
+
+
+@dataclass
+class EvaluateConfig:
+    """What `recipes.evaluate` measures, and what `recipes.export` writes."""
+
+    problems: int = option(0, low=0, help="held-out problems to use; 0: all", resume=True)
+    checkpoint: str = option("", help="checkpoint to measure or export; empty: the newest of run.dir", resume=True)
+
+
+@dataclass
+class DrillConfig:
+    """The resume drill; recipes.drill and recipes.soak read it."""
+
+    kills: int = option(
+        6,
+        low=1,
+        help="kills of recipes.drill (at random, while it saves and by SIGUSR1, in turns), or of recipes.soak in all",
+        resume=True,
+    )
 
 
 @dataclass
@@ -33,3 +79,21 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     drill: DrillConfig = field(default_factory=DrillConfig)
+
+
+def diff_for_resume(old: Config, new: Config) -> list[str]:
+    """The forbidden differences between a run's config and the one it is resumed with: "key: old -> new".
+
+    Settings marked `resume=True` (layout, train.steps, paths, logging) may differ.
+    """
+    return [
+        f"{leaf.key}: {show(before)} -> {show(after)}"
+        for leaf, before, after in differing(old, new)
+        if not leaf.field.metadata["resume"]
+    ]
+
+
+def differing(old: Config, new: Config) -> list[tuple[Leaf, Any, Any]]:
+    """The settings whose values differ, with both values."""
+    compared = [(leaf, leaf.of(old), leaf.of(new)) for leaf in leaves(Config)]
+    return [(leaf, before, after) for leaf, before, after in compared if before != after]

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nemo_r3.config import Config
-from nemo_r3.config.resume import differing
 from nemo_r3.config.schema import show
+from nemo_r3.config.tree import differing
 from nemo_r3.errors import UserError
 from nemo_r3.failures.tally import Tally, total
 from nemo_r3.files import write_whole

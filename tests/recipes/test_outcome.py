@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_r3.config import Config
-from nemo_r3.config.run import RunConfig
+from nemo_r3.config.tree import RunConfig
 from recipes.outcome import change, conclude, draw_curve, report
 
 
