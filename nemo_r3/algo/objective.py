@@ -12,7 +12,7 @@ from nemo_r3.algo.aggregation import denominators, kept_weights
 from nemo_r3.algo.kl import kl
 from nemo_r3.algo.losses import loss_named
 from nemo_r3.algo.mismatch import BOUNDS, correct, outside, prob_error, ratios, rollout_kl
-from nemo_r3.algo.targets import Targets
+from nemo_r3.algo.packing import Targets
 from nemo_r3.config import AlgoConfig
 
 PER_TOKEN = ("entropy", "token_mult_prob_error", "rollout_kl", "importance_ratio", "importance_outliers", "clipped")

@@ -14,7 +14,7 @@ from nemo_r3.algo.kl import kl
 from nemo_r3.algo.losses import loss_named
 from nemo_r3.algo.mismatch import correct
 from nemo_r3.algo.objective import METRICS, Objective
-from nemo_r3.algo.targets import Targets
+from nemo_r3.algo.packing import Targets
 from nemo_r3.config import AlgoConfig
 
 LIMIT, BETA = 8, 0.3
