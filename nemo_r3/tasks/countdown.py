@@ -20,8 +20,7 @@ from math import comb
 from nemo_r3.config.option import option
 from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.arithmetic import Expression, NotArithmeticError, answer_of, parse_equation
-from nemo_r3.tasks.data_set import read_columns
-from nemo_r3.tasks.lazy_problems import LazyProblems
+from nemo_r3.tasks.data_set import LazyProblems, read_columns
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.template import fill
 from nemo_r3.types import Problem

@@ -1,12 +1,15 @@
-"""`read_columns`: a data set from the hub or from disk."""
+"""Data sets: `read_columns` reads one from the hub or from disk, `LazyProblems` are its rows as problems."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 from nemo_r3.errors import UserError, describe
+from nemo_r3.types import Problem
+
+Item = TypeVar("Item")
 
 
 def read_columns(source: str, columns: Sequence[str], instead: str) -> Iterator[tuple[Any, ...]]:
@@ -32,3 +35,25 @@ def read_columns(source: str, columns: Sequence[str], instead: str) -> Iterator[
             f"source={instead}"
         ) from error
     return zip(*values, strict=True)
+
+
+class LazyProblems(Sequence[Problem], Generic[Item]):
+    """Rows of a data set, which may have 450,000, as problems that are made when they are looked at."""
+
+    def __init__(self, items: Sequence[Item], make: Callable[[Item], Problem]) -> None:
+        """`make` makes an item's problem, the same each time."""
+        self._items, self._make = items, make
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> LazyProblems[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Problem | LazyProblems[Item]:
+        if isinstance(index, slice):
+            return LazyProblems(self._items[index], self._make)
+        return self._make(self._items[index])

@@ -19,7 +19,7 @@ from nemo_r3.config.option import option
 from nemo_r3.errors import ConfigError
 from nemo_r3.tasks.bfcl import Listed, folder_of, read_bfcl, spelling
 from nemo_r3.tasks.calls import FORMATS, Call, NotCallsError, read_calls
-from nemo_r3.tasks.lazy_problems import LazyProblems
+from nemo_r3.tasks.data_set import LazyProblems
 from nemo_r3.tasks.matching import Equality, OneValue, Rule, fits, pair_up
 from nemo_r3.tasks.protocol import Task, Wording
 from nemo_r3.tasks.records import Record, problem_of, read_xlam
