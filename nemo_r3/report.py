@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,53 +82,31 @@ def _with_margin(change: Mapping[str, Any] | None) -> str:
     return f"{change['value']:+.2f} ±{(change['high'] - change['low']) / 2:.2f}" if change else NONE
 
 
-def curve(metrics_file: Path, out: Path) -> None:
-    """Draws a run's learning curve: retry success, how its groups were used, and the KL where there is one.
+def curve(metrics: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Draws the learning curve of a run's metrics: retry success, how its groups were used, and the KL if there is one.
 
-    `out` becomes a PNG of 1200 x 500 pixels.
+    `out`, in the run directory, becomes a PNG of 1200 x 500 pixels.
 
     Raises:
-        UserError: the metrics cannot be read, or the picture not be written.
+        OSError: it cannot be written.
     """
     # matplotlib takes a second to import, and only this function needs it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metrics = read_metrics(metrics_file)
     steps = [line["step"] for line in metrics]
     kls = _column(metrics, "kl")
     has_kl = any(value and not math.isnan(value) for value in kls)
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(metrics_file.resolve().parent.name, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
+    figure.suptitle(out.resolve().parent.name, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
     _draw_success(figure.add_subplot(grid[:, 0]), steps, _column(metrics, "retry_success"))
     groups = figure.add_subplot(grid[0, 1] if has_kl else grid[:, 1])
     _draw_groups(groups, steps, _column(metrics, "groups_used"), _column(metrics, "groups_dropped"))
     if has_kl:
         _draw_kl(figure.add_subplot(grid[1, 1]), steps, kls)
-    try:
-        figure.savefig(out, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write {out} ({error.strerror})") from error
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """A run's metrics.jsonl, one mapping per step.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); train first") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} holds a line that is not JSON ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
-            raise UserError(f"{file}:{number}: not the metrics of a step")
-    return lines
+    figure.savefig(out, format="png")
 
 
 def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nemo_r3 import entry, signals, trackers
-from nemo_r3.errors import UserError
 from nemo_r3.html_report import write_report
 from nemo_r3.html_report.health import ENDS
-from nemo_r3.html_report.read import number
+from nemo_r3.html_report.read import number, read_lines
 from nemo_r3.progress import warn
-from nemo_r3.report import curve, read_metrics
+from nemo_r3.report import curve
 from recipes.metrics import versions
 from recipes.setup import Setup
 
@@ -22,7 +21,7 @@ def draw_curve(setup: Setup) -> None:
     """Draws the steps so far to curve.png; only warns if that fails."""
     if setup.world.is_main:
         with _only_a_warning("curve.png"):
-            curve(setup.run.metrics, setup.run.path / "curve.png")
+            curve(read_lines(setup.run.metrics, unread=[]), setup.run.path / "curve.png")
 
 
 def report(setup: Setup) -> None:
@@ -48,10 +47,7 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
         return
     draw_curve(setup)
     report(setup)
-    try:
-        success = [number(line, "retry_success") for line in read_metrics(run.metrics)]
-    except UserError:
-        return  # draw_curve has warned
+    success = [number(line, "retry_success") for line in read_lines(run.metrics, unread=[])]
     verb = "the same command with recipes.evaluate"
     if setup.world.size == 1:
         verb = f"python -m recipes.evaluate {shlex.join(argv)}"

@@ -51,4 +51,4 @@ def test_a_picture_that_cannot_be_drawn_is_only_a_warning(tmp_path: Path, capsys
     draw_curve(setup)
     report(setup)
     told = capsys.readouterr().err
-    assert "warning: no curve.png: cannot write" in told and "warning: no report.html: " in told
+    assert "warning: no curve.png: " in told and "warning: no report.html: " in told
