@@ -177,18 +177,8 @@ def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
     )
 
 
-def check_export(arch: Architecture, world: World) -> None:
-    """Refuses an export whose comparison, which holds the model in fp32 on rank 0's host, cannot fit there.
-
-    Raises:
-        ConfigError: naming both sizes.
-    """
-    if problem := world.broadcast(export_problem(arch, host_bytes())):
-        raise ConfigError(problem)
-
-
 def export_bytes(arch: Architecture) -> int:
-    """What the comparison of an export takes of rank 0's host memory."""
+    """What the comparison of an export takes of rank 0's host memory, which holds the model in fp32 for it."""
     return 4 * count_parameters(arch)
 
 

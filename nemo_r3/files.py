@@ -18,6 +18,8 @@ from nemo_r3.progress import warn
 
 LOST_NODE_SECONDS = 180
 """How long a file server may keep the lock of a node that was lost."""
+UNREADABLE = "unreadable"
+"""In place of the SHA-256 of a file that cannot be read."""
 LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -96,6 +98,15 @@ def unsealed(text: str) -> dict[str, Any]:
 
 def _sum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sum_of(file: Path) -> str:
+    """A file's SHA-256, or UNREADABLE."""
+    try:
+        with file.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return UNREADABLE
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_r3 import capacity, entry
 from nemo_r3 import config as configuration
-from nemo_r3.errors import UserError
+from nemo_r3 import entry
+from nemo_r3.capacity import export_problem, host_bytes
+from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
 from nemo_r3.precision import precision_of
@@ -33,7 +34,8 @@ def export(argv: Sequence[str]) -> None:
     from recipes import checkpoints
 
     world, run, config, model = setup.world, setup.run, setup.config, setup.model
-    capacity.check_export(setup.arch, world)
+    if problem := world.broadcast(export_problem(setup.arch, host_bytes())):
+        raise ConfigError(problem)
     trained = checkpoints.trained(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")

@@ -28,7 +28,6 @@ from nemo_r3.actor.checkpoint_writer import OPTIMIZER, ThreadedSave
 from nemo_r3.actor.cpu import cuda_stand_in
 from nemo_r3.actor.heap import give_back_freed_memory
 from nemo_r3.actor.manifest import (
-    UNREADABLE,
     WRITING,
     check_sizes,
     check_sums,
@@ -37,13 +36,13 @@ from nemo_r3.actor.manifest import (
     publish,
     read_manifest,
     step_path,
-    sum_of,
 )
 from nemo_r3.actor.optimizer import restore_schedule, schedule_state
 from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError, in_one_line
+from nemo_r3.files import UNREADABLE, sum_of
 from nemo_r3.runtime import World, is_collective
 
 NORM_STATE = "decoder.final_layernorm._extra_state"

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from nemo_r3.actor.manifest import sum_of
+from nemo_r3.files import sum_of
 
 OPTIMIZER = "optimizer"
 """What the names of the optimizer's tensors, and of the files that hold nothing else, begin with."""

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 from nemo_r3.errors import UserError
-from nemo_r3.files import sealed, unsealed, write_whole
+from nemo_r3.files import UNREADABLE, sealed, sum_of, unsealed, write_whole
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
-UNREADABLE = "unreadable"
 FORMAT = 3
 """Raised by a change after which earlier checkpoints can no longer be read."""
 WAY_OUT = "remove that checkpoint to resume from the one before"
@@ -80,15 +78,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             "the run with the version that wrote it; a new run can start from that export"
         )
     return found
-
-
-def sum_of(file: Path) -> str:
-    """A file's SHA-256, or UNREADABLE."""
-    try:
-        with file.open("rb") as handle:
-            return file_digest(handle, "sha256").hexdigest()
-    except OSError:
-        return UNREADABLE
 
 
 def check_sizes(checkpoint: Path, files: Mapping[str, tuple[int, str]]) -> None:

@@ -13,12 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_r3.actor.manifest import sum_of
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.failures.stamp import Stamp, differences
 from nemo_r3.failures.tally import Tally, tally, total
-from nemo_r3.files import sealed, take_lock, unsealed, write_whole
+from nemo_r3.files import sealed, sum_of, take_lock, unsealed, write_whole
 from nemo_r3.progress import Progress, warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World

@@ -21,10 +21,9 @@ from nemo_r3.actor.manifest import (
     read_manifest,
     set_aside,
     step_path,
-    sum_of,
 )
 from nemo_r3.errors import UserError
-from nemo_r3.files import sealed
+from nemo_r3.files import sealed, sum_of
 
 
 def saved(directory: Path, step: int = 1) -> Path:
