@@ -18,19 +18,12 @@ from benchmarks.workload import SMALL, Sizes
 
 @dataclass(frozen=True)
 class Rival:
-    """TRL with one engine.
+    """TRL with one engine."""
 
-    Attributes:
-        engine: the engine's name.
-        ending: of the names of its numbers.
-        contexts: failures per step.
-        steps: counted steps.
-    """
-
-    engine: str
-    ending: str
-    contexts: int
-    steps: int
+    engine: str  # the engine's name
+    ending: str  # of the names of its numbers
+    contexts: int  # failures per step
+    steps: int  # counted steps
 
 
 RIVALS = {"trl": Rival("transformers", "", 2, 2), "trl_vllm": Rival("vllm", "_vllm", 4, 3)}

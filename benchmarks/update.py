@@ -43,19 +43,12 @@ GRID_ROUNDS, MAIN_ROUNDS = 2, 3
 
 @dataclass(frozen=True)
 class Point:
-    """One size of work.
+    """One size of work."""
 
-    Attributes:
-        context: tokens before a reflection.
-        reflection: mean tokens of a reflection; lengths are uniform between half and one and a half of it.
-        group: reflections per context (G).
-        groups: contexts per update.
-    """
-
-    context: int
-    reflection: int
-    group: int
-    groups: int = 1
+    context: int  # tokens before a reflection
+    reflection: int  # mean tokens of a reflection; lengths are uniform between half and one and a half of it
+    group: int  # reflections per context (G)
+    groups: int = 1  # contexts per update
 
 
 BASE = Point(512, 128, 8)

@@ -25,29 +25,17 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """How large everything is."""
 
-    Attributes:
-        contexts: failures per step.
-        group: reflections per failure (G).
-        prompt: tokens of a reflection's prompt: task, failed attempt and request.
-        shortest: fewest tokens of a reflection.
-        longest: most tokens of a reflection.
-        retry: tokens of a retry.
-        hidden: the model's width, with heads of 64 (or 32, where the model is narrower than 512).
-        layers: of the model.
-        vocabulary: of the model.
-    """
-
-    contexts: int = 4
-    group: int = 8
-    prompt: int = 1024
-    shortest: int = 64
-    longest: int = 192
-    retry: int = 64
-    hidden: int = 768
-    layers: int = 12
-    vocabulary: int = 32768
+    contexts: int = 4  # failures per step
+    group: int = 8  # reflections per failure (G)
+    prompt: int = 1024  # tokens of a reflection's prompt: task, failed attempt and request
+    shortest: int = 64  # fewest tokens of a reflection
+    longest: int = 192  # most tokens of a reflection
+    retry: int = 64  # tokens of a retry
+    hidden: int = 768  # the model's width, with heads of 64 (or 32, where the model is narrower than 512)
+    layers: int = 12  # of the model
+    vocabulary: int = 32768  # of the model
 
     @property
     def eighth(self) -> Sizes:
@@ -61,71 +49,42 @@ SMALL = Sizes(contexts=2, prompt=256, shortest=8, longest=24, retry=8, hidden=12
 
 @dataclass(frozen=True)
 class Context:
-    """One failure, and the size and reward of each reflection on it.
+    """One failure, and the size and reward of each reflection on it."""
 
-    Attributes:
-        task: [task] token ids of the first turn.
-        attempt: token ids of the failed answer.
-        prompt: token ids of [task][attempt][request]: what a reflection continues.
-        lengths: [G] tokens to sample.
-        rewards: [G] what each retry earns; never all the same.
-    """
-
-    task: list[int]
-    attempt: list[int]
-    prompt: list[int]
-    lengths: list[int]
-    rewards: list[float]
+    task: list[int]  # [task] token ids of the first turn
+    attempt: list[int]  # token ids of the failed answer
+    prompt: list[int]  # token ids of [task][attempt][request]: what a reflection continues
+    lengths: list[int]  # [G] tokens to sample
+    rewards: list[float]  # [G] what each retry earns; never all the same
 
 
 @dataclass(frozen=True)
 class LossCheck:
-    """A batch on which both sides compute one loss.
+    """A batch on which both sides compute one loss."""
 
-    Attributes:
-        contexts: whose prompts are continued.
-        completions: [contexts][G] given reflections.
-        advantages: [contexts][G], far from centred, so that the loss is far from 0.
-        kl_beta: large enough for the KL to show.
-    """
-
-    contexts: list[Context]
-    completions: list[list[list[int]]]
-    advantages: list[list[float]]
-    kl_beta: float
+    contexts: list[Context]  # whose prompts are continued
+    completions: list[list[list[int]]]  # [contexts][G] given reflections
+    advantages: list[list[float]]  # [contexts][G], far from centred, so that the loss is far from 0
+    kl_beta: float  # large enough for the KL to show
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that the sides of a comparison share.
+    """Everything that the sides of a comparison share."""
 
-    Attributes:
-        model: directory of the checkpoint.
-        group: reflections per failure (G).
-        retry_request: token ids between a reflection and its retry.
-        retry_tokens: tokens of each retry.
-        max_model_len: longest dialogue.
-        temperature: of sampling and of the loss.
-        kl_beta: weight of the KL to the starting model (the paper's).
-        lr: AdamW's, constant; no weight decay.
-        clip_grad: largest gradient norm.
-        seed: of everything.
-        steps: contexts of each step; the first is a warm-up: one context of full size, the others an eighth.
-        check: where both sides must agree.
-    """
-
-    model: str
-    group: int
-    retry_request: list[int]
-    retry_tokens: int
-    max_model_len: int
-    temperature: float
-    kl_beta: float
-    lr: float
-    clip_grad: float
-    seed: int
+    model: str  # directory of the checkpoint
+    group: int  # reflections per failure (G)
+    retry_request: list[int]  # token ids between a reflection and its retry
+    retry_tokens: int  # tokens of each retry
+    max_model_len: int  # longest dialogue
+    temperature: float  # of sampling and of the loss
+    kl_beta: float  # weight of the KL to the starting model (the paper's)
+    lr: float  # AdamW's, constant; no weight decay
+    clip_grad: float  # largest gradient norm
+    seed: int  # of everything
     steps: list[list[Context]]
-    check: LossCheck
+    """Contexts of each step; the first is a warm-up: one context of full size, the others an eighth."""
+    check: LossCheck  # where both sides must agree
 
     def write(self, path: Path) -> None:
         """Stores it as JSON."""

@@ -27,23 +27,14 @@ from benchmarks.machine import ROOT, machine, results
 
 @dataclass(frozen=True)
 class Check:
-    """A module that measures one thing, as `python -m MODULE --device DEVICE --out FILE [--small]`.
+    """A module that measures one thing, as `python -m MODULE --device DEVICE --out FILE [--small]`."""
 
-    Attributes:
-        name: in the table and for `--only`.
-        module: what is run.
-        needs: packages it imports.
-        limit: seconds after which it is stopped.
-        arguments: more of the command line.
-        memory: GiB that its GPU must have.
-    """
-
-    name: str
-    module: str
-    needs: tuple[str, ...]
-    limit: float
-    arguments: tuple[str, ...] = ()
-    memory: float = 0.0
+    name: str  # in the table and for `--only`
+    module: str  # what is run
+    needs: tuple[str, ...]  # packages it imports
+    limit: float  # seconds after which it is stopped
+    arguments: tuple[str, ...] = ()  # more of the command line
+    memory: float = 0.0  # GiB that its GPU must have
 
 
 ACTOR = ("torch", "megatron.core")

@@ -18,13 +18,9 @@ ONLINE_ROUNDS = 50
 
 
 class Source(Protocol):
-    """Gives each training step its failures.
+    """Gives each training step its failures."""
 
-    Attributes:
-        cursor: how far it has come; checkpoints keep it.
-    """
-
-    cursor: int
+    cursor: int  # how far it has come; checkpoints keep it
 
     def draw(self, step: int) -> list[Attempt]:
         """The failures of a step, the same on every rank."""

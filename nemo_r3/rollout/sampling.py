@@ -45,10 +45,8 @@ class Completion:
 class Sampler(Protocol):
     """What the scheduler needs of an engine."""
 
-    version: int
-    """Version of the weights in use."""
-    max_model_len: int
-    """Most tokens of a prompt and its completion together."""
+    version: int  # of the weights in use
+    max_model_len: int  # most tokens of a prompt and its completion together
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queues a request; the prompt must leave room for at least one token."""

@@ -16,17 +16,11 @@ from nemo_r3.algo.aggregation import Aggregation
 
 
 class Loss(Protocol):
-    """What a file of this folder declares.
+    """What a file of this folder declares."""
 
-    Attributes:
-        AGGREGATION: how tokens share the loss.
-        ADVANTAGE: what rewards are measured against, unless `algo.advantage` says.
-        CLIP: the paper's (low, high): ratios are clipped to [1 - low, 1 + high]; None if nothing is clipped.
-    """
-
-    AGGREGATION: Aggregation
-    ADVANTAGE: Advantage
-    CLIP: tuple[float, float] | None
+    AGGREGATION: Aggregation  # how tokens share the loss
+    ADVANTAGE: Advantage  # what rewards are measured against, unless `algo.advantage` says
+    CLIP: tuple[float, float] | None  # the paper's (low, high): ratios stay in [1 - low, 1 + high]; None: no clipping
 
     def policy_loss(
         self,
