@@ -8,7 +8,7 @@ from typing import Any
 from nemo_r3 import entry, trackers
 from nemo_r3.evaluate import differences, measure, numbers, scores
 from nemo_r3.refit import refit
-from nemo_r3.report import table
+from nemo_r3.results import table
 from recipes.metrics import versions, warn_of_long_problems, warn_of_truncated_answers
 from recipes.outcome import report
 from recipes.setup import join

@@ -12,11 +12,10 @@ from nemo_r3 import config as configuration
 from nemo_r3 import entry
 from nemo_r3.capacity import export_problem, host_bytes
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.model_card import has_results, model_card
 from nemo_r3.models import Architecture
 from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
-from nemo_r3.report import table
+from nemo_r3.results import has_results, model_card, table
 from recipes.metrics import versions
 from recipes.setup import join
 from recipes.start import start_policy

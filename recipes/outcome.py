@@ -7,12 +7,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from nemo_r3 import entry, signals, trackers
+from nemo_r3 import curve, entry, signals, trackers
 from nemo_r3.html_report import write_report
 from nemo_r3.html_report.health import ENDS
 from nemo_r3.html_report.read import number, read_lines
 from nemo_r3.progress import warn
-from nemo_r3.report import curve
 from recipes.metrics import versions
 from recipes.setup import Setup
 
@@ -21,7 +20,7 @@ def draw_curve(setup: Setup) -> None:
     """Draws the steps so far to curve.png; only warns if that fails."""
     if setup.world.is_main:
         with _only_a_warning("curve.png"):
-            curve(read_lines(setup.run.metrics, unread=[]), setup.run.path / "curve.png")
+            curve.draw(read_lines(setup.run.metrics, unread=[]), setup.run.path / "curve.png")
 
 
 def report(setup: Setup) -> None:

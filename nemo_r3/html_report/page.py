@@ -14,13 +14,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nemo_r3.config import Config
 from nemo_r3.config.schema import show
 from nemo_r3.config.tree import differing
+from nemo_r3.curve import moving_mean, window_of
 from nemo_r3.errors import UserError
 from nemo_r3.failures.tally import Tally, total
 from nemo_r3.files import write_whole
 from nemo_r3.html_report import chart, health, rollouts
 from nemo_r3.html_report.chart import Chart, draw
 from nemo_r3.html_report.read import RunFiles, number, read_run
-from nemo_r3.report import HEADINGS, NOTE, moving_mean, rates, window_of
+from nemo_r3.results import HEADINGS, NOTE, rates
 
 MOST_BYTES = 4_000_000
 LIMITS = (8000, 4000, 2000, 1000, 500, 250)

@@ -20,7 +20,7 @@ from nemo_r3 import signals
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
-from nemo_r3.report import rates
+from nemo_r3.results import rates
 from nemo_r3.tasks import load as load_task
 from recipes.fault_injection import untimed
 

@@ -1,17 +1,14 @@
-"""The table of before and after, and the picture of the learning curve."""
+"""The table of before and after, and the card of an export: what was trained, how, and what it reached."""
 
 import math
-import struct
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
+import yaml
 
-from nemo_r3 import report
+from nemo_r3 import results
+from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.results import model_card
 
 
 def rate(value: float | None, n: int = 400) -> dict[str, float | int | None]:
@@ -71,89 +68,47 @@ SUMMARY = {
 
 
 def test_table() -> None:
-    text = report.table(SUMMARY | {"seconds": {}})
+    text = results.table(SUMMARY | {"seconds": {}})
     assert text == GOLDEN
     assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("unknown", [None, math.nan])
 def test_table_of_what_was_not_measured(unknown: float | None) -> None:
-    assert report.table({"before": scores(0.22, unknown, 0.4)}) == UNFINISHED
+    assert results.table({"before": scores(0.22, unknown, 0.4)}) == UNFINISHED
 
 
 def test_a_damaged_table_is_named() -> None:
     lost = {"first_try": {"sampled": {"value": 0.5}}}
     with pytest.raises(UserError, match="summary.json holds damaged rates"):
-        report.table({"before": lost})
+        results.table({"before": lost})
 
 
-def test_moving_mean() -> None:
-    means = report.moving_mean([1.0, math.nan, 0.0, 0.5, math.nan, math.nan, math.nan], 3)
-    assert means[:6] == [1.0, 1.0, 0.5, 0.25, 0.25, 0.5]
-    assert math.isnan(means[6])
-
-
-def metrics_of(steps: int, kl: bool) -> list[dict[str, Any]]:
-    """A run of growing success whose every third step was empty; of the other steps' groups 3 in 4 were used."""
-    lines = []
-    for step in range(1, steps + 1):
-        empty = step % 3 == 0
-        lines.append(
-            {
-                "step": step,
-                "loss": None if empty else 0.1,
-                "grad_norm": None if empty else 1.0,
-                "reward": None if empty else step / steps,
-                "retry_success": None if empty else step / steps,
-                "token_mult_prob_error": None if empty else 1.0,
-                "groups_used": 0 if empty else 3,
-                "groups_dropped": 4 if empty else 1,
-                "time/update": 0.5,
-                **({"kl": None if empty else 0.001 * step} if kl else {}),
-            }
-        )
-    return lines
-
-
-def pixels(picture: Path) -> tuple[int, int]:
-    head = picture.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", head[16:24])
-    return width, height
-
-
-@pytest.fixture
-def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
-    figures, save = [], Figure.savefig
-
-    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
-        figures.append(figure)
-        save(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
-
-
-@pytest.mark.parametrize(("steps", "kl"), [(60, True), (6, False), (1, True), (0, False)])
-def test_curve(tmp_path: Path, saved: list[Figure], steps: int, kl: bool) -> None:
-    picture = tmp_path / "curve.png"
-    report.curve(metrics_of(steps, kl), picture)
-    assert pixels(picture) == (1200, 500)
-    success, groups, *drift = saved[0].axes
-    numbers = list(range(1, steps + 1))
-    rising = [math.nan if step % 3 == 0 else step / steps for step in numbers]
-
-    dots, mean = success.lines
-    assert [(line.get_marker(), line.get_linestyle()) for line in (dots, mean)] == [("o", "None"), ("None", "-")]
-    np.testing.assert_array_equal(dots.get_xydata(), np.reshape([*zip(numbers, rising, strict=True)], (-1, 2)))
-    np.testing.assert_array_equal(mean.get_ydata(), report.moving_mean(rising, 6 if steps == 60 else 5))
-
-    everything, used = groups.containers
-    assert [bar.get_height() for bar in everything] == [1.0] * steps
-    assert [bar.get_height() for bar in used] == [0.0 if step % 3 == 0 else 0.75 for step in numbers]
-    colors = {to_hex(bar.get_facecolor()) for bar in everything}, {to_hex(bar.get_facecolor()) for bar in used}
-    assert colors == (({report.GREY}, {report.BLUE}) if steps else (set(), set()))
-
-    known = [[step, 0.001 * step] for step in numbers if step % 3]
-    assert [axes.lines[0].get_xydata().tolist() for axes in drift] == ([known] if kl else [])
+def test_model_card() -> None:
+    rate = {"value": 0.5, "low": 0.45, "high": 0.55, "n": 400}
+    modes = {"sampled": rate, "greedy": rate}
+    scores = {"first_try": modes, "retry_success_fixed": modes, "within_two": modes}
+    summary = {
+        "before": scores,
+        "after": scores,
+        "difference": {"first_try": modes},
+        "step": 40,
+        "versions": {"torch": "2.13.0"},
+    }
+    config = Config()
+    config.model.path = "models/tiny"
+    card = model_card(config, summary, 40, "tiny")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert "license" not in front
+    assert "# tiny, trained to reflect on countdown" in text
+    assert "40 steps of GRPO on reflection tokens" in text
+    assert "the reflection is rewarded when a verifier accepts the retry. 40 steps" in text
+    assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | +0.50 ±0.05 | 0.50 → 0.50 | 400 |" in text
+    assert "- torch 2.13.0" in text
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["model"]["path"] == "models/tiny"
+    assert "Results" not in model_card(config, summary, 80, "tiny"), "measured at another step"
+    assert "Results" not in model_card(config, {}, 80, "tiny")
+    config.algo.reward_leaks = False
+    assert "accepts the retry, unless it gives the answer away itself. 40" in model_card(config, summary, 40, "tiny")

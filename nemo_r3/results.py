@@ -1,0 +1,120 @@
+"""A run's results: the table of before and after, as text and in the README.md of an export."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from nemo_r3.config import Config, to_yaml
+from nemo_r3.errors import UserError, describe
+
+ROWS = {
+    "first_try": "first try",
+    "retry_success_fixed": "second try on a failure",
+    "retry_success_donor": "another's reflection",
+    "reflection_solves": "reflection as the answer",
+    "within_two": "within two tries",
+    "within_two_resampled": "within two, resampled",
+}
+HEADINGS = ("", "sampled", "change", "greedy", "n")
+WHEN = ("before", "after")
+NOTE = (
+    "Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the\n"
+    "paired difference. Second try and reflection are measured on the starting model's own failures, the\n"
+    "same ones before and after. Another's reflection: a second try that reads the reflection on another\n"
+    "failure. Resampled: another first answer instead of a reflection and a retry."
+)
+NONE = "-"
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The rates in summary.json before and after training, as plain text; "-" if missing."""
+    rows = [HEADINGS, *rates(summary)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *lines = (
+        "   ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])])  # the last column is a number
+        for row in rows
+    )
+    return "\n".join([head, "─" * len(head), *lines, NOTE])
+
+
+def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table's cells under HEADINGS, one tuple per row: sampled and greedy are before -> after.
+
+    Raises:
+        UserError: the summary holds something else.
+    """
+    try:
+        return [_cells(summary, key, name) for key, name in ROWS.items()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"summary.json holds damaged rates ({describe(error)}); remove it and run recipes.evaluate again"
+        ) from error
+
+
+def _cells(summary: Mapping[str, Any], key: str, name: str) -> tuple[str, ...]:
+    sampled, greedy = ([_rate(summary, when, key, mode) for when in WHEN] for mode in ("sampled", "greedy"))
+    counts = dict.fromkeys(str(rate["n"]) for rate in (*sampled, *greedy) if rate)
+    with_intervals = " → ".join(_with_interval(rate) for rate in sampled)
+    alone = " → ".join(f"{rate['value']:.2f}" if rate else NONE for rate in greedy)
+    change = _with_margin(_rate(summary, "difference", key, "sampled"))
+    return name, with_intervals, change, alone, " / ".join(counts) or NONE
+
+
+def _rate(summary: Mapping[str, Any], when: str, key: str, mode: str) -> Mapping[str, Any] | None:
+    """One {value, low, high, n}, or None where nothing was measured."""
+    rate = summary.get(when, {}).get(key, {}).get(mode)
+    return rate if rate and rate["value"] is not None and not math.isnan(rate["value"]) else None
+
+
+def _with_interval(rate: Mapping[str, Any] | None) -> str:
+    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" if rate else NONE
+
+
+def _with_margin(change: Mapping[str, Any] | None) -> str:
+    return f"{change['value']:+.2f} ±{(change['high'] - change['low']) / 2:.2f}" if change else NONE
+
+
+def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str) -> str:
+    """README.md of an export after `step` steps, from the run's config, its summary.json and the starting model's name.
+
+    The summary's results are shown if they were measured at that step.
+    """
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["nemo_r3", "reflect-retry-reward", "reinforcement-learning", "grpo", config.task.name],
+    }
+    algo, phases = config.algo, " and ".join(config.algo.trained_phases)
+    unless = "" if algo.reward_leaks else ", unless it gives the answer away itself"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {base}, trained to reflect on {config.task.name}",
+        "Trained with nemo_r3 by [Reflect, Retry, Reward](https://arxiv.org/abs/2505.24726): after a failed answer the "
+        "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the "
+        f"retry{unless}. "
+        f"{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed answer, "
+        f"peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
+    ]
+    if has_results(summary, step):
+        parts += ["## Results", _markdown(summary)]
+    parts += ["## Settings", f"```yaml\n{to_yaml(config)}```"]
+    if summary.get("versions"):
+        lines = [f"- {name} {version}" for name, version in summary["versions"].items()]
+        parts += ["## Versions", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def has_results(summary: Mapping[str, Any], step: int) -> bool:
+    """Whether a summary holds rates after training, measured at this step and not at another."""
+    return "after" in summary and summary.get("step", step) == step
+
+
+def _markdown(summary: Mapping[str, Any]) -> str:
+    """The before/after table for a model card."""
+    rows = [HEADINGS, ("---", "---", "---", "---", "---:"), *rates(summary)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"Held-out problems, before → after training.\n\n{table}\n\n{NOTE}"

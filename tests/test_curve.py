@@ -1,0 +1,85 @@
+"""The picture of the learning curve."""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from nemo_r3 import curve
+
+
+def test_moving_mean() -> None:
+    means = curve.moving_mean([1.0, math.nan, 0.0, 0.5, math.nan, math.nan, math.nan], 3)
+    assert means[:6] == [1.0, 1.0, 0.5, 0.25, 0.25, 0.5]
+    assert math.isnan(means[6])
+
+
+def metrics_of(steps: int, kl: bool) -> list[dict[str, Any]]:
+    """A run of growing success whose every third step was empty; of the other steps' groups 3 in 4 were used."""
+    lines = []
+    for step in range(1, steps + 1):
+        empty = step % 3 == 0
+        lines.append(
+            {
+                "step": step,
+                "loss": None if empty else 0.1,
+                "grad_norm": None if empty else 1.0,
+                "reward": None if empty else step / steps,
+                "retry_success": None if empty else step / steps,
+                "token_mult_prob_error": None if empty else 1.0,
+                "groups_used": 0 if empty else 3,
+                "groups_dropped": 4 if empty else 1,
+                "time/update": 0.5,
+                **({"kl": None if empty else 0.001 * step} if kl else {}),
+            }
+        )
+    return lines
+
+
+def pixels(picture: Path) -> tuple[int, int]:
+    head = picture.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures, save = [], Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.mark.parametrize(("steps", "kl"), [(60, True), (6, False), (1, True), (0, False)])
+def test_curve(tmp_path: Path, saved: list[Figure], steps: int, kl: bool) -> None:
+    picture = tmp_path / "curve.png"
+    curve.draw(metrics_of(steps, kl), picture)
+    assert pixels(picture) == (1200, 500)
+    success, groups, *drift = saved[0].axes
+    numbers = list(range(1, steps + 1))
+    rising = [math.nan if step % 3 == 0 else step / steps for step in numbers]
+
+    dots, mean = success.lines
+    assert [(line.get_marker(), line.get_linestyle()) for line in (dots, mean)] == [("o", "None"), ("None", "-")]
+    np.testing.assert_array_equal(dots.get_xydata(), np.reshape([*zip(numbers, rising, strict=True)], (-1, 2)))
+    np.testing.assert_array_equal(mean.get_ydata(), curve.moving_mean(rising, 6 if steps == 60 else 5))
+
+    everything, used = groups.containers
+    assert [bar.get_height() for bar in everything] == [1.0] * steps
+    assert [bar.get_height() for bar in used] == [0.0 if step % 3 == 0 else 0.75 for step in numbers]
+    colors = {to_hex(bar.get_facecolor()) for bar in everything}, {to_hex(bar.get_facecolor()) for bar in used}
+    assert colors == (({curve.GREY}, {curve.BLUE}) if steps else (set(), set()))
+
+    known = [[step, 0.001 * step] for step in numbers if step % 3]
+    assert [axes.lines[0].get_xydata().tolist() for axes in drift] == ([known] if kl else [])
