@@ -20,7 +20,7 @@ from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
 from nemo_r3.models.names import count_parameters
 from nemo_r3.precision import precision_of
-from nemo_r3.units import GIB, show
+from nemo_r3.units import GIB, in_words
 
 if TYPE_CHECKING:
     from nemo_r3.runtime import World  # torch
@@ -212,7 +212,7 @@ def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str |
     if more * each <= free:
         return None
     return (
-        f"run.dir: {place} has {show(free)} free for checkpoints, and {more} x {show(each)} are still to come "
+        f"run.dir: {place} has {in_words(free)} free for checkpoints, and {more} x {in_words(each)} are still to come "
         f"(train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
     )
 

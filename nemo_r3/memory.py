@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_r3.units import GIB, show
+from nemo_r3.units import GIB, in_words
 
 PIECE = 2 * GIB
 """How much `reserve` takes from the driver at a time; a piece cannot be given back while a tensor is in it."""
@@ -71,11 +71,11 @@ def table(holders: Mapping[str, int], phases: Mapping[str, float]) -> str:
         holders: bytes by holder.
         phases: metrics of `measured`; others are ignored.
     """
-    lines = ["memory of rank 0: " + ", ".join(f"{name} {show(count)}" for name, count in holders.items() if count)]
+    lines = ["memory of rank 0: " + ", ".join(f"{name} {in_words(count)}" for name, count in holders.items() if count)]
     by_kind: dict[str, list[str]] = {}
     for name, amount in phases.items():
         if name.startswith("memory/"):
             phase, what = name.removeprefix("memory/").rsplit("_", 1)
-            by_kind.setdefault(what, []).append(f"{phase} {show(amount * GIB)}")
+            by_kind.setdefault(what, []).append(f"{phase} {in_words(amount * GIB)}")
     lines += [f"  {what} after {', '.join(parts)}" for what, parts in by_kind.items()]
     return "\n".join(lines)

@@ -16,13 +16,13 @@ from nemo_r3 import config as configuration
 from nemo_r3 import entry
 from nemo_r3.algo.balance import Balance
 from nemo_r3.capacity import OWN_BYTES, Node, checkpoint_bytes, export_bytes, host_bytes
-from nemo_r3.config.schema import show as value_text
+from nemo_r3.config.schema import show
 from nemo_r3.models import planned_architecture
 from nemo_r3.models.flops import step_flops, training_cost
 from nemo_r3.models.names import count_parameters
 from nemo_r3.plan import Plan, plan_of
 from nemo_r3.types import Row, UpdateBatch
-from nemo_r3.units import GIB, show
+from nemo_r3.units import GIB, in_words
 
 SMALL_BYTES = 4 * GIB
 NAMES = 32
@@ -67,9 +67,9 @@ def describe(plan: Plan) -> str:
         f"rollout   {_number(engines, 'engine')} of {_number(rollout.tensor_parallel, 'rank')}{idle}",
         "",
         *(_on_gpus(plan) if node.gpu else _on_a_cpu(plan)),
-        f"disk      {kept + 1} x {show(each)}: train.keep_checkpoints={kept}, and the one being written",
-        f"refit     {show(size.engine * rollout.tensor_parallel)} of weights into each engine, once per step",
-        f"export    {show(export_bytes(plan.arch))} of host memory for rank 0",
+        f"disk      {kept + 1} x {in_words(each)}: train.keep_checkpoints={kept}, and the one being written",
+        f"refit     {in_words(size.engine * rollout.tensor_parallel)} of weights into each engine, once per step",
+        f"export    {in_words(export_bytes(plan.arch))} of host memory for rank 0",
     ]
     return "\n".join(lines)
 
@@ -97,8 +97,8 @@ def _on_gpus(plan: Plan) -> list[str]:
         "",
         f"KV cache  at most {plan.cached_tokens:,} tokens of an engine: {dialogues:,} whole dialogues of "
         f"rollout.max_model_len={rollout.max_model_len}",
-        f"host      {show(saved)} of each node to save, {show(away)} to offload "
-        f"(actor.offload_optimizer={value_text(offloads)}); {_has(node)}",
+        f"host      {in_words(saved)} of each node to save, {in_words(away)} to offload "
+        f"(actor.offload_optimizer={show(offloads)}); {_has(node)}",
     ]
 
 
@@ -118,12 +118,12 @@ def _on_a_cpu(plan: Plan) -> list[str]:
     return [
         *_table("each rank's host memory", ("",), [*rows, ("together", sum(checked) + cache)]),
         "",
-        f"host      {show(node.ranks * sum(checked))} of each node before activations and KV cache; {_has(node)}",
+        f"host      {in_words(node.ranks * sum(checked))} of each node before activations and KV cache; {_has(node)}",
     ]
 
 
 def _has(node: Node) -> str:
-    return "it has " + ("an unknown amount (cluster.memory_gb=0)" if math.isinf(node.host) else show(node.host))
+    return "it has " + ("an unknown amount (cluster.memory_gb=0)" if math.isinf(node.host) else in_words(node.host))
 
 
 def _table(of: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
