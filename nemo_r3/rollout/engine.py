@@ -178,10 +178,10 @@ class Engine:
             self._llm.sleep(level=2)
             self.version = NO_WEIGHTS
 
-    def wake(self, *tags: str) -> None:
+    def wake(self, tag: str) -> None:
         """Takes memory back: "weights" before `load`, "kv_cache" after it. Does nothing if the engine is awake."""
         if self._can_sleep and self._llm.is_sleeping():
-            self._llm.wake_up(list(tags))
+            self._llm.wake_up([tag])
 
     def end(self) -> None:
         """Before the process ends: of an engine asleep vLLM would free each piece of memory a second time."""
