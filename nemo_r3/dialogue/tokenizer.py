@@ -12,7 +12,8 @@ FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tikt
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Reads the tokenizer of a Hugging Face checkpoint directory; the network is never asked.
+    """Reads the tokenizer of a Hugging Face checkpoint directory; the network is never asked, and no Python of the
+    checkpoint's runs: transformers would offer that at a terminal.
 
     Decoding leaves spaces as they are, even if the tokenizer's config asks to clean them up: "a , b" would become
     "a, b", and a verifier would judge what the model never said.
@@ -29,7 +30,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         )
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, clean_up_tokenization_spaces=False
+            str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
         tokenizer.encode("What is broken may show only here.", add_special_tokens=False, verbose=False)
     except Exception as error:  # of any type: transformers and tokenizers check little of what is in the files

@@ -246,6 +246,19 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, 
     assert f"model.path: {model} has no tokenizer that can be read: " in refusal(lambda: read_tokenizer(model))
 
 
+def test_a_checkpoints_own_python_does_not_run_even_if_someone_says_yes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
+    (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(own))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert "custom code" in refusal(lambda: read_tokenizer(model))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_sound_tokenizer_is_read() -> None:
     assert read_tokenizer(EMBEDDED).eos_token_id is not None
 
