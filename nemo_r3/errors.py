@@ -1,5 +1,7 @@
 """The errors a user can cause: printed as one line, without a traceback, by every recipe."""
 
+from nemo_r3.visible import visible
+
 LONGEST_DETAIL = 300
 """How many characters of another library's message are repeated in ours."""
 
@@ -22,7 +24,7 @@ class ModelNotFoundError(ConfigError):
 
 def in_one_line(value: object) -> str:
     """A value's text on one line of at most `LONGEST_DETAIL` characters."""
-    line = " ".join(str(value).split())
+    line = visible(" ".join(str(value).split()))
     return line if len(line) <= LONGEST_DETAIL else line[: LONGEST_DETAIL - 3] + "..."
 
 

@@ -7,6 +7,8 @@ import sys
 import time
 from collections import deque
 
+from nemo_r3.visible import visible
+
 REDRAW = 0.1
 """Seconds between two updates of the live line."""
 QUIET = 30.0
@@ -87,9 +89,9 @@ class Progress:
         return f"{done:,}/{self._total:,} | {speed}" + (f" | {duration(seconds * rest / new)} left" if new else "")
 
     def say(self, line: str) -> None:
-        """Prints a line that stays, in place of the live one."""
+        """Prints a line that stays, in place of the live one; what a model wrote in it cannot act on the terminal."""
         if self._enabled:
-            self._shown = time.monotonic()
+            self._shown, line = time.monotonic(), visible(line)
             print(f"\r\033[K{line}" if self._live else line, flush=True)
 
     def _show(self, text: str) -> None:

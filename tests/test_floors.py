@@ -18,6 +18,7 @@ FLOORS = {
     "nemo_r3.files": 0,
     "nemo_r3.config": 0,
     "nemo_r3.units": 0,
+    "nemo_r3.visible": 0,
     "nemo_r3.tasks": 1,
     "nemo_r3.dialogue": 1,
     "nemo_r3.algo": 1,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_r3 import progress as module
+from nemo_r3.errors import describe
 from nemo_r3.progress import Pace, Progress, duration
 
 
@@ -37,6 +38,13 @@ def test_a_terminal_sees_shares_and_rates_on_one_line(monkeypatch: pytest.Monkey
     assert terminal.getvalue().endswith(f"{redrawn} | 500 tok/s{redrawn}, retry 38% | 600 tok/s | update ...")
     progress.say("done")
     assert terminal.getvalue().endswith("\r\033[Kdone\n")
+
+
+def test_what_a_model_wrote_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    wrote = "\x1b]52;c;ZXZpbA==\x07 3\r4 \u202e5\r\n\t日本"
+    Progress(enabled=True).say(f"answer {wrote}")
+    assert capsys.readouterr().out == "answer ⟨U+001B⟩]52;c;ZXZpbA==⟨U+0007⟩ 3⟨U+000D⟩4 ⟨U+202E⟩5\n\t日本\n"
+    assert describe(ValueError("no number: \x1b[2J")) == "ValueError (no number: ⟨U+001B⟩[2J)"
 
 
 def test_a_log_file_gets_a_line_after_half_a_minute_of_silence(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,27 +21,12 @@ from nemo_r3.html_report import chart, health, rollouts
 from nemo_r3.html_report.chart import Chart, draw
 from nemo_r3.html_report.read import RunFiles, number, read_run
 from nemo_r3.results import HEADINGS, NOTE, rates
+from nemo_r3.visible import visible
 
 MOST_BYTES = 4_000_000
 LIMITS = (8000, 4000, 2000, 1000, 500, 250)
 """Texts are cut to the first of these lengths that keeps the page within MOST_BYTES; the last one always does."""
 LONGEST_SETTING = 2000
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"
-    "\ud800-\udfff\U000e0000-\U000e0fff]"
-)
-"""What shows nothing, or changes how the text around it is shown: controls, direction marks, halves of a character."""
-
-
-class _Shown(dict[int, int | str]):
-    """For str.translate: a character's code -> that code or, if it is HIDDEN, the number that shows it."""
-
-    def __missing__(self, code: int) -> int | str:
-        self[code] = shown = f"⟨U+{code:04X}⟩" if HIDDEN.match(chr(code)) else code
-        return shown
-
-
-SHOWN = _Shown()
 
 
 def write_report(config: Config) -> Path:
@@ -66,7 +50,7 @@ def _page(run: RunFiles) -> str:
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=visible,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
         loader=PackageLoader("nemo_r3", "html_report"),
@@ -80,12 +64,9 @@ def _page(run: RunFiles) -> str:
     return page
 
 
-def visible(value: Any) -> Any:
-    """A value as the page shows it: HIDDEN characters of a text become their numbers, as in ⟨U+202E⟩."""
-    if hasattr(value, "__html__"):  # what a macro of the page has made
-        return value
-    text = str(value).replace("\r\n", "\n")
-    return text.translate(SHOWN) if HIDDEN.search(text) else text
+def _shown(value: Any) -> Any:
+    """A value as the page shows it, or what a macro of the page has made of one."""
+    return value if hasattr(value, "__html__") else visible(str(value))
 
 
 def _cutter(limit: int) -> Callable[[str], str]:
