@@ -70,6 +70,12 @@ def parameters(array: JobArray, before: JobArray | None, job: str) -> dict[str, 
         if not name.startswith("--"):
             raise ConfigError(f"cluster.options: a chain takes --name and --name=value, got {option}")
         asked[name.removeprefix("--")] = value if equals else True
+    for name, value in {**asked, "output": array.stages[0].folder}.items():
+        if "\n" in f"{name}{value}":
+            raise ConfigError(
+                f"stage {array.recipe}: --{name}={str(value)!r} has a line break, and the batch script would run what "
+                "comes after it (YAML's | and > end a value with one)"
+            )
     return {
         "use_srun": False,
         "stderr_to_stdout": True,

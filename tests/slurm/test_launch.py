@@ -59,6 +59,8 @@ def test_dry_run_prints_every_batch_script(size: str) -> None:
         (["--evaluate", "cluster.gpus_per_node=3", "actor.tensor_parallel=2"], "stage evaluate: "),
         (["--train", "cluster.nodes=3", "actor.tensor_parallel=2"], "stage train: "),
         (["cluster.options=[-p gpu]"], "cluster.options: a chain takes --name and --name=value, got -p gpu"),
+        (["cluster.partition='gpu\n\ntouch x #'"], "stage mine: --partition='gpu\\ntouch x #' has a line break"),
+        (["cluster.options=['--qos=long\n\nx']"], "stage mine: --qos='long\\nx' has a line break"),
         (["--cluster", "nowhere.yaml"], "--cluster nowhere.yaml: No such file or directory\n"),
         (["--cluster", "configs/quickstart.yaml"], "configs/quickstart.yaml: "),
     ],
