@@ -39,6 +39,8 @@ SHARED = {"actor", "algo", "evaluate", "seed", "train"}
 """A failure bank does not depend on these sections, so all points of a sweep over them share one."""
 OWN = {"run.dir", "failures.path"}
 """What cannot be swept: each point has its own, or all share one."""
+LONGEST_LABEL = 230
+"""Of a point: its run directory and a stage's exit code are named after it, and names have at most 255 bytes."""
 
 
 def job_arrays(args: argparse.Namespace) -> list[JobArray]:
@@ -140,7 +142,13 @@ def _points(sweep: Sequence[str]) -> list[dict[str, str]]:
             raise ConfigError(f"--sweep {text}: the jobs of an array have one size; set it for a stage, as in --train")
         if len({_label({key: value}) for value in axes[key]}) < len(axes[key]):
             raise ConfigError(f"--sweep {text}: two values would share one run directory")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    if (longest := max(map(len, map(_label, points)))) > LONGEST_LABEL:
+        raise ConfigError(
+            f"--sweep: a point's settings become the name of its run directory, and {longest} characters are more than "
+            f"{LONGEST_LABEL}: shorten the values, or submit a chain for each"
+        )
+    return points
 
 
 def _label(point: dict[str, str]) -> str:

@@ -56,6 +56,7 @@ def test_dry_run_prints_every_batch_script(size: str) -> None:
         (["--sweep", "seed"], "--sweep seed: expected key=value,value"),
         (["--sweep", "cluster.nodes=1,2"], "--sweep cluster.nodes=1,2: the jobs of an array have one size"),
         (["--sweep", "model.path=/m/a/b,/m/a_b"], "--sweep model.path=/m/a/b,/m/a_b: two values would share one run"),
+        (["--sweep", f"dialogue.reflect=Why,{'why ' * 60}"], "--sweep: a point's settings become the name of its run"),
         (["--evaluate", "cluster.gpus_per_node=3", "actor.tensor_parallel=2"], "stage evaluate: "),
         (["--train", "cluster.nodes=3", "actor.tensor_parallel=2"], "stage train: "),
         (["cluster.options=[-p gpu]"], "cluster.options: a chain takes --name and --name=value, got -p gpu"),
