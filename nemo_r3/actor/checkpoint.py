@@ -41,6 +41,7 @@ from nemo_r3.actor.optimizer import restore_schedule, schedule_state
 from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.trainer import Trainer
+from nemo_r3.actor.unpickling import without_code
 from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.files import UNREADABLE, sum_of
 from nemo_r3.runtime import World, is_collective
@@ -304,7 +305,8 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
     """Reads into this rank's sharded state, in place where the tensors allow it; the policy gets the weights."""
     watchdog.alive()
     try:
-        found: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
+        with without_code(checkpoint, policy.world):
+            found: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
     except CheckpointException as error:
         raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
     policy.module.load_state_dict(found["model"] | _norm_state(policy.module))

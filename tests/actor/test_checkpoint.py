@@ -181,7 +181,8 @@ def test_python_looks_for_no_garbage_among_all_ranks_parts(
 
     monkeypatch.setattr(checkpoint, "_described", fail)
     monkeypatch.setattr(dist_checkpointing, "load", fail)
-    nothing: Any = SimpleNamespace(policy=SimpleNamespace(version=0), gather=list)
+    monkeypatch.setattr(checkpoint, "without_code", lambda *_: nullcontext())
+    nothing: Any = SimpleNamespace(policy=SimpleNamespace(version=0), world=None, gather=list)
     saving = checkpoint.Saving(nothing, tmp_path, {"step": 2}, cast(Any, SimpleNamespace(is_written=fail)))
     acts = {
         "begin": lambda: checkpoint.begin(nothing, tmp_path, 1, {}),

@@ -1,0 +1,67 @@
+"""`without_code`: lets torch read a checkpoint as data alone, whoever made it.
+
+torch pickles two parts of a checkpoint, and a pickle may call any function when it is read: .metadata, which says where
+the parts of all tensors are, and the objects among the shards.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_r3.errors import UserError, in_one_line
+from nemo_r3.runtime import World
+
+METADATA = ".metadata"
+DESCRIBING = tuple(f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem"))
+"""Modules whose dataclasses and enumerations describe tensors and their places."""
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""With it `torch.load` reads tensors and plain values, and nothing else, whatever its caller asks for."""
+
+
+@contextmanager
+def without_code(checkpoint: Path, world: World) -> Iterator[None]:
+    """Checks .metadata on rank 0, and has torch read nothing else but data within this block; every rank calls this.
+
+    Raises:
+        UserError: .metadata names what describes no tensor.
+    """
+    world.on_main(lambda: _check(checkpoint / METADATA))
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
+
+
+def _check(metadata: Path) -> None:
+    with metadata.open("rb") as file:
+        try:
+            _Descriptions(file).load()
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{metadata} cannot be read ({in_one_line(error)}); remove that checkpoint") from error
+
+
+class _Descriptions(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """What describes tensors; a name with dots would lead out of its module."""
+        if module in DESCRIBING and "." not in name:
+            found = super().find_class(module, name)
+            if is_dataclass(found) or (isinstance(found, type) and issubclass(found, Enum)):
+                return found
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which may run as code and describes no tensor")

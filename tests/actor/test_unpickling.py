@@ -1,0 +1,61 @@
+"""Checkpoints of someone else: what in them could run as code does not."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from refusals import refusal
+
+from nemo_r3.actor.unpickling import WEIGHTS_ONLY, without_code
+
+ALONE: Any = SimpleNamespace(on_main=lambda act: act())
+
+
+class Forged:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.made),)
+
+
+def called(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls a function of a module; `pickle.dumps` would not write a name with dots."""
+    texts = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name, argument)]
+    return b"\x80\x04" + texts[0] + texts[1] + b"\x93" + texts[2] + b"\x85R."
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("os", "mkdir"), ("torch.distributed.checkpoint.filesystem", "os.mkdir"), ("torch", "load")]
+)
+def test_a_forged_metadata_is_refused_before_it_runs(tmp_path: Path, module: str, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(called(module, name, str(tmp_path / "made")))
+
+    def read() -> None:
+        with without_code(tmp_path, ALONE):
+            pass
+
+    assert f"{tmp_path}/.metadata cannot be read (it names {module}.{name}, which may run" in refusal(read)
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_object_among_the_shards_is_read_as_data(tmp_path: Path) -> None:
+    """torch's own reader asks for weights_only=False."""
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({}))
+    forged, plain = io.BytesIO(), io.BytesIO()
+    torch.save(Forged(tmp_path / "made"), forged)
+    torch.save(torch.ones(1, dtype=torch.uint8), plain)
+    with without_code(tmp_path, ALONE):
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(io.BytesIO(forged.getvalue()), weights_only=False)
+        assert torch.load(io.BytesIO(plain.getvalue()), weights_only=False) == 1
+    assert not (tmp_path / "made").exists() and WEIGHTS_ONLY not in os.environ
