@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -31,6 +32,8 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # `recipes` set it for the time of its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # like standard error: a locale may lack what a text or table has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if sys.argv[1:2] in (["--help"], ["-h"]):
             print(f"{sys.modules[recipe.__module__].__doc__}\n{USAGE}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -149,3 +150,10 @@ def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, s
 def test_a_failed_collective_points_at_its_cause_in_one_line(message: str, said: str) -> None:
     found = entry._of_another_rank(RuntimeError(f"{message}\nframe #0: 0x7f"))
     assert found.startswith(said) and found.endswith(f" ({message})")
+
+
+def test_a_locale_without_a_tables_characters_does_not_end_a_recipe() -> None:
+    code = "from nemo_r3 import entry; entry.main(lambda _: print('0.2 → 0.3'))"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"0.2 \\u2192 0.3\n")
