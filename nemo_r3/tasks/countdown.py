@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, combinations_with_replacement
 from math import comb
+from typing import Any
 
 from nemo_r3.config.option import option
-from nemo_r3.errors import ConfigError
+from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.tasks.arithmetic import Expression, NotArithmeticError, answer_of, parse_equation
 from nemo_r3.tasks.data_set import LazyProblems, read_columns
 from nemo_r3.tasks.protocol import Task, Wording
@@ -62,7 +63,7 @@ def build(options: Options, wording: Wording) -> Task:
 
     Raises:
         ConfigError: options that do not fit each other.
-        UserError: the data set cannot be read.
+        UserError: the data set cannot be read, or has numbers that are no integers.
     """
     _check(options)
     if options.source == "generated":
@@ -229,7 +230,13 @@ def _join_at_random(hand: Hand, operators: str, rng: random.Random) -> int | Non
 def _read_deals(source: str) -> Iterator[Deal]:
     """The rows of a data set, in its order."""
     rows = read_columns(source, ("target", "nums"), instead="generated")
-    return (Deal(tuple(map(int, hand)), int(target)) for target, hand in rows)
+    return (Deal(tuple(map(_integer, hand)), _integer(target)) for target, hand in rows)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise UserError(f"task.options.source: a target or number is {value}; all must be integers")
+    return int(value)
 
 
 def _unique(deals: Iterable[Deal]) -> list[Deal]:

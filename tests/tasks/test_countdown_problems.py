@@ -88,3 +88,11 @@ def test_a_data_set_that_cannot_be_read_says_what_to_do(tmp_path) -> None:
     for source in (tmp_path / "rows.json", tmp_path / "nothing"):
         with pytest.raises(UserError, match="task.options.source.*columns target, nums"):
             countdown(source=str(source))
+
+
+@pytest.mark.parametrize("row", [{"target": 7.5, "nums": [3, 4]}, {"target": 7, "nums": [3.5, 4]}])
+def test_a_data_set_whose_numbers_are_no_integers_is_refused_not_rounded(tmp_path, monkeypatch, row) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, [{"target": 7.0, "nums": [3, 4]}, row])))
+    with pytest.raises(UserError, match=r"task.options.source: a target or number is \d.5; all must be integers"):
+        countdown(source=str(tmp_path / "rows.json"), test_size=1)
