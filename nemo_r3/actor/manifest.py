@@ -141,7 +141,10 @@ def keep_newest(directory: Path, number: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Deletes the manifest first, so that a half-removed checkpoint never looks complete."""
+    """Deletes the manifest first, so that a half-removed checkpoint never looks complete; of a link, only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 

@@ -72,6 +72,15 @@ def test_a_copy_that_a_user_keeps_there_is_left_alone(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [kept, two]
 
 
+def test_of_a_link_to_a_checkpoint_elsewhere_only_the_link_is_removed(tmp_path: Path) -> None:
+    elsewhere = saved(tmp_path / "other_disk", 1)
+    (tmp_path / "run").mkdir()
+    step_path(tmp_path / "run", 1).symlink_to(elsewhere)
+    saved(tmp_path / "run", 2)
+    keep_newest(tmp_path / "run", 1)
+    assert (len(complete(tmp_path / "run")), is_sound(elsewhere)) == (1, True)
+
+
 def test_one_that_is_set_aside_no_longer_counts(tmp_path: Path) -> None:
     for _ in range(2):
         set_aside(saved(tmp_path))
