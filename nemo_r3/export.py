@@ -78,6 +78,7 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
     if not probe or min(map(len, probe)) < 2:
         raise ValueError("probe: at least one sequence, each of at least two tokens")
     expected = policy.score(probe)
+    out = out.resolve()  # a link to another disk stays one, and the files go there
     writing = out.with_name(f"{out.name}.writing")
     shards = _Shards(writing) if policy.world.is_main else None
 

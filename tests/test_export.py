@@ -173,6 +173,8 @@ def one(home: Path) -> None:
     lab.refused("../file/llama", "nowhere", policy)
     exporting.SHARD_BYTES = 200_000
     policy = lab.policy("qwen2")
+    (home / "disk" / "qwen2").mkdir(parents=True)
+    (home / "out" / "qwen2").symlink_to(home / "disk" / "qwen2")
     lab.findings["qwen2"] = lab.export("qwen2", policy)
     (home / "qwen2" / "tokenizer.json").write_text("{")
     lab.refused("no_tokenizer", "no tokenizer", policy)
@@ -296,6 +298,11 @@ def test_no_rank_runs_ahead_of_the_one_that_writes() -> None:
 def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -> None:
     assert found["again"] == found["llama"]
     assert (home / "out" / "llama" / "README.md").read_text() == "a second card"
+
+
+def test_an_export_goes_where_its_directory_links_to(home: Path, found: dict[str, Any]) -> None:
+    assert (home / "out" / "qwen2").is_symlink()
+    assert (home / "disk" / "qwen2" / "config.json").exists() and len(list((home / "disk").iterdir())) == 1
 
 
 def test_a_wrong_weight_is_refused(home: Path, found: dict[str, Any]) -> None:
