@@ -8,6 +8,7 @@ this cannot show is what CUDA's kernels compute, and when.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nemo_r3.actor.kernels import Parts, Plain
 from nemo_r3.algo.layout import Bounds
@@ -49,6 +49,15 @@ def _inner(tensor: Tensor) -> Tensor | None:
     if type(tensor) in PLAIN:
         return None
     return next((part for part in vars(tensor).values() if isinstance(part, Tensor)), None)
+
+
+def _tensors(items: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, and in the lists there."""
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _tensors(item)
 
 
 def _on_gpu(what: Any) -> bool:
@@ -93,11 +102,12 @@ class Homes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func._schema.name
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and _inner(leaf) is not None:
+        given = list(_tensors((args, tuple(kwargs.values()))))
+        for tensor in given:
+            if _inner(tensor) is not None:
                 with self:
-                    return type(leaf).__torch_dispatch__(func, types, args, kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and not leaf.is_meta]
+                    return type(tensor).__torch_dispatch__(func, types, args, kwargs)
+        tensors = [tensor for tensor in given if not tensor.is_meta]
         asked, backward = kwargs.get("device"), torch._C._current_graph_task_id() != -1
         if asked is not None and asked.type == "cuda":
             kwargs["device"] = CPU
@@ -118,10 +128,10 @@ class Homes(TorchDispatchMode):
         found = FLASH.get(name, func)(*args, **kwargs)
         first = tensors[:1] if name in INDEXED else tensors
         where = asked or (GPU if any(home(tensor) == GPU for tensor in first) else CPU)
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor) and not leaf.is_meta and leaf.untyped_storage()._cdata not in old:
-                leaf.untyped_storage().home = where
-                leaf.untyped_storage().unsettled = backward and not self._calls and not tensors and where == CPU
+        for tensor in _tensors((found,)):
+            if not tensor.is_meta and tensor.untyped_storage()._cdata not in old:
+                tensor.untyped_storage().home = where
+                tensor.untyped_storage().unsettled = backward and not self._calls and not tensors and where == CPU
         return found
 
     def _check_collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
