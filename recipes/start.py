@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_r3.config import Config
+from nemo_r3.imports import importing
 from nemo_r3.models.names import count_parameters
 from nemo_r3.precision import without_fp8
 from nemo_r3.refit import refit
@@ -45,7 +46,8 @@ def _build(setup: Setup, config: Config, with_weights: bool) -> Policy:
 def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
     """Starts this rank's part of a vLLM engine; without weights, refit before sampling."""
     setup.progress.say(f"starting vLLM: rollout.tensor_parallel={setup.config.rollout.tensor_parallel}")
-    from nemo_r3.rollout.engine import Engine
+    with importing():
+        from nemo_r3.rollout.engine import Engine
 
     engine = Engine.start(setup.config, setup.model, with_weights)
     return Rollout(engine, setup.dialogue, setup.task, setup.config, setup.world, setup.progress)

@@ -16,6 +16,7 @@ FLOORS = {
     "nemo_r3.types": 0,
     "nemo_r3.errors": 0,
     "nemo_r3.files": 0,
+    "nemo_r3.imports": 0,
     "nemo_r3.config": 0,
     "nemo_r3.units": 0,
     "nemo_r3.visible": 0,

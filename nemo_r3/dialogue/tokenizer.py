@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_r3.dialogue.chat_template import Tokenizer
 from nemo_r3.errors import UserError, describe
+from nemo_r3.imports import importing
 
 FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tiktoken")
 """A checkpoint with a tokenizer has one of these; without any, transformers would make an empty tokenizer."""
@@ -21,7 +22,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: the directory has none, or transformers cannot make one of its files.
     """
-    from transformers import AutoTokenizer  # slow
+    with importing():
+        from transformers import AutoTokenizer  # slow
 
     if not any(file for pattern in FILES for file in path.glob(pattern)):
         raise UserError(

@@ -9,6 +9,7 @@ reads them. The engines stay alive: one that goes takes vLLM's groups with it.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from refusals import refusal
 
 from nemo_r3 import config as configuration
 from nemo_r3 import entry, runtime
+from nemo_r3.imports import importing
 from nemo_r3.refit import refit
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Sampling
@@ -36,9 +38,10 @@ def main(argv: list[str]) -> None:
     environment.prepare(config, on_cuda=False)
     world = runtime.start(config)
 
-    from nemo_r3.actor import policy as actor
-    from nemo_r3.actor.trainer import Trainer
-    from nemo_r3.rollout.engine import Engine
+    with importing():
+        from nemo_r3.actor import policy as actor
+        from nemo_r3.actor.trainer import Trainer
+        from nemo_r3.rollout.engine import Engine
 
     engines: list[Engine] = []
     results: dict[str, dict[str, Any]] = {}
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> None:
         found["rounds"] = compare(trainer, waits)
     if world.is_main:
         Path(out).write_text(json.dumps(results))
+    os._exit(0)  # an engine that is shut down searches all objects of the process, several times
 
 
 def compare(trainer: Trainer, engine: Engine) -> list[dict[str, Any]]:
