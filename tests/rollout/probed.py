@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
+from nemo_r3.imports import importing
 from nemo_r3.progress import Progress
 from nemo_r3.rollout import environment
 from nemo_r3.rollout.sampling import Completion, Sampling
@@ -47,6 +49,16 @@ def schedule_ahead() -> None:
     CpuPlatform.check_and_update_config = staticmethod(ahead)
 
 
+def start_pipeline(config: Config) -> None:
+    """The actor's groups, with stages in different numbers of them: no later group may be named after its rank's."""
+    from nemo_r3.actor import cpu
+    from nemo_r3.actor.model import start_parallel_groups
+
+    cpu.prepare()
+    with cpu.cuda_stand_in():
+        start_parallel_groups(replace(config, actor=replace(config.actor, pipeline_parallel=2)))
+
+
 class Probe:
     """An engine on model a, its reference models, and the rollout around it."""
 
@@ -57,11 +69,13 @@ class Probe:
             make_models(home)
         self.world.barrier()
         environment.prepare(config, on_cuda=False)
-        from nemo_r3.rollout.engine import Engine
-        from nemo_r3.rollout.scheduler import Rollout
+        with importing():
+            from nemo_r3.rollout.engine import Engine
+            from nemo_r3.rollout.scheduler import Rollout
 
         if tensor_parallel > 1:
             schedule_ahead()
+            start_pipeline(config)
         self.engine = Engine.start(config, home / "a")
         self.models = {
             name: AutoModelForCausalLM.from_pretrained(home / name, dtype=torch.float32).eval() for name in "ab"
