@@ -48,18 +48,17 @@ def mixed() -> dict[str, Callable[[], Any]]:
 
 
 def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
-    """Scores, updates, a watched one, a checkpoint read by a second policy, an export."""
+    """Scores, a watched update, a checkpoint read by a second policy, another update, an export."""
     trainer, again = (lab.trainer(layout, kind, **actor) for _ in range(2))
     policy, connected = trainer.policy, set(CONNECTED)
     expected = [lab.expected[f"{kind} 0.7 {number}"] for number in range(len(LENGTHS))]
     found: dict[str, Any] = {"score": largest_gap(policy.score(sequences()), expected)}
-    metrics = [trainer.update(batch_of())]
     watch = LayerWatch(policy.module, None)
     with watch.watching():
-        metrics.append(trainer.update(batch_of()))
+        metrics = [trainer.update(batch_of())]
     found["layers"] = len(watch.rows(lab.world))
     home = lab.home / f"devices-{layout}-{kind}"
-    save_at_work(trainer, home, 2, {}, keep=1)
+    save_at_work(trainer, home, 1, {}, keep=1)
     checkpoint.load(again, latest(home))
     before = storages()
     metrics.append(trainer.update(batch_of()))

@@ -36,5 +36,5 @@ def test_nccl_connects_all_groups_before_the_engine_measures_memory(devices: Any
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_float32_is_what_it_is_on_a_cpu(devices: Any, two: Any, layout: str) -> None:
     ours, theirs = devices.found[f"{layout}-fp32"]["metrics"], two.found[f"{layout}-qwen2"]["metrics"]
-    for one, other in zip(ours, theirs[:3], strict=True):
+    for one, other in zip(ours, theirs[:2], strict=True):
         assert one == approx(other, rel=1e-3, abs=1e-6)
