@@ -63,15 +63,11 @@ def cause(errors: str, disk: Path) -> str:
     return line
 
 
-def test_a_full_disk_is_named_and_with_room_again_the_run_goes_on(bank: Path, trained: Path, disk: Path) -> None:
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(bank: Path, disk: Path) -> None:
     done = run("train", *settings(bank, disk), succeed=False)
     assert done.returncode == 2
     assert "No space left on device" in cause(done.stderr, disk)
     assert sorted(found.name for found in disk.iterdir()) == ["step_000001"]
-    assert mount(disk, 10 * CHECKPOINT, MS_REMOUNT)
-    again = run("train", *settings(bank, disk))
-    assert "resuming after step 1 " in again.stdout
-    assert untimed(disk.parent / "metrics.jsonl") == untimed(trained / "metrics.jsonl")
 
 
 @pytest.mark.slow
