@@ -117,7 +117,7 @@ def test_problems_that_differ_between_ranks_are_refused(home: Path) -> None:
     assert not (home / "runs").exists()
 
 
-def test_the_laptops_config_shows_dialogues_and_mines(home: Path) -> None:
+def test_the_laptops_config_shows_dialogues(home: Path) -> None:
     """On the embedded model, which solves none of these problems."""
     shown = run("preview", "doubles_laptop.yaml", "2", "seed=2", path=home).stdout
     parts = ["task", "attempt", "verdict: failed", "request", "reflection", "request", "retry", "verdict: failed"]
@@ -126,6 +126,3 @@ def test_the_laptops_config_shows_dialogues_and_mines(home: Path) -> None:
     doubt = "every answer failed: are they too hard, or does verify reject right answers?"
     assert shown.endswith(f"0 of 16 problems solved at first try\n{doubt}\n")
     assert not list(home.glob("runs/*"))
-    mined = run("mine", "doubles_laptop.yaml", path=home).stdout
-    assert "0 of 32 problems solved at first try\none of them:\n  problem  What is 100 + 100?\n  answer   " in mined
-    assert f"\n  verdict  failed\n{doubt}\n" in mined

@@ -12,10 +12,12 @@ import pytest
 from nemo_r3.config import Config, RolloutConfig
 from nemo_r3.errors import UserError
 from nemo_r3.failures.tally import Tally
+from nemo_r3.types import Answer, Attempt, Phase, Problem, Segment, Trajectory
 from recipes.bank import bank_rows, problems_to_mine
 
 
-def test_mining_says_how_many_answers_were_cut(capsys: pytest.CaptureFixture[str]) -> None:
+def said_of_mining(tally: Tally, example: Attempt | None = None) -> list[str]:
+    """What is said while a bank with this tally is mined of five problems, with answers of up to six tokens."""
     said: list[str] = []
     task = SimpleNamespace(problems=lambda split: [SimpleNamespace(tools=())] * 5)
     setup: Any = SimpleNamespace(
@@ -30,15 +32,35 @@ def test_mining_says_how_many_answers_were_cut(capsys: pytest.CaptureFixture[str
         is_complete=lambda: False,
         mine=lambda rollout, problems, progress: None,
         read=lambda: [1, 2, 3],
-        tally=lambda: Tally(100, 40, truncated=97),
-        example=None,
+        tally=lambda: tally,
+        example=example,
     )
     rollout: Any = SimpleNamespace(too_long=set())
     assert bank_rows(setup, bank, rollout) == [1, 2, 3]
+    return said
+
+
+def test_mining_says_how_many_answers_were_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    said = said_of_mining(Tally(100, 40, truncated=97))
     assert said[:2] == ["mining 5 problems", "40 of 100 answers to 5 problems right at first try"]
     cut = "97% of the answers cut at rollout.max_answer_tokens"
     assert said[-1] == f"mined failures: 3 failures of 5 problems, {cut}"
     assert "were cut at rollout.max_answer_tokens=6" in capsys.readouterr().err
+
+
+def test_mining_without_a_right_answer_shows_one_and_doubts_it() -> None:
+    answer = Answer(Segment(Phase.ATTEMPT, (7,)), "7 8", "stop")
+    _, tally, doubt, _ = said_of_mining(
+        Tally(5, 0), Attempt(Problem("p", "What is 1 + 1?", {}), 0, Trajectory(), answer, False)
+    )
+    assert tally.startswith("0 of 5 problems solved at first try")
+    assert doubt.splitlines() == [
+        "one of them:",
+        "  problem  What is 1 + 1?",
+        "  answer   7 8",
+        "  verdict  failed",
+        "every answer failed: are they too hard, or does verify reject right answers?",
+    ]
 
 
 def test_a_task_that_is_only_there_to_be_measured_on_has_nothing_to_mine() -> None:
