@@ -25,6 +25,8 @@ DESCRIBING = tuple(f"torch.distributed.checkpoint.{module}" for module in ("meta
 """Modules whose dataclasses and enumerations describe tensors and their places."""
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """With it `torch.load` reads tensors and plain values, and nothing else, whatever its caller asks for."""
+ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""The opposite, which some set for other programs; torch refuses to load while both are set."""
 
 
 @contextmanager
@@ -32,24 +34,23 @@ def without_code(checkpoint: Path, world: World) -> Iterator[None]:
     """Checks .metadata on rank 0, and has torch read nothing else but data within this block; every rank calls this.
 
     Raises:
-        UserError: .metadata names what describes no tensor.
+        UserError: .metadata names what describes no tensor, or is no pickle.
     """
     world.on_main(lambda: _check(checkpoint / METADATA))
-    before = os.environ.get(WEIGHTS_ONLY)
+    before = {name: os.environ.pop(name) for name in (WEIGHTS_ONLY, ANYTHING) if name in os.environ}
     os.environ[WEIGHTS_ONLY] = "1"
     try:
         yield
     finally:
         del os.environ[WEIGHTS_ONLY]
-        if before is not None:
-            os.environ[WEIGHTS_ONLY] = before
+        os.environ.update(before)
 
 
 def _check(metadata: Path) -> None:
     with metadata.open("rb") as file:
         try:
             _Descriptions(file).load()
-        except pickle.UnpicklingError as error:
+        except Exception as error:  # of any type: pickle raises what the content makes of it
             raise UserError(f"{metadata} cannot be read ({in_one_line(error)}); remove that checkpoint") from error
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from refusals import refusal
 
-from nemo_r3.actor.unpickling import WEIGHTS_ONLY, without_code
+from nemo_r3.actor.unpickling import ANYTHING, WEIGHTS_ONLY, without_code
+from nemo_r3.errors import UserError
 
 ALONE: Any = SimpleNamespace(on_main=lambda act: act())
 
@@ -48,8 +49,16 @@ def test_a_forged_metadata_is_refused_before_it_runs(tmp_path: Path, module: str
     assert not (tmp_path / "made").exists()
 
 
-def test_an_object_among_the_shards_is_read_as_data(tmp_path: Path) -> None:
-    """torch's own reader asks for weights_only=False."""
+def test_a_metadata_that_is_cut_or_of_another_torch_is_refused_in_one_line(tmp_path: Path) -> None:
+    for content in (b"", pickle.dumps({})[:-2], called("torch.distributed.checkpoint.metadata", "Newer", "")):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(UserError, match=r"\.metadata cannot be read \("), without_code(tmp_path, ALONE):
+            pass
+
+
+def test_an_object_among_the_shards_is_read_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own reader asks for weights_only=False, and the environment may, too."""
+    monkeypatch.setenv(ANYTHING, "1")
     (tmp_path / ".metadata").write_bytes(pickle.dumps({}))
     forged, plain = io.BytesIO(), io.BytesIO()
     torch.save(Forged(tmp_path / "made"), forged)
@@ -59,3 +68,4 @@ def test_an_object_among_the_shards_is_read_as_data(tmp_path: Path) -> None:
             torch.load(io.BytesIO(forged.getvalue()), weights_only=False)
         assert torch.load(io.BytesIO(plain.getvalue()), weights_only=False) == 1
     assert not (tmp_path / "made").exists() and WEIGHTS_ONLY not in os.environ
+    assert os.environ[ANYTHING] == "1"
