@@ -55,6 +55,22 @@ COPIED = (
 """What the export copies from the starting checkpoint."""
 
 
+def refuse_other_contents(out: Path) -> None:
+    """Refuses to export through a link to a directory of something else, all of which an export would replace.
+
+    Raises:
+        UserError: it holds files, and is no earlier export.
+    """
+    card = out / "README.md"
+    if not out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (card.is_file() and "Trained with nemo_r3" in card.read_text(errors="replace")):
+        raise UserError(
+            f"{out} links to {out.resolve()}, which holds something else than an export, and an export would replace "
+            "it: link to a directory that is new or empty"
+        )
+
+
 def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Writes the policy to `out`, reloads it with transformers and compares log-probabilities; every rank calls this.
 

@@ -30,6 +30,7 @@ def export(argv: Sequence[str]) -> None:
     setup = join(argv, trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
     from nemo_r3.export import export as export_policy
+    from nemo_r3.export import refuse_other_contents
     from recipes import checkpoints
 
     world, run, config, model = setup.world, setup.run, setup.config, setup.model
@@ -39,6 +40,7 @@ def export(argv: Sequence[str]) -> None:
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
     out = run.path / "export"
+    world.on_main(lambda: refuse_other_contents(out))
     with run.timed("export"):
         policy = start_policy(setup)
         step = checkpoint.load_weights(policy, trained)["step"]

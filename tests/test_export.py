@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from nemo_r3 import export as exporting
 from nemo_r3 import runtime
 from nemo_r3.config import Config
+from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
+from nemo_r3.results import model_card
 from nemo_r3.runtime import World
 from recipes.export import probe_of
 
@@ -303,6 +305,19 @@ def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -
 def test_an_export_goes_where_its_directory_links_to(home: Path, found: dict[str, Any]) -> None:
     assert (home / "out" / "qwen2").is_symlink()
     assert (home / "disk" / "qwen2" / "config.json").exists() and len(list((home / "disk").iterdir())) == 1
+
+
+def test_a_link_to_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "export", tmp_path / "models"
+    elsewhere.mkdir()
+    out.symlink_to(elsewhere)
+    exporting.refuse_other_contents(out)
+    card = elsewhere / "README.md"
+    card.write_text(model_card(Config(), {}, 1, "tiny"))
+    exporting.refuse_other_contents(out)
+    card.write_text("all my models")
+    with pytest.raises(UserError, match=f"{out} links to {elsewhere}, which holds something else"):
+        exporting.refuse_other_contents(out)
 
 
 def test_a_wrong_weight_is_refused(home: Path, found: dict[str, Any]) -> None:
