@@ -30,6 +30,8 @@ from slurm.stage import Stage
 
 PYTHON = f"exec {shlex.quote(sys.executable)}"
 """Replaces the batch shell, so that Slurm's signals reach the stage, which passes them on to train.sh."""
+TO_REPOSITORY = 'cd "$SLURM_SUBMIT_DIR" || exit 2'
+"""Where the stage's code is; cluster.options=[--chdir=...] starts jobs elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def parameters(array: JobArray, before: JobArray | None, job: str) -> dict[str, 
             )
     return {
         "use_srun": False,
+        "setup": [TO_REPOSITORY],
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": {name.replace("-", "_"): value for name, value in asked.items()},

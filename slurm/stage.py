@@ -35,9 +35,6 @@ class Stage:
         environment = os.environ | {"RECIPE": self.recipe, "BATCH_PYTHON": sys.executable}
         self._end_file.unlink(missing_ok=True)
         script = Path("slurm/train.sh")  # read whole: bash reads a file as it runs, and it may be edited meanwhile
-        if not script.is_file():
-            print(f"error: {Path.cwd()} has no {script}: a job starts in the repository's root", file=sys.stderr)
-            self._end(2)
         process = subprocess.Popen(["bash", "-c", script.read_text(), str(script), *self.argv], env=environment)
 
         def forward(number: int, frame: FrameType | None) -> None:
