@@ -75,14 +75,15 @@ def _of_another_rank(error: Exception) -> str:
 
 
 def _leave(message: str, code: int, follows: bool = False) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    if follows or (rank and code != signals.STOPPED):
+    rank = os.environ.get("RANK", "0")  # may be no number, which is then what the message says
+    leads = rank == "0"
+    if follows or not (leads or code == signals.STOPPED):
         signals.restore_defaults()
         time.sleep(3)  # the rank with the cause speaks first; rank 0 speaks for all, and ends them
-    if rank:
+    if not leads:
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()
-    if not rank or code != signals.STOPPED:  # all ranks stop together, and one says so
+    if leads or code != signals.STOPPED:  # all ranks stop together, and one says so
         print(message, file=sys.stderr, flush=True)
     trackers.close(code)
     os._exit(code)

@@ -129,7 +129,7 @@ def take_lock(directory: Path) -> None:
         UserError: another process holds the lock.
     """
     handle = (directory / ".lock").open("w")
-    patience = LOST_NODE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0
+    patience = LOST_NODE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0
     begun = time.monotonic()
     while not _locked(handle):
         if time.monotonic() - begun >= patience:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nemo_r3 import signals, watchdog
 from nemo_r3.config import Config, check_world
-from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.errors import ConfigError, UserError, in_one_line
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,14 +120,15 @@ def start(config: Config) -> World:
     """Joins the process group that torchrun or srun describes; without either, makes one of a single rank.
 
     Raises:
-        ConfigError: the layout does not fit the launched ranks.
+        ConfigError: the layout does not fit the launched ranks, or a variable that describes them is wrong or missing.
         UserError: this node's GPUs cannot be used, or only some nodes have any.
     """
     _read_srun()
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local = map(_number_in, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     check_world(config, size)
+    _check_meeting(rank, size)
     on_cuda = _has_cuda(local)
     device = torch.device("cuda", local) if on_cuda else torch.device("cpu")
     if on_cuda:
@@ -160,16 +161,41 @@ def _end_groups() -> None:
         dist.destroy_process_group()
 
 
-def _read_srun() -> None:
-    """Takes the ranks from srun if srun started this process, and not torchrun.
+def _number_in(name: str) -> int:
+    """A whole number from 0 in an environment variable.
 
     Raises:
-        ConfigError: srun started several ranks, but nothing says where they meet.
+        ConfigError: it holds something else.
     """
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise ConfigError(f"the environment's {name}={in_one_line(repr(value))} is not a whole number from 0")
+    return int(value)
+
+
+def _check_meeting(rank: int, size: int) -> None:
+    """Checks where the ranks meet; one alone needs no port, and meets itself here.
+
+    Raises:
+        ConfigError: several ranks were started, but nothing says where they meet, or this is not one of them.
+    """
+    if rank >= size:
+        raise ConfigError(f"the environment's RANK={rank} is not below WORLD_SIZE={size}")
+    if size == 1:
+        os.environ.setdefault("MASTER_ADDR", "localhost")
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ConfigError(
+            f"{size} ranks were started, and the environment has no {' and no '.join(missing)}: export MASTER_ADDR "
+            "(the first host) and MASTER_PORT for them"
+        )
+    if "MASTER_PORT" in os.environ:
+        _number_in("MASTER_PORT")
+
+
+def _read_srun() -> None:
+    """Takes the ranks from srun if srun started this process, and not torchrun."""
     if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
         return
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ConfigError("srun started several ranks: export MASTER_ADDR (the first host) and MASTER_PORT for them")
     for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
         os.environ[name] = os.environ[f"SLURM_{slurm}"]
 

@@ -56,7 +56,7 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     gpus = environ.get("SLURM_GPUS_ON_NODE")
     return Allocation(
         job=environ["SLURM_JOB_ID"],
-        restarts=int(environ.get("SLURM_RESTART_COUNT", "0")),
+        restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
         nodes=int(environ["SLURM_JOB_NUM_NODES"]),
         tasks=int(even[1]),
         gpus=int(gpus) if gpus else None,

@@ -98,7 +98,7 @@ def end(config: Config, environ: Mapping[str, str], code: int) -> int:
     Returns:
         The batch script's exit code.
     """
-    job, restarts = environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT", "0"))
+    job, restarts = environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT") or 0)
     hosts = ask("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"], attempts=ATTEMPTS).split()
     ended = read_end(logs_of(config, job, restarts), code, hosts, config.cluster.health_minutes)
     what = f"slice {restarts} of job {job}: {ended.cause}"

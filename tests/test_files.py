@@ -52,6 +52,7 @@ def test_a_directory_has_one_writer_and_a_requeued_job_waits_for_a_lost_nodes_lo
 ) -> None:
     held = (tmp_path / ".lock").open("w")
     fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "")  # as a container is given it that takes it over where there is none
     with pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
         take_lock(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -36,7 +36,7 @@ def test_ranks_that_do_not_fit_the_layout_are_refused_before_any_group_is_made(m
     [
         ({"WORLD_SIZE": "1"}, "its own", "4711"),
         ({"WORLD_SIZE": "1", "MASTER_PORT": "29500"}, None, "29500"),
-        ({"WORLD_SIZE": "2"}, None, None),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, None, "29500"),
     ],
 )
 def test_only_a_lone_rank_that_was_given_no_port_finds_one(
@@ -130,12 +130,23 @@ def test_ranks_are_those_of_whoever_started_them(
     assert tuple(map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))) == expected
 
 
-def test_ranks_of_srun_have_to_know_where_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", SRUN | {"SLURM_NTASKS": "2", "MASTER_ADDR": "n1"})
-    with pytest.raises(ConfigError, match="export MASTER_ADDR .the first host. and MASTER_PORT"):
-        runtime._read_srun()
-    monkeypatch.setattr(os, "environ", SRUN | {"SLURM_NTASKS": "1"})
-    runtime._read_srun()
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (SRUN | {"MASTER_ADDR": "n1"}, "4 ranks were started, and the environment has no MASTER_PORT: export"),
+        ({"WORLD_SIZE": "2"}, "has no MASTER_ADDR and no MASTER_PORT: export MASTER_ADDR (the first host)"),
+        ({"RANK": "x"}, "RANK='x' is not a whole number from 0"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK='' is not a whole number"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT='x' is not a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ],
+)
+def test_ranks_that_cannot_meet_are_refused_by_the_variable(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(environment))
+    assert expected in refusal(lambda: runtime.start(Config()))
+    assert not torch.distributed.is_initialized()
 
 
 ROUTES = """Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
