@@ -13,6 +13,9 @@ from nemo_r3.errors import ConfigError, ModelNotFoundError
 from nemo_r3.files import read_json_object
 from nemo_r3.models.rope import Rope, positive_integer, positive_number, read_rope
 
+MOST_LAYERS = 10_000
+"""A slip in config.json beyond it: memory and names are counted layer by layer, which 10^9 layers would not end."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -102,7 +105,7 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
     if traits.get("window") is not None:
         positive_integer({"sliding_window": traits["window"]}, "sliding_window")
     common: dict[str, Any] = {
-        "num_layers": positive_integer(hf, "num_hidden_layers"),
+        "num_layers": positive_integer(hf, "num_hidden_layers", MOST_LAYERS),
         "hidden_size": hidden_size,
         "ffn_hidden_size": positive_integer(hf, "intermediate_size"),
         "num_heads": heads,

@@ -98,6 +98,8 @@ def _read_scaling(hf: Mapping[str, Any], settings: Mapping[str, Any], dim: int) 
 
 def _read_longrope(hf: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> LongRope:
     original = positive_integer(settings, "original_max_position_embeddings")
+    if original == 1:
+        raise ConfigError("longrope's original_max_position_embeddings=1 makes no magnitude: its logarithm is 0")
     stretch = hf["max_position_embeddings"] / original
     for key in ("attention_factor", "short_mscale", "long_mscale"):
         if settings.get(key) is not None:
@@ -129,11 +131,11 @@ def positive_number(hf: Mapping[str, Any], key: str) -> float:
     return _positive(hf[key], key)
 
 
-def positive_integer(hf: Mapping[str, Any], key: str) -> int:
-    """A field that must be a whole number from 1 to 2^31 - 1; raises as `positive_number`."""
+def positive_integer(hf: Mapping[str, Any], key: str, most: int = 2**31 - 1) -> int:
+    """A field that must be a whole number from 1 to `most`; raises as `positive_number`."""
     value = hf[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise ConfigError(f"{key}={in_one_line(repr(value))} is not an integer from 1 to {2**31 - 1}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise ConfigError(f"{key}={in_one_line(repr(value))} is not an integer from 1 to {most}")
     return value
 
 

@@ -226,6 +226,10 @@ def test_a_share_of_the_head_may_turn(tmp_path: Path, place: dict[str, Any]) -> 
         (LONGROPE | {"type": "longrope"}, "lacks 'original_max_position_embeddings'"),
         (LONGROPE | {"type": "longrope", "original_max_position_embeddings": 128, "factor": 3.0}, "factor=3.0 is not"),
         (
+            LONGROPE | {"type": "longrope", "original_max_position_embeddings": 1},
+            "longrope's original_max_position_embeddings=1 makes no magnitude",
+        ),
+        (
             LONGROPE | {"type": "longrope", "original_max_position_embeddings": 128, "long_mscale": 1.2},
             "longrope's long_mscale is not supported",
         ),
@@ -254,6 +258,7 @@ def test_rotary_positions_that_the_actor_does_not_compute_are_refused(
         ({"num_attention_heads": 128}, "of a head's 0 channels makes no pairs"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"vocab_size": 10**400}, "... is not an integer from 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not an integer from 1 to 10000"),
         ({"rms_norm_eps": "abc"}, "rms_norm_eps='abc' is not a positive number"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf is not a positive number"),
         ({"rope_theta": math.nan}, "rope_theta=nan is not a positive number"),
