@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.runtime import World
@@ -34,13 +35,20 @@ def without_code(checkpoint: Path, world: World) -> Iterator[None]:
     """Checks .metadata on rank 0, and has torch read nothing else but data within this block; every rank calls this.
 
     Raises:
-        UserError: .metadata names what describes no tensor, or is no pickle.
+        UserError: .metadata names what describes no tensor, or is no pickle, or torch refuses an object of another file.
     """
     world.on_main(lambda: _check(checkpoint / METADATA))
     before = {name: os.environ.pop(name) for name in (WEIGHTS_ONLY, ANYTHING) if name in os.environ}
     os.environ[WEIGHTS_ONLY] = "1"
     try:
         yield
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        if not any(isinstance(failure, pickle.UnpicklingError) for failure, _ in failures):
+            raise
+        raise UserError(
+            f"{checkpoint} cannot be read: an object in it is no plain data and may run as code; remove that checkpoint"
+        ) from error
     finally:
         del os.environ[WEIGHTS_ONLY]
         os.environ.update(before)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from functools import partial
 from pathlib import Path
+from traceback import StackSummary
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from refusals import refusal
+from torch.distributed.checkpoint import CheckpointException
 
 from nemo_r3.actor.unpickling import ANYTHING, WEIGHTS_ONLY, without_code
 from nemo_r3.errors import UserError
@@ -63,9 +66,20 @@ def test_an_object_among_the_shards_is_read_as_data(tmp_path: Path, monkeypatch:
     forged, plain = io.BytesIO(), io.BytesIO()
     torch.save(Forged(tmp_path / "made"), forged)
     torch.save(torch.ones(1, dtype=torch.uint8), plain)
+
+    def read(as_a_shards: bool) -> None:
+        with without_code(tmp_path, ALONE):
+            try:
+                torch.load(io.BytesIO(forged.getvalue()), weights_only=False)
+            except pickle.UnpicklingError as error:
+                if as_a_shards:
+                    raise CheckpointException("read", {1: (error, StackSummary())}) from error
+                raise
+
+    for as_a_shards in (True, False):
+        said = refusal(partial(read, as_a_shards))
+        assert said.startswith(f"{tmp_path} cannot be read: an object in it is no plain data")
     with without_code(tmp_path, ALONE):
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(io.BytesIO(forged.getvalue()), weights_only=False)
         assert torch.load(io.BytesIO(plain.getvalue()), weights_only=False) == 1
     assert not (tmp_path / "made").exists() and WEIGHTS_ONLY not in os.environ
     assert os.environ[ANYTHING] == "1"
