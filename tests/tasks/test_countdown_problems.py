@@ -85,7 +85,8 @@ def test_a_data_set_on_disk_is_read_and_reordered_repeats_are_dropped(tmp_path, 
 
 def test_a_data_set_that_cannot_be_read_says_what_to_do(tmp_path) -> None:
     (tmp_path / "rows.json").write_text('{"other": 1}\n')
-    for source in (tmp_path / "rows.json", tmp_path / "nothing"):
+    (tmp_path / "null.json").write_text("null\n")
+    for source in (tmp_path / "rows.json", tmp_path / "null.json", tmp_path / "nothing"):
         with pytest.raises(UserError, match="task.options.source.*columns target, nums"):
             countdown(source=str(source))
 
