@@ -35,7 +35,7 @@ def without_code(checkpoint: Path, world: World) -> Iterator[None]:
     """Checks .metadata on rank 0, and has torch read nothing else but data within this block; every rank calls this.
 
     Raises:
-        UserError: .metadata names what describes no tensor, or is no pickle, or torch refuses an object of another file.
+        UserError: .metadata names what describes no tensor, or is no pickle; or torch refuses an object elsewhere.
     """
     world.on_main(lambda: _check(checkpoint / METADATA))
     before = {name: os.environ.pop(name) for name in (WEIGHTS_ONLY, ANYTHING) if name in os.environ}
