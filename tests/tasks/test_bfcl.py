@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from corruption import gold_calls, plain, wrong_answers
+from jsonschema import Draft202012Validator
 
 from nemo_r3.config.task import DialogueConfig, TaskConfig
 from nemo_r3.errors import UserError
@@ -45,32 +46,14 @@ def test_a_problem_has_text_gold_and_tools_in_json_schema(problems) -> None:
     by_id = {problem.id: problem for problem in problems}
     triangle = by_id["bfcl-simple_python_0"]
     assert triangle.text == "Find the area of a triangle with a base of 10 units and height of 5 units."
-    assert triangle.data == {
-        "calls": [
-            {
-                "name": "calculate_triangle_area",
-                "arguments": {"base": [10], "height": [5], "unit": ["units", ""]},
-            }
-        ]
-    }
+    arguments = {"base": [10], "height": [5], "unit": ["units", ""]}
+    assert triangle.data == {"calls": [{"name": "calculate_triangle_area", "arguments": arguments}]}
     (tool,) = triangle.tools
     assert tool["function"]["parameters"]["type"] == "object"
     assert tool["function"]["parameters"]["required"] == ["base", "height"]
     assert all(problem.text.strip() for problem in problems)
-    kinds = {kind for problem in problems for kind in types_in(problem.tools)}
-    assert kinds == {"array", "boolean", "function", "integer", "number", "object", "string"}
-
-
-def types_in(value):
-    if isinstance(value, dict):
-        if isinstance(value.get("type"), str):
-            yield value["type"]
-        for key, one in value.items():
-            if key not in ("default", "enum"):
-                yield from types_in(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from types_in(one)
+    for function in (tool["function"] for problem in problems for tool in problem.tools):
+        Draft202012Validator.check_schema(function["parameters"])
 
 
 def test_a_system_message_comes_before_the_question(problems) -> None:
@@ -115,35 +98,26 @@ def test_no_corrupted_answer_is_accepted(task, problems) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "same"),
-    [
-        ("Paris, France", "paris,france"),
-        ("Paris, France", "PARIS FRANCE"),
-        ("Texas Hold'em", "texas hold'em"),
-        ("St. Helena, CA", "st. helena CA"),
-    ],
+    "same", ["texas hold'em st. helena,CA", "Texas Hold'em, St. Helena CA", "TEXAS HOLD'EM ST. HELENA CA"]
 )
-def test_words_may_be_spelt_otherwise(text: str, same: str) -> None:
-    assert spelling(text) == spelling(same)
+def test_words_may_be_spelt_otherwise(same: str) -> None:
+    assert spelling(same) == spelling("Texas Hold'em, St. Helena, CA")
 
 
 @pytest.mark.parametrize(
     ("text", "other"),
     [
-        ("1.5", "15"),
-        ("1,5", "15"),
-        ("x^2", "x2"),
-        ("2024-01-02", "2024/01/02"),
-        ("-5", "5"),
-        ("a_b", "a b"),
-        ("a-b", "ab"),
-        ("well known", "wellknown"),
-        ("Room B2", "room b2"),
-        ("O'Hara", 'O"Hara'),
-        ("/Users/Me", "/users/me"),
-        ("cat", "cats"),
-        ("AA", "aa"),
-        ("kg", "Kg"),
+        *(
+            ("1.5", "15"),
+            ("1,5", "15"),
+            ("x^2", "x2"),
+            ("2024-01-02", "2024/01/02"),
+            ("-5", "5"),
+            ("a_b", "a b"),
+            ("a-b", "ab"),
+        ),
+        *(("well known", "wellknown"), ("Room B2", "room b2"), ("O'Hara", 'O"Hara'), ("/Users/Me", "/users/me")),
+        *(("cat", "cats"), ("AA", "aa"), ("kg", "Kg")),
     ],
 )
 def test_another_text_is_another(text: str, other: str) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refusal
 
@@ -51,29 +51,12 @@ def test_a_row_becomes_a_problem() -> None:
     calls = [{"name": "sort_numbers", "arguments": {"numbers": [3.0, 1.0, 2.5], "descending": True}}]
     assert json.dumps(problem.data) == json.dumps({"calls": calls})
     assert [one["function"]["name"] for one in problem.tools] == ["sort_numbers", "live_giveaways_by_type"]
-    assert problem.tools[0] == {
-        "type": "function",
-        "function": {
-            "name": "sort_numbers",
-            "description": "Sorts a list of numbers.",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "numbers": {
-                        "type": "array",
-                        "items": {"type": "number"},
-                        "description": "The list of numbers to be sorted.",
-                    },
-                    "descending": {
-                        "type": "boolean",
-                        "description": "Whether to sort in descending order.",
-                        "default": False,
-                    },
-                },
-                "required": ["numbers"],
-            },
-        },
-    }
+    numbers = {"type": "array", "items": {"type": "number"}, "description": "The list of numbers to be sorted."}
+    descending = {"type": "boolean", "description": "Whether to sort in descending order.", "default": False}
+    properties = {"numbers": numbers, "descending": descending}
+    parameters = {"type": "object", "properties": properties, "required": ["numbers"]}
+    function = {"name": "sort_numbers", "description": "Sorts a list of numbers.", "parameters": parameters}
+    assert problem.tools[0] == {"type": "function", "function": function}
 
 
 def test_wording_is_the_papers_unless_replaced() -> None:
@@ -129,17 +112,11 @@ def test_local_files_of_each_kind_are_read(suffix: str, tmp_path, monkeypatch) -
 def test_a_source_that_cannot_be_read_says_what_to_do(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    broken = tmp_path / "broken.json"
-    broken.write_text('[{"query": ')
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n")
-    for source, found in (
-        (tmp_path / "none.jsonl", "query, tools, answers"),
-        (broken, "line 1"),
-        (empty, "no rows"),
-    ):
-        with pytest.raises(UserError, match=rf"task.options.source: '.*{source.name}'.*{found}"):
-            xlam(source)
+    (tmp_path / "broken.json").write_text('[{"query": ')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, found in (("none.jsonl", "query, tools, answers"), ("broken.json", "line 1"), ("empty.jsonl", "no rows")):
+        with pytest.raises(UserError, match=rf"task.options.source: '.*{name}'.*{found}"):
+            xlam(tmp_path / name)
 
 
 MALFORMED = [
@@ -238,8 +215,7 @@ def test_defaults_count_only_when_asked_for() -> None:
     assert not lenient.verify(problem, json.dumps([implied, implied]))
     numbers = {"name": "sort_numbers", "arguments": {"numbers": [2, 1], "descending": False}}
     both = json.dumps([{"name": "get_time", "arguments": {}}, numbers])
-    (times, *_) = (problem for problem in every(TASK) if problem.text == TIME["query"])
-    assert lenient.verify(times, both) and not TASK.verify(times, both)
+    assert lenient.verify(problem_of(TIME), both) and not TASK.verify(problem_of(TIME), both)
 
 
 def test_the_verifiers_version_names_what_bears_on_a_verdict() -> None:
@@ -306,42 +282,6 @@ def test_any_gold_is_accepted_however_it_is_written(calls, random, form: str, as
     assert TASK.verify(gold_problem(calls), rendered(shuffled, form, ascii_only))
 
 
-@settings(max_examples=150)
-@given(GOLDS, st.data())
-def test_no_change_to_a_call_is_accepted(calls, data) -> None:
-    changed = json.loads(json.dumps(calls))
-    at = data.draw(st.integers(0, len(calls) - 1))
-    how = data.draw(st.sampled_from(["name", "value", "left out", "added", "dropped", "doubled", "other"]))
-    arguments = changed[at]["arguments"]
-    if how in ("value", "left out"):
-        assume(arguments)
-        key = data.draw(st.sampled_from(sorted(arguments)))
-        arguments.pop(key) if how == "left out" else arguments.update({key: changed_value(arguments[key], data)})
-    elif how == "name":
-        changed[at]["name"] += data.draw(st.sampled_from(["_", " ", "x"]))
-    elif how == "added":
-        arguments[data.draw(NAMES.filter(lambda name: name not in arguments))] = data.draw(VALUES)
-    elif how == "dropped":
-        del changed[at]
-    elif how == "doubled":
-        changed.append(changed[at])
-    else:
-        changed[at] = data.draw(CALLS)
-    assume(canonical(changed) != canonical(calls))
-    form = data.draw(st.sampled_from(FORMS))
-    assert not TASK.verify(gold_problem(calls), rendered(changed, form, True))
-
-
-def changed_value(value, data):
-    """Another value, or the same with one part deep within changed."""
-    if value and isinstance(value, (list, dict)) and data.draw(st.booleans()):
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = data.draw(st.sampled_from(keys))
-        value[key] = changed_value(value[key], data)
-        return value
-    return data.draw(VALUES)
-
-
 @settings(max_examples=300)
 @given(GOLDS, st.sampled_from(FORMS), st.data())
 def test_a_text_that_was_tampered_with_is_accepted_only_if_it_says_the_same(calls, form: str, data) -> None:
@@ -351,11 +291,8 @@ def test_a_text_that_was_tampered_with_is_accepted_only_if_it_says_the_same(call
         end = data.draw(st.integers(start, min(len(text), start + 3)))
         text = text[:start] + data.draw(st.text('{}[]":;,\\ 01.e-truefalsn<>/', max_size=3)) + text[end:]
     if TASK.verify(gold_problem(calls), text):
-        assert canonical(vars_of(read_calls(text))) == canonical(calls)
-
-
-def vars_of(calls) -> list[dict]:
-    return [{"name": call.name, "arguments": call.arguments} for call in calls]
+        read = [{"name": call.name, "arguments": call.arguments} for call in read_calls(text)]
+        assert canonical(read) == canonical(calls)
 
 
 @settings(max_examples=100)

@@ -14,23 +14,9 @@ from nemo_r3.tasks.worker import Worker
 
 MARK = "8675309"
 SHAPES = (
-    "{}",
-    "-{}",
-    r"\frac{{{}}}{{2}}",
-    r"\sqrt{{{}}}",
-    r"\{{{}, 2\}}",
-    "[{},3)",
-    "({}, 1)",
+    *("{}", "-{}", "[{},3)", "({}, 1)", "x = {}", "f({})", "x_{{{}}}", r"{}\%", r"\int {} dx", r"\frac{{{}}}{{2}}"),
+    *(r"\sqrt{{{}}}", r"\{{{}, 2\}}", r"\text{{{}}}", r"\operatorname{{{}}}(x)", r"\gcd({}, 2)", r"\max({}, 1)"),
     r"\begin{{pmatrix}} {} \\ 1 \end{{pmatrix}}",
-    r"x = {}",
-    r"\text{{{}}}",
-    r"\operatorname{{{}}}(x)",
-    r"\gcd({}, 2)",
-    r"\max({}, 1)",
-    "f({})",
-    "x_{{{}}}",
-    r"{}\%",
-    r"\int {} dx",
 )
 CODE = (MARK, f"{MARK}.5", f"{MARK},000", f"__import__('os').system('{MARK}')")
 
@@ -48,11 +34,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("expected", "right", "wrong"),
     [
-        (
-            r"\frac{1}{2}",
-            [r"\frac{2}{4}", "0.5", r"\frac12", "1/2", "$0.50$", r"50\%"],
-            ["2", "0.6", "", r"\frac{1}{}"],
-        ),
+        (r"\frac{1}{2}", [r"\frac{2}{4}", r"\frac12", "1/2", "$0.50$", r"50\%"], ["2", "0.6", "", r"\frac{1}{}"]),
         ("-3", ["-3", "-3.0", r"-\frac{6}{2}"], ["3"]),
         ("1,234", ["1234"], ["1.234"]),
         (r"\frac{\sqrt{3}}{2}", [r"\sqrt{\frac{3}{4}}", r"\sqrt{3}/2"], [r"\frac{\sqrt{2}}{2}"]),
@@ -98,15 +80,7 @@ def test_an_answer_written_like_the_expected_one_needs_no_reading(gold: str, mon
     [
         (
             "7",
-            [
-                r"\text{7}",
-                r"\mathbf{7}",
-                r"\textbf{ 7 }",
-                r"\boxed{7}",
-                r"\boxed{\text{7}}",
-                r"\$7",
-                r"\boxed{\frac{14}{2}}",
-            ],
+            [r"\text{7}", r"\mathbf{7}", r"\textbf{ 7 }", r"\boxed{\text{7}}", r"\$7", r"\boxed{\frac{14}{2}}"],
             [
                 r"\text{8}",
                 r"\$8",
@@ -119,17 +93,9 @@ def test_an_answer_written_like_the_expected_one_needs_no_reading(gold: str, mon
                 r"\$",
             ],
         ),
-        (
-            "7",
-            [],
-            [r"7\text{ million}", r"7\text{ cm}", r"7\text{ or }8", r"7\text{ cm", r"-\text{7}", r"\text{seven}"],
-        ),
+        ("7", [], [r"7\text{ cm}", r"7\text{ or }8", r"7\text{ cm", r"-\text{7}", r"\text{seven}"]),
         ("A", [r"\text{A}", r"\mathbf{A}", r"\text{(A)}"], [r"\text{B}", r"\text{A or B}", r"\text{A}, \text{B}"]),
-        (
-            r"\text{(C)}",
-            ["C", "(C)", r"\text{C}", r"\mathbf{(C)}"],
-            ["(B)", r"\text{(B)}", r"\text{(B) (C)}", "(C) (B)"],
-        ),
+        (r"\text{(C)}", ["C", "(C)", r"\text{C}", r"\mathbf{(C)}"], [r"\text{(B)}", r"\text{(B) (C)}", "(C) (B)"]),
         (r"\text{Evelyn}", ["Evelyn", r"\mathrm{Evelyn}"], ["lEvyne", r"\text{lEvyne}", r"\text{Evelyn and Ann}"]),
         (r"\$18.90", ["18.90", "18.9", r"\$18.9", r"\text{18.90}"], ["1890", r"\$1890", r"\$ 18.09"]),
         (
@@ -156,13 +122,7 @@ def test_looks_do_not_matter_and_a_unit_must_be_the_expected_one(
 
 def test_no_change_of_looks_makes_a_number_another() -> None:
     for expected in range(1, 7):
-        for shape in (
-            r"\text{{{}}}",
-            r"\boxed{{\mathbf{{{}}}}}",
-            r"\${}",
-            r"{}\text{{ cm}}",
-            r"\boxed{{\${}\text{{ cm}}}}",
-        ):
+        for shape in (r"\text{{{}}}", r"\boxed{{\mathbf{{{}}}}}", r"\${}", r"\boxed{{\${}\text{{ cm}}}}"):
             accepted = [n for n in range(-8, 9) if same_value(rf"{expected}\text{{ cm}}", shape.format(n))]
             assert accepted == [expected], shape
 

@@ -20,19 +20,11 @@ def test_pairs_are_held_out_in_every_text() -> None:
     assert not pairs["train"] & pairs["test"]
 
 
-@pytest.mark.parametrize(
-    ("text", "passed"),
-    [
-        ("6 + 7 = 13.", True),
-        ("Tom has 13 apples.", True),
-        ("13 is not 14", False),
-        ("6 + 7", False),
-        ("It is 113.", False),
-        ("thirteen", False),
-        ("", False),
-    ],
-)
-def test_the_last_number_counts(text: str, passed: bool) -> None:
+RIGHT, WRONG = ("6 + 7 = 13.", "Tom has 13 apples."), ("13 is not 14", "6 + 7", "It is 113.", "thirteen", "")
+
+
+@pytest.mark.parametrize("text", RIGHT + WRONG)
+def test_the_last_number_counts(text: str) -> None:
     config = load([str(CONFIG)])
     task = load_task(config.task, config.dialogue)
-    assert task.verify(Problem("6+7-0", "What is 6 + 7?", {"sum": 13}), text) is passed
+    assert task.verify(Problem("6+7-0", "What is 6 + 7?", {"sum": 13}), text) is (text in RIGHT)

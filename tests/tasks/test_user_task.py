@@ -137,32 +137,38 @@ GIVES = "from nemo_r3.types import Problem\ndef problems(split):\n    "
 
 
 @pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        ("[]", r"problems\('train'\) gives no problems"),
+        ("[Problem('a', 't', {'word': 'x'})] * 2", "gives the id 'a' twice"),
+        ("[Problem('a', 't', {'word': 'x'})]", "problem 'a' is in train and in test"),
+        ("[('a', 't')]", r"gives \('a', 't'\); it must give nemo_r3.types.Problem"),
+        ("[Problem(1, 't', {})]", "gives the id 1 and the text 't'"),
+        ("[Problem('a', '', {})]", "gives the id 'a' and the text ''; both must be text, and not empty"),
+        (r"[Problem('a', '\ud800', {})]", "problem 'a' holds half a character"),
+        ("[Problem('a', 't', {'word': (1, 2)})]", "data of problem 'a' is not what JSON would"),
+        ("[Problem('a', 't', {'word': {1}})]", "data of problem 'a' is not what JSON would"),
+        ("[Problem('a', 't', {'word': float('nan')})]", "data of problem 'a' is not"),
+        (r"[Problem('a', 't', {'word': '\ud800'})]", "data of problem 'a' is not what JSON"),
+        ("[Problem('a', 't', {}, ({'type': print},))]", "tools of problem 'a' must be"),
+        ("[Problem('a', 't', {}, ({'function': print},))]", "tools of problem 'a' is not"),
+        ("[Problem('a', 't', {}, None)]", "tools of problem 'a' must be a list of .* got None"),
+    ],
+)
+def test_problems_that_cannot_be_used_are_refused(write: Write, problems: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"task\.name: .*{message}"):
+        write(GIVES, "return ", problems, VERIFY)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (PROBLEMS, "'said' is not a task: said lacks verify"),
         (VERIFY, "'said' is not a task: said lacks problems"),
-        (GIVES + "return []" + VERIFY, r"problems\('train'\) gives no problems"),
-        (GIVES + "return [Problem('a', 't', {'word': 'x'})] * 2" + VERIFY, "gives the id 'a' twice"),
-        (GIVES + "return [Problem('a', 't', {'word': 'x'})]" + VERIFY, "problem 'a' is in train and in test"),
-        (GIVES + "return [('a', 't')]" + VERIFY, r"gives \('a', 't'\); it must give nemo_r3.types.Problem"),
-        (GIVES + "return [Problem(1, 't', {})]" + VERIFY, "gives the id 1 and the text 't'"),
-        (
-            GIVES + "return [Problem('a', '', {})]" + VERIFY,
-            "gives the id 'a' and the text ''; both must be text, and not empty",
-        ),
-        (GIVES + "return [Problem('a', 't', {'word': (1, 2)})]" + VERIFY, "data of problem 'a' is not what JSON would"),
-        (GIVES + "return [Problem('a', 't', {'word': {1}})]" + VERIFY, "data of problem 'a' is not what JSON would"),
-        (GIVES + "return [Problem('a', 't', {'word': float('nan')})]" + VERIFY, "data of problem 'a' is not"),
-        (GIVES + "return [Problem('a', 't', {}, ({'type': print},))]" + VERIFY, "tools of problem 'a' must be"),
-        (GIVES + "return [Problem('a', 't', {}, ({'function': print},))]" + VERIFY, "tools of problem 'a' is not"),
-        (GIVES + "return [Problem('a', 't', {}, None)]" + VERIFY, "tools of problem 'a' must be a list of .* got None"),
-        (GIVES + "return [Problem('a', 't', {}, 3)]" + VERIFY, "tools of problem 'a' must be a list of .* got 3"),
-        (GIVES + r"return [Problem('a', '\ud800', {})]" + VERIFY, "problem 'a' holds half a character"),
-        (GIVES + r"return [Problem('a', 't', {'word': '\ud800'})]" + VERIFY, "data of problem 'a' is not what JSON"),
         ("WORDING = 'hello'" + PROBLEMS + VERIFY, r"said\.WORDING must be a .*Wording of texts, got 'hello'"),
     ],
 )
-def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, message: str) -> None:
+def test_a_module_that_is_no_task_is_refused(write: Write, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"task\.name: .*{message}"):
         write(text)
 
@@ -172,29 +178,17 @@ def test_problems_that_cannot_be_used_are_refused(write: Write, text: str, messa
     [
         ("import sys; sys.exit('bye')", r"importing said raised SystemExit \(bye\) in .*said\.py:1;"),
         ("def problems(:", r"importing said raised SyntaxError \(.*\) in .*said\.py:1;"),
-        ("import no_such_module", r"importing said raised ModuleNotFoundError \(.*no_such_module.*\) in .*said\.py:1;"),
         ("class Options: pass" + PROBLEMS + VERIFY, r"said\.Options is no dataclass: write @dataclass above it"),
         ("Options = 3" + PROBLEMS + VERIFY, r"said\.Options raised TypeError"),
-        ("problems = [1]" + VERIFY, r"said\.problems\('train'\) raised TypeError \('list' object is not callable\);"),
-        (
-            "def problems(): pass" + VERIFY,
-            r"said\.problems\('train'\) raised TypeError .*; problems\(split\) must give",
-        ),
-        (
-            OPTIONS.replace("(split, options)", "(split)") + VERIFY,
-            r"TypeError .*; problems\(split, options\) must give",
-        ),
+        ("def problems(): pass" + VERIFY, r"said\.problems\('train'\) raised TypeError .*; problems\(split\) must"),
+        (OPTIONS.replace("(split, options)", "(split)") + VERIFY, r"TypeError .*; problems\(split, options\) must"),
         (PROBLEMS + "def verify(text): pass", r"said\.verify raised TypeError .*; verify\(problem, text\) must give"),
         (GIVES + "return None" + VERIFY, r"said\.problems\('train'\) raised TypeError \('NoneType' object is not iter"),
-        (GIVES + "open('/nowhere')" + VERIFY, r"problems\('train'\) raised FileNotFoundError \(.*\) in .*said\.py:3;"),
         (
             GIVES + "import json; json.loads('{')" + VERIFY,
             r"raised JSONDecodeError \(.*\) in .*said\.py:3 \(at .*json/decoder\.py:\d+\);",
         ),
-        (
-            GIVES + "raise ValueError('a\\nb' * 999)" + VERIFY,
-            r"raised ValueError \(a ba .{280,296}\.\.\.\) in .*said\.py:3;",
-        ),
+        (GIVES + "raise ValueError('a\\nb' * 999)" + VERIFY, r"ValueError \(a ba .{280,296}\.\.\.\) in .*said\.py:3;"),
         (BUILDS, r"said\.build raised ZeroDivisionError \(.*\) in .*said\.py:12;"),
     ],
 )
@@ -207,9 +201,7 @@ def test_whatever_a_users_module_raises_is_one_line_with_its_place(write: Write,
 @pytest.mark.parametrize("kind", ["bytes", "tuple", "dict", "list[bytes]", "bytes | None"])
 def test_an_option_that_no_setting_can_give_is_refused(write: Write, kind: str) -> None:
     text = OPTIONS.replace('word: str = option("one"', f"word: {kind} = option(factory=lambda: None")
-    with pytest.raises(
-        ConfigError, match=r"task\.name: said\.Options\.word is of type .*, of which YAML has no values"
-    ):
+    with pytest.raises(ConfigError, match=r"task\.name: said\.Options\.word is of type .*, of which YAML has no"):
         write(text, VERIFY)
 
 
@@ -256,12 +248,7 @@ def verify(problem, text):
     [
         ("raise SystemExit(3)", r"said\.verify raised SystemExit \(3\) in .*said\.py:8 on .* problem 'train-1'"),
         ("import asyncio; raise asyncio.CancelledError", r"said\.verify raised CancelledError in .*said\.py:8 on "),
-        (
-            "return text.index('x') > 0",
-            r"said\.verify raised ValueError \(.*\) in .*said\.py:8 on .* problem 'train-1'",
-        ),
         ("return None", r"returned None of type NoneType .* True or False on every path"),
-        ("return 1", "returned 1 of type int"),
         ("import numpy; return numpy.True_", r"returned np\.True_ of type numpy\.bool .*, such as bool\(match\)"),
         ("import re; return re.match('', text)", r"of type re\.Match .*, such as bool\(match\)"),
     ],
