@@ -33,6 +33,10 @@ from recipes.export import probe_of
 
 KINDS = ("llama", "qwen2")
 OWN_CHAT = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"max_position_embeddings": 256, "initializer_range": 0.15, "eos_token_id": 0},
+}
 VOCAB = 307  # more than the tokenizer has, and not a multiple of 2
 PROBE = [[(7 * row + 11 * place) % VOCAB for place in range(length)] for row, length in enumerate((40, 2, 17))]
 
@@ -45,18 +49,7 @@ def make_models(home: Path) -> None:
     shapes = (transformers.LlamaConfig, transformers.Qwen2Config)
     for seed, (kind, shape) in enumerate(zip(KINDS, shapes, strict=True)):
         torch.manual_seed(seed)
-        config = shape(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=kind == "llama",
-            initializer_range=0.15,
-            eos_token_id=0,
-        )
+        config = shape(vocab_size=VOCAB, num_hidden_layers=4, tie_word_embeddings=kind == "llama", **SIZES)
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / kind)
         fast.save_pretrained(home / kind)
     (home / "llama" / "LICENSE.txt").write_text("be nice")
@@ -66,21 +59,9 @@ def make_models(home: Path) -> None:
 
 def make_long_model(home: Path) -> None:
     """A Phi-3 whose long factors turn otherwise than its short ones, which the probes are short enough for."""
-    config = transformers.Phi3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        original_max_position_embeddings=64,
-        rope_scaling={"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.5**p for p in range(8)]},
-        initializer_range=0.15,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.5**p for p in range(8)]}
+    own = {"original_max_position_embeddings": 64, "rope_scaling": rope, "bos_token_id": 0, "pad_token_id": None}
+    config = transformers.Phi3Config(vocab_size=VOCAB, num_hidden_layers=2, **SIZES, **own)
     torch.manual_seed(7)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / "long")
     transformers.AutoTokenizer.from_pretrained(home / "llama").save_pretrained(home / "long")
@@ -343,30 +324,13 @@ def test_what_cannot_be_written_or_read(found: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_nothing_half_written(home: Path, found_by_four: list[dict[str, Any]]) -> None:
-    assert sorted(path.name for path in (home / "out").iterdir()) == [
-        "bf16",
-        "llama",
-        "llama-four",
-        "long",
-        "qwen2",
-        "qwen2-four",
-    ]
+    found = {path.name for path in (home / "out").iterdir()}
+    assert found == {"bf16", "llama", "llama-four", "long", "qwen2", "qwen2-four"}
 
 
 def test_the_probe_is_what_the_run_sampled(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["LlamaForCausalLM"],
-                "num_hidden_layers": 1,
-                "hidden_size": 8,
-                "intermediate_size": 8,
-                "num_attention_heads": 1,
-                "vocab_size": 50,
-                "max_position_embeddings": 20,
-            }
-        )
-    )
+    hf = SIZES | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps(hf | {"max_position_embeddings": 20}))
     arch = architecture_of(tmp_path)
     drawn = probe_of(tmp_path, arch)
     assert drawn == probe_of(tmp_path, arch)
