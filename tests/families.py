@@ -43,21 +43,13 @@ def longrope(pairs: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """A family's rotary positions and what else is its own.
+    """A family's rotary positions and what else is its own."""
 
-    Attributes:
-        name: of its checkpoints, with "_tied" appended for the tied one.
-        hf: how transformers calls it.
-        models: the published models that it stands for.
-        rope: its rotary positions, in words.
-        settings: what its config.json has beside `TINY`.
-    """
-
-    name: str
-    hf: str
-    models: str
-    rope: str
-    settings: dict[str, Any]
+    name: str  # of its checkpoints, with "_tied" appended for the tied one
+    hf: str  # how transformers calls it
+    models: str  # the published ones that it stands for
+    rope: str  # its rotary positions, in words
+    settings: dict[str, Any]  # what its config.json has beside `TINY`
 
 
 FAMILIES = (

@@ -24,15 +24,13 @@ ALONE = cast(
 
 
 class Scripted:
-    """The first `passes` of the answers to each problem are right.
-
-    Attributes:
-        asked: how many problems.
-        steps: of the training steps that they were asked in.
-    """
+    """The first `passes` of the answers to each problem are right."""
 
     def __init__(self, passes: int = 1) -> None:
-        self.passes, self.asked, self.steps, self.too_long = passes, 0, set[int](), set[str]()
+        self.passes = passes
+        self.asked = 0  # problems
+        self.steps = set[int]()  # training steps that they were asked in
+        self.too_long = set[str]()
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, everywhere: bool = True

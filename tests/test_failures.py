@@ -70,8 +70,9 @@ def test_a_lost_shard_is_mined_again_and_said_to_be_missing(tmp_path: Path, caps
     mine(tmp_path, again, many)
     assert (first.asked, again.asked) == (len(many), SHARD)
     assert f"{lost} is missing" in capsys.readouterr().err
-    assert bank(tmp_path).is_complete()
-    assert read(bank(tmp_path)) == whole
+    mined = bank(tmp_path)
+    assert mined.is_complete() and read(mined) == whole
+    assert mined.tally() == Tally(2 * len(many), len(many)), "of both processes"
 
 
 def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None:
@@ -134,9 +135,8 @@ def test_a_foreign_bank_with_ids_of_another_tokenizer_is_refused(tmp_path: Path)
     bank(tmp_path).mine(Scripted(), problems(2))
     other = replace(STAMP, model="m1")
     assert bank(tmp_path, decode=other_words, allow_foreign=True).is_complete()  # it is no foreign one
-    with pytest.raises(
-        UserError, match=r"failures\.path: .*another tokenizer.*'7 8'.*'words .*failures\.allow_foreign"
-    ):
+    said = r"failures\.path: .*another tokenizer.*'7 8'.*'words .*failures\.allow_foreign"
+    with pytest.raises(UserError, match=said):
         bank(tmp_path, other, decode=other_words, allow_foreign=True)
 
 
@@ -173,16 +173,6 @@ def test_a_bank_without_failures_says_why(tmp_path: Path) -> None:
     assert why("easy", max_solve_rate=0.4) == (
         "of 4 first answers 2 passed, 2 are left out by failures.max_solve_rate=0.4"
     )
-
-
-def test_the_answers_are_counted_over_all_processes(tmp_path: Path) -> None:
-    many = problems(SHARD + 3)
-    mine(tmp_path, Scripted(), many)
-    (tmp_path / "shard_00001.jsonl").unlink()
-    again = bank(tmp_path)
-    again.mine(Scripted(), many)
-    assert again.tally() == Tally(2 * len(many), len(many))
-    assert again.example == attempt(many[SHARD], 0, True)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +271,11 @@ def test_a_damaged_index_is_named(tmp_path: Path, part: str, damaged: str) -> No
 
 
 def test_rows_hold_ids_and_text(tmp_path: Path) -> None:
-    bank(tmp_path).mine(Scripted(), problems(1))
+    mined = bank(tmp_path)
+    mined.mine(Scripted(), problems(1))
+    assert mined.example == attempt(problems(1)[0], 0, True)
     (row,) = (json.loads(line) for line in (tmp_path / "shard_00000.jsonl").read_text().splitlines())
-    assert row["attempt"] == "7 8"
-    assert row["attempt_ids"] == [7, 8, 2]
-    assert row["task_ids"] == [1, 5]
+    assert (row["attempt"], row["attempt_ids"], row["task_ids"]) == ("7 8", [7, 8, 2], [1, 5])
     assert (row["solve_rate"], row["weights_version"], row["finish_reason"]) == (0.5, 0, "stop")
 
 

@@ -30,25 +30,16 @@ def load_with(folder: Path, *overrides: str) -> Config:
         (["algo.trained_phases=[]"], ["algo.trained_phases: []"]),
         (["algo.trained_phases=[retry,retry]"], ["algo.trained_phases", "none twice"]),
         (["algo.mismatch_high=3"], ["algo.mismatch_high: 3", "algo.mismatch_correction=none"]),
-        (
-            ["algo.mismatch_correction=tis", "algo.mismatch_low=0.5"],
-            ["algo.mismatch_low: 0.5", "algo.mismatch_correction=tis"],
-        ),
+        (["algo.mismatch_correction=tis", "algo.mismatch_low=0.5"], ["algo.mismatch_low: 0.5", "correction=tis"]),
         (["failures.max_solve_rate=0.5"], ["failures.max_solve_rate: 0.5", "failures.samples_per_problem"]),
         (["actor.sequence_parallel=true"], ["actor.sequence_parallel", "actor.tensor_parallel above 1"]),
         (["cluster.gpus_per_node=3", "actor.tensor_parallel=2"], ["= 2 * 1 = 2", "= 3 ranks"]),
         (["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.pipeline_parallel=3"], ["= 1 * 3 = 3", "= 8 ranks"]),
         (["cluster.gpus_per_node=4", "rollout.tensor_parallel=3"], ["rollout.tensor_parallel: 3", "= 4 ranks"]),
-        (
-            ["actor.precision=fp8-delayed", "actor.layer_spec=local"],
-            ["actor.precision: fp8-delayed", "layer_spec=local"],
-        ),
+        (["actor.precision=fp8-delayed", "actor.layer_spec=local"], ["precision: fp8-delayed", "layer_spec=local"]),
         (["train.on_mismatch=bf16"], ["train.on_mismatch: bf16", "actor.precision=bf16"]),
         (["actor.precision=fp32", "actor.layer_spec=te"], ["actor.precision: fp32", "TF32", "actor.layer_spec=te"]),
-        (
-            ["actor.precision=fp32", "rollout.quantization=fp8_per_block"],
-            ["rollout.quantization: fp8_per_block", "fp32"],
-        ),
+        (["actor.precision=fp32", "rollout.quantization=fp8_per_block"], ["quantization: fp8_per_block", "fp32"]),
         (["cluster.time_minutes=10"], ["cluster.time_minutes: 10", "cluster.signal_seconds = 600"]),
     ],
 )

@@ -55,17 +55,9 @@ def test_resume_may_change_layout_steps_and_paths(tmp_path: Path) -> None:
     old = loaded(tmp_path)
     new = loaded(
         tmp_path,
-        "actor.tensor_parallel=2",
-        "actor.sequence_parallel=true",
-        "rollout.tensor_parallel=2",
-        "train.steps=9",
-        "train.save_every=3",
-        "run.dir=elsewhere",
-        "failures.path=/bank",
-        "model.path=/moved",
-        "run.tensorboard=false",
-        "run.wandb_project=p",
-        "run.mlflow_experiment=e",
+        *("actor.tensor_parallel=2", "actor.sequence_parallel=true", "rollout.tensor_parallel=2", "train.steps=9"),
+        *("train.save_every=3", "run.dir=elsewhere", "failures.path=/bank", "model.path=/moved"),
+        *("run.tensorboard=false", "run.wandb_project=p", "run.mlflow_experiment=e"),
     )
     assert diff_for_resume(old, new) == []
 

@@ -19,30 +19,18 @@ LLAMA_CALLS = '{"name": "get_time", "parameters": {"city": "Oslo"}}'
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models.
+    """A family of models."""
 
-    Attributes:
-        template: a file of templates/.
-        end: the token that ends an assistant's turn.
-        eos: the tokenizer's end of sequence, where it is another one.
-        special: further special tokens.
-        added: added tokens that are not special: decoding keeps them.
-        settings: of `dialogue`.
-        way: how tools are offered.
-        calls: how the model calls a function when they are.
-        space: what a model writes first in a turn.
-    """
-
-    template: str
-    end: str
-    eos: str | None = None
+    template: str  # a file of templates/
+    end: str  # the token that ends an assistant's turn
+    eos: str | None = None  # the tokenizer's end of sequence, where it is another one
     bos: str | None = None
-    special: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    way: str = "plain"
-    calls: str = JSON_CALLS
-    space: str = ""
+    special: tuple[str, ...] = ()  # further special tokens
+    added: tuple[str, ...] = ()  # added tokens that are not special: decoding keeps them
+    settings: dict[str, Any] = field(default_factory=dict)  # of `dialogue`
+    way: str = "plain"  # how tools are offered
+    calls: str = JSON_CALLS  # how the model calls a function when they are
+    space: str = ""  # what a model writes first in a turn
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Bytes, and the family's own tokens."""
@@ -57,31 +45,22 @@ class Family:
         return made
 
 
+CALLS_IN_TAGS: dict[str, Any] = {"way": "template", "calls": HERMES_CALLS}
+TOOL_CALL = ("<tool_call>", "</tool_call>")
 CHATML = ("<|im_start|>", "<|endoftext|>")
 HERMES = str(ROOT / "configs" / "templates" / "hermes.jinja")
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|python_tag|>")
 
 FAMILIES = {
     "qwen2": Family("qwen2", "<|im_end|>", special=CHATML),
-    "qwen2-hermes": Family(
-        "qwen2", "<|im_end|>", special=CHATML, settings={"chat_template": HERMES}, way="template", calls=HERMES_CALLS
-    ),
-    "qwen2.5": Family(
-        "qwen2.5",
-        "<|im_end|>",
-        special=CHATML,
-        added=("<tool_call>", "</tool_call>"),
-        way="template",
-        calls=HERMES_CALLS,
-    ),
+    "qwen2-hermes": Family("qwen2", "<|im_end|>", special=CHATML, settings={"chat_template": HERMES}, **CALLS_IN_TAGS),
+    "qwen2.5": Family("qwen2.5", "<|im_end|>", special=CHATML, added=TOOL_CALL, **CALLS_IN_TAGS),
     "qwen3": Family(
-        "qwen3",
-        "<|im_end|>",
+        *("qwen3", "<|im_end|>"),
         special=CHATML,
-        added=("<tool_call>", "</tool_call>", "<think>", "</think>"),
+        added=(*TOOL_CALL, "<think>", "</think>"),
         settings={"template_options": {"enable_thinking": False}},
-        way="template",
-        calls=HERMES_CALLS,
+        **CALLS_IN_TAGS,
     ),
     "llama3": Family(
         "llama3", "<|eot_id|>", bos="<|begin_of_text|>", special=LLAMA3, way="template", calls=LLAMA_CALLS

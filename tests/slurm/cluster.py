@@ -74,16 +74,11 @@ BOOT = 'hostname "$1" && mount --bind "$2/hosts" /etc/hosts && exec slurmd -D -N
 
 
 class Cluster:
-    """The daemons and the directory they live in; `start` and `stop` may be called again.
-
-    Attributes:
-        home: configuration, logs and state.
-        nodes: names of the nodes.
-    """
+    """The daemons and the directory they live in; `start` and `stop` may be called again."""
 
     def __init__(self, home: Path, nodes: int, kill_wait: int = 20) -> None:
         """Names everything; nothing is started."""
-        self.home = home
+        self.home = home  # of configuration, logs and state
         self.nodes = [f"n{place}" for place in range(1, nodes + 1)]
         self._kill_wait = kill_wait
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
