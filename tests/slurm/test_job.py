@@ -31,17 +31,9 @@ LINES = {  # with the settings that are warned of
         "cluster.memory_gb=0",
     ),
     (
-        "run.dir=/scratch/my run",
-        "actor.tensor_parallel=8",
-        "actor.pipeline_parallel=2",
-        "cluster.nodes=64",
-        "cluster.gpus_per_node=8",
-        "cluster.account=llm",
-        "cluster.partition=gpu",
-        "cluster.cpus_per_task=14",
-        "cluster.memory_gb=1800",
-        "cluster.options=[--exclusive, --comment=it's mine]",
-        "cluster.signal_seconds=900",
+        *("run.dir=/scratch/my run", "actor.tensor_parallel=8", "actor.pipeline_parallel=2", "cluster.nodes=64"),
+        *("cluster.gpus_per_node=8", "cluster.account=llm", "cluster.partition=gpu", "cluster.cpus_per_task=14"),
+        *("cluster.memory_gb=1800", "cluster.options=[--exclusive, --comment=it's mine]", "cluster.signal_seconds=900"),
     ): (
         "sbatch '--job-name=my run' --partition=gpu --account=llm --nodes=64 --ntasks-per-node=8 --gpus-per-node=8 "
         """--cpus-per-task=14 --mem=1800G --signal=B:USR1@900 --exclusive '--comment=it'"'"'s mine' slurm/train.sh """
@@ -88,10 +80,8 @@ def test_a_bad_setting_or_place_is_one_line(tmp_path: Path) -> None:
 def test_a_python_that_cannot_read_a_config_is_named(tmp_path: Path) -> None:
     bash = {"PATH": "/usr/bin:/bin", "BATCH_PYTHON": f"{tmp_path}/python3"}
     command = ["bash", "slurm/train.sh", "--print"]
-    for script, why in (
-        ("echo 'No module named omegaconf' >&2; exit 1", " (No module named omegaconf)"),
-        ("exit 1", ""),
-    ):
+    no_module = "No module named omegaconf"
+    for script, why in ((f"echo '{no_module}' >&2; exit 1", f" ({no_module})"), ("exit 1", "")):
         program(tmp_path, "python3", script)
         done = subprocess.run(command, cwd=ROOT, env=bash, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -135,52 +125,32 @@ def config_with(*overrides: str) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "got", "ranks"),
+    ("overrides", "tasks", "gpus", "ranks"),
     [
-        ([], Allocation("7", 0, nodes=1, tasks=1, gpus=None), 1),
-        ([], Allocation("7", 0, nodes=2, tasks=4, gpus=None), 4),
-        ([], Allocation("7", 0, nodes=2, tasks=4, gpus=4), 4),
-        (["cluster.nodes=2", "cluster.gpus_per_node=4"], Allocation("7", 0, nodes=2, tasks=4, gpus=None), 4),
-        (["cluster.launcher=torchrun"], Allocation("7", 0, nodes=2, tasks=1, gpus=8), 8),
-        (["cluster.launcher=torchrun"], Allocation("7", 0, nodes=2, tasks=2, gpus=None), 2),
+        ([], 4, None, 4),
+        ([], 4, 4, 4),
+        (["cluster.nodes=2", "cluster.gpus_per_node=4"], 4, None, 4),
+        (["cluster.launcher=torchrun"], 1, 8, 8),
+        (["cluster.launcher=torchrun"], 2, None, 2),
     ],
 )
-def test_an_allocation_that_fits(overrides: list[str], got: Allocation, ranks: int) -> None:
+def test_an_allocation_that_fits(overrides: list[str], tasks: int, gpus: int | None, ranks: int) -> None:
+    got = Allocation("7", 0, nodes=2, tasks=tasks, gpus=gpus)
     assert ranks_per_node(config_with(*overrides), got) == ranks
 
 
 @pytest.mark.parametrize(
-    ("overrides", "got", "both"),
+    ("overrides", "nodes", "tasks", "gpus", "both"),
     [
-        (
-            ["cluster.nodes=4"],
-            Allocation("7", 0, nodes=2, tasks=1, gpus=None),
-            ["the job has 2 nodes", "cluster.nodes=4"],
-        ),
-        (
-            ["cluster.gpus_per_node=8"],
-            Allocation("7", 0, nodes=1, tasks=8, gpus=4),
-            ["the job has 4 GPUs per node", "cluster.gpus_per_node=8"],
-        ),
-        (
-            ["cluster.gpus_per_node=8"],
-            Allocation("7", 0, nodes=1, tasks=1, gpus=8),
-            ["the job has 1 tasks per node", "cluster.gpus_per_node=8", "--ntasks-per-node=8"],
-        ),
-        (
-            [],
-            Allocation("7", 0, nodes=1, tasks=1, gpus=8),
-            ["the job has 1 tasks per node", "a task for each of a node's 8 GPUs"],
-        ),
-        (
-            ["actor.tensor_parallel=4"],
-            Allocation("7", 0, nodes=2, tasks=3, gpus=None),
-            ["= 4 * 1 = 4", "6 ranks were launched"],
-        ),
+        (["cluster.nodes=4"], 2, 1, None, ["the job has 2 nodes", "cluster.nodes=4"]),
+        (["cluster.gpus_per_node=8"], 1, 8, 4, ["the job has 4 GPUs per node", "cluster.gpus_per_node=8"]),
+        (["cluster.gpus_per_node=8"], 1, 1, 8, ["1 tasks per node", "cluster.gpus_per_node=8", "--ntasks-per-node=8"]),
+        ([], 1, 1, 8, ["the job has 1 tasks per node", "a task for each of a node's 8 GPUs"]),
+        (["actor.tensor_parallel=4"], 2, 3, None, ["= 4 * 1 = 4", "6 ranks were launched"]),
     ],
 )
-def test_a_misfit_says_both(overrides: list[str], got: Allocation, both: list[str]) -> None:
-    message = refusal(lambda: ranks_per_node(config_with(*overrides), got))
+def test_a_misfit_says_both(overrides: list[str], nodes: int, tasks: int, gpus: int | None, both: list[str]) -> None:
+    message = refusal(lambda: ranks_per_node(config_with(*overrides), Allocation("7", 0, nodes, tasks, gpus)))
     assert all(part in message for part in both), message
 
 

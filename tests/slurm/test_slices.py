@@ -32,6 +32,22 @@ def leave(logs: Path, exits: dict[int, str], said: dict[int, str] | None = None,
 TRACEBACK = "step 1\nTraceback (most recent call last):\n  File x\n    raise\ntorch.OutOfMemoryError: 3 GiB\nlater\n"
 
 
+@pytest.mark.parametrize(
+    ("exits", "code", "ended"),
+    [
+        ({0: "1 n1 105.2", 3: "137 n2 101.5"}, 137, End(137, "rank 3 on n2 was killed by signal 9 (SIGKILL)", ("n2",))),
+        # all of n2 was lost, and srun ended n1: no host's fault
+        ({0: "143 n1 101.5", 1: "138 n1 101.6"}, 143, End(143, "rank 0 on n1 was killed by signal 15 (SIGTERM)")),
+        ({0: "75 n1 100.0", 1: "137 n1 103.0"}, 137, End(STOPPED, "stopped on request")),  # srun killed late ranks
+        ({}, STOPPED, End(STOPPED, "stopped on request before the ranks began")),
+        ({}, 2, End(1, "srun ended with code 2 and no rank said why; see the lines above")),  # no rank's own code
+    ],
+)
+def test_what_ranks_leave_says_how_a_slice_ended(tmp_path: Path, exits: dict[int, str], code: int, ended: End) -> None:
+    leave(tmp_path, exits)
+    assert read_end(tmp_path, code, HOSTS, 5) == ended
+
+
 def test_the_first_rank_that_failed_is_the_cause(tmp_path: Path) -> None:
     """Rank 1 ran out of memory; the others lost their connection to it, or were killed by srun."""
     exits = {0: "1 n1 105.2", 1: "1 n1 101.5", 2: "143 n2 101.6", 3: "0 n2 100.0"}
@@ -39,22 +55,6 @@ def test_the_first_rank_that_failed_is_the_cause(tmp_path: Path) -> None:
     ended = read_end(tmp_path, 143, HOSTS, 5)
     assert ended.code == 1 and ended.hosts == (), "what a program causes is no host's fault"
     assert ended.cause.startswith("rank 1 on n1 ended with code 1: torch.OutOfMemoryError: 3 GiB (")
-
-
-def test_a_stop_may_come_before_the_ranks(tmp_path: Path) -> None:
-    leave(tmp_path, {})
-    assert read_end(tmp_path, STOPPED, HOSTS, 5).code == STOPPED
-
-
-def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
-    leave(tmp_path, {0: "1 n1 105.2", 3: "137 n2 101.5"})
-    assert read_end(tmp_path, 137, HOSTS, 5) == End(137, "rank 3 on n2 was killed by signal 9 (SIGKILL)", ("n2",))
-
-
-def test_a_signal_of_slurm_is_no_hosts_fault(tmp_path: Path) -> None:
-    """All of n2 was lost, and srun ended n1."""
-    leave(tmp_path, {0: "143 n1 101.5", 1: "138 n1 101.6"})
-    assert read_end(tmp_path, 143, HOSTS, 5) == End(143, "rank 0 on n1 was killed by signal 15 (SIGTERM)")
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,9 @@ def test_the_same_trouble_on_several_hosts_is_no_hosts_fault(
 
 
 def test_a_code_beyond_all_signals_is_a_code(tmp_path: Path) -> None:
-    (tmp_path / "health.log").write_text("n1: fine\nn2: fine\n")
-    (tmp_path / "rank_0.exit").write_text("255 n1 1.0")
-    assert read_end(tmp_path, 255, HOSTS, 5).cause.startswith(
-        "rank 0 on n1 ended with code 255: its log names no error"
-    )
-
-
-def test_a_stop_counts_although_srun_killed_late_ranks(tmp_path: Path) -> None:
-    leave(tmp_path, {0: "75 n1 100.0", 1: "137 n1 103.0"})
-    assert read_end(tmp_path, 137, HOSTS, 5).code == STOPPED
+    leave(tmp_path, {0: "255 n1 1.0"})
+    said = "rank 0 on n1 ended with code 255: its log names no error"
+    assert read_end(tmp_path, 255, HOSTS, 5).cause.startswith(said)
 
 
 @pytest.mark.parametrize("line", ["error: model.path: mend me", "[rank 3] error: mend me"])
@@ -131,11 +124,6 @@ def test_what_all_nodes_share_is_no_nodes_fault(tmp_path: Path) -> None:
     assert read_end(tmp_path, 1, HOSTS, 5).hosts == ("n2",), "which has a fault of its own, too"
 
 
-def test_srun_alone_may_fail(tmp_path: Path) -> None:
-    leave(tmp_path, {})
-    assert read_end(tmp_path, 2, HOSTS, 5).code == 1, "only a rank's own code 2 is the user's"
-
-
 def verdicts(record: Record, ends: list[tuple[int, tuple[int, int]]], *overrides: str) -> list[bool]:
     """Whether each of some slices is followed by another; a pair is its code and where the run then stands."""
     config, requeued = load([str(ROOT / "configs/quickstart.yaml"), *overrides]), []
@@ -146,37 +134,38 @@ def verdicts(record: Record, ends: list[tuple[int, tuple[int, int]]], *overrides
     return requeued
 
 
-def test_finished_and_refused_jobs_are_over() -> None:
-    assert verdicts(Record(), [(FINISHED, (4, 1))]) == [False]
-    assert verdicts(Record(), [(REFUSED, (4, 1))]) == [False]
+STILL, ON, FAULT = (STOPPED, (0, 0)), (STOPPED, (5, 0)), (1, (0, 0))
 
 
-def test_slices_that_get_on_go_on() -> None:
-    """By a checkpoint, or by a shard of the failure bank."""
-    steps = [(STOPPED, (step, 1)) for step in range(1, 9)]
-    assert verdicts(Record(), steps) == [True] * 8
-    assert verdicts(Record(), [(STOPPED, (0, shards)) for shards in range(1, 9)]) == [True] * 8
+@pytest.mark.parametrize(
+    ("ends", "requeued"),
+    [
+        ([(FINISHED, (4, 1))], [False]),
+        ([(REFUSED, (4, 1))], [False]),
+        ([(STOPPED, (step, 1)) for step in range(1, 9)], [True] * 8),
+        ([(STOPPED, (0, shards)) for shards in range(1, 9)], [True] * 8),  # of the failure bank
+        ([(1, (step, 0)) for step in range(1, 9)], [True] * 8),  # progress forgives any number of faults
+        ([STILL, STILL], [True, False]),
+        ([STILL, ON, ON, ON], [True, True, True, False]),
+        ([FAULT] * 4, [True, True, True, False]),
+    ],
+)
+def test_a_slice_is_followed_by_another_while_that_helps(
+    ends: list[tuple[int, tuple[int, int]]], requeued: list[bool]
+) -> None:
+    assert verdicts(Record(), ends) == requeued
 
 
-def test_slices_too_short_end_the_job() -> None:
-    assert verdicts(Record(), [(STOPPED, (0, 0))] * 2) == [True, False]
-    still, on = (STOPPED, (0, 0)), (STOPPED, (5, 0))
-    assert verdicts(Record(), [still, on, on, on]) == [True, True, True, False]
+def test_slices_too_short_and_faults_end_the_job_and_hosts_are_counted() -> None:
     said = decide(Config(), Record(idle=1), End(STOPPED), (0, 0)).reason
     assert "too short" in said and "cluster.signal_seconds=600" in said
-
-
-def test_faults_are_capped_and_counted_by_host() -> None:
-    faults = [(1, (0, 0))] * 4
-    assert verdicts(Record(), faults) == [True, True, True, False]
-    assert verdicts(Record(), faults[:1], "cluster.max_requeues=0") == [False]
+    assert verdicts(Record(), [FAULT], "cluster.max_requeues=0") == [False]
     once = decide(Config(), Record(hosts={"n2": 1}), End(1, "", ("n2", "n1")), (0, 0))
     assert once.record.hosts == {"n2": 2, "n1": 1}
 
 
 def test_progress_forgives_faults_and_hosts() -> None:
-    """By a checkpoint or a shard: a long run survives any number of faults, a broken one none beyond the cap."""
-    assert verdicts(Record(), [(1, (step, 0)) for step in range(1, 9)]) == [True] * 8
+    """By a checkpoint or a shard: a broken run survives no faults beyond the cap."""
     before = Record(faults=3, idle=1, progress=(5, 2), hosts={"n1": 1, "n2": 1})
     verdict = decide(Config(), before, End(1, "", ("n2",)), (5, 3))
     assert verdict.requeue and verdict.record == Record(faults=1, progress=(5, 2), hosts={"n2": 1})
