@@ -7,11 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BESIDE = {
-    "omegaconf": ("yaml",),
-    "submitit": ("cloudpickle", "typing_extensions"),
-    "jinja2": ("markupsafe",),
-}
+BESIDE = {"omegaconf": ("yaml",), "submitit": ("cloudpickle", "typing_extensions"), "jinja2": ("markupsafe",)}
 """What pip installs along with a package."""
 
 

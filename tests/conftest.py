@@ -30,7 +30,6 @@ class ByFolder(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFolder:
-    """What `pytest -n` hands out next."""
     return ByFolder(config, log)
 
 
@@ -56,7 +55,6 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what is marked `gpu` where there is none."""
     if item.get_closest_marker("gpu"):
         import torch  # not for the tests that need none
 

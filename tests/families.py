@@ -85,14 +85,12 @@ def make_checkpoint(path: Path, kind: str) -> torch.nn.Module:
 
 
 def table() -> str:
-    """The table of README.md."""
     lines = ["| in `architectures` | models | rotary positions |", "|---|---|---|"]
     lines += [f"| `{family.hf}ForCausalLM` | {family.models} | {family.rope} |" for family in FAMILIES]
     return "\n".join(lines)
 
 
 def rewritten(readme: str) -> str:
-    """README.md with the table as it should be."""
     begin, end = MARKS
     before, rest = readme.split(begin)
     _, after = rest.split(end)

@@ -16,7 +16,6 @@ SECONDS = 400
 
 
 def command(verb: str, *arguments: str, ranks: int = 1) -> list[str]:
-    """The command line of a verb; more than one rank goes through torchrun."""
     module = ["-m", f"recipes.{verb}", *arguments]
     if ranks == 1:
         return [sys.executable, *module]
@@ -34,32 +33,17 @@ def run(
     verb: str, *arguments: str, ranks: int = 1, succeed: bool = True, path: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Runs a verb to its end, in the directory `path`; with `succeed`, a failure shows what it printed."""
-    done = subprocess.run(
-        command(verb, *arguments, ranks=ranks),
-        cwd=path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    told: dict[str, Any] = {"cwd": path, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run(command(verb, *arguments, ranks=ranks), **told, timeout=SECONDS, check=False)
     if succeed:
         assert done.returncode == 0, f"{verb} {arguments}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 
 
 def start(verb: str, *arguments: str) -> subprocess.Popen[str]:
-    """Starts a verb without waiting for it."""
-    return subprocess.Popen(
-        command(verb, *arguments),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    told: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(verb, *arguments), cwd=ROOT, env=environment(), **told)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """What a file of JSON lines holds."""
     return [json.loads(line) for line in file.read_text().splitlines()]

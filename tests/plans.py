@@ -36,7 +36,6 @@ LAYOUTS = {  # the model, tensor and pipeline parallel, GPUs, rollout.tensor_par
 
 
 def plan_shown() -> str:
-    """The output of the command on the page."""
     plan = plan_of(load([str(ROOT / SHOWN[0]), *SHOWN[1:]]), shape("llama-3.1-8b"))
     plan.check()
     return f"```text\n{describe(plan)}\n{describe_step(plan)}\n\n{plan.verdict}\n```"
@@ -56,7 +55,6 @@ def row(name: str) -> str:
 
 
 def rewritten(page: str) -> str:
-    """The page with its numbers as they should be."""
     table = "\n".join([HEADINGS, "|---|---|---|---|", *map(row, LAYOUTS)])
     for name, text in (("plan", plan_shown()), ("layouts", table)):
         begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"

@@ -24,20 +24,10 @@ def metrics_of(steps: int, kl: bool) -> list[dict[str, Any]]:
     lines = []
     for step in range(1, steps + 1):
         empty = step % 3 == 0
-        lines.append(
-            {
-                "step": step,
-                "loss": None if empty else 0.1,
-                "grad_norm": None if empty else 1.0,
-                "reward": None if empty else step / steps,
-                "retry_success": None if empty else step / steps,
-                "token_mult_prob_error": None if empty else 1.0,
-                "groups_used": 0 if empty else 3,
-                "groups_dropped": 4 if empty else 1,
-                "time/update": 0.5,
-                **({"kl": None if empty else 0.001 * step} if kl else {}),
-            }
-        )
+        known = {"loss": 0.1, "grad_norm": 1.0, "reward": step / steps, "retry_success": step / steps}
+        known |= {"token_mult_prob_error": 1.0} | ({"kl": 0.001 * step} if kl else {})
+        counts = {"step": step, "groups_used": 0 if empty else 3, "groups_dropped": 4 if empty else 1}
+        lines.append(counts | {"time/update": 0.5} | {name: None if empty else value for name, value in known.items()})
     return lines
 
 
@@ -50,7 +40,6 @@ def pixels(picture: Path) -> tuple[int, int]:
 
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
     figures, save = [], Figure.savefig
 
     def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:

@@ -76,22 +76,24 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
     }
 
 
-def test_an_error_the_user_can_mend_is_one_line_and_code_2(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["mend 0"] == (2, "said before", "error: model.path: mend me\n")
+STOPPED = "stopped by SIGUSR1; run the same command again: training and mining go on from what is saved\n"
+ENDS = {
+    "mend 0": (2, "said before", "error: model.path: mend me\n"),
+    "mend 1": (2, "said before", "[rank 1] error: model.path: mend me\n"),
+    "shown 0": (2, "said before", "error: mend me\nclosed with 2\n"),  # trackers are told how the process ends
+    "stop 0": (signals.STOPPED, "said before", STOPPED),
+    "stop 1": (signals.STOPPED, "said before", ""),
+    "interrupt 0": (130, "said before", "interrupted\n"),
+    "ctrl-c 0": (130, "said before", "interrupted\n"),
+    "well 0": (0, "said before", "exit hook\n"),
+}
 
 
-def test_trackers_are_told_how_the_process_ends(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["shown 0"] == (2, "said before", "error: mend me\nclosed with 2\n")
-
-
-def test_another_rank_says_who_it_is(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["mend 1"] == (2, "said before", "[rank 1] error: model.path: mend me\n")
-
-
-def test_of_all_ranks_that_stop_one_says_so(ends: dict[str, tuple[int, str, str]]) -> None:
-    said = "stopped by SIGUSR1; run the same command again: training and mining go on from what is saved\n"
-    assert ends["stop 0"] == (signals.STOPPED, "said before", said)
-    assert ends["stop 1"] == (signals.STOPPED, "said before", "")
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_says_in_one_line_and_by_its_code_how_it_ended(
+    ends: dict[str, tuple[int, str, str]], end: str
+) -> None:
+    assert ends[end] == ENDS[end]
 
 
 def test_a_bug_shows_its_traceback_and_code_1(ends: dict[str, tuple[int, str, str]]) -> None:
@@ -99,11 +101,6 @@ def test_a_bug_shows_its_traceback_and_code_1(ends: dict[str, tuple[int, str, st
     assert code == 1
     assert errors.startswith("Traceback") and errors.rstrip().endswith("ZeroDivisionError: a bug")
     assert "exit hook" not in errors, "failures must not run vLLM's exit hooks"
-
-
-def test_an_interrupt_is_one_word(ends: dict[str, tuple[int, str, str]]) -> None:
-    for end in ("interrupt 0", "ctrl-c 0"):
-        assert ends[end][0] == 130 and ends[end][2] == "interrupted\n"
 
 
 def test_help_shows_a_command_and_where_the_settings_are(ends: dict[str, tuple[int, str, str]]) -> None:
@@ -130,10 +127,6 @@ def test_ctrl_c_while_a_verb_is_imported_ends_it_without_a_traceback(prepare: st
     command = [sys.executable, "-c", INTERRUPTED.format(prepare=prepare)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
-
-
-def test_a_recipe_that_ends_well_leaves_by_the_door(ends: dict[str, tuple[int, str, str]]) -> None:
-    assert ends["well 0"] == (0, "said before", "exit hook\n")
 
 
 @pytest.mark.parametrize(

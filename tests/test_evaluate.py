@@ -167,8 +167,6 @@ def test_what_training_changed_is_paired_for_every_measure() -> None:
 
 def test_an_attempt_without_tokens_is_no_failure_to_reflect_on() -> None:
     class NoRoom(Model):
-        """Has no room for problem 0."""
-
         def _attempt(self, problem: Problem, step: int, greedy: bool) -> Attempt:
             found = super()._attempt(problem, step, greedy)
             unsampled = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", "no_room")

@@ -71,8 +71,6 @@ def make_long_model(home: Path) -> None:
 
 
 class Lab:
-    """Policies of one launch, one after the other."""
-
     def __init__(self, home: Path, **layout: int) -> None:
         self.home, self.layout = home, layout
         self.world: World | None = None
@@ -103,7 +101,6 @@ class Lab:
         return difference
 
     def refused(self, name: str, what: str, policy: Any) -> None:
-        """Keeps the error of an export that must fail."""
         self.findings[what] = refusal(lambda: self.export(name, policy, "not written"))
 
     def report(self) -> None:

@@ -93,8 +93,7 @@ def test_mining_resumes_behind_the_shards_that_are_whole(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tensor_parallel", "rounds"),
-    [(1, 1, [4, 4, 4, 1]), (2, 1, [8, 5]), (4, 2, [8, 5]), (8, 1, [13])],
+    ("ranks", "tensor_parallel", "rounds"), [(1, 1, [4, 4, 4, 1]), (2, 1, [8, 5]), (4, 2, [8, 5]), (8, 1, [13])]
 )
 def test_as_many_shards_are_asked_at_once_as_the_engines_need(
     tmp_path: Path, ranks: int, tensor_parallel: int, rounds: list[int]

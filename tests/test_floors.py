@@ -12,43 +12,18 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("nemo_r3", "recipes", "slurm")
 
 FLOORS = {
-    "nemo_r3": 0,  # the package's own __init__: its version
-    "nemo_r3.types": 0,
-    "nemo_r3.errors": 0,
-    "nemo_r3.files": 0,
-    "nemo_r3.imports": 0,
-    "nemo_r3.config": 0,
-    "nemo_r3.units": 0,
-    "nemo_r3.visible": 0,
-    "nemo_r3.tasks": 1,
-    "nemo_r3.dialogue": 1,
-    "nemo_r3.algo": 1,
-    "nemo_r3.models": 2,
-    "nemo_r3.precision": 2,
-    "nemo_r3.fp8_support": 2,
-    "nemo_r3.runtime": 2,
-    "nemo_r3.entry": 2,
-    "nemo_r3.memory": 2,
-    "nemo_r3.signals": 1,
-    "nemo_r3.watchdog": 1,
-    "nemo_r3.trackers": 1,
-    "nemo_r3.actor": 3,
-    "nemo_r3.rollout": 3,
-    "nemo_r3.refit": 3,
-    "nemo_r3.assets": 4,  # shipped data and the scripts that made it
-    "nemo_r3.capacity": 4,
-    "nemo_r3.curve": 4,
-    "nemo_r3.plan": 4,
-    "nemo_r3.evaluate": 4,
-    "nemo_r3.export": 4,
-    "nemo_r3.failures": 4,
-    "nemo_r3.html_report": 4,
-    "nemo_r3.progress": 0,
-    "nemo_r3.results": 4,
-    "nemo_r3.run_directory": 4,
-    "recipes": 5,
-    "slurm": 6,
-}
+    f"nemo_r3.{room}": floor
+    for floor, rooms in enumerate(
+        (
+            "types errors files imports config units visible progress",
+            "tasks dialogue algo signals watchdog trackers",
+            "models precision fp8_support runtime entry memory",
+            "actor rollout refit",
+            "assets capacity curve plan evaluate export failures html_report results run_directory",
+        )
+    )
+    for room in rooms.split()
+} | {"nemo_r3": 0, "recipes": 5, "slurm": 6}
 STRANGERS = [("nemo_r3.actor", "nemo_r3.rollout"), ("nemo_r3.rollout", "nemo_r3.actor")]
 BACKENDS = {"megatron", "transformer_engine", "vllm"}
 BACKEND_FLOORS = (2, 3)

@@ -31,6 +31,11 @@ def changes(first: float, second: float, both: float) -> dict:
     return {name: {"sampled": found[name]["sampled"]} for name in ("first_try", "retry_success_fixed", "within_two")}
 
 
+LEGEND = """\
+Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the
+paired difference. Second try and reflection are measured on the starting model's own failures, the
+same ones before and after. Another's reflection: a second try that reads the reflection on another
+failure. Resampled: another first answer instead of a reflection and a retry."""
 GOLDEN = """\
                            sampled                                 change        greedy          n
 ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -40,10 +45,7 @@ another's reflection       0.05 [0.01, 0.09] → 0.05 [0.01, 0.09]   -          
 reflection as the answer   0.22 [0.18, 0.26] → 0.70 [0.66, 0.74]   -             0.22 → 0.70   312
 within two tries           0.40 [0.36, 0.44] → 0.79 [0.75, 0.83]   +0.39 ±0.04   0.42 → 0.81   400
 within two, resampled      0.30 [0.26, 0.34] → 0.69 [0.65, 0.73]   -             - → -         400
-Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the
-paired difference. Second try and reflection are measured on the starting model's own failures, the
-same ones before and after. Another's reflection: a second try that reads the reflection on another
-failure. Resampled: another first answer instead of a reflection and a retry."""
+"""
 
 UNFINISHED = """\
                            sampled                 change   greedy       n
@@ -54,28 +56,19 @@ another's reflection       0.05 [0.01, 0.09] → -   -        - → -      312
 reflection as the answer   - → -                   -        - → -        -
 within two tries           0.40 [0.36, 0.44] → -   -        0.42 → -   400
 within two, resampled      0.30 [0.26, 0.34] → -   -        - → -      400
-Share of n held-out problems, [95 % interval]; change: when sampled, ± half the 95 % interval of the
-paired difference. Second try and reflection are measured on the starting model's own failures, the
-same ones before and after. Another's reflection: a second try that reads the reflection on another
-failure. Resampled: another first answer instead of a reflection and a retry."""
-
-
-SUMMARY = {
-    "before": scores(0.22, 0.22, 0.4),
-    "after": scores(0.31, 0.7, 0.79),
-    "difference": changes(-0.09, 0.48, 0.39),
-}
+"""
 
 
 def test_table() -> None:
-    text = results.table(SUMMARY | {"seconds": {}})
-    assert text == GOLDEN
+    summary = {"before": scores(0.22, 0.22, 0.4), "after": scores(0.31, 0.7, 0.79)}
+    text = results.table(summary | {"difference": changes(-0.09, 0.48, 0.39), "seconds": {}})
+    assert text == GOLDEN + LEGEND
     assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("unknown", [None, math.nan])
 def test_table_of_what_was_not_measured(unknown: float | None) -> None:
-    assert results.table({"before": scores(0.22, unknown, 0.4)}) == UNFINISHED
+    assert results.table({"before": scores(0.22, unknown, 0.4)}) == UNFINISHED + LEGEND
 
 
 def test_a_damaged_table_is_named() -> None:
@@ -88,13 +81,8 @@ def test_model_card() -> None:
     rate = {"value": 0.5, "low": 0.45, "high": 0.55, "n": 400}
     modes = {"sampled": rate, "greedy": rate}
     scores = {"first_try": modes, "retry_success_fixed": modes, "within_two": modes}
-    summary = {
-        "before": scores,
-        "after": scores,
-        "difference": {"first_try": modes},
-        "step": 40,
-        "versions": {"torch": "2.13.0"},
-    }
+    summary = {"before": scores, "after": scores, "difference": {"first_try": modes}}
+    summary |= {"step": 40, "versions": {"torch": "2.13.0"}}
     config = Config()
     config.model.path = "models/tiny"
     card = model_card(config, summary, 40, "tiny")

@@ -64,10 +64,8 @@ class Service:
     def __init__(self) -> None:
         self.run_id = "7"
         self.begun_with: list[str | None] = []
-        self.steps: list[int] = []
-        self.codes: list[int] = []
-        self.down = Event()
-        self.stuck = Event()
+        self.steps, self.codes = list[int](), list[int]()
+        self.down, self.stuck = Event(), Event()
 
     def make(self, run_id: str | None) -> Service:
         self.begun_with.append(run_id)
@@ -85,6 +83,12 @@ class Service:
 
     def close(self, code: int) -> None:
         self.codes.append(code)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(background, "STOP_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -126,12 +130,11 @@ def test_a_server_that_comes_back_gets_everything(
     assert capsys.readouterr().err.count("warning: run.server: ConnectionError (nobody answers); the run goes on") == 1
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", ["down", "stuck"])
 def test_a_lost_server_holds_nothing_up_and_gets_the_steps_later(
-    fault: str, tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fault: str, tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(background, "SILENT_SECONDS", 0.1)
-    monkeypatch.setattr(background, "STOP_SECONDS", 0.1)
     getattr(service, fault).set()
     begun = time.monotonic()
     process(service, tmp_path, range(1, 4)).close(75)
@@ -145,11 +148,10 @@ def test_a_lost_server_holds_nothing_up_and_gets_the_steps_later(
     assert (later.begun_with, later.steps) == (["7"], [1, 2, 3, 4])
 
 
+@pytest.mark.usefixtures("impatient")
 def test_results_may_take_longer_than_a_stop_waits(
-    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(background, "SILENT_SECONDS", 0.1)
-    monkeypatch.setattr(background, "STOP_SECONDS", 0.1)
     service.stuck.set()
     shown = process(service, tmp_path, range(1, 2))
     shown.summarise({"before": 0.5})

@@ -50,7 +50,6 @@ def attempt(act: Any) -> float | str:
 
 
 def make_model(path: Path) -> Config:
-    """A two-layer model with that vocabulary, and a config to train it."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape = LlamaConfig(

@@ -32,41 +32,34 @@ def launch(verb: str, home: Path, ranks: int) -> Launch:
 
 @pytest.fixture(scope="session")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """One process; it kills itself while saving, as its last act."""
     return launch("one", tmp_path_factory.mktemp("actor"), 1)
 
 
 @pytest.fixture(scope="session")
 def two(one: Launch) -> Launch:
-    """TP2, PP2 and DP2; it ends in a full disk on rank 1."""
     return launch("two", one.home, 2)
 
 
 @pytest.fixture(scope="session")
 def four(two: Launch) -> Launch:
-    """TP2xPP2 and TP2xDP2 with sequence parallel."""
     return launch("four", two.home, 4)
 
 
 @pytest.fixture(scope="session")
 def eight(one: Launch) -> Launch:
-    """TP2xPP2xDP2, TP2xPP4, PP4xDP2 and DP8."""
     return launch("eight", one.home, 8)
 
 
 @pytest.fixture(scope="session")
 def devices(one: Launch) -> Launch:
-    """TP2 and PP2 on a GPU that is pretended."""
     return launch("devices", one.home, 2)
 
 
 @pytest.fixture(scope="session")
 def ceiling(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """One process with a vocabulary of 150,000 and little memory."""
     return launch("ceiling", tmp_path_factory.mktemp("ceiling"), 1)
 
 
 @pytest.fixture(scope="session")
 def every(one: Launch, two: Launch, four: Launch) -> dict[str, Any]:
-    """What all three launches found."""
     return one.found | two.found | four.found

@@ -131,13 +131,11 @@ def batch_of(rows: Sequence[int] = range(len(LENGTHS))) -> UpdateBatch:
 
 
 def split_batch() -> UpdateBatch:
-    """The same rows for a step of two updates."""
     rows = batch_of().rows
     return UpdateBatch(tuple(replace(row, update=int(number in SPLIT[1])) for number, row in enumerate(rows)), (), 1, 0)
 
 
 def broken(batch: UpdateBatch, number: int, **columns: Any) -> UpdateBatch:
-    """The batch with columns of one row replaced."""
     rows = list(batch.rows)
     rows[number] = replace(rows[number], **columns)
     return replace(batch, rows=tuple(rows))

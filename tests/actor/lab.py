@@ -60,8 +60,6 @@ BUCKET = 20_000
 
 
 class Lab:
-    """Makes trainers of any kind of policy at any layout of this launch."""
-
     def __init__(self, home: Path) -> None:
         self.home = home
         self.world: World = runtime.start(Config())
@@ -73,7 +71,6 @@ class Lab:
 
     @cached_property
     def expected(self) -> TENSORS:
-        """What `make_models` kept of transformers."""
         return load_file(self.home / "transformers.safetensors")
 
     def _start_groups(self, config: Config) -> None:
@@ -126,7 +123,6 @@ class Lab:
             (self.home / f"{sys.argv[1]}.json").write_text(json.dumps(self.results))
 
     def trial(self, layout: str, kind: str, save: bool = False, **actor: Any) -> None:
-        """Everything that is compared between layouts, on one policy."""
         trainer = self.trainer(layout, kind, **actor)
         policy = trainer.policy
         found: dict[str, Any] = {"score": self.score_errors(policy, kind), "export": self.export_facts(policy, kind)}
@@ -162,7 +158,6 @@ class Lab:
         self.note(f"family-{layout}-{kind}", found)
 
     def split(self, layout: str, kind: str) -> None:
-        """Two steps of two updates each."""
         trainer = self.trainer(layout, kind)
         with patch.object(optimizer, "get_grad_norm_fp32", wraps=optimizer.get_grad_norm_fp32) as norm:
             metrics = [trainer.update(split_batch()) for _ in range(2)]

@@ -37,7 +37,6 @@ CONNECTED: dict[str, str] = {}
 
 
 def home(tensor: Tensor) -> torch.device:
-    """Where a tensor says that it is."""
     if type(tensor) in PLAIN:
         return getattr(tensor.untyped_storage(), "home", CPU)
     inner = _inner(tensor)
@@ -268,32 +267,21 @@ class Stream:
 
 
 CUDA = {
-    "_lazy_init": lambda: None,
-    "is_available": lambda: True,
-    "is_initialized": lambda: True,
+    **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache"), lambda *_, **__: None),
+    **dict.fromkeys(("manual_seed", "manual_seed_all", "reset_peak_memory_stats"), lambda *_, **__: None),
+    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *_, **__: 0),
+    **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
+    **dict.fromkeys(("Stream", "Event", "current_stream", "default_stream"), Stream),
     "device_count": lambda: 8,
     "current_device": lambda: 0,
-    "set_device": lambda device: None,
     "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
     "get_device_capability": lambda device=None: (9, 0),
     "get_device_properties": lambda device=None: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
     "is_current_stream_capturing": lambda: False,
-    "synchronize": lambda device=None: None,
-    "empty_cache": lambda: None,
-    "manual_seed": lambda seed: None,  # the numbers are drawn by the CPU's generator
-    "manual_seed_all": lambda seed: None,
-    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "get_rng_state": lambda device=None: torch.get_rng_state(),  # the numbers are drawn by the CPU's generator
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     "default_generators": (torch.default_generator,),
-    "Stream": Stream,
-    "Event": Stream,
-    "current_stream": lambda device=None: Stream(),
-    "default_stream": lambda device=None: Stream(),
     "stream": lambda stream: nullcontext(),
-    "memory_allocated": lambda device=None: 0,
-    "max_memory_allocated": lambda device=None: 0,
-    "memory_reserved": lambda device=None: 0,
-    "reset_peak_memory_stats": lambda device=None: None,
     "mem_get_info": lambda device=None: (2**36, 2**36),
 }
 """What stands for torch.cuda's own."""

@@ -17,14 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ceiling import ceiling
-from damage import (
-    after_the_kill,
-    bad_checkpoints,
-    full_disk,
-    killed_while_saving,
-    limited,
-    written_late_by_rank_1,
-)
+from damage import after_the_kill, bad_checkpoints, full_disk, killed_while_saving, limited, written_late_by_rank_1
 from data import SPLIT, batch_of, make_models, plain_steps
 from devices import devices
 from families import TRIED, UNTRIED

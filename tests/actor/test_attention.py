@@ -35,11 +35,7 @@ def parts(queries: tuple[int, ...], keys: tuple[int, ...], causal: bool) -> Part
 
 
 SHORT_AND_LONG = (0, 5, 6, 40, 47, 48, 82, 83)
-CUTS = [
-    parts((0, 9), (0, 9), True),
-    parts(SHORT_AND_LONG, SHORT_AND_LONG, True),
-    parts((0, 7, 8), (0, 33, 50), False),
-]
+CUTS = [parts((0, 9), (0, 9), True), parts(SHORT_AND_LONG, SHORT_AND_LONG, True), parts((0, 7, 8), (0, 33, 50), False)]
 
 
 @pytest.mark.parametrize("which", CUTS)

@@ -18,7 +18,6 @@ def schedule_of(steps: int) -> Any:
 
 
 def rates(schedule: Any, count: int) -> list[float]:
-    """Of the next steps."""
     found = []
     for _ in range(count):
         found.append(schedule.optimizer.param_groups[0]["lr"])

@@ -12,11 +12,7 @@ from safetensors.torch import load_file
 from nemo_r3.models import architecture_of
 
 ONE = [f"one-{kind}" for kind in IN_FULL]
-VARIANTS = [
-    "one-llama_tied-shared_context=False",
-    "one-qwen2-recompute=selective",
-    "one-qwen2-recompute=full",
-]
+VARIANTS = ["one-llama_tied-shared_context=False", "one-qwen2-recompute=selective", "one-qwen2-recompute=full"]
 SPLIT = [
     *(f"tp2-{kind}" for kind in IN_FULL),
     *(f"{layout}-{kind}" for layout in ("pp2", "dp2", "tp2pp2") for kind in ("llama_tied", "qwen2")),

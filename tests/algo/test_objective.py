@@ -40,7 +40,6 @@ class Step:
         self.reference = [[x + draw.gauss(0, 0.5) for x in row] for row in self.ours]
 
     def microbatch(self, rows: list[int]) -> tuple[torch.Tensor, Targets, torch.Tensor, torch.Tensor]:
-        """Arguments of an `Objective`."""
         sizes = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int64)
         sequences = torch.arange(len(rows)).repeat_interleave(sizes)
         ours = float64([x for row in rows for x in self.ours[row]]).requires_grad_()

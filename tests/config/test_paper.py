@@ -44,7 +44,6 @@ def layout_of(config: Config, ending: str) -> str:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree as dotted keys."""
     found = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -11,8 +11,6 @@ from nemo_r3.config.schema import Layer, build
 
 @dataclass
 class Options:
-    """Stands for a task's options."""
-
     numbers: list[int] = option(factory=lambda: [3, 4], low=2, high=6, help="how many numbers")
     source: str = option("generator", choices=("generator", "dataset"), help="where problems come from")
     limit: int | None = option(None, low=1, help="how many problems")

@@ -19,8 +19,6 @@ LLAMA_CALLS = '{"name": "get_time", "parameters": {"city": "Oslo"}}'
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models."""
-
     template: str  # a file of templates/
     end: str  # the token that ends an assistant's turn
     eos: str | None = None  # the tokenizer's end of sequence, where it is another one

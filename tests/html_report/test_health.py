@@ -9,14 +9,7 @@ from nemo_r3.html_report.health import marked_steps, phases, shares, speeds
 
 METRICS = [
     {"step": 1, "loss": 0.1, "token_mult_prob_error": 1.0, "skipped": 0.0, "truncated": 0.0, "time/update": 1.0},
-    {
-        "step": 2,
-        "loss": None,
-        "token_mult_prob_error": None,
-        "truncated": 0.5,
-        "time/update": 3.0,
-        "time/cpu_update": 9,
-    },
+    {"step": 2, "loss": None, "token_mult_prob_error": None, "truncated": 0.5, "time/update": 3, "time/cpu_update": 9},
     {"step": 4, "loss": 0.1, "token_mult_prob_error": 1.2, "skipped": 1.0, "truncated": 0.1, "time/rollout": 4.0},
 ]
 

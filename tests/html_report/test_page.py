@@ -48,7 +48,6 @@ class Page(HTMLParser):
         self.texts.append((self.open[-1][1] if self.open else "", data))
 
     def all(self, kind: str = "") -> str:
-        """The text in all elements with a class."""
         return "\n".join(text for found, text in self.texts if not kind or kind in found.split())
 
 
@@ -152,9 +151,8 @@ def test_hostile_text_is_only_text(tmp_path: Path) -> None:
     for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")]
         assert (attributes.get("href") or "#").startswith("#")
-    assert [it["content"] for _, it in page.tags if "content" in it][
-        0
-    ] == "default-src 'none'; style-src 'unsafe-inline'"
+    policy = next(it["content"] for _, it in page.tags if "content" in it)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
     as_shown = HOSTILE.replace("\u202e", "⟨U+202E⟩").replace("\x00", "⟨U+0000⟩").replace("\x1b", "⟨U+001B⟩")
     as_shown = as_shown.replace("\ud800", "⟨U+D800⟩")
     assert as_shown in page.all("reflection") and page.all("text").count(as_shown) > 4
@@ -179,14 +177,8 @@ def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
     text = " ".join(page.all().split())
     assert "5 of 40 steps trained" in text and "Not measured yet" in text
     assert "not in metrics.jsonl 1 4" in text
-    for missing in (
-        "1 of the 6 lines",
-        "1 of the 13 lines",
-        "summary.json",
-        "bank.json",
-        "actor.lr: expected a number, got 'fast'",
-    ):
-        assert missing in text
+    wrong = "actor.lr: expected a number, got 'fast'"
+    assert all(it in text for it in ("1 of the 6 lines", "1 of the 13 lines", "summary.json", "bank.json", wrong))
     assert page.all("reflection").startswith("plan 2.0.0"), "the first step that has any"
 
     evaluated = tmp_path / "evaluated"

@@ -50,8 +50,7 @@ def test_a_qwen2_has_a_bias_and_keeps_its_theta(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}, {"rope_scaling": None, "rope_theta": 5e5}],
+    "change", [{"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}, {"rope_scaling": None, "rope_theta": 5e5}]
 )
 def test_theta_is_found_where_transformers_has_kept_it(tmp_path: Path, change: dict[str, Any]) -> None:
     assert architecture_of(write(tmp_path, json.dumps(LLAMA | change))).rope.theta == 5e5

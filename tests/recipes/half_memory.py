@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from byte_level import CHAT, trained
+from families import TINY
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -73,20 +74,9 @@ def make(home: Path) -> Path:
     tokenizer = make_tokenizer([f"{json.dumps(p.tools)} {p.text} {answer(p)}" for p in problems])
     lessons = Lessons(problems, tokenizer, Dialogue(tokenizer, loaded.dialogue, task.wording))
     torch.manual_seed(1)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).float()
+    own = {"vocab_size": len(tokenizer), "intermediate_size": 384, "max_position_embeddings": 1024}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Qwen2ForCausalLM(Qwen2Config(**TINY | own | ends, tie_word_embeddings=True)).float()
     fit(model, lambda: lessons.loss(model), STEPS, RATE, "half a memory")
     model.save_pretrained(home / "model")
     tokenizer.save_pretrained(home / "model")
@@ -94,7 +84,6 @@ def make(home: Path) -> Path:
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level, with words of these texts."""
     core = trained(texts, 1024, (END, "<|user|>", "<|assistant|>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=END)
     tokenizer.chat_template = CHAT
@@ -102,7 +91,6 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def answer(problem: Problem) -> str:
-    """The right one."""
     return json.dumps(gold_calls(problem))
 
 

@@ -12,7 +12,6 @@ from nemo_r3.models import EMBEDDED
 
 
 def refused(verb: str, *arguments: str) -> str:
-    """The one line that a refused command prints."""
     done = run(verb, *arguments, succeed=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr[-2000:]

@@ -42,7 +42,6 @@ def broken(how: str, bank: Path, path: Path, *more: str) -> tuple[str, float]:
 
 
 def root_cause(said: str) -> str:
-    """Rank and exit code of the process that torchrun saw fail first."""
     found = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: (-?\d+)", said, re.DOTALL)
     assert found is not None, said[-4000:]
     return f"rank {found[1]}: {found[2]}"

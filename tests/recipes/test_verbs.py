@@ -28,15 +28,8 @@ from recipes.fault_injection import untimed
 
 
 def settings(bank: Path, path: Path, *more: str) -> tuple[str, ...]:
-    return (
-        QUICKSTART,
-        *SMALL,
-        f"failures.path={bank}",
-        f"run.dir={path}",
-        "train.steps=4",
-        "train.save_every=2",
-        *more,
-    )
+    places = (f"failures.path={bank}", f"run.dir={path}")
+    return (QUICKSTART, *SMALL, *places, "train.steps=4", "train.save_every=2", *more)
 
 
 def dialogue() -> Dialogue:
@@ -242,7 +235,6 @@ def test_a_kill_a_damaged_checkpoint_a_lost_bank_and_a_request_to_stop_cost_noth
 
 
 def until(file: Path, process: subprocess.Popen[str]) -> None:
-    """Waits for a file that a run writes."""
     deadline = time.monotonic() + 300
     while not file.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]

@@ -56,8 +56,7 @@ def probe_engine(home: Path) -> dict[str, Any]:
         for i in range(len(greedy.ids))
     ]
     result["greedy"] = follows == list(greedy.ids)
-    result["batched_tokens"] = batched_tokens(probe)
-    result["attention"] = attention(probe)
+    result |= arguments_of(probe)
     result["builds"] = builds()
     result["asleep"] = asleep(probe)
     result["refit"] = probe_refit(probe, text, long)
@@ -85,31 +84,21 @@ def probe_sleep(probe: Probe) -> dict[str, Any]:
     return found | {"awake": [sorted(executor.sleeping_tags), probe.sample([[40, 41, 42]], [0])[0].version]}
 
 
-def batched_tokens(probe: Probe) -> dict[str, list[int | None]]:
-    """By device, the most tokens of a forward pass for dialogues of up to 300 and 20000 tokens."""
+def arguments_of(probe: Probe) -> dict[str, Any]:
+    """By device, what vLLM is asked for: the most tokens of a forward pass for dialogues of up to 300 and 20000 tokens,
+    and the attention in bf16, FP8 and fp32; None leaves the choice to vLLM."""
     from nemo_r3.rollout.engine import arguments
 
-    found: dict[str, list[int | None]] = {"cpu": [], "cuda": []}
-    for longest in (300, 20_000):
-        config = replace(probe.config, rollout=replace(probe.config.rollout, max_model_len=longest))
-        model = Path(config.model.path)
-        for device, numbers in found.items():
-            args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
-            numbers.append(args.max_num_batched_tokens)
-    return found
-
-
-def attention(probe: Probe) -> dict[str, list[str | None]]:
-    """By device, the attention that vLLM is asked for in bf16, FP8 and fp32; None leaves the choice to vLLM."""
-    from nemo_r3.rollout.engine import arguments
-
-    found: dict[str, list[str | None]] = {"cpu": [], "cuda": []}
-    for precision in ("bf16", "fp8-tensorwise", "fp32"):
-        config = replace(probe.config, actor=replace(probe.config.actor, precision=precision))
-        model = Path(config.model.path)
-        for device, names in found.items():
-            args = arguments(config, model, architecture_of(model), on_cuda=device == "cuda", reads=True)
-            names.append(args.attention_backend and args.attention_backend.name)
+    config, model = probe.config, Path(probe.config.model.path)
+    longest = [replace(config.rollout, max_model_len=length) for length in (300, 20_000)]
+    precisions = [replace(config.actor, precision=name) for name in ("bf16", "fp8-tensorwise", "fp32")]
+    found: dict[str, Any] = {"batched_tokens": {}, "attention": {}}
+    for device in ("cpu", "cuda"):
+        asked = partial(arguments, model_dir=model, arch=architecture_of(model), on_cuda=device == "cuda", reads=True)
+        tokens = [asked(replace(config, rollout=rollout)).max_num_batched_tokens for rollout in longest]
+        backends = [asked(replace(config, actor=actor)).attention_backend for actor in precisions]
+        found["batched_tokens"][device] = tokens
+        found["attention"][device] = [backend and backend.name for backend in backends]
     return found
 
 

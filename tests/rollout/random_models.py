@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from byte_level import CHAT, trained
+from families import TINY
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -15,19 +16,8 @@ def make_models(home: Path) -> None:
     tokenizer = trained(["say one two three, what went wrong? try again"] * 5, 300, special)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
     fast.chat_template = CHAT
-    shape = LlamaConfig(
-        vocab_size=307,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-        eos_token_id=0,
-        pad_token_id=3,
-    )
+    sizes = TINY | {"vocab_size": 307, "max_position_embeddings": 512, "eos_token_id": 0, "pad_token_id": 3}
+    shape = LlamaConfig(**sizes, tie_word_embeddings=True, initializer_range=0.15)
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         LlamaForCausalLM(shape).float().save_pretrained(home / name)

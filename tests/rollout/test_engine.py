@@ -14,7 +14,6 @@ TOLERANCE = 1e-4
 
 
 def launch(home: Path, verb: str, *rest: str, ranks: int = 1) -> list[dict[str, Any]]:
-    """What each rank of one launch found."""
     run_script(PROBE, verb, home, *rest, ranks=ranks)
     return [json.loads((home / f"result-{rank}.json").read_text()) for rank in range(ranks)]
 

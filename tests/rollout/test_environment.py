@@ -8,23 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import TINY
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.rollout import environment
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 307,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
+LLAMA = TINY | {"architectures": ["LlamaForCausalLM"]}
 
 
 def refusal(home: Path, **changes: Any) -> str:
@@ -88,7 +78,6 @@ def test_this_vllm_reads_what_is_set_for_it(on_cuda: bool, tmp_path: Path, monke
 
 
 def prepared(given: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool) -> dict[str, str]:
-    """The environment after `prepare`."""
     monkeypatch.setattr(os, "environ", {"HOME": str(home), **given})
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     config = Config()

@@ -35,8 +35,6 @@ ALONE = cast(
 
 
 class Eight:
-    """A task whose only answer is 8."""
-
     name, verifier, wording = "eight", "eight-1", Wording()
 
     def problems(self, split: str) -> list[Problem]:
@@ -52,11 +50,8 @@ class Scripted:
     version, max_model_len = 0, 256
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        self.tokenizer, self.texts = tokenizer, iter(texts)
-        self.waiting: list[str] = []
-        self.limits: list[int] = []
-        self.prompts: list[list[int]] = []
-        self.resets = 0
+        self.tokenizer, self.texts, self.resets = tokenizer, iter(texts), 0
+        self.waiting, self.limits, self.prompts = list[str](), list[int](), list[list[int]]()
         self.progress: list[tuple[Any, ...]] = []
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:

@@ -77,7 +77,6 @@ class Cluster:
     """The daemons and the directory they live in; `start` and `stop` may be called again."""
 
     def __init__(self, home: Path, nodes: int, kill_wait: int = 20) -> None:
-        """Names everything; nothing is started."""
         self.home = home  # of configuration, logs and state
         self.nodes = [f"n{place}" for place in range(1, nodes + 1)]
         self._kill_wait = kill_wait
@@ -102,7 +101,6 @@ class Cluster:
         return kept | own
 
     def start(self) -> None:
-        """Brings the cluster up, and returns when every node is idle."""
         self._write()
         socket_file = self.home / "munge.sock"
         munge = {"socket": socket_file, "key-file": self.home / "munge.key", "pid-file": self.home / "munged.pid"}
@@ -126,12 +124,10 @@ class Cluster:
         self._daemons = {}
 
     def power_on(self, node: str) -> None:
-        """Boots a node."""
         namespaces = ("unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
         self._run(node, *namespaces, "bash", "-c", BOOT, "boot", node, str(self.home))
 
     def power_cut(self, node: str) -> None:
-        """Kills a node with everything that runs on it."""
         self._daemons[node].kill()
         self._daemons[node].wait()
 
@@ -144,7 +140,6 @@ class Cluster:
         self._until(lambda: set(self.states()) == {"idle"}, "all nodes are idle")
 
     def states(self) -> list[str]:
-        """What Slurm says of each node ("idle", "down*", ...)."""
         return self.ask("sinfo", "--noheader", "--Node", "--partition=main", "--format=%t").split()
 
     def submit(self, *command: str) -> str:
@@ -170,17 +165,14 @@ class Cluster:
         return state
 
     def show(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return {name: value for name, _, value in (word.partition("=") for word in words)}
 
     def output(self, job: str) -> str:
-        """What a job printed so far."""
         file = self.home / f"{job}.out"
         return file.read_text(errors="replace") if file.exists() else ""
 
     def on(self, node: str, *command: str) -> None:
-        """Runs a command as root inside a node, in its namespaces."""
         wrapper = self._daemons[node].pid
         inside = Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text().split()[0]
         subprocess.run(["nsenter", f"--target={inside}", "--all", *command], check=True, timeout=60)

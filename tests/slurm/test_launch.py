@@ -80,7 +80,6 @@ def test_what_cannot_run_is_refused_before_anything_is_submitted(
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """An 8B without weights."""
     (tmp_path / "8b").mkdir()
     shutil.copy(ROOT / "tests/shapes/llama-3.1-8b.json", tmp_path / "8b" / "config.json")
     return f"model.path={tmp_path}/8b"

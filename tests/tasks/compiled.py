@@ -9,7 +9,6 @@ MARK = "8675309"
 
 
 def compiled(harmless: bool, answers: list[str]) -> list[str]:
-    """The texts with MARK in them, out of all that were compiled."""
     seen: list[str] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

@@ -31,7 +31,6 @@ CORRUPTED_THEY_ACCEPT = {
 
 
 def cause_of(how: str) -> str:
-    """The group of a kind of corruption."""
     if "sign that counts" in how:
         return "signs in numbers, dates, formulas, paths"
     if "case of a code" in how or how == "a call instead of another":
