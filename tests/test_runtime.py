@@ -179,10 +179,7 @@ def test_between_nodes_gloo_never_announces_a_loopback(
     runtime._name_interface(4)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-
-
-def test_without_a_default_route_no_interface_is_named() -> None:
-    assert runtime.default_interface(ROUTES.partition("wlan0")[0]) is None
+    assert runtime.default_interface(ROUTES.partition("wlan0")[0]) is None, "without a default route"
 
 
 @pytest.mark.parametrize(

@@ -84,22 +84,11 @@ class Lab:
 
     def trainer(self, layout: str, kind: str, **actor: Any) -> Trainer:
         config = Config()
-        config.model.path = str(self.home / kind)
-        config.rollout.temperature = 0.7
-        config.rollout.max_model_len = 128
-        config.train.steps = 8
-        config.train.updates_per_step = 2
-        config.algo.kl_beta = 0.2
-        settings = {
-            "precision": "fp32",
-            "microbatch_tokens": 130,
-            "lr": 1e-3,
-            "lr_min": 1e-4,
-            "lr_warmup_ratio": 0.0,
-            "adam_eps": 1e-5,
-            "weight_decay": 0.1,
-            "clip_grad": 1.0,
-        }
+        config.model.path, config.algo.kl_beta = str(self.home / kind), 0.2
+        config.rollout.temperature, config.rollout.max_model_len = 0.7, 128
+        config.train.steps, config.train.updates_per_step = 8, 2
+        settings = {"precision": "fp32", "microbatch_tokens": 130, "weight_decay": 0.1, "clip_grad": 1.0}
+        settings |= {"lr": 1e-3, "lr_min": 1e-4, "lr_warmup_ratio": 0.0, "adam_eps": 1e-5}
         for name, value in (settings | LAYOUTS[layout] | actor).items():
             setattr(config.actor, name, value)
         return Trainer(Policy(config, self.world))
@@ -170,11 +159,8 @@ class Lab:
         """The third update, a NaN, a batch to refuse, a fourth update, and one of a single row."""
         metrics = [*metrics, trainer.update(batch_of())]
         third = self.weights(trainer.policy)
-        found = {
-            "same_everywhere": self.same_everywhere(third),
-            "nan": self.nan(trainer),
-            "refused": self.refuse(trainer),
-        }
+        found: dict[str, Any] = {"same_everywhere": self.same_everywhere(third)}
+        found |= {"nan": self.nan(trainer), "refused": self.refuse(trainer)}
         metrics.append(trainer.update(batch_of()))
         metrics.append(trainer.update(batch_of([3])))
         self.keep(f"{name}-3", third)

@@ -42,13 +42,9 @@ def with_algo(**settings: Any) -> Config:
 
 def cut(group: Group, *samples: int) -> Group:
     """The group with these reflections cut at their token limit."""
-    reflections = [
-        replace(reflection, answer=replace(reflection.answer, finish_reason="length"))
-        if reflection.sample in samples
-        else reflection
-        for reflection in group.reflections
-    ]
-    return replace(group, reflections=tuple(reflections))
+    cuts = (replace(it, answer=replace(it.answer, finish_reason="length")) for it in group.reflections)
+    both = zip(group.reflections, cuts, strict=True)
+    return replace(group, reflections=tuple(short if it.sample in samples else it for it, short in both))
 
 
 def trained_ids(batch: UpdateBatch, row: int) -> list[int]:
@@ -111,11 +107,8 @@ def test_advantages_and_weights_are_those_of_the_loss(loss: str, advantages: lis
     assert [row.loss_weights[-1] for row in rows[:2]] == pytest.approx(weights, rel=1e-12)
 
 
-def test_every_choice_of_an_advantage_is_one() -> None:
-    assert AlgoConfig.__dataclass_fields__["advantage"].metadata["choices"] == tuple(Advantage)
-
-
 def test_the_advantage_can_be_chosen() -> None:
+    assert AlgoConfig.__dataclass_fields__["advantage"].metadata["choices"] == tuple(Advantage)
     group = group_of([1, 0, 0, 0])
     assert build_update([group], with_algo(advantage="centred"), 0).advantages[0][0] == 0.75
     assert build_update([group], with_algo(loss="dr_grpo", advantage="std"), 0).advantages[0][0] == 0.75 / SPREAD
@@ -159,8 +152,11 @@ def test_masking_every_reflection_leaves_no_rows() -> None:
     assert (len(batch.rows), batch.groups_used, batch.groups_dropped) == (1, 1, 1)
 
 
-def test_rows_know_their_group_and_what_it_shares() -> None:
-    batch = build_update([group_of([0, 1]), group_of([1, 1]), group_of([1, 0, 0])], with_algo(), 0)
+def test_groups_whose_retries_agree_leave_the_update_and_rows_know_their_group_and_what_it_shares() -> None:
+    batch = build_update([group_of([0, 1]), group_of([1, 1]), group_of([1, 0, 0]), group_of([0, 0])], with_algo(), 0)
+    assert (batch.groups_used, batch.groups_dropped) == (2, 2)
+    assert batch.advantages[1] == batch.advantages[3] == (0.0, 0.0)
+    assert batch.advantages[0][0] < 0 < batch.advantages[0][1]
     assert [row.group for row in batch.rows] == [0, 0, 2, 2, 2]
     assert [row.shared for row in batch.rows] == [7] * 5  # task 3, attempt 2, request 2
 
@@ -199,13 +195,6 @@ def test_a_group_that_shares_nothing_is_a_bug() -> None:
         build_update([replace(group, reflections=(first, other))], with_algo(), 0)
 
 
-def test_groups_whose_retries_agree_leave_the_update_and_are_counted() -> None:
-    batch = build_update([group_of([1, 1]), group_of([0, 1]), group_of([0, 0])], with_algo(), 0)
-    assert (batch.groups_used, batch.groups_dropped, len(batch.rows)) == (1, 2, 2)
-    assert batch.advantages[0] == batch.advantages[2] == (0.0, 0.0)
-    assert batch.advantages[1][0] < 0 < batch.advantages[1][1]
-
-
 def test_equal_groups_can_be_kept_without_an_advantage() -> None:
     groups = [group_of([1, 1], [3, 4]), group_of([0, 1], [5, 2])]
     batch = build_update(groups, with_algo(keep_equal_groups=True), 0)
@@ -214,9 +203,8 @@ def test_equal_groups_can_be_kept_without_an_advantage() -> None:
     assert [row.advantages[-1] for row in batch.rows[:2]] == [0.0, 0.0]
     alone = build_update(groups, with_algo(), 0)
     assert batch.advantages == alone.advantages
-    assert [row.loss_weights[-1] for row in batch.rows[2:]] == pytest.approx(
-        [row.loss_weights[-1] / 2 for row in alone.rows]
-    )
+    halves = [row.loss_weights[-1] / 2 for row in alone.rows]
+    assert [row.loss_weights[-1] for row in batch.rows[2:]] == pytest.approx(halves)
 
 
 def test_the_shuffled_control_deals_the_same_rewards_by_the_seed_alone() -> None:

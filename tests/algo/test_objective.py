@@ -125,12 +125,8 @@ def test_every_metric_by_hand() -> None:
     """Two sequences of GRPO, the second one's second token rejected."""
     ours = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     theirs, reference, entropy = torch.tensor([-1.0, -2.1, -9.0]), torch.tensor([-1.5, -2.0, 0.0]), torch.ones(3)
-    sequences, advantages, weights = (
-        torch.tensor([0, 1, 1]),
-        torch.tensor([1.0, -1, -1]),
-        torch.tensor([0.5, 0.25, 0.25]),
-    )
-    targets = Targets(torch.arange(3), torch.arange(3), sequences, advantages, weights, theirs)
+    shares = torch.tensor([1.0, -1, -1]), torch.tensor([0.5, 0.25, 0.25])  # advantages and weights
+    targets = Targets(torch.arange(3), torch.arange(3), torch.tensor([0, 1, 1]), *shares, theirs)
     loss, sums = Objective(AlgoConfig(mismatch_correction="icepop", kl_beta=0.5))(ours, targets, reference, entropy)
     drift = 0.5 * (math.exp(-0.5) - 1 + 0.5)
     expected = {
@@ -164,9 +160,8 @@ def test_a_later_update_clips_against_the_old_policy_and_corrects_by_it() -> Non
     )
     loss, sums = Objective(AlgoConfig(mismatch_correction="tis", kl_beta=0))(ours, targets, None, zeros, old)
     found = dict(zip(METRICS, sums.tolist(), strict=True))
-    assert (found["clipped"], found["importance_ratio"]) == (1, pytest.approx(4 * 1.5)), (
-        "actor against vLLM, both before the step"
-    )
+    # the ratio is the actor's against vLLM's, both before the step
+    assert (found["clipped"], found["importance_ratio"]) == (1, pytest.approx(4 * 1.5))
     assert loss.item() == pytest.approx(0.25 * 1.5 * (-math.exp(0.1) - 1.2 + math.exp(0.5)))
     loss.backward()
     slopes = [-0.25 * 1.5 * math.exp(0.1), 0.0, 0.25 * 1.5 * math.exp(0.5), 0.0]

@@ -14,7 +14,7 @@ from refusals import refusal
 
 from nemo_r3.config import Config
 from nemo_r3.config.checks import check
-from nemo_r3.models import Architecture, architecture_of, check_layout, model_path
+from nemo_r3.models import Architecture, architecture_of, check_layout
 from nemo_r3.models.names import count_parameters
 from nemo_r3.models.rope import Llama3, LongRope, Rope
 
@@ -107,14 +107,6 @@ def test_a_model_with_few_positions_says_all_that_has_to_change() -> None:
         setattr(config.rollout, name, int(value))
     check(config)
     check_layout(config, ARCH)
-
-
-def test_embedded_and_home_paths() -> None:
-    config = Config()
-    config.model.path = "embedded"
-    assert model_path(config).name == "countdown_tiny"
-    config.model.path = "~/models/x"
-    assert model_path(config) == Path.home() / "models" / "x"
 
 
 ARCH = Architecture("llama", 6, 96, 90, 12, 4, 8, 131, 512, 1e-6, Rope(1e4, 8), tied=True)

@@ -44,6 +44,7 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert located("embedded") == EMBEDDED
     assert located("/nowhere/at/all") == Path("/nowhere/at/all")
+    assert located("~/models/x") == Path.home() / "models" / "x"
     assert located("org/model") == Path("org/model")
 
 
@@ -88,10 +89,9 @@ def test_of_a_model_on_the_hub_config_json_alone_is_downloaded_and_not_cached(
 
 
 def test_a_hub_name_that_is_not_to_be_had_says_what_to_do(hub: Path) -> None:
+    said = "model.path: 'org/gone' is no directory.*hf download org/gone.*config.json will do"
     for find in (located, planned):
-        with pytest.raises(
-            ConfigError, match="model.path: 'org/gone' is no directory.*hf download org/gone.*config.json will do"
-        ):
+        with pytest.raises(ConfigError, match=said):
             find("org/gone")
 
 

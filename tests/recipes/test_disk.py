@@ -42,15 +42,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def settings(bank: Path, disk: Path) -> tuple[str, ...]:
-    return (
-        QUICKSTART,
-        *SMALL,
-        f"failures.path={bank}",
-        f"run.dir={disk.parent}",
-        "train.steps=4",
-        "train.save_every=1",
-        "train.keep_checkpoints=1",
-    )
+    places = (f"failures.path={bank}", f"run.dir={disk.parent}")
+    return (QUICKSTART, *SMALL, *places, "train.steps=4", "train.save_every=1", "train.keep_checkpoints=1")
 
 
 def cause(errors: str, disk: Path) -> str:
