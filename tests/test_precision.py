@@ -24,12 +24,8 @@ FP8 = BF16 | {
     "fp8_amax_history_len": 1024,
     "fp8_amax_compute_algo": "max",
     "fp8_wgrad": True,
-    "fp8_dot_product_attention": False,
-    "fp8_multi_head_attention": False,
-    "tp_only_amax_red": False,
-    "num_layers_at_start_in_bf16": 1,
-    "num_layers_at_end_in_bf16": 1,
-    "first_last_layers_bf16": True,
+    **dict.fromkeys(("fp8_dot_product_attention", "fp8_multi_head_attention", "tp_only_amax_red"), False),
+    **{"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1, "first_last_layers_bf16": True},
 }
 NO_EDGES = {"first_last_layers_bf16": False, "num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 0}
 TRANSFORMER: dict[str, dict[str, Any]] = {

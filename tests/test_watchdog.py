@@ -30,9 +30,8 @@ def test_without_a_sign_of_life_the_stacks_are_shown_and_the_process_ends() -> N
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGALRM
     assert "in forgotten" in done.stderr and "Timeout" in done.stderr
-    assert done.stderr.startswith(
-        "error: no sign of life for 2 s: without one this process ends soon (run.timeout_minutes=0.0333333)"
-    )
+    said = "error: no sign of life for 2 s: without one this process ends soon (run.timeout_minutes=0.0333333)"
+    assert done.stderr.startswith(said)
     assert time.monotonic() - begun > 5  # three signs of life, a second apart, then 2.2 seconds
 
 

@@ -50,9 +50,8 @@ def test_mining_says_how_many_answers_were_cut(capsys: pytest.CaptureFixture[str
 
 def test_mining_without_a_right_answer_shows_one_and_doubts_it() -> None:
     answer = Answer(Segment(Phase.ATTEMPT, (7,)), "7 8", "stop")
-    _, tally, doubt, _ = said_of_mining(
-        Tally(5, 0), Attempt(Problem("p", "What is 1 + 1?", {}), 0, Trajectory(), answer, False)
-    )
+    example = Attempt(Problem("p", "What is 1 + 1?", {}), 0, Trajectory(), answer, False)
+    _, tally, doubt, _ = said_of_mining(Tally(5, 0), example)
     assert tally.startswith("0 of 5 problems solved at first try")
     assert doubt.splitlines() == [
         "one of them:",
