@@ -39,6 +39,7 @@ TRACEBACK = "step 1\nTraceback (most recent call last):\n  File x\n    raise\nto
         # all of n2 was lost, and srun ended n1: no host's fault
         ({0: "143 n1 101.5", 1: "138 n1 101.6"}, 143, End(143, "rank 0 on n1 was killed by signal 15 (SIGTERM)")),
         ({0: "75 n1 100.0", 1: "137 n1 103.0"}, 137, End(STOPPED, "stopped on request")),  # srun killed late ranks
+        ({0: "139 n1 9.0", 1: "75 n1 9.5"}, 75, End(139, "rank 0 on n1 was killed by signal 11 (SIGSEGV)", ("n1",))),
         ({}, STOPPED, End(STOPPED, "stopped on request before the ranks began")),
         ({}, 2, End(1, "srun ended with code 2 and no rank said why; see the lines above")),  # no rank's own code
     ],
