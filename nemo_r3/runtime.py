@@ -190,6 +190,14 @@ def _check_meeting(rank: int, size: int) -> None:
         )
     if "MASTER_PORT" in os.environ:
         _number_in("MASTER_PORT")
+    host = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:  # torch would try for run.timeout_minutes, and no signal would end it
+        raise ConfigError(
+            f"the environment's MASTER_ADDR={in_one_line(repr(host))} is no host that {socket.gethostname()} knows "
+            f"({error.strerror})"
+        ) from error
 
 
 def _read_srun() -> None:

@@ -36,7 +36,7 @@ def test_ranks_that_do_not_fit_the_layout_are_refused_before_any_group_is_made(m
     [
         ({"WORLD_SIZE": "1"}, "its own", "4711"),
         ({"WORLD_SIZE": "1", "MASTER_PORT": "29500"}, None, "29500"),
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, None, "29500"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, None, "29500"),
     ],
 )
 def test_only_a_lone_rank_that_was_given_no_port_finds_one(
@@ -138,6 +138,7 @@ def test_ranks_are_those_of_whoever_started_them(
         ({"RANK": "x"}, "RANK='x' is not a whole number from 0"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK='' is not a whole number"),
         ({"MASTER_PORT": "x"}, "MASTER_PORT='x' is not a whole number"),
+        (SRUN | MEETING | {"MASTER_ADDR": "n1.invalid"}, "MASTER_ADDR='n1.invalid' is no host that"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
     ],
 )
