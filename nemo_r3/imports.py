@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Inside, libraries are imported; neither then nor later does Python look for garbage among what exists by the end.
+    """Inside, libraries are imported; neither then nor later does Python look for garbage among what exists by the end,
+    on a GPU until vLLM has captured its graphs.
 
     vLLM has it look several times, when an engine starts and when the process ends, through a million objects.
     """
