@@ -21,7 +21,7 @@ class Stage:
 
     recipe: str  # of STAGES
     point: str
-    """Its settings of the sweep, such as "actor.lr=1e-6,seed=2"; empty without one, or if all points share the stage."""
+    """Its settings of the sweep, such as "actor.lr=1e-6,seed=2"; empty if none, or if all points share the stage."""
     argv: tuple[str, ...]  # CONFIG.yaml key=value ...
     folder: Path  # the chain's directory, where the stage leaves its exit code
 
