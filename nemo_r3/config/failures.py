@@ -21,5 +21,5 @@ class FailuresConfig:
         1.0, above=0.0, high=1.0, help="leave out problems solved more often than this; 1: off"
     )
     allow_foreign: bool = option(
-        False, help="accept a bank mined with another model (of the same tokenizer), task or verifier", resume=True
+        False, help="accept a complete bank that was mined otherwise, with the same tokenizer", resume=True
     )
