@@ -8,8 +8,9 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from paper_models import shape
+from paper_models import NAMES, shape
 
+from nemo_r3.actor import spec
 from nemo_r3.actor.model import transformer_config
 from nemo_r3.actor.spec import resolve_layer_spec
 from nemo_r3.config import ActorConfig, Config
@@ -40,9 +41,10 @@ MAIN = {"main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dt
 RECIPES = {"fp8-tensorwise": "tensorwise", "fp8-blockwise": "blockwise", "fp8-delayed": "delayed", "mxfp8": "mxfp8"}
 
 
+@pytest.mark.parametrize("model", NAMES)
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_transformer_config(name: str) -> None:
-    found = transformer_config(ActorConfig(), shape("qwen2.5-1.5b"), PRECISIONS[name], on_cuda=True)
+def test_transformer_config(name: str, model: str) -> None:
+    found = transformer_config(ActorConfig(), shape(model), PRECISIONS[name], on_cuda=True)
     assert {key: getattr(found, key) for key in TRANSFORMER[name]} == TRANSFORMER[name]
     assert not getattr(found, "fp8_output_proj", False), "the head stays in BF16"
     fusions = ("apply_rope_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion")
@@ -97,8 +99,14 @@ def test_rows_are_padded(name: str, layout: tuple[int, bool], multiple: int) -> 
     assert PRECISIONS[name].row_multiple(actor) == multiple
 
 
-def test_layer_spec() -> None:
+def test_layer_spec(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_layer_spec("auto", PRECISIONS["bf16"], on_cuda=False) == "local"
+    monkeypatch.setattr(spec, "HAVE_TE", True)
+    assert resolve_layer_spec("auto", PRECISIONS["bf16"], on_cuda=True) == "te"
+    assert resolve_layer_spec("local", PRECISIONS["bf16"], on_cuda=True) == "local"
+    monkeypatch.setattr(spec, "HAVE_TE", False)
+    with pytest.raises(ConfigError, match="cannot be imported.*or ask for the slower actor.layer_spec=local"):
+        resolve_layer_spec("auto", PRECISIONS["bf16"], on_cuda=True)
     assert resolve_layer_spec("auto", PRECISIONS["fp32"], on_cuda=True) == "local"
     for asked in ("auto", "local"):
         with pytest.raises(ConfigError, match="fp8-blockwise needs Transformer Engine's layers"):

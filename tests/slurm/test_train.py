@@ -32,7 +32,9 @@ def by_torchrun(bank: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
     """The metrics of the run that torchrun starts on this machine alone."""
     path = tmp_path_factory.mktemp("torchrun") / "run"
     run("train", *settings(bank, path), ranks=4)
-    return untimed(path / "metrics.jsonl")
+    steps = untimed(path / "metrics.jsonl")
+    assert all(abs(step["token_mult_prob_error"] - 1) < 1e-4 for step in steps), "vLLM and the actor differ"
+    return steps
 
 
 @pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from refusals import refusal
 
@@ -280,6 +280,39 @@ def test_a_chosen_format_is_the_only_one_that_is_accepted(form: str) -> None:
 def test_any_gold_is_accepted_however_it_is_written(calls, random, form: str, ascii_only: bool) -> None:
     shuffled = random.sample(calls, len(calls))
     assert TASK.verify(gold_problem(calls), rendered(shuffled, form, ascii_only))
+
+
+@settings(max_examples=150)
+@given(GOLDS, st.sampled_from(FORMS), st.data())
+def test_no_other_calls_are_accepted(calls, form: str, data) -> None:
+    """A changed name, a value however deep, an argument or a call too many or too few."""
+    changed = json.loads(json.dumps(calls))
+    call = data.draw(st.sampled_from(changed))
+    how = data.draw(st.sampled_from(["name", "value", "argument", "dropped", "doubled", "other"]))
+    if how == "name":
+        call["name"] += data.draw(st.sampled_from(["_", " ", "x"]))
+    elif how == "value":
+        call["arguments"] = changed_value(call["arguments"], data)
+    elif how == "argument":
+        call["arguments"][data.draw(NAMES)] = data.draw(VALUES)
+    elif how == "other":
+        call |= data.draw(CALLS)
+    else:
+        changed.remove(call) if how == "dropped" else changed.append(call)
+    assume(canonical(changed) != canonical(calls))
+    assert not TASK.verify(gold_problem(calls), rendered(changed, form, ascii_only=True))
+
+
+def changed_value(value, data):
+    """The same with one part deep within replaced or left out."""
+    if not value or not isinstance(value, (list, dict)):
+        return data.draw(VALUES)
+    key = data.draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
+    if data.draw(st.booleans()):
+        value.pop(key)
+    else:
+        value[key] = changed_value(value[key], data)
+    return value
 
 
 @settings(max_examples=300)
