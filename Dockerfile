@@ -1,6 +1,6 @@
 # nemo_r3 for NVIDIA GPUs: what docs/install-gpu.md does by hand, on Ubuntu 24.04 with its Python 3.12.
 #   docker build --tag nemo_r3 .
-# At run time nothing is downloaded, and FlashInfer, which compiles and fetches kernels then, stays off for want of nvcc.
+# At run time nothing is downloaded or compiled with nvcc: the engine turns off the kernels that would be (docs/architecture.md).
 
 FROM docker.io/nvidia/cuda:13.0.2-devel-ubuntu24.04 AS build
 RUN apt-get update \

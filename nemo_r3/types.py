@@ -131,7 +131,7 @@ class Reflection:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G reflections drawn for one failure (arXiv 2505.24726 section 3; GRPO's group)."""
+    """The G reflections drawn for one failure (arXiv 2505.24726; GRPO's group)."""
 
     failure: Attempt
     reflections: tuple[Reflection, ...]

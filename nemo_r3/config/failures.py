@@ -7,7 +7,7 @@ from nemo_r3.config.option import option
 
 @dataclass
 class FailuresConfig:
-    """The failure bank (paper section 4.2): first answers that the verifier rejected."""
+    """The failure bank: first answers that the verifier rejected."""
 
     source: str = option(
         "bank",

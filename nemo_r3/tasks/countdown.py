@@ -1,4 +1,4 @@
-"""Countdown: make a target from given numbers, each used exactly once (arXiv 2505.24726 section 4.1; TinyZero).
+"""Countdown: make a target from given numbers, each used exactly once (arXiv 2505.24726; TinyZero).
 
     Problem("countdown-3-5-7-22", "Using the numbers [5, 3, 7], create an equation that equals 22. ...",
             {"numbers": [5, 3, 7], "target": 22})

@@ -1,4 +1,4 @@
-"""Function calling: answer a query with the right calls of the functions on offer (arXiv 2505.24726 section 4.1).
+"""Function calling: answer a query with the right calls of the functions on offer (arXiv 2505.24726).
 
     Problem("xlam-3f9a..", "Where can I find live giveaways?", {"calls": [{"name": .., "arguments": {..}}, ..]},
             tools=({"type": "function", "function": {..}}, ..))
