@@ -11,7 +11,7 @@ from nemo_r3.types import Problem
 
 @dataclass(frozen=True)
 class Wording:
-    """A task's own words for its turns, by default the paper's for Countdown as far as we know; `dialogue.*` settings replace them."""
+    """A task's words for its turns, by default the paper's for Countdown, if known; `dialogue.*` replaces them."""
 
     task: str = "{problem}"  # the first turn, with the task's {placeholders}
     reflect: str = (
