@@ -5,12 +5,13 @@ Imports megatron-core, so it is imported after `join`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside, step_of
+from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside, step_of, step_path
 from nemo_r3.actor.saver import Saver
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
@@ -67,12 +68,14 @@ def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, 
 
     The engine sleeps meanwhile, if it can, and is behind the policy afterwards.
 
+    A run without a checkpoint of its own begins with `train.start_from`'s weights and moments, if that is set.
+
     Returns:
         The loop's counters and the checkpoint that they are from; new ones and None without a checkpoint.
 
     Raises:
-        UserError: all checkpoints are damaged, the newest is of another model, or `train.steps` goes beyond the
-            learning rate's end.
+        UserError: all checkpoints, or the one to start from, are damaged or of another model, or `train.steps` goes
+            beyond the learning rate's end.
     """
     counters, home = Counters(), None
     if newest_first := setup.world.broadcast(complete(setup.run.checkpoints)):
@@ -85,6 +88,11 @@ def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, 
             f"resuming after step {counters.step} from {home}; the learning rate reaches {end:g} after {horizon} steps"
         )
         _restore_turns(setup, rollout, home, counters.step + 1)
+    elif start := setup.config.train.start_from:
+        rollout.engine.sleep()
+        with _start_named():
+            updates = checkpoint.load(trainer, Path(start), with_schedule=False)["version"]
+        setup.progress.say(f"starting from {start}, after {updates} updates; steps and learning rate begin anew")
     setup.run.cut_back(counters.step)
     return counters, home
 
@@ -108,10 +116,26 @@ def _load_newest(setup: Setup, trainer: Trainer, newest_first: Sequence[Path]) -
         ) from error
 
 
+@contextmanager
+def _start_named() -> Iterator[None]:
+    """Says of a damaged checkpoint which setting names it: there is none before it to fall back to."""
+    try:
+        yield
+    except DamagedError as error:
+        raise UserError(f"train.start_from: {str(error).removesuffix(f'; {WAY_OUT}')}") from error
+
+
 def check_new_run(setup: Setup, trainer: Trainer) -> None:
-    """Checks a run without checkpoints before mining, as `resume` checks others: no step's learning rate may be 0."""
+    """Checks a run without checkpoints before mining, as `resume` checks others.
+
+    Raises:
+        UserError: a step's learning rate would be 0; `train.start_from` is of another model, or seen to be damaged.
+    """
     if newest(setup) is None:
         refuse_useless_steps(setup, trainer, 0)
+        if start := setup.config.train.start_from:
+            with _start_named():
+                checkpoint.fitting_manifest(trainer.policy, Path(start))
 
 
 def refuse_useless_steps(setup: Setup, trainer: Trainer, done: int) -> None:
@@ -122,7 +146,7 @@ def refuse_useless_steps(setup: Setup, trainer: Trainer, done: int) -> None:
     useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
     instead = f"set train.steps={useful}, or " if useful > done else ""
     instead += (
-        f"export this run and start a new one with model.path={setup.run.path / 'export'}"
+        f"name a new run.dir and train.start_from={step_path(setup.run.checkpoints, done)}"
         if done
         else "raise actor.lr_decay_steps"
     )

@@ -45,6 +45,10 @@ def reason_to_stop(
     `groups` are the last step's.
     """
     checkpoint = f"last checkpoint: {last_checkpoint or 'none yet'}"
+    if last_checkpoint:
+        checkpoint += (
+            f"; to go on from it with other settings, name a new run.dir and train.start_from={last_checkpoint}"
+        )
     if counters.empty_steps >= config.max_empty_steps:
         return (
             f"{counters.empty_steps} steps in a row had no group whose rewards differ "
@@ -55,7 +59,7 @@ def reason_to_stop(
         return (
             f"all updates of {counters.skipped_steps} steps in a row were skipped "
             f"(train.max_skipped_steps={config.max_skipped_steps}): "
-            "their gradient was NaN or Inf (lower actor.lr, or resume an earlier checkpoint), or "
+            "their gradient was NaN or Inf (lower actor.lr), or "
             "algo.mismatch_correction rejected every token (token_mult_prob_error tells how far vLLM is off); "
             f"{checkpoint}"
         )

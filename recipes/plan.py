@@ -1,6 +1,7 @@
 """Says what a training run would take of its machines, before there are any: memory, disk, work, and whether it fits.
 
-Reads the config and the model's config.json: no weights, no GPU. Exits with code 2 if the run does not fit.
+Reads the config and the model's config.json: no weights, no GPU. Exits with code 2 if the run does not fit, or
+`train.start_from` is not there.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import math
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nemo_r3 import config as configuration
 from nemo_r3 import entry
+from nemo_r3.actor.manifest import check_start
 from nemo_r3.algo.balance import Balance
 from nemo_r3.capacity import OWN_BYTES, Node, checkpoint_bytes, export_bytes, host_bytes
 from nemo_r3.config.schema import show
@@ -36,7 +39,8 @@ def plan(argv: Sequence[str]) -> None:
     made = plan_of(config, arch, *this_machine())
     print(f"{describe(made)}\n{describe_step(made)}\n", flush=True)
     made.check()
-    print(made.verdict)
+    print(made.verdict, flush=True)
+    check_start(config.train.start_from, Path(config.run.dir, "checkpoints"))
 
 
 def this_machine() -> tuple[Node, str]:

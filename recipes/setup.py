@@ -13,6 +13,7 @@ import torch
 
 from nemo_r3 import capacity, fp8_support, runtime, tasks, trackers, watchdog
 from nemo_r3 import config as configuration
+from nemo_r3.actor.manifest import check_start
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue, read_tokenizer, stop_token_ids
 from nemo_r3.errors import UserError
@@ -56,8 +57,8 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     needs no FP8.
 
     Raises:
-        ConfigError: a setting is wrong; ranks, model and layout do not fit each other, or a training run does not fit
-            its machines.
+        ConfigError: a setting is wrong; ranks, model and layout do not fit each other; a training run does not fit its
+            machines, or has nothing at `train.start_from`.
         UserError: the run directory holds something else or cannot be written; there is no tokenizer, or its chat
             template cannot be used; the task's problems differ between ranks; a training run's trackers cannot be used.
     """
@@ -80,6 +81,7 @@ def join(argv: Sequence[str], trains: bool = True) -> Setup:
     dialogue = Dialogue(read_tokenizer(model), config.dialogue, task.wording, stop_token_ids(model))
     setup = Setup(config, task, arch, model, world, run, dialogue, progress)
     if trains:
+        world.on_main(lambda: check_start(config.train.start_from, run.checkpoints))
         capacity.check(config, arch, world, run.checkpoints)
         setup.check_trackers()
     return setup

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from nemo_r3.actor.manifest import check_start
 from nemo_r3.capacity import disk_problem
 from nemo_r3.config import Config, check_world, load
 from nemo_r3.config.cluster import ClusterConfig
@@ -84,14 +85,17 @@ def _checked(recipe: str, argv: Sequence[str]) -> Config:
 def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
     """Whether the trainings of a chain fit their GPUs and nodes, a line each; nothing of those that name no GPUs.
 
-    With `disk`, `run.dir` is on this machine what it will be in the jobs.
+    With `disk`, `run.dir` and `train.start_from` are on this machine what they will be in the jobs.
 
     Raises:
-        ConfigError: one does not fit; which settings would.
+        ConfigError: one does not fit, and which settings would; or it has no checkpoint to start from.
     """
     lines: list[str] = []
     for stage in (stage for array in arrays if array.recipe == "train" for stage in array.stages):
         config = load(stage.argv)
+        checkpoints = Path(config.run.dir, "checkpoints")
+        if disk:
+            check_start(config.train.start_from, checkpoints)
         if not config.cluster.gpus_per_node:
             continue
         try:
@@ -103,7 +107,7 @@ def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
             continue
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
-        if disk and (problem := disk_problem(config, arch, Path(config.run.dir, "checkpoints"))):
+        if disk and (problem := disk_problem(config, arch, checkpoints)):
             raise ConfigError(f"stage {stage.name}: {problem}")
         lines.append(f"train {plan.verdict}")
     return lines

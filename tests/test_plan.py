@@ -21,6 +21,7 @@ from nemo_r3.models import EMBEDDED, architecture_of
 from nemo_r3.plan import ASSUMED, HEAD_LOGITS, Plan, activation_bytes, plan_of
 from nemo_r3.units import GIB
 from recipes.plan import describe, describe_step, longest_rows
+from recipes.plan import plan as recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -246,6 +247,11 @@ def test_activations_of_a_pipeline_of_shards_and_with_recompute_by_hand() -> Non
     assert found(recompute="none", pipeline_parallel=2) == 2 * tokens * (2 * 4 * kept + working), "two under way"
     assert found(pipeline_parallel=1, tensor_parallel=2, sequence_parallel=True) == one / 2
     assert found(sequence_parallel=False) == one / 2 + 2 * tokens * (8 * 4 + 2) * wide / 2
+
+
+def test_a_plan_looks_for_the_checkpoint_that_a_run_starts_from(tmp_path: Path) -> None:
+    settings = [str(CONFIGS / "quickstart.yaml"), f"run.dir={tmp_path}", f"train.start_from={tmp_path}/gone"]
+    assert refusal(lambda: recipe(settings)).startswith(f"train.start_from: {tmp_path}/gone is no complete checkpoint")
 
 
 def test_activations_that_do_not_fit_are_said_but_not_refused() -> None:

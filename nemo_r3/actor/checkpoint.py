@@ -44,6 +44,7 @@ from nemo_r3.actor.trainer import Trainer
 from nemo_r3.actor.unpickling import without_code
 from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.files import UNREADABLE, sum_of
+from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World, is_collective
 
 NORM_STATE = "decoder.final_layernorm._extra_state"
@@ -105,6 +106,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
         "step": step,
         "version": policy.version,
         "architecture": _described(policy),
+        "dtype": precision_of(policy.config).dtype_name,
         "rope": _regime(policy),
         "model": policy.fingerprint,
         "state": dict(state),
@@ -226,8 +228,10 @@ def check(checkpoint: Path, world: World) -> None:
 
 
 @cuda_stand_in()
-def load(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+def load(trainer: Trainer, checkpoint: Path, with_schedule: bool = True) -> dict[str, Any]:
     """Restores a checkpoint of any layout; one that is seen to be damaged leaves everything as it was.
+
+    Without its schedule, the learning rate goes its own way from there.
 
     Returns:
         The manifest: `step`, `version`, `architecture`, and the loop's `state`.
@@ -236,19 +240,20 @@ def load(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
         DamagedError: the checkpoint is incomplete or damaged, on every rank alike.
         UserError: it is of another model, or of the other rotary factors.
     """
-    manifest = _fitting_manifest(trainer.policy, checkpoint)
+    manifest = fitting_manifest(trainer.policy, checkpoint)
     _check_files(checkpoint, manifest["files"], trainer.policy.world)
     with trainer.at_work():
         state = _read(trainer.policy, checkpoint, _contents(trainer), manifest["version"])
         set_step(trainer.optimizer, manifest["version"])
-    restore_schedule(trainer.schedule, state["schedule"])
+    if with_schedule:
+        restore_schedule(trainer.schedule, state["schedule"])
     return manifest
 
 
 @cuda_stand_in()
 def load_weights(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     """Restores the weights alone, and checks only their files; otherwise as `load`."""
-    manifest = _fitting_manifest(policy, checkpoint)
+    manifest = fitting_manifest(policy, checkpoint)
     files = {name: file for name, file in manifest["files"].items() if not name.startswith(OPTIMIZER)}
     _check_files(checkpoint, files, policy.world)
     _read(policy, checkpoint, {"model": _sharded_weights(policy)}, manifest["version"])
@@ -271,7 +276,7 @@ def _manifest(checkpoint: Path, world: World) -> dict[str, Any]:
     return world.on_main(read)  # the other ranks may see the files later
 
 
-def _fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
+def fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint that is of this model; otherwise as `_manifest`.
 
     Raises:
@@ -287,6 +292,12 @@ def _fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint} began with other weights (fingerprint {manifest['model']}) than model.path="
             f"{policy.config.model.path} ({policy.fingerprint}); set model.path to the model that the run began with"
+        )
+    ours = precision_of(policy.config).dtype_name
+    if (theirs := manifest.get("dtype", ours)) != ours:
+        raise UserError(
+            f"{checkpoint} has weights in {theirs}, and actor.precision={policy.config.actor.precision} keeps them in "
+            f"{ours}; set one that keeps {theirs}"
         )
     if manifest["rope"] != _regime(policy):
         raise UserError(

@@ -1,8 +1,9 @@
 """Checkpoints as directories: finding, checking, publishing and removing them, without loading any.
 
     checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer, schedule
-                manifest.json  written last: format, step, weights version, model shape, which of longrope's factors,
-                               the other files' sizes and SHA-256, the loop's own counters, and a SHA-256 of all that
+                manifest.json  written last: format, step, weights version and dtype, model shape, which of longrope's
+                               factors, the other files' sizes and SHA-256, the loop's own counters, and a SHA-256 of
+                               all that
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm's batch script lacks.
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_r3.errors import UserError
+from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import UNREADABLE, sealed, sum_of, unsealed, write_whole
 
 WRITING = ".writing"
@@ -53,6 +54,22 @@ def complete(directory: Path) -> list[Path]:
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint in a run's `checkpoints`, or None."""
     return next(iter(complete(directory)), None)
+
+
+def check_start(start: str, directory: Path) -> None:
+    """Refuses a `train.start_from` that is no complete checkpoint, unless the run has its own in its `directory`.
+
+    Raises:
+        ConfigError: and the complete ones nearby.
+    """
+    path = Path(start)
+    if not start or latest(directory) or (path / MANIFEST).is_file():
+        return
+    near = [found for place in (path / "checkpoints", path, path.parent) for found in complete(place)]
+    raise ConfigError(
+        f"train.start_from: {start} is no complete checkpoint: it has no {MANIFEST}"
+        + (f"; complete: {', '.join(map(str, near))}" if near else "")
+    )
 
 
 def latest_step(directory: Path) -> int:

@@ -60,6 +60,7 @@ def _fill(config: Config, path: Path) -> None:
     """Fills in settings whose default follows from others, and ~ in paths."""
     config.run.dir = expanduser(config.run.dir) or str(Path("runs", path.stem))
     config.failures.path = expanduser(config.failures.path) or str(Path(config.run.dir, "failures"))
+    config.train.start_from = expanduser(config.train.start_from)
     config.evaluate.checkpoint = expanduser(config.evaluate.checkpoint)
     if config.dialogue.chat_template is not None:
         config.dialogue.chat_template = expanduser(config.dialogue.chat_template)

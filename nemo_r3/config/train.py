@@ -12,6 +12,11 @@ class TrainConfig:
     steps: int = option(
         1750, low=0, help="training steps (in the paper the most that a run took); TRL's `max_steps`", resume=True
     )
+    start_from: str = option(
+        "",
+        help="checkpoint directory of a run with the same model.path: a new run begins with its weights and AdamW's "
+        "moments; settings, steps and learning rate are the new run's own; empty: none",
+    )
     failures_per_step: int = option(
         32,
         low=1,

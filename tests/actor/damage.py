@@ -45,7 +45,8 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
 
     cases = {
         "foreign": lab.home / "one-llama_tied-checkpoints" / SAVED,
-        "other_weights": damage("other_weights", began_with_other_weights),
+        "other_weights": damage("other_weights", lambda path: change(path, model="0123456789abcdef")),
+        "other_dtype": damage("other_dtype", lambda path: change(path, dtype="bfloat16")),
         "truncated": damage(
             "truncated", lambda path: os.truncate(path / largest, (path / largest).stat().st_size // 2)
         ),
@@ -72,9 +73,9 @@ def garble(file: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
 
 
-def began_with_other_weights(path: Path) -> None:
-    manifest = read_manifest(path) | {"model": "0123456789abcdef"}
-    (path / MANIFEST).write_text(sealed(manifest))
+def change(path: Path, **entries: str) -> None:
+    """Makes a checkpoint's manifest say something else."""
+    (path / MANIFEST).write_text(sealed(read_manifest(path) | entries))
 
 
 def other_factors(lab: Lab) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.manifest import latest, read_manifest
 from nemo_r3.actor.model import start_parallel_groups
 from nemo_r3.actor.numerics import LayerWatch
+from nemo_r3.actor.optimizer import schedule_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import Config
@@ -175,6 +176,21 @@ class Lab:
         found = {"step": manifest["step"], "state": manifest["state"], "loaded_version": trainer.policy.version}
         found["same_without_weights"] = self.same_without_weights(trainer.policy, path)
         self.note(name, found | self.second_half(trainer, name, []))
+
+    def fork(self, layout: str, kind: str) -> None:
+        """The first update of two runs with `train.start_from`: one where the run that resumed is, one at its start."""
+        path, found = self.home / f"one-{kind}-checkpoints" / SAVED, {}
+        for name, steps, lr in (("same", 2, 1e-3), ("other", 0, 2e-3)):
+            trainer = self.trainer(layout, kind, lr=lr)
+            own = schedule_state(trainer.schedule)
+            checkpoint.load(trainer, path, with_schedule=False)
+            found["schedule"] = "its own" if schedule_state(trainer.schedule) == own else "the checkpoint's"
+            found["version"] = trainer.policy.version
+            trainer.schedule.step(steps)
+            found[name] = trainer.update(batch_of())
+            if name == "same":
+                self.keep(f"fork-{layout}-{kind}-3", self.weights(trainer.policy))
+        self.note(f"fork-{layout}-{kind}", found)
 
     def same_without_weights(self, policy: Policy, path: Path) -> bool:
         """Whether a policy without weights gets all of this one's from the checkpoint, on every rank."""

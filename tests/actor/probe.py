@@ -56,6 +56,7 @@ def one(lab: Lab) -> None:
     lab.note("offload-one", offloaded(lab, "one"))
     lab.resume("one", "one", "llama_tied")
     lab.resume("one", "one", "qwen2")
+    lab.fork("one", "qwen2")
     lab.note("bad_checkpoints", bad_checkpoints(lab))
     lab.note("full_disk", full_disk(lab))
     killed_while_saving(lab)
@@ -67,6 +68,7 @@ def two(lab: Lab) -> None:
     families(lab, "tp2")
     shared_and_separate(lab, "tp2", "qwen2")
     lab.resume("one", "tp2", "llama_tied")
+    lab.fork("tp2", "llama_tied")
     lab.resume("tp2", "tp2", "qwen2")
     lab.note("killed", after_the_kill(lab))
     for kind in ("llama_tied", "qwen2"):

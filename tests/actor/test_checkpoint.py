@@ -40,6 +40,7 @@ DAMAGED = {
 FOREIGN = {
     "foreign": ("is a checkpoint of another model (family llama != qwen2", "set model.path to"),
     "other_weights": ("began with other weights (fingerprint 0123456789abcdef) than model.path=", "set model.path to"),
+    "other_dtype": ("has weights in bfloat16, and actor.precision=fp32 keeps them in float32", "set one that keeps"),
     "other_factors": ("was trained with longrope's short factors", "rollout.max_model_len=300 takes the long ones"),
 }
 
@@ -93,6 +94,20 @@ def test_at_another_layout_the_run_goes_on_as_before(one: Any, every: dict[str, 
         ours, theirs = (load_file(one.home / f"{n}-{update}.weights.safetensors") for n in (name, saved_at(name)))
         assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-5
     assert every[name]["same_everywhere"]
+
+
+@pytest.mark.parametrize("name", ["one-qwen2", "tp2-llama_tied"])
+def test_a_new_run_starts_with_a_checkpoints_weights_and_moments_and_its_own_learning_rate(
+    one: Any, every: dict[str, Any], name: str
+) -> None:
+    """As far along its schedule as the run that resumed, it makes the same update; at its beginning it has its own."""
+    found, resumed = every[f"fork-{name}"], every[f"one-to-{name}"]
+    assert (found["schedule"], found["version"]) == ("its own", 2)
+    assert found["same"] == resumed["metrics"][0]
+    ours, theirs = (load_file(one.home / f"{kind}-{name}-3.weights.safetensors") for kind in ("fork", "one-to"))
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+    assert found["other"]["lr"] == 2e-3
+    assert found["other"]["grad_norm"] == found["same"]["grad_norm"]
 
 
 @pytest.mark.parametrize("case", DAMAGED)

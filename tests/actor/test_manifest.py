@@ -6,12 +6,14 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from refusals import refusal
 
 from nemo_r3.actor.manifest import (
     FORMAT,
     MANIFEST,
     WRITING,
     DamagedError,
+    check_start,
     complete,
     is_sound,
     keep_newest,
@@ -22,7 +24,7 @@ from nemo_r3.actor.manifest import (
     set_aside,
     step_path,
 )
-from nemo_r3.errors import UserError
+from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import sealed, sum_of
 
 
@@ -62,6 +64,19 @@ def test_only_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     keep_newest(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == steps[1:]
     assert complete(tmp_path) == [steps[2], steps[1]]
+
+
+def test_a_run_can_start_from_what_is_complete_and_others_are_named(tmp_path: Path) -> None:
+    there, own = saved(tmp_path / "first" / "checkpoints", 4), tmp_path / "second" / "checkpoints"
+    named = f"is no complete checkpoint: it has no manifest.json; complete: {there}"
+    for start in (tmp_path / "first", there.parent, there.with_name("step_000009")):
+        said = refusal(lambda start=start: check_start(str(start), own), ConfigError)
+        assert said == f"train.start_from: {start} {named}"
+    assert refusal(lambda: check_start("gone", own)).endswith("it has no manifest.json")
+    check_start(str(there), own)
+    check_start("", own)
+    saved(own)
+    check_start("gone", own)
 
 
 def test_a_copy_that_a_user_keeps_there_is_left_alone(tmp_path: Path) -> None:

@@ -13,28 +13,31 @@ from typing import Any
 import pytest
 from refusals import refusal
 
+from nemo_r3.actor import checkpoint
+from nemo_r3.actor.manifest import WAY_OUT, DamagedError
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED, Completion
 from nemo_r3.rollout.turn_cache import TurnCache
-from recipes.checkpoints import refuse_useless_steps, save_turns, trained
+from recipes.checkpoints import refuse_useless_steps, resume, save_turns, trained
+from recipes.counters import Counters
 
 
 def said_of(steps: int, done: int, left: float) -> str:
     """What is said of `train.steps`, with `done` steps done and `left` updates before the learning rate is 0."""
     config = SimpleNamespace(train=SimpleNamespace(steps=steps))
-    setup: Any = SimpleNamespace(config=config, run=SimpleNamespace(path=Path("runs/x")))
+    setup: Any = SimpleNamespace(config=config, run=SimpleNamespace(checkpoints=Path("runs/x/checkpoints")))
     trainer: Any = SimpleNamespace(steps_left=lambda: left)
     return refusal(lambda: refuse_useless_steps(setup, trainer, done))
 
 
 def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
     assert said_of(20, done=12, left=0) == (
-        "train.steps=20: the learning rate is 0 after step 12, so steps 13 to 20 would change nothing; export this "
-        "run and start a new one with model.path=runs/x/export"
+        "train.steps=20: the learning rate is 0 after step 12, so steps 13 to 20 would change nothing; name a "
+        "new run.dir and train.start_from=runs/x/checkpoints/step_000012"
     )
     assert said_of(13, done=8, left=4) == (
         "train.steps=13: the learning rate is 0 after step 12, so step 13 would change nothing; set train.steps=12, or "
-        "export this run and start a new one with model.path=runs/x/export"
+        "name a new run.dir and train.start_from=runs/x/checkpoints/step_000008"
     )
     assert "set train.steps=10, or raise actor.lr_decay_steps" in said_of(40, done=0, left=10)
 
@@ -67,6 +70,40 @@ def test_a_checkpoint_that_is_gone_is_answered_with_those_that_are_there(tmp_pat
         (tmp_path / f"step_{step:06d}").mkdir()
         (tmp_path / f"step_{step:06d}" / "manifest.json").touch()
     assert "step_000006, step_000004 (train" in refusal(lambda: trained(setup))
+
+
+def test_a_run_starts_from_another_ones_checkpoint_until_it_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, bool]] = []
+
+    def load(_: Any, path: Path, with_schedule: bool = True) -> dict[str, Any]:
+        if path.name == "damaged":
+            raise DamagedError(f"{path} is damaged: shard is missing; {WAY_OUT}")
+        loaded.append((path.name, with_schedule))
+        return {"version": 7, "state": {"step": 4, "cursor": 9}}
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    train = SimpleNamespace(start_from="elsewhere/step_000007", steps=8)
+    setup: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train, actor=SimpleNamespace(lr_min=0.1)),
+        world=SimpleNamespace(broadcast=lambda value: value, is_main=False),
+        run=SimpleNamespace(checkpoints=tmp_path, cut_back=lambda step: None),
+        progress=SimpleNamespace(say=lambda line: None),
+    )
+    trainer: Any = SimpleNamespace(steps_left=lambda: math.inf, schedule=SimpleNamespace(lr_decay_steps=8))
+    rollout: Any = SimpleNamespace(
+        engine=SimpleNamespace(sleep=lambda: None), turns=SimpleNamespace(restore=lambda *_: None)
+    )
+    assert resume(setup, trainer, rollout) == (Counters(), None)
+    train.start_from = "elsewhere/damaged"
+    said = refusal(lambda: resume(setup, trainer, rollout))
+    assert said == "train.start_from: elsewhere/damaged is damaged: shard is missing"
+    own = tmp_path / "step_000004"
+    own.mkdir()
+    (own / "manifest.json").touch()
+    assert resume(setup, trainer, rollout) == (Counters(step=4, cursor=9), own)
+    assert loaded == [("step_000007", False), ("step_000004", True)]
 
 
 def test_a_second_stop_keeps_what_either_engine_added_to_the_turns_of_the_first(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float |
     assert reason_to_stop(walk(metrics, FINE, metrics), CONFIG, Path("c/step_000007"), [GROUP]) is None
     reason = reason_to_stop(walk(metrics, metrics), CONFIG, Path("c/step_000007"), [GROUP])
     assert reason is not None and said in reason
-    assert ("last checkpoint: c/step_000007" in reason) == (metrics is not EMPTY)
+    way_on = "last checkpoint: c/step_000007; to go on from it with other settings, name a new run.dir and "
+    assert (f"{way_on}train.start_from=c/step_000007" in reason) == (metrics is not EMPTY)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,13 @@ def test_a_disk_that_is_too_small_is_refused_where_the_run_directory_is(tmp_path
     assert launch(*settings, "--dry-run").returncode == 0, "a laptop has another disk"
 
 
+def test_a_checkpoint_to_start_from_is_looked_for_where_the_run_directory_is(tmp_path: Path) -> None:
+    settings = (QUICKSTART, f"run.dir={tmp_path}/run", "cluster.time_minutes=60", f"train.start_from={tmp_path}/gone")
+    done = launch(*settings, environment=slurm_that_refuses(tmp_path, after=9))
+    assert done.returncode == 2 and done.stderr.startswith(f"error: train.start_from: {tmp_path}/gone is no complete ")
+    assert launch(*settings, "--dry-run").returncode == 0
+
+
 def test_a_model_that_is_elsewhere_is_said_not_to_be_checked(tmp_path: Path) -> None:
     settings = (LLAMA, f"run.dir={tmp_path}/run", "model.path=/models/8b", "--cluster", EXAMPLE, "--dry-run")
     first = launch(*settings).stdout.splitlines()[0]
