@@ -10,6 +10,11 @@ from nemo_r3.config import TrainConfig
 from nemo_r3.errors import in_one_line
 from nemo_r3.types import Group
 
+FEW_GROUPS = 0.2
+"""Groups of mixed rewards are few if they are a smaller share of a step's groups than this."""
+FEW_STEPS = 10
+"""A step's line says so once they were few in that many steps in a row."""
+
 
 @dataclass
 class Counters:
@@ -18,6 +23,7 @@ class Counters:
     step: int = 0  # the last finished step
     cursor: int = 0  # how far the source of failures has come
     empty_steps: int = 0  # consecutive steps, up to this one, without a group of mixed rewards
+    sparse_steps: int = 0  # consecutive steps whose groups of mixed rewards were few
     skipped_steps: int = 0  # consecutive steps whose updates were all skipped
     mismatch_steps: int = 0  # consecutive steps above `train.mismatch_stop`
     bf16_layers: list[int] = field(default_factory=list)  # layers that were moved from FP8 to BF16
@@ -27,10 +33,12 @@ class Counters:
         mismatch = metrics["token_mult_prob_error"]
         mismatched = mismatch is not None and not mismatch <= config.mismatch_stop  # NaN is one, too
         skipped = "updates" in metrics and metrics["skipped"] == metrics["updates"]
+        used = metrics["groups_used"] or 0
         return Counters(
             step=step,
             cursor=cursor,
-            empty_steps=0 if metrics["groups_used"] else self.empty_steps + 1,
+            empty_steps=0 if used else self.empty_steps + 1,
+            sparse_steps=self.sparse_steps + 1 if used < FEW_GROUPS * config.failures_per_step else 0,
             skipped_steps=self.skipped_steps + 1 if skipped else 0,
             mismatch_steps=self.mismatch_steps + 1 if mismatched else 0,
             bf16_layers=self.bf16_layers,

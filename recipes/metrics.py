@@ -17,6 +17,7 @@ from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import Group, UpdateBatch
+from recipes.counters import FEW_STEPS, Counters
 from recipes.setup import Setup
 
 if TYPE_CHECKING:
@@ -69,10 +70,14 @@ def speed(
     return speeds
 
 
-def summary(metrics: Mapping[str, float | None], config: Config) -> str:
-    """A step in one line; docs/metrics.md explains it."""
-    line = f"retry success {metrics['retry_success']:.3f}  groups {metrics['groups_used']:.0f}"
-    line += f"/{config.train.failures_per_step}"
+def summary(metrics: Mapping[str, float | None], config: Config, counters: Counters) -> str:
+    """The step that `counters` have counted last, in one line; docs/metrics.md explains it."""
+    success, train = metrics["retry_success"] or 0, config.train
+    line = f"step {counters.step:>4}/{train.steps}  retry success {success:.3f}"
+    line += f"  groups {metrics['groups_used']:.0f}/{train.failures_per_step}"
+    if counters.sparse_steps >= FEW_STEPS:
+        rate = "failures.min_solve_rate" if success < 0.5 else "lower failures.max_solve_rate"
+        line += f"  few for {counters.sparse_steps} steps: raise algo.group_size or {rate}"
     if (waited := metrics["speed/verifier_share"] or 0) > SLOW_VERIFIER:
         line += f"  verifier {waited:.0%} of the rollout"
     if metrics["loss"] is None:

@@ -63,7 +63,7 @@ def train(argv: Sequence[str]) -> None:
             report_memory(setup, trainer, rollout, step)
             run.log_rollouts(step, groups, batch)
             run.log(step, metrics)
-            progress.say(f"step {step:>4}/{config.train.steps}  {summary(metrics, config)}  {pace.after(step)}")
+            progress.say(f"{summary(metrics, config, counters)}  {pace.after(step)}")
             with run.timed("save"):
                 saver.finish_if_written()
                 if saver.is_due(step):

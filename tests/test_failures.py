@@ -170,20 +170,21 @@ def test_a_bank_without_failures_says_why(tmp_path: Path) -> None:
     mine(tmp_path / "easy", Scripted(passes=1), problems(2))
     assert len(bank(tmp_path / "easy", max_solve_rate=0.5).read()) == 2
     assert why("easy", max_solve_rate=0.4) == (
-        "of 4 first answers 2 passed, 2 are left out by failures.max_solve_rate=0.4"
+        "of 4 first answers 2 passed, 2 are left out by failures.min_solve_rate=0 and max_solve_rate=0.4"
     )
 
 
 @pytest.mark.parametrize(
-    ("samples", "most", "left"),
+    ("samples", "least", "most", "left"),
     [
-        (4, 0.25, {"p0": 4, "p1": 3}),
-        (4, 0.74, {"p0": 4, "p1": 3, "p2": 2}),
-        (32, 3 / 32, {"p0": 32, "p1": 31, "p2": 30, "p3": 29}),  # solved as often as this, not more often
+        (4, 0.0, 0.25, {"p0": 4, "p1": 3}),
+        (4, 0.0, 0.74, {"p0": 4, "p1": 3, "p2": 2}),
+        (4, 0.26, 1.0, {"p2": 2, "p3": 1}),
+        (32, 2 / 32, 3 / 32, {"p2": 30, "p3": 29}),  # solved as often as these, not less or more often
     ],
 )
-def test_only_problems_that_are_solved_seldom_enough_are_let_through(
-    tmp_path: Path, samples: int, most: float, left: dict[str, int]
+def test_only_problems_that_are_solved_as_often_as_asked_are_let_through(
+    tmp_path: Path, samples: int, least: float, most: float, left: dict[str, int]
 ) -> None:
     class ByNumber(Scripted):
         """Passes as many of the answers to a problem as its number says."""
@@ -191,7 +192,7 @@ def test_only_problems_that_are_solved_seldom_enough_are_let_through(
         def first_attempts(self, asked: Sequence[Problem], _: int, samples: int, **__: object) -> list[Attempt]:
             return [attempt(it, sample, sample < int(it.id[1:])) for it in asked for sample in range(samples)]
 
-    found = bank(tmp_path, max_solve_rate=most, samples_per_problem=samples)
+    found = bank(tmp_path, min_solve_rate=least, max_solve_rate=most, samples_per_problem=samples)
     found.mine(ByNumber(), problems(5))
     assert Counter(failure.problem.id for failure in read(found)) == left
 

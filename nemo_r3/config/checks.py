@@ -82,11 +82,15 @@ def _check_method(config: Config) -> None:
         )
     if not phases or len(set(phases)) < len(phases):
         raise ConfigError(f"algo.trained_phases: {phases} must name at least one phase, and none twice")
-    if failures.max_solve_rate < 1 and failures.samples_per_problem == 1:
-        raise ConfigError(
-            f"failures.max_solve_rate: {failures.max_solve_rate:g} needs failures.samples_per_problem above 1: "
-            "one sample says nothing about how often a problem is solved"
-        )
+    least, most = failures.min_solve_rate, failures.max_solve_rate
+    for name, value, off in (("max_solve_rate", most, 1), ("min_solve_rate", least, 0)):
+        if value != off and failures.samples_per_problem == 1:
+            raise ConfigError(
+                f"failures.{name}: {value:g} needs failures.samples_per_problem above 1: "
+                "one sample says nothing about how often a problem is solved"
+            )
+    if least > most:
+        raise ConfigError(f"failures.min_solve_rate: {least:g} is above failures.max_solve_rate = {most:g}")
 
 
 def _check_mismatch(config: Config) -> None:

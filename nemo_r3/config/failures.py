@@ -20,6 +20,9 @@ class FailuresConfig:
     max_solve_rate: float = option(
         1.0, above=0.0, high=1.0, help="leave out problems solved more often than this; 1: off"
     )
+    min_solve_rate: float = option(
+        0.0, low=0.0, high=1.0, help="leave out problems solved less often than this; 0: off"
+    )
     allow_foreign: bool = option(
         False, help="accept a complete bank that was mined otherwise, with the same tokenizer", resume=True
     )

@@ -163,7 +163,7 @@ class Bank:
         return math.ceil(prompts / (SHARD_PROBLEMS * self._config.failures.samples_per_problem))
 
     def read(self) -> list[BankRow]:
-        """All failures that `failures.max_solve_rate` lets through, in the order of the problems, on every rank.
+        """All failures of problems solved as often as `failures` asks, in the problems' order, on every rank.
 
         Raises:
             UserError: there are none, or a shard is damaged.
@@ -195,8 +195,8 @@ class Bank:
                     offset += len(line)
 
     def _lets_through(self, line: bytes) -> bool:
-        most = self._config.failures.max_solve_rate
-        return most == 1.0 or json.loads(line)["solve_rate"] <= most
+        least, most = self._config.failures.min_solve_rate, self._config.failures.max_solve_rate
+        return (least, most) == (0.0, 1.0) or least <= json.loads(line)["solve_rate"] <= most
 
     def _read_mined(self) -> None:
         """Takes over the shards that earlier processes mined."""

@@ -41,11 +41,12 @@ class Tally:
 
     def why_no_failures(self, config: Config) -> str:
         """Why a bank with these answers has nothing to reflect on."""
-        longest, most = config.rollout.max_model_len, config.failures.max_solve_rate
+        longest, failures = config.rollout.max_model_len, config.failures
+        asked_for = f"min_solve_rate={failures.min_solve_rate:g} and max_solve_rate={failures.max_solve_rate:g}"
         counts = {
             "passed": self.passed,
             f"found no room in rollout.max_model_len={longest}": self.no_room,
-            f"are left out by failures.max_solve_rate={most:g}": self.asked - self.passed - self.no_room,
+            f"are left out by failures.{asked_for}": self.asked - self.passed - self.no_room,
         }
         return f"of {self.asked} first answers " + ", ".join(
             f"{count} {what}" for what, count in counts.items() if count

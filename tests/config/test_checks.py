@@ -32,6 +32,11 @@ def load_with(folder: Path, *overrides: str) -> Config:
         (["algo.mismatch_high=3"], ["algo.mismatch_high: 3", "algo.mismatch_correction=none"]),
         (["algo.mismatch_correction=tis", "algo.mismatch_low=0.5"], ["algo.mismatch_low: 0.5", "correction=tis"]),
         (["failures.max_solve_rate=0.5"], ["failures.max_solve_rate: 0.5", "failures.samples_per_problem"]),
+        (["failures.min_solve_rate=0.5"], ["failures.min_solve_rate: 0.5", "failures.samples_per_problem"]),
+        (
+            ["failures.samples_per_problem=8", "failures.max_solve_rate=0.25", "failures.min_solve_rate=0.5"],
+            ["failures.min_solve_rate: 0.5", "failures.max_solve_rate = 0.25"],
+        ),
         (["actor.sequence_parallel=true"], ["actor.sequence_parallel", "actor.tensor_parallel above 1"]),
         (["cluster.gpus_per_node=3", "actor.tensor_parallel=2"], ["= 2 * 1 = 2", "= 3 ranks"]),
         (["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.pipeline_parallel=3"], ["= 1 * 3 = 3", "= 8 ranks"]),
@@ -52,7 +57,7 @@ def test_refused_together(tmp_path: Path, overrides: list[str], keys: list[str])
     "overrides",
     [
         ["algo.trained_phases=[reflection, retry]"],
-        ["failures.max_solve_rate=0.5", "failures.samples_per_problem=4"],
+        ["failures.max_solve_rate=0.5", "failures.min_solve_rate=0.5", "failures.samples_per_problem=4"],
         ["actor.sequence_parallel=true", "actor.tensor_parallel=2"],
         ["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.tensor_parallel=4", "actor.pipeline_parallel=2"],
         ["train.steps=0"],

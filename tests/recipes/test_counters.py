@@ -11,7 +11,7 @@ from nemo_r3.config import TrainConfig
 from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 from recipes.counters import Counters, reason_to_stop
 
-CONFIG = TrainConfig(max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
+CONFIG = TrainConfig(failures_per_step=10, max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
 FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "updates": 1.0, "skipped": 0.0}
 EMPTY = {"loss": None, "groups_used": 0.0, "token_mult_prob_error": None}
 SKIPPED = FINE | {"skipped": 1.0}
@@ -37,7 +37,9 @@ def walk(*steps: dict[str, float | None]) -> Counters:
 
 def test_counts_are_of_steps_in_a_row() -> None:
     assert walk(EMPTY, SKIPPED, MISMATCHED) == Counters(step=3, cursor=24, mismatch_steps=1)
-    assert walk(MISMATCHED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2)
+    assert walk(MISMATCHED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2, sparse_steps=2)
+    few = FINE | {"groups_used": 1.0}
+    assert walk(EMPTY, FINE, few, EMPTY, few).sparse_steps == 3, "2 of 10 groups are not few"
     assert walk(FINE | {"groups_used": 0.0}).empty_steps == 1, "algo.keep_equal_groups leaves a loss, but only the KL's"
     assert walk(SKIPPED, SKIPPED).skipped_steps == 2
     assert walk(SKIPPED, SKIPPED | {"updates": 2.0}).skipped_steps == 0, "one of two updates was done"

@@ -10,6 +10,7 @@ import pytest
 from nemo_r3.config import Config, RolloutConfig
 from nemo_r3.models import flops
 from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
+from recipes.counters import Counters
 from recipes.metrics import measures, speed, summary, warn_of_truncated_answers
 
 
@@ -79,8 +80,8 @@ def test_a_skipped_update_names_its_cause() -> None:
     skipped = {"retry_success": 0.5, "groups_used": 2.0, "loss": 0.1, "grad_norm": 1.0, "updates": 1.0, "skipped": 1.0}
     skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0, "speed/verifier_share": 0.0}
     for rejected, cause in ((40.0, "all tokens rejected"), (39.0, "NaN or Inf gradient")):
-        line = summary(skipped | {"rejected_tokens": rejected}, Config())
-        assert line == f"retry success 0.500  groups 2/32  {cause}: update skipped"
+        line = summary(skipped | {"rejected_tokens": rejected}, Config(), Counters(step=7))
+        assert line == f"step    7/1750  retry success 0.500  groups 2/32  {cause}: update skipped"
 
 
 def test_some_of_a_steps_updates_may_be_skipped() -> None:
@@ -92,7 +93,7 @@ def test_some_of_a_steps_updates_may_be_skipped() -> None:
         (1.0, 9.0, "NaN or Inf gradient, or all tokens rejected: 1 of 4 updates skipped"),
         (4.0, 40.0, "all tokens rejected: 4 of 4 updates skipped"),
     ):
-        line = summary(metrics | {"skipped": skipped, "rejected_tokens": rejected}, Config())
+        line = summary(metrics | {"skipped": skipped, "rejected_tokens": rejected}, Config(), Counters())
         assert said in line and ("grad 1.00" in line) == (skipped < 4)
 
 
@@ -101,11 +102,17 @@ def test_a_step_in_one_line() -> None:
     metrics |= {"token_mult_prob_error": 1.0, "skipped": 0.0, "reflection_tokens": 12.4, "truncated": 0.004}
     metrics |= {"speed/rollout_tokens": 5011.7, "speed/verifier_share": 0.2}
     config = Config()
-    shown = "retry success 0.473  groups 31/32  kl 0.0004  grad 1.15  reflection 12 tok (0% cut)  5,012 tok/s"
-    assert summary(metrics, config) == shown
-    slow = summary(metrics | {"speed/verifier_share": 0.912}, config)
+    shown = "step    0/1750  retry success 0.473  groups 31/32  kl 0.0004  grad 1.15  reflection 12 tok (0% cut)"
+    shown += "  5,012 tok/s"
+    assert summary(metrics, config, Counters()) == shown
+    slow = summary(metrics | {"speed/verifier_share": 0.912}, config, Counters())
     assert slow == shown.replace("  kl", "  verifier 91% of the rollout  kl")
+    assert summary(metrics, config, Counters(sparse_steps=9)) == shown
+    few = shown.replace("  kl", "  few for 10 steps: raise algo.group_size or failures.min_solve_rate  kl")
+    assert summary(metrics, config, Counters(sparse_steps=10)) == few
+    easy = summary(metrics | {"retry_success": 0.97, "loss": None}, config, Counters(sparse_steps=12))
+    assert "few for 12 steps: raise algo.group_size or lower failures.max_solve_rate  nothing to train on" in easy
     config.algo.kl_beta = 0.0
-    assert summary(metrics, config) == shown.replace("  kl 0.0004", ""), "without a reference there is none"
-    mismatched = summary(metrics | {"token_mult_prob_error": 1.07}, config)
+    assert summary(metrics, config, Counters()) == shown.replace("  kl 0.0004", ""), "without a reference there is none"
+    mismatched = summary(metrics | {"token_mult_prob_error": 1.07}, config, Counters())
     assert "MISMATCH: token_mult_prob_error 1.070 > train.mismatch_warn=1.05" in mismatched
