@@ -161,13 +161,13 @@ def _end_groups() -> None:
         dist.destroy_process_group()
 
 
-def _number_in(name: str) -> int:
+def _number_in(name: str, default: int = 0) -> int:
     """A whole number from 0 in an environment variable.
 
     Raises:
         ConfigError: it holds something else.
     """
-    value = os.environ[name]
+    value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise ConfigError(f"the environment's {name}={in_one_line(repr(value))} is not a whole number from 0")
     return int(value)
@@ -188,8 +188,8 @@ def _check_meeting(rank: int, size: int) -> None:
             f"{size} ranks were started, and the environment has no {' and no '.join(missing)}: export MASTER_ADDR "
             "(the first host) and MASTER_PORT for them"
         )
-    if "MASTER_PORT" in os.environ:
-        _number_in("MASTER_PORT")
+    if (port := _number_in("MASTER_PORT")) >= 2**16:
+        raise ConfigError(f"the environment's MASTER_PORT={port} is not a port, which is below {2**16}")
     host = os.environ["MASTER_ADDR"]
     try:
         socket.getaddrinfo(host, None)
@@ -251,9 +251,11 @@ def _name_interface(size: int) -> None:
     """Makes gloo use the default route's interface, if there are several nodes and this host's name means loopback.
 
     Debian's /etc/hosts says "127.0.1.1 <host name>", and gloo would tell the other nodes to connect to that.
+
+    Raises:
+        ConfigError: a variable that says how many nodes there are is no number.
     """
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    several_nodes = size > local_size or int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1
+    several_nodes = size > _number_in("LOCAL_WORLD_SIZE", size) or _number_in("SLURM_STEP_NUM_NODES", 1) > 1
     if not several_nodes or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     try:

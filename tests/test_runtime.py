@@ -138,6 +138,7 @@ def test_ranks_are_those_of_whoever_started_them(
         ({"RANK": "x"}, "RANK='x' is not a whole number from 0"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK='' is not a whole number"),
         ({"MASTER_PORT": "x"}, "MASTER_PORT='x' is not a whole number"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999 is not a port, which is below 65536"),
         (SRUN | MEETING | {"MASTER_ADDR": "n1.invalid"}, "MASTER_ADDR='n1.invalid' is no host that"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
     ],
@@ -181,6 +182,12 @@ def test_between_nodes_gloo_never_announces_a_loopback(
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     assert runtime.default_interface(ROUTES.partition("wlan0")[0]) is None, "without a default route"
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_NODES"])
+def test_a_number_of_nodes_that_is_none_is_refused_by_the_variable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(os, "environ", {name: "x"})
+    assert f"{name}='x' is not a whole number from 0" in refusal(lambda: runtime._name_interface(1))
 
 
 @pytest.mark.parametrize(
