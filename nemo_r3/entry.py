@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from nemo_r3 import signals, trackers
 from nemo_r3.config.load import USAGE
@@ -17,6 +20,8 @@ from nemo_r3.errors import UserError
 
 USER_ERROR = 2
 """Exit code of a process that ended with an error that the user can fix."""
+UNREAD = 128 + signal.SIGPIPE
+"""Exit code of a process whose standard output nobody reads any more: a shell's for other tools, which it kills."""
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
@@ -24,21 +29,27 @@ DISK_ERRORS = (
 """Errors of files and directories that a user can fix."""
 
 
-def main(recipe: Callable[[Sequence[str]], None]) -> None:
+def main(recipe: Callable[[Sequence[str]], None], usage: str = USAGE) -> None:
     """Runs a recipe with the command line's arguments. A `UserError` becomes one line and exit code 2; a stop, code 75.
+
+    --help shows the docstring of the recipe's module and `usage`.
 
     Every failure leaves through os._exit: at shutdown, Python would run vLLM's exit hooks, which wait for ranks that
     are themselves waiting in a collective.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # `recipes` set it for the time of its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout is None:  # closed, by >&-
+        sys.stdout = Path(os.devnull).open("w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # like standard error: a locale may lack what a text or table has
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if sys.argv[1:2] in (["--help"], ["-h"]):
-            print(f"{sys.modules[recipe.__module__].__doc__}\n{USAGE}")
+            print(f"{sys.modules[recipe.__module__].__doc__}\n{usage}")
         else:
             recipe(sys.argv[1:])
+        trackers.close(0)
+        sys.stdout.flush()
     except UserError as error:
         _leave(f"error: {error}", USER_ERROR)
     except signals.Stopped as error:
@@ -46,6 +57,9 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except Exception as error:  # noqa: BLE001  the last frame of the process
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            trackers.close(UNREAD)
+            os._exit(UNREAD)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "writing failed"
             _leave(f"error: {where}: {error.strerror}; fix that and run the same command again", USER_ERROR)
@@ -55,8 +69,13 @@ def main(recipe: Callable[[Sequence[str]], None]) -> None:
             if is_collective(error):
                 _leave(f"error: {_of_another_rank(error)}", 1, follows=True)
         _leave(traceback.format_exc(), 1)
-    trackers.close(0)
-    sys.stdout.flush()
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe whose reader is gone."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _of_another_rank(error: Exception) -> str:
@@ -82,7 +101,8 @@ def _leave(message: str, code: int, follows: bool = False) -> None:
         time.sleep(3)  # the rank with the cause speaks first; rank 0 speaks for all, and ends them
     if not leads:
         message = f"[rank {rank}] {message}"
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     if leads or code != signals.STOPPED:  # all ranks stop together, and one says so
         print(message, file=sys.stderr, flush=True)
     trackers.close(code)

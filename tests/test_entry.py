@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -150,3 +151,23 @@ def test_a_locale_without_a_tables_characters_does_not_end_a_recipe() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (done.returncode, done.stdout) == (0, b"0.2 \\u2192 0.3\n")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "output", "code", "said"),
+    [
+        ("print('x')", "1>&$unread", 128 + signal.SIGPIPE, ""),
+        ("os.write(int(os.environ['unread']), b'x')", "", 1, "BrokenPipeError: [Errno 32] Broken pipe"),
+        ("print('x')", ">&-", 0, ""),
+    ],
+)
+def test_output_that_nobody_reads_ends_a_recipe_like_other_tools_and_no_other_pipe_does(
+    recipe: str, output: str, code: int, said: str
+) -> None:
+    read, unread = os.pipe()
+    os.close(read)
+    command = f'"$0" -c "import os; from nemo_r3 import entry; entry.main(lambda _: {recipe})" {output}'
+    told: dict[str, Any] = {"env": os.environ | {"unread": str(unread)}, "pass_fds": [unread], "capture_output": True}
+    done = subprocess.run(["bash", "-c", command, sys.executable], text=True, check=False, **told)
+    os.close(unread)
+    assert done.returncode == code and done.stderr.rstrip().endswith(said) and bool(done.stderr) == bool(said)
