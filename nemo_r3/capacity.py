@@ -7,8 +7,10 @@ disk   the checkpoints that are kept, and the one being written
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +104,7 @@ def check(config: Config, arch: Architecture, world: World, checkpoints: Path) -
     node = Node(host, world.gather(host).count(host), world.gpu_bytes, host_bytes())
     problem = memory_problem(config, size_of(config, arch, world.size), node)
     if world.is_main:
-        problem = problem or disk_problem(config, arch, checkpoints)
+        problem = problem or disk_problem((config, arch, checkpoints))
     if problems := [problem for problem in world.gather(problem) if problem]:
         raise ConfigError(problems[0])
 
@@ -199,21 +201,29 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> float:
     return (OPTIMIZER_BYTES + precision_of(config).width) * count_parameters(arch)
 
 
-def disk_problem(config: Config, arch: Architecture, checkpoints: Path) -> str | None:
-    """Why the checkpoints do not fit on the disk, or None."""
-    steps = steps_in(checkpoints)
-    if steps and step_of(steps[0]) >= config.train.steps:
-        return None  # there is nothing left to save
-    each = checkpoint_bytes(config, arch)
-    more = config.train.keep_checkpoints + 1 - len(steps)
-    place = next(path for path in (checkpoints.absolute(), *checkpoints.absolute().parents) if path.exists())
-    unfinished = sum(file.stat().st_size for file in (checkpoints / WRITING).glob("*"))  # the next save removes it
+def disk_problem(*runs: tuple[Config, Architecture, Path]) -> str | None:
+    """Why the checkpoints of runs on one file system do not fit there, or None.
+
+    Each run is its config, its model and the directory of its checkpoints, which need not exist.
+    """
+    to_come, kept, unfinished = Counter[float](), list[str](), 0
+    for config, arch, checkpoints in runs:
+        steps = steps_in(checkpoints)
+        if steps and step_of(steps[0]) >= config.train.steps:
+            continue  # there is nothing left to save
+        to_come[checkpoint_bytes(config, arch)] += max(0, config.train.keep_checkpoints + 1 - len(steps))
+        kept.append(str(config.train.keep_checkpoints))
+        unfinished += sum(file.stat().st_size for file in (checkpoints / WRITING).glob("*"))  # the next save removes it
+    shared = Path(os.path.commonpath([checkpoints.absolute() for _, _, checkpoints in runs]))
+    place = next(path for path in (shared, *shared.parents) if path.exists())
     free = shutil.disk_usage(place).free + unfinished
-    if more * each <= free:
+    if sum(count * each for each, count in to_come.items()) <= free:
         return None
     return (
-        f"run.dir: {place} has {in_words(free)} free for checkpoints, and {more} x {in_words(each)} are still to come "
-        f"(train.keep_checkpoints={config.train.keep_checkpoints}, and the one being written)"
+        f"run.dir: {place} has {in_words(free)} free for checkpoints, and "
+        f"{' and '.join(f'{count} x {in_words(each)}' for each, count in to_come.items())} are still to come "
+        f"(train.keep_checkpoints={' or '.join(dict.fromkeys(kept))}, and the one being written"
+        f"{f', of each of {len(kept)} runs' if len(kept) > 1 else ''})"
     )
 
 

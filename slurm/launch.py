@@ -28,7 +28,7 @@ from nemo_r3.config import Config, check_world, load
 from nemo_r3.config.cluster import ClusterConfig
 from nemo_r3.config.schema import Layer, build
 from nemo_r3.errors import ConfigError, ModelNotFoundError, UserError
-from nemo_r3.models import planned_architecture
+from nemo_r3.models import Architecture, planned_architecture
 from nemo_r3.plan import plan_of
 from nemo_r3.progress import warn
 from slurm import chain
@@ -91,6 +91,7 @@ def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
         ConfigError: one does not fit, and which settings would; or it has no checkpoint to start from.
     """
     lines: list[str] = []
+    trainings = list[tuple[Config, Architecture, Path]]()
     for stage in (stage for array in arrays if array.recipe == "train" for stage in array.stages):
         config = load(stage.argv)
         checkpoints = Path(config.run.dir, "checkpoints")
@@ -107,9 +108,10 @@ def verdicts(arrays: Sequence[JobArray], disk: bool) -> list[str]:
             continue
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
-        if disk and (problem := disk_problem(config, arch, checkpoints)):
-            raise ConfigError(f"stage {stage.name}: {problem}")
+        trainings.append((config, arch, checkpoints))
         lines.append(f"train {plan.verdict}")
+    if disk and trainings and (problem := disk_problem(*trainings)):
+        raise ConfigError(f"stage train: {problem}")
     return lines
 
 

@@ -159,16 +159,16 @@ def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, m
     config, arch, checkpoints = config_of(), shape("llama-3.1-8b"), tmp_path / "run" / "checkpoints"
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=250 * GIB))
     assert_is(
-        capacity.disk_problem(config, arch, checkpoints),
+        capacity.disk_problem((config, arch, checkpoints)),
         f"run.dir: {tmp_path} has 250.0 GiB free for checkpoints, and 3 x 104.7 GiB are still to come .*=2, and",
     )
     (checkpoints / "step_000001").mkdir(parents=True)
     (checkpoints / "step_000001-mine").mkdir()  # a user's copy, which is not one of those that are kept
-    assert capacity.disk_problem(config, arch, checkpoints) is None
+    assert capacity.disk_problem((config, arch, checkpoints)) is None
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    assert_is(capacity.disk_problem(config, arch, checkpoints), "2 x 104.7 GiB")
+    assert_is(capacity.disk_problem((config, arch, checkpoints)), "2 x 104.7 GiB")
     (checkpoints / "step_001750").mkdir()
-    assert capacity.disk_problem(config, arch, checkpoints) is None, "a finished run saves nothing"
+    assert capacity.disk_problem((config, arch, checkpoints)) is None, "a finished run saves nothing"
 
 
 def test_what_a_killed_save_left_makes_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +176,10 @@ def test_what_a_killed_save_left_makes_room_for_the_next(tmp_path: Path, monkeyp
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=70 * GIB - 1000))
     config.train.keep_checkpoints = 1
     monkeypatch.setattr(capacity, "count_parameters", lambda arch: 70 * GIB // 28)
-    assert_is(capacity.disk_problem(config, arch, tmp_path), "2 x 35.0 GiB")
+    assert_is(capacity.disk_problem((config, arch, tmp_path)), "2 x 35.0 GiB")
     (tmp_path / ".writing").mkdir()
     (tmp_path / ".writing" / "shard").write_bytes(b"x" * 1000)
-    assert capacity.disk_problem(config, arch, tmp_path) is None
+    assert capacity.disk_problem((config, arch, tmp_path)) is None
 
 
 def test_the_lowest_limit_of_a_cgroup_and_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

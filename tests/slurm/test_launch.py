@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,7 +17,9 @@ from launch import QUICKSTART
 from launched import ROOT, launch, launch_here
 from processes import program
 
+from nemo_r3 import capacity
 from nemo_r3.config import Config, load
+from nemo_r3.units import GIB
 from slurm import chain
 from slurm.launch import SHARED, job_arrays, parser
 
@@ -110,6 +113,19 @@ def test_a_checkpoint_to_start_from_is_looked_for_where_the_run_directory_is(tmp
     done = launch(*settings, environment=slurm_that_refuses(tmp_path, after=9))
     assert done.returncode == 2 and done.stderr.startswith(f"error: train.start_from: {tmp_path}/gone is no complete ")
     assert launch(*settings, "--dry-run").returncode == 0
+
+
+def test_the_runs_of_a_sweep_share_the_disk(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=900 * GIB))
+    settings = (LLAMA, f"run.dir={tmp_path}/run", model, "--cluster", EXAMPLE)
+    slurm = slurm_that_refuses(tmp_path, after=9)
+    done = launch(*settings, "--sweep", "seed=1,2,3", environment=slurm)
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "asked").exists()
+    assert done.stderr == (
+        f"error: stage train: run.dir: {tmp_path} has 900.0 GiB free for checkpoints, and 9 x 104.7 GiB are still to "
+        "come (train.keep_checkpoints=2, and the one being written, of each of 3 runs)\n"
+    )
+    assert launch(*settings, "--sweep", "seed=1,2", environment=slurm).returncode == 0
 
 
 def test_a_model_that_is_elsewhere_is_said_not_to_be_checked(tmp_path: Path) -> None:
