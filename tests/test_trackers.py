@@ -201,7 +201,7 @@ def test_weights_and_biases_gets_every_step_once(tmp_path: Path, monkeypatch: py
     assert any(record.HasField("preempting") for record in stopped)
     assert [record.exit.exit_code for record in (stopped + done) if record.HasField("exit")] == [75, 0]
     (run,) = [record.run for record in done if record.HasField("run")]
-    assert (run.display_name, run.project) == ("run", "project")
+    assert (run.display_name, run.project) == (f"{tmp_path.name}/run", "project")
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["model"]["path"] == "embedded"
     summary = {item.key: item.value_json for record in records(files[2]) for item in record.summary.update}
     assert summary["after/first_try"] == "0.5"
@@ -251,7 +251,7 @@ def test_mlflow_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     end_to_end(tmp_path, "run.mlflow_experiment")
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("project").experiment_id])
-    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    assert (run.info.run_name, run.info.status) == (f"{tmp_path.name}/run", "FINISHED")
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in LINES]
     assert run.data.params["model.path"] == "embedded"

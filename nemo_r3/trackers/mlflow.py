@@ -10,7 +10,7 @@ from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.config.schema import leaves
 from nemo_r3.errors import UserError, describe
-from nemo_r3.trackers.tracker import Metrics, library
+from nemo_r3.trackers.tracker import Metrics, library, run_name
 
 SETTING = "run.mlflow_experiment"
 PARAMS_PER_CALL = 100
@@ -45,7 +45,8 @@ class MLflow:
         mlflow = self._mlflow = _library()
         if run_id is None:
             mlflow.set_experiment(config.run.mlflow_experiment)
-        run = mlflow.active_run() or mlflow.start_run(run_id, run_name=path.name)  # it is active after a failure below
+        # after a failure below it is active
+        run = mlflow.active_run() or mlflow.start_run(run_id, run_name=run_name(path))
         self.run_id: str = run.info.run_id
         if run_id is None:
             settings = [(leaf.key, leaf.of(config)) for leaf in leaves(Config)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_r3.errors import UserError
@@ -30,6 +31,11 @@ class Server(Tracker, Protocol):
         """Shows results."""
 
 
+def run_name(path: Path) -> str:
+    """What servers call the run in a directory: its last two parts, as the points of all sweeps have the same names."""
+    return "/".join(path.absolute().parts[-2:])
+
+
 def library(name: str, setting: str) -> Any:
     """A library of the extra `track`, which `setting` asks for.
 
@@ -39,4 +45,7 @@ def library(name: str, setting: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{setting}: {name} cannot be imported ({error}): pip install -e '.[track]'") from error
+        raise UserError(
+            f"{setting}: {name} cannot be imported ({error}): pip install -e '.[track]', or for a container see "
+            "docs/install-gpu.md"
+        ) from error

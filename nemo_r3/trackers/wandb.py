@@ -10,7 +10,7 @@ from nemo_r3 import signals
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.trackers.background import END_SECONDS
-from nemo_r3.trackers.tracker import Metrics, library
+from nemo_r3.trackers.tracker import Metrics, library, run_name
 
 SETTING = "run.wandb_project"
 LIMITS = dict.fromkeys(("init_timeout", "finish_timeout"), 0.8 * END_SECONDS)
@@ -44,7 +44,7 @@ class WeightsAndBiases:
             self._run = wandb.init(
                 project=config.run.wandb_project,
                 id=self.run_id,
-                name=path.name,
+                name=run_name(path),
                 dir=path,
                 resume="allow",
                 config=asdict(config),
