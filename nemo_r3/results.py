@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -32,13 +33,14 @@ NONE = "-"
 
 def table(summary: Mapping[str, Any]) -> str:
     """The rates in summary.json before and after training, as plain text; "-" if missing."""
-    rows = [HEADINGS, *rates(summary)]
+    return f"{aligned([HEADINGS, *rates(summary)])}\n{NOTE}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a table in plain text; the first row is its heading, and the last column has numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *lines = (
-        "   ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])])  # the last column is a number
-        for row in rows
-    )
-    return "\n".join([head, "─" * len(head), *lines, NOTE])
+    head, *lines = ("   ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])]) for row in rows)
+    return "\n".join([head, "─" * len(head), *lines])
 
 
 def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -47,8 +49,24 @@ def rates(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     Raises:
         UserError: the summary holds something else.
     """
-    try:
+    with _damage_named():
         return [_cells(summary, key, name) for key, name in ROWS.items()]
+
+
+def sampled(summary: Mapping[str, Any], key: str) -> list[float]:
+    """The value of a sampled rate before and after training; NaN if missing.
+
+    Raises:
+        UserError: the summary holds something else.
+    """
+    with _damage_named():
+        return [rate["value"] if (rate := _rate(summary, when, key, "sampled")) else math.nan for when in WHEN]
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"summary.json holds damaged rates ({describe(error)}); remove it and run recipes.evaluate again"

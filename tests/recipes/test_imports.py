@@ -41,17 +41,21 @@ def test_an_interpreter_that_lacks_packages_is_told_what_to_do(packages: str, la
     ("packages", "module", "arguments", "says"),
     [
         ("omegaconf", "recipes.plan", [QUICKSTART], "fits, if"),
+        ("omegaconf", "recipes.compare", ["{run}"], "1 of 1750"),
         ("omegaconf submitit", "slurm.launch", [QUICKSTART, "cluster.time_minutes=60", "--dry-run"], "#SBATCH"),
-        ("omegaconf jinja2", "recipes.report", [QUICKSTART], "report.html"),
+        ("omegaconf jinja2", "recipes.report", [QUICKSTART, "run.dir={run}"], "report.html"),
     ],
 )
 def test_what_runs_with_the_packages_that_docs_training_names(
     packages: str, module: str, arguments: list[str], says: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "run" / "rollouts").mkdir(parents=True)
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
+    run = tmp_path / "run"
+    (run / "rollouts").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
+    (run / "config.yaml").write_text("model: {path: embedded}\n")
     (tmp_path / "packages").mkdir()
-    command = bare.command(tmp_path / "packages", packages, module, *arguments, f"run.dir={tmp_path / 'run'}")
+    given = (argument.format(run=run) for argument in arguments)
+    command = bare.command(tmp_path / "packages", packages, module, *given)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout

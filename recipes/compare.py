@@ -1,0 +1,146 @@
+"""Compares runs: what each reached on held-out problems, and the mean of those that differ in their seed alone.
+
+python -m recipes.compare RUN_DIR ...
+
+A directory of runs, such as a sweep's, stands for all that were trained there. Reads what training and
+`recipes.evaluate` wrote, on any machine that sees it; needs no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_r3 import config as configuration
+from nemo_r3 import entry
+from nemo_r3.config import Config
+from nemo_r3.config.schema import leaves, show
+from nemo_r3.errors import UserError
+from nemo_r3.files import lines_of, read_json_object
+from nemo_r3.results import NONE, aligned, has_results, sampled
+
+USAGE = "name the directories of trained runs, or of a sweep"
+SECOND_TRY = "retry_success_fixed"
+MEASURES = {
+    "first_try": "first try",
+    SECOND_TRY: "second try",
+    "within_two": "within two",
+    "within_two_resampled": "resampled",
+}
+HEADINGS = ("", "steps", *MEASURES.values(), "gain")
+UNKNOWN = (math.nan,) * (2 * len(MEASURES) + 1)
+NOT_TRAINED = ("run.", "cluster.", "drill.", "failures.path")
+"""Sections and a setting that say where a run is and what runs it, not what it trains."""
+NOTE = (
+    "Sampled shares of held-out problems, before → after training (recipes.evaluate says more of each run).\n"
+    "Second try: on the starting model's own failures, which differ between seeds; gain: its after minus before.\n"
+    "sd: standard deviation of the runs above it."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was read of a run."""
+
+    path: Path
+    config: Config
+    progress: str  # how many steps, in words
+    numbers: tuple[float, ...]  # see `numbers_of`; empty until its last step is evaluated
+
+
+def compare(argv: Sequence[str]) -> None:
+    """`python -m recipes.compare RUN_DIR ...`."""
+    if not argv:
+        raise UserError(USAGE)
+    paths = dict.fromkeys(path for word in argv for path in runs_in(Path(word)))
+    print(f"{table([read(path) for path in paths])}\n{NOTE}")
+
+
+def runs_in(place: Path) -> list[Path]:
+    """The directory, if it is a trained run's; else those in it that are.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (place / "config.yaml").exists():
+        return [place]
+    if found := sorted(file.parent for file in place.glob("*/config.yaml")):
+        return found
+    raise UserError(f"{place} holds no trained run: there is no config.yaml in it or in a directory of it; {USAGE}")
+
+
+def read(path: Path) -> Run:
+    """Reads a run.
+
+    Raises:
+        UserError: its config.yaml or its summary.json is damaged.
+    """
+    config, file = configuration.load([str(path / "config.yaml")]), path / "summary.json"
+    summary = read_json_object(file, "recipes.compare") if file.exists() else {}
+    steps, logged = config.train.steps, len(lines_of(path / "metrics.jsonl"))
+    if not has_results(summary, steps):
+        return Run(path, config, f"{logged} of {steps}" if logged < steps else f"{steps}, not evaluated", ())
+    try:
+        return Run(path, config, str(steps), numbers_of(summary))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def numbers_of(summary: Mapping[str, Any]) -> tuple[float, ...]:
+    """Each of MEASURES before and after, and how much the second try gained; NaN if nothing was measured."""
+    shares = {key: sampled(summary, key) for key in MEASURES}
+    before, after = shares[SECOND_TRY]
+    return (*itertools.chain(*shares.values()), after - before)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A row for each run, and two for each group of finished ones that differ in their seed alone."""
+    first = runs[0].config
+    differ = [leaf for leaf in leaves(Config) if any(leaf.of(run.config) != leaf.of(first) for run in runs)]
+    told = [leaf for leaf in differ if not leaf.key.startswith(("seed", *NOT_TRAINED))]
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.config.seed):
+        settings = "".join(f"{leaf.key}={show(leaf.of(run.config))}, " for leaf in told)
+        groups.setdefault(settings, []).append(run)
+    rows: list[Sequence[str]] = [HEADINGS]
+    for settings, group in groups.items():
+        seeds = [run.config.seed for run in group]
+        for seed, run in zip(seeds, group, strict=True):
+            name = f"{settings}seed={seed}" if seeds.count(seed) == 1 else str(run.path)
+            rows.append((name, run.progress, *cells(run.numbers or UNKNOWN)))
+        rows += means(settings, [run.numbers for run in group if run.numbers])
+    return aligned(rows)
+
+
+def means(settings: str, runs: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:
+    """The rows of mean and standard deviation of the runs' numbers; none of fewer than two runs."""
+    count = len(runs)
+    if count < 2:
+        return []
+    columns = list(zip(*runs, strict=True))
+    centre = [statistics.fmean(column) for column in columns]
+    spread = [
+        math.dist(each, [mean] * count) / math.sqrt(count - 1) for each, mean in zip(columns, centre, strict=True)
+    ]
+    return [(f"{settings}mean of {count}", "", *cells(centre)), ("sd", "", *cells(spread, sign=""))]
+
+
+def cells(numbers: Sequence[float], sign: str = "+") -> list[str]:
+    """Under MEASURES and the gain; `sign` is the gain's."""
+    *shares, gain = numbers
+    pairs = zip(shares[::2], shares[1::2], strict=True)
+    return [*(f"{shown(before)} → {shown(after)}" for before, after in pairs), shown(gain, sign)]
+
+
+def shown(number: float, sign: str = "") -> str:
+    """A number, or that there is none."""
+    return NONE if math.isnan(number) else f"{number:{sign}.2f}"
+
+
+if __name__ == "__main__":
+    entry.main(compare, USAGE)

@@ -1,0 +1,85 @@
+"""The table of several runs: how they are named, which have a mean, and what is said of one that is not done."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from launch import QUICKSTART
+from refusals import refusal
+
+from nemo_r3.config import load, to_yaml
+from nemo_r3.evaluate import scores
+from nemo_r3.results import rates
+from recipes.compare import compare
+
+MEASURED = "first_try within_two within_two_resampled retry_success_fixed retry_success_donor retry_success_reread"
+
+
+def a_run(path: Path, *settings: str, logged: int = 4, passed: tuple[int, int] | None = None) -> Path:
+    """What four steps leave, and an evaluation with so many of 20 passes before and after; None: there was none."""
+    path.mkdir(parents=True)
+    config = load([QUICKSTART, f"run.dir={path}", "train.steps=4", *settings])
+    (path / "config.yaml").write_text(to_yaml(config))
+    (path / "metrics.jsonl").write_text("{}\n" * logged)
+    if passed:
+        verdicts = [{"sampled": [place < count for place in range(20)]} for count in passed]
+        before, after = (scores(dict.fromkeys(MEASURED.split(), each)) for each in verdicts)
+        (path / "summary.json").write_text(json.dumps({"before": before, "after": after, "step": 4}))
+    return path
+
+
+SWEEP = """\
+                             steps              first try     second try    within two    resampled      gain
+─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+actor.lr=0.0001, seed=2      4                  0.20 → 0.60   0.20 → 0.60   0.20 → 0.60   0.20 → 0.60   +0.40
+actor.lr=0.0001, seed=10     4                  0.10 → 0.70   0.10 → 0.70   0.10 → 0.70   0.10 → 0.70   +0.60
+actor.lr=0.0001, mean of 2                      0.15 → 0.65   0.15 → 0.65   0.15 → 0.65   0.15 → 0.65   +0.50
+sd                                              0.07 → 0.07   0.07 → 0.07   0.07 → 0.07   0.07 → 0.07    0.14
+actor.lr=1e-05, seed=2       3 of 4             - → -         - → -         - → -         - → -             -
+actor.lr=1e-05, seed=10      4, not evaluated   - → -         - → -         - → -         - → -             -
+"""
+
+
+def test_a_sweep_has_a_mean_of_its_seeds_at_each_other_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, before = {2: (4, 12), 10: (2, 14)}, {2: 3, 10: 4}
+    for seed in (2, 10):
+        a_run(tmp_path / f"actor.lr=1e-4,seed={seed}", "actor.lr=1e-4", f"seed={seed}", passed=done[seed])
+        a_run(tmp_path / f"actor.lr=1e-5,seed={seed}", "actor.lr=1e-5", f"seed={seed}", logged=before[seed])
+    (tmp_path / "chain").mkdir()
+    compare([str(tmp_path)])
+    assert capsys.readouterr().out.startswith(SWEEP)
+
+
+def test_a_real_run_has_the_rates_of_its_evaluation(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare([str(trained)])
+    name, steps, *found, gain = re.split(" {3,}", capsys.readouterr().out.splitlines()[2])
+    table = {name: cells for name, *cells in rates(json.loads((trained / "summary.json").read_text()))}
+    assert (name, steps) == ("seed=1", "4")
+    rows = ("first try", "second try on a failure", "within two tries", "within two, resampled")
+    assert found == [re.sub(r" \[.*?\]", "", table[row][0]) for row in rows]
+    assert table["second try on a failure"][1].startswith(f"{gain} ±")
+
+
+def test_runs_of_the_same_settings_and_seed_are_named_by_their_directories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        str(a_run(tmp_path / name, f"seed={seed}", passed=(5, 9))) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    compare(paths)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == [*paths[:2], "seed=2"]
+
+
+def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
+    assert "name the directories" in refusal(lambda: compare([]))
+    assert refusal(lambda: compare([QUICKSTART])).startswith(f"{QUICKSTART} holds no trained run")
+    path = a_run(tmp_path / "run", passed=(5, 9))
+    (path / "summary.json").write_text('{"after": {"first_try": {"sampled": {"value": "high"}}}}')
+    assert refusal(lambda: compare([str(path)])).startswith(f"{path}: summary.json holds damaged rates")
+    (path / "summary.json").write_text("[")
+    assert f"{path}/summary.json is not JSON" in refusal(lambda: compare([str(path)]))
