@@ -17,6 +17,8 @@ BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#c9ced6"
 def draw(metrics: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Draws the learning curve of a run's metrics: retry success, how its groups were used, and the KL if there is one.
 
+    Where there are measurements on held-out problems, their second try is beside retry success.
+
     `out`, in the run directory, becomes a PNG of 1200 x 500 pixels.
 
     Raises:
@@ -33,7 +35,8 @@ def draw(metrics: Sequence[Mapping[str, Any]], out: Path) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(out.resolve().parent.name, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
-    _draw_success(figure.add_subplot(grid[:, 0]), steps, _column(metrics, "retry_success"))
+    success = figure.add_subplot(grid[:, 0])
+    _draw_success(success, steps, _column(metrics, "retry_success"), _column(metrics, "held_out/second_try"))
     groups = figure.add_subplot(grid[0, 1] if has_kl else grid[:, 1])
     _draw_groups(groups, steps, _column(metrics, "groups_used"), _column(metrics, "groups_dropped"))
     if has_kl:
@@ -47,11 +50,13 @@ def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _draw_success(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
+def _draw_success(axes: Axes, steps: Sequence[int], values: Sequence[float], held_out: Sequence[float]) -> None:
     window = window_of(len(steps))
     _dress(axes, "retry success on failures, per training step", steps)
     axes.plot(steps, values, "o", color=BLUE, markersize=4, alpha=0.35, markeredgewidth=0, label="step")
     axes.plot(steps, moving_mean(values, window), color=BLUE, linewidth=2.5, label=f"mean of the last {window} steps")
+    if known := _known(steps, held_out):
+        axes.plot(*zip(*known, strict=True), "o-", color=ORANGE, linewidth=1.5, label="second try on held-out problems")
     axes.set_ylim(0, 1)
     axes.legend(loc="upper left", frameon=False, labelcolor=INK)
 
@@ -81,9 +86,13 @@ def _draw_groups(axes: Axes, steps: Sequence[int], used: Sequence[float], droppe
 
 def _draw_kl(axes: Axes, steps: Sequence[int], kls: Sequence[float]) -> None:
     _dress(axes, "KL to the starting model", steps)
-    known = [(step, value) for step, value in zip(steps, kls, strict=True) if not math.isnan(value)]
-    axes.plot(*zip(*known, strict=True), color=ORANGE, linewidth=1.5)
+    axes.plot(*zip(*_known(steps, kls), strict=True), color=ORANGE, linewidth=1.5)
     axes.set_ylim(bottom=0)
+
+
+def _known(steps: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:
+    """Steps and values, without the steps that lack one."""
+    return [(step, value) for step, value in zip(steps, values, strict=True) if not math.isnan(value)]
 
 
 def _dress(axes: Axes, title: str, steps: Sequence[int]) -> None:

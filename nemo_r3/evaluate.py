@@ -83,9 +83,9 @@ def difference(before: Sequence[bool], after: Sequence[bool]) -> Rate:
 def measure(
     rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Group] | None = None
 ) -> tuple[Verdicts, Sequence[Group]]:
-    """All verdicts on the weights that the engine holds, and their sampled failures, each with its reflection.
+    """All verdicts on the weights that the engine holds, and their reflections on the starting model's failures.
 
-    `fixed` are those of the starting model, on the same problems; None if these weights are the starting model's.
+    `fixed` are that model's own sampled ones, on the same problems; None if these weights are the starting model's.
     """
     attempts, own = _two_tries(rollout, problems, greedy=False)
     retried = own if fixed is None else _reflected(rollout, [group.failure for group in fixed], greedy=False)
@@ -93,7 +93,24 @@ def measure(
     attempts, greedy_own = _two_tries(rollout, problems, greedy=True)
     greedy = _verdicts(attempts, greedy_own, _reflected(rollout, [group.failure for group in retried], greedy=True))
     modes = {"sampled": sampled, "greedy": greedy}
-    return {name: {mode: found[name] for mode, found in modes.items() if name in found} for name in sampled}, own
+    return {name: {mode: found[name] for mode, found in modes.items() if name in found} for name in sampled}, retried
+
+
+def measure_while_training(
+    rollout: Rollout, problems: Sequence[Problem], fixed: Sequence[Attempt]
+) -> dict[str, float | None]:
+    """Three rates of the weights that the engine holds, the same that `measure` finds for sampled answers.
+
+    They are first_try, within_two, and as second_try its retry_success_fixed, on the starting model's failures `fixed`;
+    None of no failures.
+    """
+    attempts, own = _two_tries(rollout, problems, greedy=False)
+    verdicts = {
+        "first_try": [attempt.passed for attempt in attempts],
+        "second_try": _passed(_only(_reflected(rollout, fixed, greedy=False))),
+        "within_two": _within_two(attempts, _passed(_only(own))),
+    }
+    return {name: rate(sum(values), len(values))["value"] for name, values in verdicts.items()}
 
 
 def _two_tries(rollout: Rollout, problems: Sequence[Problem], greedy: bool) -> tuple[list[Attempt], list[Group]]:

@@ -1,7 +1,7 @@
 """`RunDirectory`: the files of a run.
 
 config.yaml  metrics.jsonl  layers.jsonl  rollouts/step_000001.jsonl  failures/*.jsonl  checkpoints/
-summary.json  verdicts.json  tensorboard/  wandb/  mlflow/
+held_out.json  summary.json  verdicts.json  evaluation.jsonl  tensorboard/  wandb/  mlflow/
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.files import filename_in_errors, lines_of, parse_json_object, take_lock, write_whole
 from nemo_r3.progress import warn
 from nemo_r3.runtime import World
-from nemo_r3.types import Attempt, Group, Problem, UpdateBatch
+from nemo_r3.types import Attempt, Group, Problem, Reflection, UpdateBatch
 
 MEASURED = ("time/", "memory/", "speed/")
 """Prefixes of the metrics that differ between two runs of one config."""
@@ -35,7 +35,7 @@ BEFORE_A_RUN = {"failures", "logs", "chain", "drill", "lost+found"}
 NOTES = {".log", ".txt", ".out", ".err"}
 """Suffixes of files that a user may put there, such as the run's own output."""
 LOGGED = (
-    *("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "curve.png", "report.html"),
+    *("config.yaml", "metrics.jsonl", "layers.jsonl", "rollouts", "held_out.json", "curve.png", "report.html"),
     *("tensorboard", "wandb", "mlflow"),
 )
 """What belongs to the steps of one training."""
@@ -215,31 +215,25 @@ class RunDirectory:
         if not self._world.is_main:
             return
         lines = [
-            json.dumps(
-                {
-                    "step": step,
-                    "group": number,
-                    "sample": reflection.sample,
-                    "problem_id": group.failure.problem.id,
-                    "reward": reward,
-                    "advantage": round(advantage, 6),
-                    **(_shared(group) if reflection is group.reflections[0] else {}),
-                    "reflection": reflection.answer.text,
-                    "retry": reflection.retry.text,
-                    "finish_reason": reflection.answer.finish_reason,
-                    "retry_passed": reflection.passed,
-                    "retry_finish_reason": reflection.retry.finish_reason,
-                    "reflection_solves": reflection.solves,
-                    "weights_version": reflection.answer.segment.version,
-                    "reflection_ids": reflection.answer.segment.ids,
-                    "reflection_logprobs": [round(value, 6) for value in reflection.answer.segment.logprobs],
-                    "retry_ids": reflection.retry.segment.ids,
-                }
-            )
+            _reflection(step, number, group, reflection, {"reward": reward, "advantage": round(advantage, 6)})
             for number, (group, *scores) in enumerate(zip(groups, batch.rewards, batch.advantages, strict=True))
             for reflection, reward, advantage in zip(group.reflections, *scores, strict=True)
         ]
-        write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+        write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(f"{json.dumps(it)}\n" for it in lines))
+
+    def write_dialogues(self, sampled: Mapping[int, Sequence[Group]]) -> None:
+        """Writes an evaluation's reflections, by the step of the weights, to evaluation.jsonl.
+
+        The lines are those of `log_rollouts`, without what only training has: reward and advantage.
+        """
+        if self._world.is_main:
+            lines = [
+                _reflection(step, number, group, reflection, {})
+                for step, groups in sampled.items()
+                for number, group in enumerate(groups)
+                for reflection in group.reflections
+            ]
+            write_whole(self.path / "evaluation.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
 
     def write_verdicts(
         self, problems: Sequence[Problem], failures: Sequence[Attempt], verdicts: Mapping[str, Any]
@@ -291,6 +285,30 @@ def _read_summary(file: Path) -> dict[str, Any]:
     except ValueError:
         warn(f"{file} is damaged, and starts again")
         return {}
+
+
+def _reflection(
+    step: int, number: int, group: Group, reflection: Reflection, scores: Mapping[str, float]
+) -> dict[str, Any]:
+    """A reflection of a group, and its retry, as a line of JSON has them."""
+    return {
+        "step": step,
+        "group": number,
+        "sample": reflection.sample,
+        "problem_id": group.failure.problem.id,
+        **scores,
+        **(_shared(group) if reflection is group.reflections[0] else {}),
+        "reflection": reflection.answer.text,
+        "retry": reflection.retry.text,
+        "finish_reason": reflection.answer.finish_reason,
+        "retry_passed": reflection.passed,
+        "retry_finish_reason": reflection.retry.finish_reason,
+        "reflection_solves": reflection.solves,
+        "weights_version": reflection.answer.segment.version,
+        "reflection_ids": reflection.answer.segment.ids,
+        "reflection_logprobs": [round(value, 6) for value in reflection.answer.segment.logprobs],
+        "retry_ids": reflection.retry.segment.ids,
+    }
 
 
 def _shared(group: Group) -> dict[str, Any]:

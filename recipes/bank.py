@@ -45,17 +45,22 @@ def open_bank(setup: Setup) -> Bank | None:
     config = setup.config
     if config.failures.source == "online":
         return None
-    stamp = Stamp(
+    stamp = stamp_of(setup, problems_to_mine(setup), config.failures.samples_per_problem)
+    return Bank(config, stamp, setup.world, setup.dialogue.decode)
+
+
+def stamp_of(setup: Setup, problems: Sequence[Problem], samples: int) -> Stamp:
+    """What the starting model's answers, so many to each of the problems, depend on."""
+    return Stamp(
         model=fingerprint(setup.model, setup.arch),
-        problems=hash_of(problems_to_mine(setup)),
+        problems=hash_of(problems),
         task=setup.task.name,
         verifier=setup.task.verifier,
         dialogue=setup.dialogue.fingerprint[:16],
-        temperature=config.rollout.temperature,
-        max_answer_tokens=config.rollout.max_answer_tokens,
-        samples_per_problem=config.failures.samples_per_problem,
+        temperature=setup.config.rollout.temperature,
+        max_answer_tokens=setup.config.rollout.max_answer_tokens,
+        samples_per_problem=samples,
     )
-    return Bank(config, stamp, setup.world, setup.dialogue.decode)
 
 
 def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:

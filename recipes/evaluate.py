@@ -9,6 +9,7 @@ from nemo_r3 import entry, trackers
 from nemo_r3.evaluate import differences, measure, numbers, scores
 from nemo_r3.refit import refit
 from nemo_r3.results import table
+from recipes.held_out import held_out_problems
 from recipes.metrics import versions, warn_of_long_problems, warn_of_truncated_answers
 from recipes.outcome import report
 from recipes.setup import join
@@ -31,24 +32,25 @@ def evaluate(argv: Sequence[str]) -> None:
         policy = start_policy(setup)
         step = checkpoint.load_weights(policy, trained)["step"]
     rollout = start_rollout(setup)
-    problems = setup.task.problems("test")[: config.evaluate.problems or None]
+    problems = held_out_problems(setup)
 
     progress.begin("evaluate the starting model:")
     with run.timed("evaluate"):
         before, reflected = measure(rollout, problems)
-    verdicts = {"before": before}
+    verdicts, dialogues = {"before": before}, {0: reflected}
     entries: dict[str, Any] = {"before": scores(before), "after": None, "difference": None, "step": step}
     if policy is not None:
         refit(policy, rollout.engine)
         progress.begin(f"evaluate step {step}:")
         with run.timed("evaluate"):
-            after, _ = measure(rollout, problems, reflected)
+            after, dialogues[entries["step"]] = measure(rollout, problems, reflected)
         verdicts["after"] = after
         entries |= {"after": scores(after), "difference": differences(before, after)}
     warn_of_long_problems(setup, rollout)
     warn_of_truncated_answers(setup, scores(before)["attempts_truncated"]["sampled"]["value"])
     summary = run.add_to_summary(**entries, versions=versions())
     run.write_verdicts(problems, [group.failure for group in reflected], verdicts)
+    run.write_dialogues(dialogues)
     if setup.world.is_main:
         trackers.show_results(config, run.path, numbers(summary))
     progress.say(table(summary))

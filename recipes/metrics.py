@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from nemo_r3.actor.trainer import Trainer  # megatron-core
 
 
+NO_UPDATE: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
+"""The update's metrics in a step with nothing to train on."""
 MANY_TRUNCATED = 0.2
 """A larger share of truncated answers is warned of."""
 SLOW_VERIFIER = 0.2

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from nemo_r3 import curve, entry, signals, trackers
+from nemo_r3.actor.manifest import complete, step_path
 from nemo_r3.html_report import write_report
 from nemo_r3.html_report.health import ENDS
 from nemo_r3.html_report.read import number, read_lines
@@ -46,7 +50,10 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
         return
     draw_curve(setup)
     report(setup)
-    success = [number(line, "retry_success") for line in read_lines(run.metrics, unread=[])]
+    metrics = read_lines(run.metrics, unread=[])
+    if found := best(metrics, run.checkpoints):
+        setup.progress.say(found)
+    success = [number(line, "retry_success") for line in metrics]
     verb = "the same command with recipes.evaluate"
     if setup.world.size == 1:
         verb = f"python -m recipes.evaluate {shlex.join(argv)}"
@@ -62,6 +69,21 @@ def conclude_early(setup: Setup, end: Exception, step: int) -> None:
         setup.progress.say(f"step {step} is saved")
     code = signals.STOPPED if isinstance(end, signals.Stopped) else entry.USER_ERROR
     setup.world.on_main(lambda: trackers.close(code))
+
+
+def best(metrics: Sequence[Mapping[str, Any]], checkpoints: Path) -> str:
+    """After which step the second try on held-out problems was best, in words; empty if none was measured.
+
+    A line of metrics.jsonl has the rates of the weights that sampled its step: those after the step before.
+    """
+    measured = [(number(line, "held_out/second_try"), number(line, "step") - 1) for line in metrics]
+    known = [(value, step) for value, step in measured if math.isfinite(value + step)]
+    if not known:
+        return ""
+    value, step = max(known, key=lambda pair: pair[0])  # of equals the first
+    kept = step_path(checkpoints, int(step))
+    place = f"{kept}" if kept in complete(checkpoints) else "no checkpoint has it"
+    return f"best second try on held-out problems: {value:.2f} after step {step:.0f} ({place if step else 'untrained'})"
 
 
 def change(success: Sequence[float]) -> str:

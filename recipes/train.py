@@ -16,8 +16,9 @@ from nemo_r3.errors import UserError, VerifierError
 from nemo_r3.progress import Pace
 from recipes.bank import failure_source, open_bank
 from recipes.counters import reason_to_stop
+from recipes.held_out import HeldOut
 from recipes.layers import Layers
-from recipes.metrics import measures, report_memory, speed, summary
+from recipes.metrics import NO_UPDATE, measures, report_memory, speed, summary
 from recipes.outcome import conclude, conclude_early, draw_curve
 from recipes.setup import join
 from recipes.start import refit_if_behind, start_rollout, start_trainer
@@ -35,7 +36,7 @@ def train(argv: Sequence[str]) -> None:
     bank, trainer = open_bank(setup), start_trainer(setup)
     checkpoints.check_new_run(setup, trainer)
     rollout = start_rollout(setup, with_weights=False)
-    source = failure_source(setup, bank, trainer.policy, rollout)
+    source, held_out = failure_source(setup, bank, trainer.policy, rollout), HeldOut(setup, trainer.policy, rollout)
     counters, last_checkpoint = checkpoints.resume(setup, trainer, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
     layers = Layers(setup, trainer.policy.module, counters)
@@ -46,17 +47,17 @@ def train(argv: Sequence[str]) -> None:
             world.leave_if_asked()
             progress.begin(f"step {step}/{config.train.steps}")
             refit_if_behind(setup, trainer.policy, rollout)
+            metrics = NO_UPDATE | held_out.measured(step)
             runtime.seed_generators(config.seed, step)
             with run.timed("rollout"):
                 groups = rollout.reflect_and_retry(source.draw(step), step, config.algo.group_size)
             batch = build_update(groups, config, seed=runtime.step_seed(config.seed, step))
 
-            metrics: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
             if batch.rows:
                 progress.during("update")
                 with layers.watched(counters), run.timed("update"):
                     rollout.engine.sleep()
-                    metrics = dict(trainer.update(batch))
+                    metrics |= trainer.update(batch)
 
             metrics |= measures(groups, batch) | speed(setup, rollout, groups, metrics)
             counters = layers.move_worst_to_bf16(counters.after(step, source.cursor, metrics, config.train))

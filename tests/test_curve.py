@@ -72,3 +72,10 @@ def test_curve(tmp_path: Path, saved: list[Figure], steps: int, kl: bool) -> Non
 
     known = [[step, 0.001 * step] for step in numbers if step % 3]
     assert [axes.lines[0].get_xydata().tolist() for axes in drift] == ([known] if kl else [])
+
+
+def test_held_out_problems_are_beside_the_steps_failures(tmp_path: Path, saved: list[Figure]) -> None:
+    measured = {1: {"held_out/second_try": 0.125}, 5: {"held_out/second_try": None}, 9: {"held_out/second_try": 0.5}}
+    curve.draw([line | measured.get(line["step"], {}) for line in metrics_of(10, False)], tmp_path / "curve.png")
+    *_, held_out = saved[0].axes[0].lines
+    assert held_out.get_xydata().tolist() == [[1.0, 0.125], [9.0, 0.5]]

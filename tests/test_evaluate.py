@@ -13,6 +13,7 @@ from nemo_r3.evaluate import (
     difference,
     differences,
     measure,
+    measure_while_training,
     numbers,
     rate,
     scores,
@@ -82,14 +83,25 @@ def test_the_second_try_is_measured_on_the_same_failures_before_and_after() -> N
         "retry_success_fixed": {"sampled": rate(20, 30), "greedy": rate(15, 30)},
         "within_two": {"sampled": rate(50, 60), "greedy": rate(55, 60)},
     }
-    verdicts, own = measure(Model(first=(5, 10), second=(20, 30)), PROBLEMS, fixed)
-    assert [int(group.failure.problem.id) for group in own] == list(range(0, 60, 5))
+    verdicts, retried = measure(Model(first=(5, 10), second=(20, 30)), PROBLEMS, fixed)
+    assert [group.failure for group in retried] == [group.failure for group in fixed]
+    assert [group.reflections[0].passed for group in retried] == verdicts["retry_success_fixed"]["sampled"]
     after = scores(verdicts)
     assert {name: after[name] for name in CHOSEN} == {
         "first_try": {"sampled": rate(48, 60), "greedy": rate(54, 60)},
         "retry_success_fixed": {"sampled": rate(27, 30), "greedy": rate(28, 30)},
         "within_two": {"sampled": rate(57, 60), "greedy": rate(58, 60)},
     }
+
+
+def test_while_training_the_sampled_rates_are_the_same() -> None:
+    _, fixed = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
+    trained = Model(first=(5, 10), second=(20, 30))
+    after, _ = measure(trained, PROBLEMS, fixed)
+    names = {"first_try": "first_try", "second_try": "retry_success_fixed", "within_two": "within_two"}
+    expected = {name: scores(after)[theirs]["sampled"]["value"] for name, theirs in names.items()}
+    assert measure_while_training(trained, PROBLEMS, [group.failure for group in fixed]) == expected
+    assert measure_while_training(trained, PROBLEMS[1:5], [])["second_try"] is None
 
 
 def test_the_second_try_is_compared_with_a_second_first_answer() -> None:

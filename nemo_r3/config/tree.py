@@ -44,9 +44,16 @@ class ModelConfig:
 
 @dataclass
 class EvaluateConfig:
-    """What `recipes.evaluate` measures, and what `recipes.export` writes."""
+    """What `recipes.evaluate` measures, and training on its way; what `recipes.export` writes."""
 
     problems: int = option(0, low=0, help="held-out problems to use; 0: all", resume=True)
+    every: int = option(
+        0,
+        low=0,
+        help="training steps between measurements on these problems, held_out/ in metrics.jsonl; 0: none; TRL's "
+        "`eval_steps`, verl's `test_freq`",
+        resume=True,
+    )
     checkpoint: str = option("", help="checkpoint to measure or export; empty: the newest of run.dir", resume=True)
 
 

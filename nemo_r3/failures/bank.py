@@ -46,7 +46,7 @@ class BankRow(NamedTuple):
         try:
             with self.shard.open("rb") as file:
                 file.seek(self.offset)
-                return _failure(json.loads(file.readline()))
+                return failure_of(json.loads(file.readline()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"failures.path: {self.shard} was changed while this run used it ({error!r})") from error
 
@@ -227,22 +227,23 @@ def _rows(attempts: Sequence[Attempt], samples: int) -> list[dict[str, Any]]:
     for first in range(0, len(attempts), samples):
         answers = attempts[first : first + samples]
         solve_rate = sum(attempt.passed for attempt in answers) / samples
-        rows += [_row(attempt, solve_rate) for attempt in answers if attempt.is_failure]
+        rows += [row_of(attempt, solve_rate) for attempt in answers if attempt.is_failure]
     return rows
 
 
-def _row(attempt: Attempt, solve_rate: float) -> dict[str, Any]:
-    answer = attempt.answer
+def row_of(failure: Attempt, solve_rate: float) -> dict[str, Any]:
+    """A failure as JSON; `solve_rate` is the share of the answers to its problem that passed."""
+    answer = failure.answer
     return {
-        "problem_id": attempt.problem.id,
+        "problem_id": failure.problem.id,
         "problem": {
-            "text": attempt.problem.text,
-            "data": attempt.problem.data,
-            "tools": attempt.problem.tools,
+            "text": failure.problem.text,
+            "data": failure.problem.data,
+            "tools": failure.problem.tools,
         },
-        "sample": attempt.sample,
+        "sample": failure.sample,
         "solve_rate": solve_rate,
-        "task_ids": attempt.context.segments[0].ids,
+        "task_ids": failure.context.segments[0].ids,
         "attempt": answer.text,
         "attempt_ids": answer.segment.ids,
         "attempt_logprobs": [round(value, 6) for value in answer.segment.logprobs],
@@ -251,8 +252,8 @@ def _row(attempt: Attempt, solve_rate: float) -> dict[str, Any]:
     }
 
 
-def _failure(row: Mapping[str, Any]) -> Attempt:
-    """The inverse of `_row`."""
+def failure_of(row: Mapping[str, Any]) -> Attempt:
+    """The inverse of `row_of`."""
     asked = row["problem"]
     problem = Problem(row["problem_id"], asked["text"], asked["data"], tuple(asked["tools"]))
     task = Segment(Phase.TASK, tuple(row["task_ids"]))

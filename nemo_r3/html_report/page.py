@@ -27,6 +27,8 @@ MOST_BYTES = 4_000_000
 LIMITS = (8000, 4000, 2000, 1000, 500, 250)
 """Texts are cut to the first of these lengths that keeps the page within MOST_BYTES; the last one always does."""
 LONGEST_SETTING = 2000
+HELD_OUT = {"second_try": "second try on a failure", "within_two": "within two tries", "first_try": "first try"}
+"""The curves of what is measured on held-out problems during training, in the words of the results."""
 
 
 def write_report(config: Config) -> Path:
@@ -95,6 +97,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "rates": _rates(run),
         "headings": HEADINGS,
         "rates_note": NOTE,
+        "held_out": rollouts.read_evaluation(run.path / "evaluation.jsonl", run.unread),
         "charts": _charts(run),
         "chart": chart,
         "steps": shown,
@@ -144,6 +147,7 @@ def _charts(run: RunFiles) -> list[Chart]:
         return draw(title, steps, {label: of(name) for name, label in names.items()}, high=high)
 
     window = window_of(len(steps))
+    measured = [line for line in metrics if "held_out/first_try" in line]
     success, mismatch = of("retry_success"), of("token_mult_prob_error")
     warn = [run.config.train.mismatch_warn if math.isfinite(value) else math.nan for value in mismatch]
     used, dropped = of("groups_used"), of("groups_dropped")
@@ -154,6 +158,12 @@ def _charts(run: RunFiles) -> list[Chart]:
             {f"mean of the last {window} steps": moving_mean(success, window), "each step": success},
             high=1.0,
             dots="each step",
+        ),
+        draw(
+            "held-out problems",
+            [line["step"] for line in measured],
+            {label: [number(line, f"held_out/{name}") for line in measured] for name, label in HELD_OUT.items()},
+            high=1.0,
         ),
         draw(
             "share of groups used: rewards differ",

@@ -107,6 +107,15 @@ def read_steps(rollouts: dict[int, Path], unread: list[str]) -> list[WrittenStep
     return [step for step in steps if step.groups]
 
 
+def read_evaluation(file: Path, unread: list[str]) -> list[WrittenStep]:
+    """What an evaluation sampled: of the starting model, which is step 0, and of the trained one."""
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for line in read_lines(file, unread):
+        if isinstance(line.get("step"), int):
+            by_step.setdefault(line["step"], []).append(line)
+    return [WrittenStep(step, groups) for step, lines in sorted(by_step.items()) if (groups := _groups(lines))]
+
+
 def spaced(values: Sequence[int], count: int) -> list[int]:
     """At most `count` of the values, evenly spaced, with the first and the last."""
     last = len(values) - 1

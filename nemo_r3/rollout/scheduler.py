@@ -236,7 +236,7 @@ class Rollout(Generic[EngineT]):
         for completion in self.engine.abort():
             self._take(completion, in_flight)
         # outside of training there is nothing to save, so the other engines need not be waited for
-        if self.judge.failure is not None and step < 1 and signals.noted() is None:
+        if self.judge.failure is not None and self.turns.step < 1 and signals.noted() is None:
             raise VerifierError(str(self.judge.failure))
         return in_flight.done
 

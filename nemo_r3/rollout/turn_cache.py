@@ -32,40 +32,47 @@ class TurnCache:
 
     Every engine is given all that earlier processes sampled, as the layout may have changed, but one engine alone goes
     on with a turn. So the two are kept apart: the others' copies of that turn are out of date.
+
+    Attributes:
+        step: the training step under way, which may also sample for other purposes; 0 before the first.
     """
 
     def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._step = 0
+        self.step = 0
+        self._enabled, self._in_use = enabled, False
         self._sampled: dict[str, Completion] = {}
         self._restored: dict[str, Completion] = {}
 
     def begin(self, step: int) -> None:
-        """Starts `step`, dropping the turns of any other. Only training steps, which count from 1, are cached."""
-        if step != self._step:
-            self._step, self._sampled, self._restored = step, {}, {}
+        """Starts `step`, dropping the turns of any other. Only training steps, which count from 1, are cached.
+
+        What is sampled for another purpose, whose step is below 1, is not, and leaves the cache as it is.
+        """
+        self._in_use = self._enabled and step > 0
+        if step > 0 and step != self.step:
+            self.step, self._sampled, self._restored = step, {}, {}
 
     def get(self, turn: str) -> Completion | None:
         """What has been sampled of a turn so far."""
-        return self._sampled.get(turn, self._restored.get(turn))
+        return self._sampled.get(turn, self._restored.get(turn)) if self._in_use else None
 
     def add(self, turn: str, completion: Completion) -> None:
         """Stores all that has been sampled of a turn."""
-        if self._enabled and self._step > 0:
+        if self._in_use:
             self._sampled[turn] = completion
 
     def sampled(self, step: int) -> dict[str, Completion]:
         """The turns of a step that this process's engine sampled or continued, if they have tokens."""
-        return {name: turn for name, turn in self._sampled.items() if turn.ids} if step == self._step else {}
+        return {name: turn for name, turn in self._sampled.items() if turn.ids} if step == self.step else {}
 
     def restored(self, step: int) -> dict[str, Completion]:
         """The turns of a step as this process was given them."""
-        return self._restored if step == self._step else {}
+        return self._restored if step == self.step else {}
 
     def restore(self, step: int, turns: Mapping[str, Completion]) -> None:
         """Continues with what an earlier process sampled of `step`."""
         if self._enabled:
-            self._step, self._sampled, self._restored = step, {}, dict(turns)
+            self.step, self._sampled, self._restored = step, {}, dict(turns)
 
 
 def turn_id(phase: Phase, prompt: Trajectory, key: str, sample: int) -> str:

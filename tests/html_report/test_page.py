@@ -103,6 +103,24 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "reflections cut at their limit 25.0 % 25.0 % 25.0 % 1" in text
 
 
+def test_what_was_measured_on_held_out_problems(tmp_path: Path) -> None:
+    path = a_run(tmp_path / "run", 6)
+    lines = [json.loads(one) for one in (path / "metrics.jsonl").read_text().splitlines()]
+    for place, value in ((0, 0.25), (3, 0.75)):
+        lines[place] |= {"held_out/first_try": 0.5, "held_out/second_try": value, "held_out/within_two": None}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    sampled = [line(step, group, 0, advantage=None) for step in (0, 6) for group in range(5)]
+    (path / "evaluation.jsonl").write_text("\n".join([*sampled, '{"step": "6"}', "{"]))
+    page = page_of(path)
+    text = " ".join(page.all().split())
+    assert "held-out problems 1 2 3 4" not in text and "second try on a failure: 0.25 → 0.75" in text
+    assert "first try: 0.5 → 0.5" in text and "within two tries: " not in text
+    shown = page.all("reflection").split("\n")
+    assert shown[:6] == [f"plan {step}.{group}.0" for step in (0, 6) for group in range(3)], "side by side"
+    assert "Starting model ✗ retry failed problem id-0-0" in text, "and no advantage"
+    assert "1 of the 12 lines" in text
+
+
 def test_the_settings_that_the_run_recorded_count(tmp_path: Path) -> None:
     path, bank = a_run(tmp_path / "run", 2), tmp_path / "bank"
     recorded = {"model": {"path": "embedded"}, "run": {"dir": str(path)}, "failures": {"path": str(bank)}}

@@ -11,11 +11,12 @@ import pytest
 
 from nemo_r3.config import Config
 from nemo_r3.config.tree import RunConfig
-from recipes.outcome import change, conclude, draw_curve, report
+from recipes.outcome import best, change, conclude, draw_curve, report
 
 
 def a_setup(path: Path, said: list[str], ranks: int = 1) -> Any:
-    run = SimpleNamespace(path=path, metrics=path / "metrics.jsonl", add_to_summary=lambda **_: {})
+    files = {"path": path, "metrics": path / "metrics.jsonl", "checkpoints": path / "checkpoints"}
+    run = SimpleNamespace(**files, add_to_summary=lambda **_: {})
     lines = [{"step": step, "retry_success": step / 10, "groups_used": 1, "groups_dropped": 0} for step in range(1, 11)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return SimpleNamespace(
@@ -37,6 +38,21 @@ def test_a_finished_run_says_what_it_reached_and_what_comes_next(tmp_path: Path,
     done = f"done: {reached}; curve: {tmp_path}/curve.png; next: {following}"
     assert said == [f"report: {tmp_path}/report.html", done]
     assert (tmp_path / "curve.png").exists() and (tmp_path / "report.html").exists()
+
+
+def test_the_best_held_out_step_is_named_with_its_checkpoint(tmp_path: Path) -> None:
+    def line(step: int, value: float | None) -> dict[str, Any]:
+        return {"step": step, "held_out/second_try": value}
+
+    lines = [line(1, 0.125), {"step": 2}, line(11, 0.5), line(21, None), line(31, 0.5), {"held_out/second_try": 0.9}]
+    said = "best second try on held-out problems: 0.50 after step 10"
+    assert best(lines, tmp_path) == f"{said} (no checkpoint has it)"
+    kept = tmp_path / "step_000010"
+    kept.mkdir()
+    (kept / "manifest.json").touch()
+    assert best(lines, tmp_path) == f"{said} ({kept})"
+    assert best(lines[:2], tmp_path).endswith("0.12 after step 0 (untrained)")
+    assert best([{"step": 1, "retry_success": 0.5}], tmp_path) == ""
 
 
 def test_few_steps_are_compared_by_halves() -> None:

@@ -29,7 +29,7 @@ from recipes.fault_injection import untimed
 
 def settings(bank: Path, path: Path, *more: str) -> tuple[str, ...]:
     places = (f"failures.path={bank}", f"run.dir={path}")
-    return (QUICKSTART, *SMALL, *places, "train.steps=4", "train.save_every=2", *more)
+    return (QUICKSTART, *SMALL, *places, "train.steps=4", "train.save_every=2", "evaluate.every=2", *more)
 
 
 def dialogue() -> Dialogue:
@@ -132,6 +132,51 @@ def test_the_summary_has_before_and_after(trained: Path) -> None:
     assert Path(summary["export"]).is_dir()
 
 
+HELD_OUT = {
+    "held_out/first_try": "first_try",
+    "held_out/second_try": "retry_success_fixed",
+    "held_out/within_two": "within_two",
+}
+
+
+def test_training_measures_what_evaluation_does(trained: Path) -> None:
+    first, second, third, fourth = lines(trained / "metrics.jsonl")
+    before = json.loads((trained / "summary.json").read_text())["before"]
+    assert {name: first[name] for name in HELD_OUT} == {
+        name: before[it]["sampled"]["value"] for name, it in HELD_OUT.items()
+    }
+    assert HELD_OUT.keys() <= third.keys() and third["time/held_out"] > 0
+    assert not [name for line in (second, fourth) for name in line if "held_out" in name]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_as_in_training(trained: Path, bank: Path, tmp_path: Path) -> None:
+    """The second one from another directory, as docs/training.md has it."""
+    checkpoint = trained / "checkpoints" / "step_000002"
+    run("evaluate", str(trained / "config.yaml"), f"run.dir={tmp_path}/two", f"evaluate.checkpoint={checkpoint}")
+    after = json.loads((tmp_path / "two" / "summary.json").read_text())["after"]
+    third = lines(trained / "metrics.jsonl")[2]
+    assert {name: third[name] for name in HELD_OUT} == {
+        name: after[it]["sampled"]["value"] for name, it in HELD_OUT.items()
+    }
+
+
+def test_an_evaluation_keeps_its_dialogues(trained: Path) -> None:
+    config = load([QUICKSTART])
+    task = load_task(config.task, config.dialogue)
+    by_id = {problem.id: problem for problem in task.problems("test")}
+    verdicts = json.loads((trained / "verdicts.json").read_text())
+    rows = lines(trained / "evaluation.jsonl")
+    for when, step in (("before", 0), ("after", 4)):
+        own = [row for row in rows if row["step"] == step]
+        assert [row["problem_id"] for row in own] == verdicts["failures"]
+        assert [row["retry_passed"] for row in own] == verdicts[when]["retry_success_fixed"]["sampled"]
+        for row in own:
+            assert row["weights_version"] == step and not task.verify(by_id[row["problem_id"]], row["attempt"])
+            assert row["retry_passed"] == task.verify(by_id[row["problem_id"]], row["retry"])
+    assert len(rows) == 2 * len(verdicts["failures"])
+
+
 def test_the_report_shows_what_was_written_and_what_was_measured(trained: Path, bank: Path) -> None:
     of_evaluate = (trained / "report.html").read_text()
     assert run("report", *settings(bank, trained)).stdout == f"report: {trained}/report.html\n"
@@ -140,6 +185,7 @@ def test_the_report_shows_what_was_written_and_what_was_measured(trained: Path, 
     for page in map(html.unescape, (of_evaluate, (trained / "report.html").read_text())):
         assert "4 of 4 steps" in page and all(cell in page for row in rates(summary) for cell in row)
         assert best["reflection"] in page and best["retry"] in page
+        assert "second try on a failure: " in page and "Second tries on the starting model's failures" in page
 
 
 def test_an_answer_limit_that_is_too_low_is_seen(tmp_path: Path) -> None:
@@ -188,10 +234,11 @@ def test_a_finished_run_says_so_without_a_model_and_logs_nothing(trained: Path, 
     before = (trained / "metrics.jsonl").read_bytes()
     (trained / "curve.png").unlink()
     done = run("train", *settings(bank, trained))
-    first, finished, report, last = done.stdout.splitlines()
+    first, finished, report, best, last = done.stdout.splitlines()
     assert first.startswith(f"run.dir={trained}  model.path=embedded")
     assert finished == "step 4 of train.steps=4 is done: nothing to train"
     assert report == f"report: {trained}/report.html" and (trained / "curve.png").exists()
+    assert best.startswith("best second try on held-out problems: 0.")
     assert last.startswith("done: retry success ") and f"next: python -m recipes.evaluate {QUICKSTART} " in last
     assert (trained / "metrics.jsonl").read_bytes() == before
 
@@ -266,8 +313,8 @@ def test_another_layout_resumes_trains_and_exports_the_same(
     used = lines(path / "metrics.jsonl")[-1]["groups_used"]
     assert f"  groups {used}/8  kl 0." in said and said.endswith(" s/step"), "of all ranks"
     for ours, theirs in zip(untimed(path / "metrics.jsonl"), untimed(trained / "metrics.jsonl"), strict=True):
-        for key in ("reward", "groups_used", "reflection_tokens"):
-            assert ours[key] == theirs[key]
+        for key in ("reward", "groups_used", "reflection_tokens", *HELD_OUT):
+            assert ours.get(key) == theirs.get(key)
         for key in ("loss", "grad_norm", "kl"):
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-6), (key, ours, theirs)
     run("export", *settings(bank, path, *layout), ranks=ranks)

@@ -18,6 +18,7 @@ from nemo_r3 import signals
 from nemo_r3.config import load
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.errors import UserError, VerifierError
+from nemo_r3.evaluate import EVALUATION_STEP
 from nemo_r3.failures.bank import MINING_STEP
 from nemo_r3.models import EMBEDDED
 from nemo_r3.progress import Progress
@@ -162,6 +163,20 @@ def test_outside_of_training_a_verifiers_error_waits_for_no_other_engine(monkeyp
     monkeypatch.delattr(ALONE, "gather")
     with pytest.raises(VerifierError, match="the service is away"):
         rollout.first_attempts(task.problems("train"), MINING_STEP)
+
+
+def test_in_training_a_verifiers_error_on_held_out_problems_is_one_of_all_ranks(monkeypatch: MonkeyPatch) -> None:
+    def verify(problem: Problem, text: str) -> bool:
+        raise UserError("the service is away")
+
+    gathered: list[Any] = []
+    rollout, task, *_ = scripted("9")
+    monkeypatch.setattr(task, "verify", verify)
+    monkeypatch.setattr(ALONE, "gather", lambda item: gathered.append(item) or [item])
+    rollout.turns.begin(3)
+    with pytest.raises(VerifierError, match="the service is away"):
+        rollout.first_attempts(task.problems("test"), EVALUATION_STEP)
+    assert len(gathered) == 1, "they save together"
 
 
 def test_a_signal_is_a_stop_also_if_the_verifier_fails_of_it(monkeypatch: MonkeyPatch) -> None:

@@ -58,6 +58,11 @@ def test_only_the_training_step_under_way_is_kept() -> None:
         cache.add(name, turn)
     assert cache.sampled(2).keys() == {"a", "c"}, "a turn without tokens is none"
     assert cache.sampled(3) == {}
+    cache.begin(-1)  # held-out problems
+    assert cache.get("a") is None
+    cache.add("d", TURNS["a"])
+    cache.begin(2)
+    assert cache.get("a") == TURNS["a"] and cache.sampled(2).keys() == {"a", "c"}, "the step goes on"
     cache.begin(3)
     assert cache.get("a") is None
 
