@@ -27,6 +27,7 @@ from nemo_r3.dialogue import read_tokenizer
 from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.models.architecture import read_hf_config
+from nemo_r3.models.location import TERMS
 from nemo_r3.precision import precision_of
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *TERMS,
 )
 """What the export copies from the starting checkpoint."""
 

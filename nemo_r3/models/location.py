@@ -14,8 +14,10 @@ from nemo_r3.files import parse_json_object, read_json_object
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "countdown_tiny"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What is downloaded from the hub: weights (never pickled ones), configs and tokenizers."""
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""The terms of use of a checkpoint, which go along with what is made of it."""
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *TERMS]
+"""What is downloaded from the hub: weights (never pickled ones), configs, tokenizers and terms of use."""
 HUB_SECONDS = 10
 """How long the hub may take to answer."""
 

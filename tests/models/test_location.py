@@ -125,8 +125,9 @@ def test_of_a_checkpoint_nothing_pickled_is_downloaded_and_a_network_may_fail_wi
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(ConfigError, match=r"'org/late' is no directory here.* gives \(TimeoutError\); download it"):
         located("org/late")
-    taken = {name for name in ("model.safetensors", "pytorch_model.bin", "tokenizer.json") if matches(name, patterns)}
-    assert taken == {"model.safetensors", "tokenizer.json"}
+    wanted = {"model.safetensors", "tokenizer.json", "LICENSE", "LICENSE.md", "NOTICE.md", "USE_POLICY.md"}
+    others = {"pytorch_model.bin", "original/consolidated.00.pth", "model-Q4_K_M.gguf", "README.md", "figures/a.png"}
+    assert {name for name in wanted | others if matches(name, patterns)} == wanted
 
 
 def matches(name: str, patterns: list[str]) -> bool:
