@@ -1,16 +1,21 @@
-"""A run's results: the table of before and after, as text and in the README.md of an export."""
+"""A run's results: the table of before and after, and the README.md of an export, which says how to use it, too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from nemo_r3.config import Config, to_yaml
 from nemo_r3.errors import UserError, describe
+from nemo_r3.precision import precision_of
+from nemo_r3.tasks.template import fill
+
+if TYPE_CHECKING:
+    from nemo_r3.dialogue import Dialogue
 
 ROWS = {
     "first_try": "first try",
@@ -29,6 +34,53 @@ NOTE = (
     "failure. Resampled: another first answer instead of a reflection and a retry."
 )
 NONE = "-"
+HOW_TO_USE = """\
+The model knows one dialogue: a first answer and, after a failure, a reflection and a retry. To have it as in training
+and evaluation, serve this directory with vLLM, without the sampling of generation_config.json, which is the starting
+model's:
+
+```bash
+vllm serve . --served-model-name trained{options} --generation-config vllm
+```
+
+Then say these turns, with your verifier in between:
+
+```python
+from openai import OpenAI
+
+TASK = {task!r}{filled}
+REFLECT = {reflect!r}
+RETRY = {retry!r}
+SYSTEM = {system!r}
+client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
+
+
+# the turns, then a user's with this text, then the model's
+def say(turns, text, max_tokens{tools}):
+    turns = [*turns, {{"role": "user", "content": text}}]
+    reply = client.chat.completions.create(
+        model="trained",
+        messages=turns,
+        temperature={temperature!r},
+        max_tokens=max_tokens,{offered}
+        extra_body={extra!r},
+    )
+    return [*turns, {{"role": "assistant", "content": reply.choices[0].message.content}}]
+
+
+# the answer to a task, which is TASK filled in; if `verify` rejects it, the one after a reflection
+def two_tries(task, verify{tools}):
+    turns = say(SYSTEM, task, {answer}{tools})
+    if not verify(turns[-1]["content"]):
+        turns = say(turns, REFLECT, {reflection}{tools})
+        turns = say(turns, RETRY, {answer}{tools})
+    return turns[-1]["content"]
+```
+
+A server gives the model each earlier answer as text, by the chat template; in training it kept the very tokens."""
+OFFERED = """
+        tools=tools,
+        tool_choice="none",  # so that calls come back as the model wrote them"""
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -96,12 +148,52 @@ def _with_margin(change: Mapping[str, Any] | None) -> str:
     return f"{change['value']:+.2f} ±{(change['high'] - change['low']) / 2:.2f}" if change else NONE
 
 
-def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str) -> str:
-    """README.md of an export after `step` steps, from the run's config, its summary.json and the starting model's name.
+def how_to_use(config: Config, dialogue: Dialogue, with_tools: bool) -> str:
+    """The model card's part for those who have the export alone: a run's own turns and sampling, as vLLM's server takes
+    them.
 
-    The summary's results are shown if they were measured at that step.
+    Args:
+        config: the run's settings.
+        dialogue: the run's, with the task's words.
+        with_tools: whether problems of the task offer tools.
     """
-    front = {
+    rollout, task, by_template = config.rollout, dialogue.wording.task, with_tools and dialogue.tools == "template"
+    if with_tools and not by_template:
+        task = fill(config.dialogue.tools_text, {"tools": "{tools}", "task": task})
+    options = {"dtype": precision_of(config).dtype_name, "max-model-len": rollout.max_model_len}
+    if rollout.quantization != "none":
+        options["quantization"] = rollout.quantization
+    extra: dict[str, Any] = {"stop_token_ids": list(dialogue.end_of_turn)}
+    if dialogue.template_options:
+        extra["chat_template_kwargs"] = dialogue.template_options
+    return HOW_TO_USE.format(
+        options="".join(f" --{name} {value}" for name, value in options.items()),
+        task=task,
+        filled="  # {tools}: a JSON list of functions, a line each" if "{tools}" in task else "",
+        reflect=dialogue.wording.reflect,
+        retry=dialogue.wording.retry,
+        system=[] if config.dialogue.system is None else [{"role": "system", "content": config.dialogue.system}],
+        temperature=rollout.temperature,
+        answer=rollout.max_answer_tokens,
+        reflection=rollout.max_reflection_tokens,
+        extra=extra,
+        tools=", tools" if by_template else "",
+        offered=OFFERED if by_template else "",
+    )
+
+
+def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str, usage: str) -> str:
+    """README.md of an export after `step` steps.
+
+    Args:
+        config: the run's settings.
+        summary: its summary.json; results are shown if they were measured at that step.
+        step: how many steps it was trained.
+        base: the starting model's name on the hub, or that of its directory.
+        usage: see `how_to_use`.
+    """
+    front: dict[str, Any] = {"base_model": base} if "/" in base else {}  # a directory's name has none
+    front |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["nemo_r3", "reflect-retry-reward", "reinforcement-learning", "grpo", config.task.name],
@@ -119,7 +211,7 @@ def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str)
     ]
     if has_results(summary, step):
         parts += ["## Results", _markdown(summary)]
-    parts += ["## Settings", f"```yaml\n{to_yaml(config)}```"]
+    parts += ["## How to use", usage, "## Settings", f"```yaml\n{to_yaml(config)}```"]
     if summary.get("versions"):
         lines = [f"- {name} {version}" for name, version in summary["versions"].items()]
         parts += ["## Versions", "\n".join(lines)]

@@ -12,10 +12,10 @@ from nemo_r3 import config as configuration
 from nemo_r3 import entry
 from nemo_r3.capacity import export_problem, host_bytes
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.models import Architecture
+from nemo_r3.models import Architecture, hub_name
 from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
-from nemo_r3.results import has_results, model_card, table
+from nemo_r3.results import has_results, how_to_use, model_card, table
 from recipes.metrics import versions
 from recipes.setup import join
 from recipes.start import start_policy
@@ -47,7 +47,10 @@ def export(argv: Sequence[str]) -> None:
         world.leave_if_asked()
         recorded = run.path / "config.yaml"
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else config
-        card = model_card(trained_with, run.add_to_summary(versions=versions()), step, model.name)
+        with_tools = any(problem.tools for problem in setup.task.problems("test"))
+        usage = how_to_use(trained_with, setup.dialogue, with_tools)
+        base = hub_name(trained_with) or model.name
+        card = model_card(trained_with, run.add_to_summary(versions=versions()), step, base, usage)
         difference, explained = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:

@@ -291,7 +291,7 @@ def test_a_link_to_a_directory_of_something_else_is_refused(tmp_path: Path) -> N
     out.symlink_to(elsewhere)
     exporting.refuse_other_contents(out)
     card = elsewhere / "README.md"
-    card.write_text(model_card(Config(), {}, 1, "tiny"))
+    card.write_text(model_card(Config(), {}, 1, "tiny", "serve it"))
     exporting.refuse_other_contents(out)
     card.write_text("all my models")
     with pytest.raises(UserError, match=f"{out} links to {elsewhere}, which holds something else"):

@@ -85,18 +85,22 @@ def test_model_card() -> None:
     summary |= {"step": 40, "versions": {"torch": "2.13.0"}}
     config = Config()
     config.model.path = "models/tiny"
-    card = model_card(config, summary, 40, "tiny")
+    card = model_card(config, summary, 40, "tiny", "serve it")
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
-    assert "license" not in front
+    assert "license" not in front and "base_model" not in yaml.safe_load(front)
     assert "# tiny, trained to reflect on countdown" in text
     assert "40 steps of GRPO on reflection tokens" in text
     assert "the reflection is rewarded when a verifier accepts the retry. 40 steps" in text
     assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | +0.50 ±0.05 | 0.50 → 0.50 | 400 |" in text
     assert "- torch 2.13.0" in text
+    assert "## How to use\n\nserve it\n\n" in text
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert settings["model"]["path"] == "models/tiny"
-    assert "Results" not in model_card(config, summary, 80, "tiny"), "measured at another step"
-    assert "Results" not in model_card(config, {}, 80, "tiny")
+    assert "Results" not in model_card(config, summary, 80, "tiny", "serve it"), "measured at another step"
+    assert "Results" not in model_card(config, {}, 80, "tiny", "serve it")
+    of_the_hub = model_card(config, {}, 80, "org/tiny", "serve it")
+    assert yaml.safe_load(of_the_hub.split("---\n")[1])["base_model"] == "org/tiny"
     config.algo.reward_leaks = False
-    assert "accepts the retry, unless it gives the answer away itself. 40" in model_card(config, summary, 40, "tiny")
+    card = model_card(config, summary, 40, "tiny", "serve it")
+    assert "accepts the retry, unless it gives the answer away itself. 40" in card

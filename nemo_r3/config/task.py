@@ -48,7 +48,11 @@ class DialogueConfig:
     tools_text: str = option(
         TOOLS_TEXT, help="with tools in the user's turn: its wording around {tools} (JSON) and {task} (the task turn)"
     )
-    chat_template: str | None = option(None, help="a Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = option(
+        None,
+        help="a Jinja file that replaces the tokenizer's chat template; a relative path, as all but that of `extends`, "
+        "is one from the working directory",
+    )
     template_options: dict[str, Any] = option(
         factory=dict, help="variables for the chat template, such as {enable_thinking: false} for Qwen3"
     )

@@ -51,6 +51,7 @@ class ChatTemplate:
 
     Attributes:
         setting: the setting that chose this template; error messages begin with it.
+        options: the variables that the template is given beside the dialogue, of those that it reads.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DialogueConfig) -> None:
@@ -67,17 +68,18 @@ class ChatTemplate:
                 "model.path: the tokenizer has no chat template; add one (chat_template.jinja), or name one in "
                 "dialogue.chat_template"
             )
+        given = {"date_string": DATE, **config.template_options}
+        self.options = {name: given[name] for name in given if re.search(rf"\b{re.escape(name)}\b", str(source))}
         for name in config.template_options:
             if name in OWN_VARIABLES:
                 raise ConfigError(f"dialogue.template_options.{name}: it is filled in from the dialogue; leave it out")
-            if not re.search(rf"\b{re.escape(name)}\b", str(source)):
+            if name not in self.options:
                 raise ConfigError(
                     f"dialogue.template_options.{name}: the chat template of {self.setting} never reads it"
                 )
         self._tokenizer = tokenizer
         self._system = config.system
         self._source = None if config.chat_template is None else source
-        self._options = {"date_string": DATE, **config.template_options}
 
     def render(self, turns: Sequence[str], tools: Sequence[Tool] = ()) -> str:
         """The text of alternating user and assistant turns, after the system turn, with the generation prompt.
@@ -95,7 +97,7 @@ class ChatTemplate:
                 tools=[dict(tool) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=True,
-                **self._options,
+                **self.options,
             )
         except Exception as error:  # of any type: a template is a program of the model's author
             raise RenderError(
@@ -108,4 +110,7 @@ def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"dialogue.chat_template: {path!r} cannot be read ({error}); name a Jinja file") from None
+        place = "" if Path(path).is_absolute() else f"; the working directory is {Path.cwd()}"
+        raise ConfigError(
+            f"dialogue.chat_template: {path!r} cannot be read ({error}); name a Jinja file{place}"
+        ) from None

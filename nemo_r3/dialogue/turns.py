@@ -23,6 +23,8 @@ class Dialogue:
     Example: ``context = dialogue.task(problem).then(answer); dialogue.reflect(context)`` is the prompt of a reflection.
 
     Attributes:
+        wording: the words of its turns.
+        template_options: the variables that the chat template is given, of those that it reads.
         tools: how a problem's tools are offered: "template" (as the model's own template shows them) or "plain" (in
             the user's turn, see `dialogue.tools_text`).
         end_of_turn: ids that end an assistant's turn, sorted: the tokenizer's, the checkpoint's and the template's.
@@ -46,7 +48,8 @@ class Dialogue:
         """
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, config)
-        self._wording, self._tools_text = wording, config.tools_text
+        self.wording, self._tools_text = wording, config.tools_text
+        self.template_options = self._template.options
         self._pieces: dict[str, tuple[int, ...]] = {}
         reason = objection(self._template)
         if reason is not None:
@@ -76,11 +79,11 @@ class Dialogue:
 
     def reflect(self, trajectory: Trajectory) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of a reflection on what was sampled last."""
-        return self._ask(trajectory, self._wording.reflect)
+        return self._ask(trajectory, self.wording.reflect)
 
     def retry(self, trajectory: Trajectory) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of another try after the reflection."""
-        return self._ask(trajectory, self._wording.retry)
+        return self._ask(trajectory, self.wording.retry)
 
     def _ask(self, trajectory: Trajectory, text: str) -> Trajectory:
         """Closes the turn that was sampled last and adds a user turn and the generation prompt.
@@ -144,7 +147,7 @@ class Dialogue:
             self._encode(self._template.render(USER[:1])),
             self.task(PROBLEM).ids,
             self._piece(USER[1]),
-            self._wording.task,
+            self.wording.task,
             self.end_of_turn,
         )
         return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()

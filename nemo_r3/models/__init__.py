@@ -21,6 +21,7 @@ __all__ = [
     "architecture_of",
     "check_layout",
     "fingerprint",
+    "hub_name",
     "model_path",
     "planned_architecture",
 ]

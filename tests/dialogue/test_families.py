@@ -8,19 +8,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chat_families import FAMILIES, Family
+from served import Served
 
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import Config
 from nemo_r3.config.task import DialogueConfig
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.results import how_to_use
 from nemo_r3.tasks.protocol import Wording
+from nemo_r3.tasks.template import fill
 from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -91,34 +95,23 @@ def test_the_three_turns_are_the_golden_ones(name: str) -> None:
 
 @pytest.mark.parametrize("kind", PROBLEMS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_turns_are_what_the_template_itself_would_show(name: str, kind: str) -> None:
+def test_the_turns_are_what_a_server_shows_that_is_asked_as_the_model_card_says(name: str, kind: str) -> None:
     family = FAMILIES[name]
     dialogue, group = group_of(family, kind)
-    first = group.reflections[0]
-    wording, answers = PROBLEMS[kind][1], (group.failure.answer, first.answer)
-    asked = [group.failure.problem.text, answers[0].text, wording.reflect, answers[1].text, wording.retry]
-    tools: list[object] | None = [*group.failure.problem.tools] or None
-    if tools and dialogue.tools == "plain":
-        asked[0] = "(written into the turn)"
-        tools = None
-    tokenizer = family.tokenizer()
-    messages = [{"role": "assistant" if i % 2 else "user", "content": text.strip()} for i, text in enumerate(asked)]
+    problem, first, tokenizer = group.failure.problem, group.reflections[0], family.tokenizer()
     settings = DialogueConfig(**family.settings)
-    template = Path(settings.chat_template).read_text() if settings.chat_template else None
-    expected = tokenizer.apply_chat_template(
-        messages,
-        tools=tools,
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=True,
-        date_string="26 Jul 2024",
-        **settings.template_options,
-    )
-    found = tokenizer.decode(Trajectory(first.trajectory.segments[:-1]).ids)
-    if asked[0] == "(written into the turn)":  # then only what follows the first turn is the template's
-        expected = expected.partition(asked[0])[2]
-        found = found.partition('{"name": <function>, "arguments": {<parameter>: <value>}}]')[2]
-    assert found.replace(NO_THOUGHT, "") == expected.replace(NO_THOUGHT, "")
+    card = Served(how_to_use(Config(dialogue=settings), dialogue, with_tools=bool(problem.tools)))
+    offered = ([*problem.tools],) if problem.tools and dialogue.tools == "template" else ()
+    functions = "[" + ",\n ".join(json.dumps(tool["function"], ensure_ascii=False) for tool in problem.tools) + "]"
+    task = fill(card.shown["TASK"], {"problem": problem.text, "tools": functions})
+    texts = [answer.text.strip() for answer in (group.failure.answer, first.answer, first.retry)]
+    assert card.two_tries(task, texts, *offered) == texts[2]
+    template = {"chat_template": Path(settings.chat_template).read_text()} if settings.chat_template else {}
+    served = card.prompt(2, tokenizer, **template)
+    trained = tokenizer.decode(Trajectory(first.trajectory.segments[:-1]).ids)
+    assert trained.replace(NO_THOUGHT, "") == served.replace(NO_THOUGHT, "")
+    assert all(request["extra_body"]["stop_token_ids"] == [*dialogue.end_of_turn] for request in card.requests)
+    assert all(request.get("tool_choice") == ("none" if offered else None) for request in card.requests)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -163,6 +156,8 @@ def test_template_options_that_nothing_reads_are_refused() -> None:
 def test_a_template_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"dialogue\.chat_template: .*nowhere\.jinja"):
         dialogue_of(FAMILIES["qwen2"], chat_template=str(tmp_path / "nowhere.jinja"))
+    with pytest.raises(ConfigError, match=rf"'nowhere\.jinja' cannot be .*; the working directory is {Path.cwd()}"):
+        dialogue_of(FAMILIES["qwen2"], chat_template="nowhere.jinja")
     (tmp_path / "broken.jinja").write_text("{% for message in messages %}")
     with pytest.raises(UserError, match=r"dialogue\.chat_template: the chat template cannot render"):
         dialogue_of(FAMILIES["qwen2"], chat_template=str(tmp_path / "broken.jinja"))

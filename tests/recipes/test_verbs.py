@@ -16,6 +16,7 @@ import pytest
 import torch
 from launch import QUICKSTART, ROOT, SMALL, lines, run, start
 from safetensors.torch import load_file
+from served import Served
 
 from nemo_r3 import signals
 from nemo_r3.actor.manifest import latest
@@ -24,6 +25,7 @@ from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
 from nemo_r3.results import rates
 from nemo_r3.tasks import load as load_task
+from nemo_r3.types import Phase, Segment, Trajectory
 from recipes.fault_injection import untimed
 
 
@@ -228,6 +230,30 @@ def test_the_export_generates_with_transformers(trained: Path) -> None:
         not torch.equal(tensor, base[name])
         for name, tensor in load_file(trained / "export" / "model.safetensors").items()
     )
+
+
+def test_the_exports_card_asks_for_a_retry_as_training_did(trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text, tokenizer, turns = (
+        (trained / "export" / "README.md").read_text(),
+        AutoTokenizer.from_pretrained(trained / "export"),
+        dialogue(),
+    )
+    assert "--dtype float32 --max-model-len 256 --generation-config vllm\n" in text
+    card = Served(text)
+    groups = [row for row in lines(trained / "rollouts" / "step_000001.jsonl") if "attempt" in row]
+    same = []
+    for row in groups:
+        card.requests.clear()
+        assert card.two_tries(row["problem"], (row["attempt"], row["reflection"], row["retry"])) == row["retry"]
+        assert {(request["temperature"], request["max_tokens"]) for request in card.requests} == {(1.0, 24)}
+        failed = Segment(Phase.ATTEMPT, tuple(row["context_ids"]), version=0)
+        reflected = Segment(Phase.REFLECTION, tuple(row["reflection_ids"]), version=0)
+        retry = turns.retry(turns.reflect(Trajectory((failed,))).then(reflected))
+        assert turns.whole(retry.ids) == card.prompt(2, tokenizer)
+        same.append(tokenizer.encode(card.prompt(2, tokenizer), add_special_tokens=False) == retry.ids)
+    assert sum(same) >= 0.9 * len(groups) > 0, "a model seldom writes a text in other tokens"
 
 
 def test_a_finished_run_says_so_without_a_model_and_logs_nothing(trained: Path, bank: Path) -> None:
