@@ -82,7 +82,8 @@ def _objection(template: ChatTemplate, tools: Sequence[Tool]) -> str | None:
             return (
                 "drops the reasoning (<think>...</think>) of earlier answers, so a reflection would not see the "
                 "attempt it is about; switch reasoning off where the template can (Qwen3: dialogue.template_options="
-                "{enable_thinking: false}), or name a template that keeps it in dialogue.chat_template"
+                "{enable_thinking: false}), or name a template that keeps it in dialogue.chat_template (for ChatML, "
+                "configs/templates/hermes.jinja)"
             )
     opening = dialogues[0][: dialogues[0].index(ANSWER[0])]
     close = after_answer(template.render(_alternate(1)))

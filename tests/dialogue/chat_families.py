@@ -60,6 +60,14 @@ FAMILIES = {
         settings={"template_options": {"enable_thinking": False}},
         **CALLS_IN_TAGS,
     ),
+    "qwen3-thinks": Family(
+        *("qwen3", "<|im_end|>"),
+        special=CHATML,
+        added=(*TOOL_CALL, "<think>", "</think>"),
+        settings={"chat_template": HERMES, "system": "Think first."},
+        space="<think>\nLet me see.\n</think>\n\n",
+        **CALLS_IN_TAGS,
+    ),
     "llama3": Family(
         "llama3", "<|eot_id|>", bos="<|begin_of_text|>", special=LLAMA3, way="template", calls=LLAMA_CALLS
     ),
