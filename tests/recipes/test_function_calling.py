@@ -1,4 +1,4 @@
-"""Function calling through mine, train and evaluate at TP2, on a model that half-remembers its problems."""
+"""Function calling through mine, train, evaluate and export at TP2, on a model that half-remembers its problems."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from launch import lines, run
+from served import Served
 
 from nemo_r3.config import load
 from nemo_r3.tasks import load as load_task
+from nemo_r3.tasks.template import fill
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(2)
     config = half_memory.make(home)
     torch.set_num_threads(threads)
-    for verb in ("mine", "train", "evaluate"):
+    for verb in ("mine", "train", "evaluate", "export"):
         done = run(verb, str(config), f"run.dir={home}/run", *LAYOUT, ranks=2)
         (home / f"{verb}.out").write_text(done.stdout)
     return home
@@ -78,3 +80,15 @@ def test_only_reflections_are_trained_and_the_weights_move(home: Path) -> None:
 def test_evaluation_has_before_and_after(home: Path) -> None:
     summary = json.loads((home / "run" / "summary.json").read_text())
     assert summary["before"]["first_try"]["sampled"]["n"] == summary["after"]["first_try"]["sampled"]["n"] == 6
+
+
+def test_the_exports_card_asks_with_the_tools_as_training_did(home: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(home / "run" / "export")
+    card = Served((home / "run" / "export" / "README.md").read_text())
+    for row in lines(home / "run" / "failures" / "shard_00000.jsonl"):
+        tools = ",\n ".join(json.dumps(tool["function"], ensure_ascii=False) for tool in row["problem"]["tools"])
+        card.requests.clear()
+        card.two_tries(fill(card.shown["TASK"], {"query": row["problem"]["text"], "tools": f"[{tools}]"}), ["", "", ""])
+        assert tokenizer.encode(card.prompt(0, tokenizer), add_special_tokens=False) == row["task_ids"]
