@@ -65,9 +65,6 @@ def correct(log_ratio: Tensor, sequences: Tensor, kind: str, low: float, high: f
 
     Returns:
         Factors [tokens], and which tokens are kept.
-
-    Raises:
-        ValueError: another kind.
     """
     ratio = ratios(log_ratio)
     if kind == "none":
@@ -76,9 +73,7 @@ def correct(log_ratio: Tensor, sequences: Tensor, kind: str, low: float, high: f
         return ratio.clamp(max=high), EVERY
     if kind == "icepop":
         return ratio, _within(log_ratio, low, high)
-    if kind == "sequence_mask":
-        return ratio, _within(sequence_means(log_ratio, sequences), low, high)
-    raise ValueError(f"algo.mismatch_correction={kind!r}")
+    return ratio, _within(sequence_means(log_ratio, sequences), low, high)
 
 
 def _within(log_ratio: Tensor, low: float, high: float) -> Tensor:

@@ -62,8 +62,3 @@ def test_nothing_overflows(kind: str) -> None:
 def test_nan_is_kept_so_that_it_stops_the_step(kind: str) -> None:
     factors, kept = correct(torch.tensor([math.nan]), torch.tensor([0]), kind, 0.5, 2.0)
     assert factors.isnan().all() and mask(kept, 1) == [True]
-
-
-def test_an_unknown_correction_is_refused_by_key() -> None:
-    with pytest.raises(ValueError, match=r"algo\.mismatch_correction='mis'"):
-        correct(torch.zeros(1), torch.zeros(1, dtype=torch.int64), "mis", 0.5, 2.0)
