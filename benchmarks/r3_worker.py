@@ -27,7 +27,7 @@ from nemo_r3.dialogue import Dialogue
 from nemo_r3.progress import Progress
 from nemo_r3.refit import refit
 from nemo_r3.rollout import environment
-from nemo_r3.rollout.sampling import Sampler, Sampling, request_seed
+from nemo_r3.rollout.sampling import Sampling, request_seed
 from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory, UpdateBatch
 
 
@@ -47,7 +47,7 @@ class RejectsAll:
         return False
 
 
-def force_lengths(engine: Sampler) -> dict[int | None, int]:
+def force_lengths(engine: Any) -> dict[int | None, int]:
     """Makes an engine's requests end at given lengths, and by no token: request seed -> tokens, to be filled in."""
     lengths: dict[int | None, int] = {}
     add = engine.add
@@ -55,7 +55,7 @@ def force_lengths(engine: Sampler) -> dict[int | None, int]:
     def add_forced(request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         add(request_id, prompt_ids, replace(sampling, max_tokens=lengths[sampling.seed], stop_ids=()))
 
-    engine.add = add_forced  # type: ignore[method-assign]
+    engine.add = add_forced
     return lengths
 
 

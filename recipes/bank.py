@@ -19,7 +19,6 @@ from recipes.start import refit_if_behind
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
-    from nemo_r3.rollout.engine import Engine
 
 TOOLS_ARE = {"template": "offered as the chat template shows them", "plain": "written into the user's turn"}
 """`Dialogue.tools` in words."""
@@ -87,7 +86,7 @@ def bank_rows(setup: Setup, bank: Bank, rollout: Rollout) -> list[BankRow]:
     return rows
 
 
-def failure_source(setup: Setup, bank: Bank | None, policy: Policy, rollout: Rollout[Engine]) -> Source:
+def failure_source(setup: Setup, bank: Bank | None, policy: Policy, rollout: Rollout) -> Source:
     """Gives each training step its failures: from the bank, or if there is none, from the current policy.
 
     A bank that is not complete is mined first, from the policy's starting weights.

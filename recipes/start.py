@@ -18,7 +18,6 @@ from recipes.setup import Setup
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
     from nemo_r3.actor.trainer import Trainer
-    from nemo_r3.rollout.engine import Engine
 
 
 def start_trainer(setup: Setup) -> Trainer:
@@ -43,7 +42,7 @@ def _build(setup: Setup, config: Config, with_weights: bool) -> Policy:
     return Policy(config, setup.world, with_weights)
 
 
-def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
+def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout:
     """Starts this rank's part of a vLLM engine; without weights, refit before sampling."""
     setup.progress.say(f"starting vLLM: rollout.tensor_parallel={setup.config.rollout.tensor_parallel}")
     with importing():
@@ -53,7 +52,7 @@ def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout[Engine]:
     return Rollout(engine, setup.dialogue, setup.task, setup.config, setup.world, setup.progress)
 
 
-def refit_if_behind(setup: Setup, policy: Policy, rollout: Rollout[Engine]) -> None:
+def refit_if_behind(setup: Setup, policy: Policy, rollout: Rollout) -> None:
     """Refits, if the engine has no weights or older ones than the policy; every rank calls this."""
     if rollout.engine.version != policy.version:
         setup.progress.during("refit")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from nemo_r3.config.rollout import RolloutConfig
 
@@ -40,29 +38,6 @@ class Completion:
         if begun is None:
             return self
         return replace(self, ids=begun.ids + self.ids, logprobs=begun.logprobs + self.logprobs)
-
-
-class Sampler(Protocol):
-    """What the scheduler needs of an engine."""
-
-    version: int  # of the weights in use
-    max_model_len: int  # most tokens of a prompt and its completion together
-
-    def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Queues a request; the prompt must leave room for at least one token."""
-        ...
-
-    def step(self) -> list[Completion]:
-        """Samples one token for as many requests as fit; returns those that finished with it."""
-        ...
-
-    def abort(self) -> list[Completion]:
-        """Aborts all unfinished requests; returns what they have sampled so far, perhaps nothing."""
-        ...
-
-    def reset_prefix_cache(self) -> None:
-        """Drops what is cached of earlier prompts."""
-        ...
 
 
 def request_seed(seed: int, step: int, asked: str, sample: int, phase: str) -> int:

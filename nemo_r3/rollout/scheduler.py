@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -26,13 +26,15 @@ from nemo_r3.errors import VerifierError
 from nemo_r3.progress import Progress
 from nemo_r3.rollout.judge import Judge
 from nemo_r3.rollout.placement import Fleet
-from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampler, Sampling, is_deterministic, request_seed
+from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, is_deterministic, request_seed
 from nemo_r3.rollout.turn_cache import TurnCache, turn_id
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Task
 from nemo_r3.types import NO_ROOM, Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
 
-EngineT = TypeVar("EngineT", bound=Sampler)
+if TYPE_CHECKING:
+    from nemo_r3.rollout.engine import Engine  # vLLM
+
 Result = TypeVar("Result")
 
 
@@ -77,7 +79,7 @@ class _InFlight(Generic[Result]):
             return None
 
 
-class Rollout(Generic[EngineT]):
+class Rollout:
     """Samples turns with the run's engines; every rank calls the same method with the same arguments.
 
     A method's `step` is part of every request's seed; with `greedy` it takes the likeliest token instead of sampling.
@@ -92,7 +94,7 @@ class Rollout(Generic[EngineT]):
     """
 
     def __init__(
-        self, engine: EngineT, dialogue: Dialogue, task: Task, config: Config, world: World, progress: Progress
+        self, engine: Engine, dialogue: Dialogue, task: Task, config: Config, world: World, progress: Progress
     ) -> None:
         self.engine = engine
         self._dialogue = dialogue
