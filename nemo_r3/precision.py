@@ -99,10 +99,6 @@ class Precision:
             }
         return fields
 
-    def gradient_fields(self) -> dict[str, Any]:
-        """Its part of megatron-core's DistributedDataParallelConfig: sums in fp32, parameters gathered in BF16."""
-        return {"grad_reduce_in_fp32": True, "fp8_param_gather": False}
-
     def optimizer_fields(self) -> dict[str, Any]:
         """Its part of megatron-core's OptimizerConfig; main weights and moments are fp32 by its own defaults."""
         return {

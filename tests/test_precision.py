@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from paper_models import NAMES, shape
 
@@ -53,10 +52,7 @@ def test_transformer_config(name: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_gradients_and_optimizer(name: str) -> None:
-    gradients = DistributedDataParallelConfig(**PRECISIONS[name].gradient_fields())
-    assert gradients.grad_reduce_in_fp32
-    assert not gradients.fp8_param_gather and not gradients.reuse_grad_buf_for_mxfp8_param_ag
+def test_the_optimizer_keeps_main_weights_and_moments_in_fp32(name: str) -> None:
     optimizer = OptimizerConfig(**PRECISIONS[name].optimizer_fields())
     assert (optimizer.bf16, optimizer.fp16) == (name != "fp32", False)
     assert optimizer.params_dtype == TRANSFORMER[name]["params_dtype"]

@@ -24,7 +24,7 @@ def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     after the step, because the next refit reads them all.
     """
     settings = DistributedDataParallelConfig(
-        **precision_of(config).gradient_fields(),
+        grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel_state.get_data_parallel_world_size() > 1,
     )
