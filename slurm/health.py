@@ -18,33 +18,17 @@ GPU_SECONDS = 60
 
 
 def wrong_with_gpus(wanted: int) -> str:
-    """What is wrong with the node's GPUs; empty if nothing is."""
+    """Why CUDA cannot use the node's GPUs; empty if it can."""
     if not wanted:
         return ""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=GPU_SECONDS)
-    except FileNotFoundError:
-        return f"{wanted} GPUs were allocated and there is no nvidia-smi (container or driver?)"
-    except subprocess.TimeoutExpired:
-        return f"nvidia-smi did not answer in {GPU_SECONDS} s"
-    seen = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
-    if done.returncode or seen < wanted:
-        return " ".join(f"nvidia-smi lists {seen} GPUs, {wanted} were allocated {done.stderr.strip()}".split())
-    return wrong_with_cuda(wanted)
-
-
-def wrong_with_cuda(wanted: int) -> str:
-    """Why CUDA cannot use the node's GPUs; empty if it can."""
     command = [sys.executable, "-m", "slurm.cuda_devices"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GPU_SECONDS)
     except subprocess.TimeoutExpired:
         return f"CUDA did not start in {GPU_SECONDS} s"
     if done.returncode:
-        return f"nvidia-smi lists the GPUs, but CUDA does not start: {' '.join(done.stderr.split())}"
-    if int(done.stdout) < wanted:
-        return f"CUDA sees {int(done.stdout)} GPUs, {wanted} were allocated"
-    return ""
+        return f"{wanted} GPUs were allocated, and CUDA does not start: {' '.join(done.stderr.split())}"
+    return f"CUDA sees {int(done.stdout)} GPUs, {wanted} were allocated" if int(done.stdout) < wanted else ""
 
 
 def wrong_with_disk(logs: Path, wanted_gb: float) -> str:

@@ -71,9 +71,7 @@ class Scripted:
         self.resets += 1
 
 
-def scripted(
-    *texts: str, world: World = ALONE, threads: int = 0
-) -> tuple[Rollout, Eight, Scripted, Dialogue]:
+def scripted(*texts: str, world: World = ALONE, threads: int = 0) -> tuple[Rollout, Eight, Scripted, Dialogue]:
     """A rollout whose engine says these texts, and what it is made of."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     config = load([str(ROOT / "configs" / "quickstart.yaml")])

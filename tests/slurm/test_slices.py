@@ -100,8 +100,8 @@ def test_a_users_error_is_quoted(tmp_path: Path, line: str) -> None:
 
 
 def test_an_unfit_node_is_named_and_blamed(tmp_path: Path) -> None:
-    leave(tmp_path, {}, health="nvidia-smi lists 7 GPUs, 8 were allocated")
-    assert read_end(tmp_path, 2, HOSTS, 5) == End(1, "node n2: nvidia-smi lists 7 GPUs, 8 were allocated", ("n2",))
+    leave(tmp_path, {}, health="CUDA sees 7 GPUs, 8 were allocated")
+    assert read_end(tmp_path, 2, HOSTS, 5) == End(1, "node n2: CUDA sees 7 GPUs, 8 were allocated", ("n2",))
 
 
 def test_a_node_that_does_not_answer_is_blamed(tmp_path: Path) -> None:
