@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from nemo_r3.config.task import DialogueConfig
 from nemo_r3.errors import ConfigError, UserError, describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow
 
 DATE = "26 Jul 2024"
 """The date for templates that print today's (it is Llama 3's own default): contexts must not change overnight."""
@@ -22,30 +25,6 @@ class RenderError(UserError):
     """The chat template fails on a dialogue; the cause is the template's own error."""
 
 
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    chat_template: Any
-    eos_token_id: int | None
-    added_tokens_decoder: Mapping[int, Any]
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any:
-        """Renders messages as text."""
-        ...
-
-    def encode(self, text: str, add_special_tokens: bool, verbose: bool) -> list[int]:
-        """Text -> ids; special tokens written out in the text become their ids. `verbose` warns of long texts."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Ids -> text."""
-        ...
-
-    def get_vocab(self) -> dict[str, int]:
-        """All tokens with their ids."""
-        ...
-
-
 class ChatTemplate:
     """Renders dialogues that end with a user's turn and the generation prompt.
 
@@ -54,7 +33,7 @@ class ChatTemplate:
         options: the variables that the template is given beside the dialogue, of those that it reads.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: DialogueConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DialogueConfig) -> None:
         """Takes the tokenizer's own template, or the one that `dialogue.chat_template` names.
 
         Raises:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nemo_r3.dialogue.chat_template import Tokenizer
 from nemo_r3.errors import UserError, describe
 from nemo_r3.imports import importing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tiktoken")
 """A checkpoint with a tokenizer has one of these; without any, transformers would make an empty tokenizer."""
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Reads the tokenizer of a Hugging Face checkpoint directory; the network is never asked, and no Python of the
     checkpoint's runs: transformers would offer that at a terminal.
 
@@ -31,7 +34,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             "the model that it was made from"
         )
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
         tokenizer.encode("What is broken may show only here.", add_special_tokens=False, verbose=False)

@@ -6,15 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_r3.config.task import DialogueConfig
-from nemo_r3.dialogue.chat_template import ChatTemplate, RenderError, Tokenizer, Tool
+from nemo_r3.dialogue.chat_template import ChatTemplate, RenderError, Tool
 from nemo_r3.dialogue.probe import ANSWER, PROBLEM, TOOL, USER, after_answer, objection
 from nemo_r3.errors import ConfigError, UserError, in_one_line
 from nemo_r3.files import read_json_object
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.template import fill
 from nemo_r3.types import Phase, Problem, Segment, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow
 
 
 class Dialogue:
@@ -32,7 +36,7 @@ class Dialogue:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: DialogueConfig, wording: Wording, stop_ids: Iterable[int] = ()
+        self, tokenizer: PreTrainedTokenizerBase, config: DialogueConfig, wording: Wording, stop_ids: Iterable[int] = ()
     ) -> None:
         """Checks the chat template and finds its end of a turn.
 
@@ -102,11 +106,11 @@ class Dialogue:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def whole(self, ids: Sequence[int]) -> str:
         """The text of any ids, special tokens written out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _piece(self, text: str) -> tuple[int, ...]:
         """[close][user turn][generation prompt] for a user's `text`, tokenised once."""
