@@ -11,18 +11,6 @@ HIDDEN = re.compile(
 """What shows nothing, or changes how the text around it is shown: controls, direction marks, halves of a character."""
 
 
-class _Shown(dict[int, int | str]):
-    """For str.translate: a character's code -> that code or, if it is HIDDEN, the number that shows it."""
-
-    def __missing__(self, code: int) -> int | str:
-        self[code] = shown = f"⟨U+{code:04X}⟩" if HIDDEN.match(chr(code)) else code
-        return shown
-
-
-SHOWN = _Shown()
-
-
 def visible(text: str) -> str:
     """A text whose HIDDEN characters are their numbers, as in ⟨U+202E⟩; a line may end in CR LF."""
-    text = text.replace("\r\n", "\n")
-    return text.translate(SHOWN) if HIDDEN.search(text) else text
+    return HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))

@@ -21,11 +21,9 @@ class _Stream:
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
-    def wait_stream(self, other: object) -> None:
-        """Nothing to wait for."""
+    def wait_stream(self, other: object) -> None: ...
 
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
+    def synchronize(self) -> None: ...
 
 
 class _CudaNamesToCpu(TorchFunctionMode):
