@@ -64,15 +64,10 @@ class Launch:
         Raises:
             UserError: the run failed.
         """
-        process, begun = self.start(), time.monotonic()
-        try:
-            code = process.wait()
-        except BaseException:  # we ourselves are stopped: leave no run behind
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        code, lived = self.interrupt("", [math.inf], patience=math.inf)
         if code:
             raise UserError(f"{self.path} ended with code {code} although nothing disturbed it; see {self.path}.log")
-        return time.monotonic() - begun
+        return lived
 
     def interrupt(self, kind: str, waits: Sequence[Path | float], patience: float) -> tuple[int, float]:
         """Starts the run and sends it a signal after some waits, unless it finishes first.
@@ -113,7 +108,7 @@ class Launch:
         # torchrun itself ends with 1 when its ranks stop
         stopped = signals.STOPPED if self.ranks == 1 else 1
         if code not in (0, stopped if number is signal.SIGUSR1 else -number):
-            raise UserError(f"the run ended with code {code} after {number.name}; see {self.path}.log")
+            raise UserError(f"{self.path} ended with code {code}; see {self.path}.log")
         return code, time.monotonic() - begun
 
 
