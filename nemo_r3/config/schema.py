@@ -150,7 +150,7 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(part) for part in get_args(hint))
     origin = get_origin(hint) or hint
     if origin is list:
-        return "a list, each element " + describe(get_args(hint)[0])
+        return ", each element ".join(["a list", *map(describe, get_args(hint))])
     return "a mapping" if origin is dict else NAMES.get(hint, str(hint))
 
 
@@ -183,7 +183,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if _is_union(hint):
         return any(_fits(value, part) for part in get_args(hint))
-    origin, parts = get_origin(hint) or hint, get_args(hint)
+    origin, parts = get_origin(hint) or hint, get_args(hint) or (Any, Any)
     if origin is list:
         return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
     if origin is dict:

@@ -1,6 +1,6 @@
 """`build` on a dataclass of one's own, as tasks use it for their options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from refusals import refusal
@@ -39,5 +39,10 @@ def test_plain_dataclass_fields_need_no_limits() -> None:
     @dataclass
     class Plain:
         depth: int = 3
+        words: list = field(default_factory=list)
+        rest: dict = field(default_factory=dict)
 
-    assert build(Plain, [Layer({"depth": -1})]) == Plain(-1)
+    assert build(Plain, [Layer({"depth": -1, "words": ["a", 1], "rest": {"b": None}})]) == Plain(
+        -1, ["a", 1], {"b": None}
+    )
+    assert refusal(lambda: build(Plain, [Layer({"words": 3})])) == "words: expected a list, got 3"
