@@ -82,18 +82,14 @@ def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
 
 def _of_one_task(places: Sequence[Sequence[Layer]]) -> list[Layer]:
     """The layers of all places in order, without settings for a task other than the one named last."""
-    merged: list[Layer] = []
-    current, since = "", 0
+    named: list[tuple[str, Layer]] = []
+    task = ""  # none yet
     for layers in places:
         sections = [layer.values["task"] for layer in layers if isinstance(layer.values.get("task"), dict)]
         names = [section["name"] for section in sections if "name" in section]
-        name = names[-1] if names else current or (TaskConfig().name if sections else "")
-        if name != current:
-            if current:
-                merged[since:] = [_without_task(layer) for layer in merged[since:]]
-            current, since = name, len(merged)
-        merged += layers
-    return merged
+        task = names[-1] if names else task or (TaskConfig().name if sections else "")
+        named += [(task, layer) for layer in layers]
+    return [layer if name in ("", task) else _without_task(layer) for name, layer in named]
 
 
 def _without_task(layer: Layer) -> Layer:
