@@ -90,8 +90,6 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
     Raises:
         UserError: they differ beyond tolerance, or the directory cannot be written. Nothing is left behind.
     """
-    if not probe or min(map(len, probe)) < 2:
-        raise ValueError("probe: at least one sequence, each of at least two tokens")
     expected = policy.score(probe)
     out = out.resolve()  # a link to another disk stays one, and the files go there
     writing = out.with_name(f"{out.name}.writing")
