@@ -68,7 +68,7 @@ test-slurm: setup ## jobs on a virtual Slurm cluster; needs root and Debian's sl
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 soak: setup ## end a small run by kill -9 and SIGUSR1, 200 times in all, and count the harm; it goes on where it was stopped
-	$(BIN)/python -m recipes.soak configs/soak.yaml $(ARGS)
+	$(BIN)/python -m recipes.drill configs/soak.yaml $(ARGS)
 
 gpu-check: ## measure kernels, update, rollout, refit and training on this host's GPU, with the Python that is active
 	python3 -m benchmarks.gpu_check $(ARGS)

@@ -1,4 +1,4 @@
-"""Training runs that are started, interrupted and compared: what the drill and the soak have in common."""
+"""Training runs that are started and interrupted, for the drill."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ from nemo_r3.config import Config
 from nemo_r3.errors import UserError
 from nemo_r3.rollout.sampling import is_deterministic
 from nemo_r3.run_directory import MEASURED
-
-PATIENCE = 5.0
-"""A run counts as hung after this many times the duration of the undisturbed one."""
 
 
 @dataclass(frozen=True)
@@ -162,22 +159,6 @@ def is_newer(file: Path, than: float) -> bool:
         return file.stat().st_mtime > than
     except FileNotFoundError:
         return False
-
-
-def differences(whole: Path, killed: Path, steps: int) -> list[str]:
-    """How the killed run differs from the undisturbed one, a line each; none if they are the same."""
-    differing = []
-    ours, theirs = (untimed(path / "metrics.jsonl") for path in (killed, whole))
-    if [line["step"] for line in ours] != list(range(1, steps + 1)):
-        differing.append(f"metrics.jsonl has the steps {[line['step'] for line in ours]}")
-    differing += [f"metrics of step {b['step']}: {a} != {b}" for a, b in zip(ours, theirs, strict=False) if a != b]
-    for folder, pattern in (("failures", "shard_*.jsonl"), ("rollouts", "step_*.jsonl")):
-        names = {file.name for path in (whole, killed) for file in (path / folder).glob(pattern)}
-        for name in sorted(names):
-            one, other = (path / folder / name for path in (whole, killed))
-            if not (one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()):
-                differing.append(f"{folder}/{name}")
-    return differing
 
 
 def untimed(file: Path) -> list[dict[str, Any]]:

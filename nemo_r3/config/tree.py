@@ -59,13 +59,10 @@ class EvaluateConfig:
 
 @dataclass
 class DrillConfig:
-    """The resume drill; recipes.drill and recipes.soak read it."""
+    """What recipes.drill does to a run."""
 
     kills: int = option(
-        6,
-        low=1,
-        help="kills of recipes.drill (at random, while it saves and by SIGUSR1, in turns), or of recipes.soak in all",
-        resume=True,
+        6, low=1, help="kills in all, in turns while it saves, by SIGUSR1, at random and while it mines", resume=True
     )
 
 

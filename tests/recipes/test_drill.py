@@ -1,4 +1,4 @@
-"""The drill: kills leave no trace, and a trace is found."""
+"""The drill: kills leave no trace, a trace is found, and a drill that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -8,34 +8,64 @@ from pathlib import Path
 import pytest
 from launch import QUICKSTART, SMALL, run
 
-from recipes.fault_injection import differences
+from recipes.drill import Tally, differences, next_kind, seconds_per_step
+from recipes.fault_injection import untimed
 
 
 def a_run(path: Path, steps: list[int], reward: float = 0.5) -> Path:
     for folder in ("failures", "rollouts"):
         (path / folder).mkdir(parents=True)
         (path / folder / ("shard_00000.jsonl" if folder == "failures" else "step_000001.jsonl")).write_text("{}\n")
-    lines = [{"step": step, "reward": reward, "time/rollout": len(str(path))} for step in steps]
+    lines = [{"step": step, "reward": reward, "time/rollout": len(str(path)), "time/cpu_rollout": 9} for step in steps]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def test_differences_are_named(tmp_path: Path) -> None:
     whole = a_run(tmp_path / "whole", [1, 2])
-    assert differences(whole, a_run(tmp_path / "same but slower", [1, 2]), 2) == []
-    assert differences(whole, a_run(tmp_path / "twice", [1, 2, 2]), 2) == ["metrics.jsonl has the steps [1, 2, 2]"]
-    (found,) = differences(a_run(tmp_path / "other whole", [1]), a_run(tmp_path / "other", [1], 0.25), 1)
-    assert found.startswith("metrics of step 1: {'step': 1, 'reward': 0.25}")
+    assert differences(whole, a_run(tmp_path / "same but slower", [1, 2]), ended=True) == []
+    begun = a_run(tmp_path / "begun", [1])
+    with (begun / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "re')  # the last line was being written
+    assert untimed(begun / "metrics.jsonl") == [{"step": 1, "reward": 0.5}]
+    assert differences(whole, begun, ended=False) == []
+    assert differences(whole, begun, ended=True) == [
+        "line 2 of metrics.jsonl: None != {'step': 2, 'reward': 0.5}",
+    ]
+    (found,) = differences(whole, a_run(tmp_path / "twice", [1, 1]), ended=False)
+    assert found.startswith("line 2 of metrics.jsonl: {'step': 1, 'reward': 0.5} != {'step': 2")
+    (found,) = differences(whole, a_run(tmp_path / "other", [1], 0.25), ended=False)
+    assert found.startswith("line 1 of metrics.jsonl: {'step': 1, 'reward': 0.25}")
     lost = a_run(tmp_path / "lost", [1, 2])
     (lost / "failures" / "shard_00000.jsonl").unlink()
     (lost / "rollouts" / "step_000001.jsonl").write_text("{")
-    assert differences(whole, lost, 2) == ["failures/shard_00000.jsonl", "rollouts/step_000001.jsonl"]
+    assert differences(whole, lost, ended=True) == ["failures/shard_00000.jsonl", "rollouts/step_000001.jsonl"]
+    assert differences(whole, lost, ended=False) == ["rollouts/step_000001.jsonl"], "it may be mined yet"
+
+
+def test_a_round_begins_with_kills_while_it_mines(tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert next_kind(killed, whole, 1) == "SIGUSR1", "a run without a bank"
+    for path in (killed, whole):
+        (path / "failures").mkdir(parents=True)
+    kinds = [next_kind(killed, whole, number) for number in range(3)]
+    assert kinds == ["while saving", "while mining", "while mining"]
+    (killed / "failures" / "bank.json").write_text('{"complete": true}')
+    assert [next_kind(killed, whole, number) for number in (1, 3)] == ["SIGUSR1", "at random"]
+
+
+def test_a_step_takes_its_wall_time(tmp_path: Path) -> None:
+    path = a_run(tmp_path / "run", [1, 2])
+    assert seconds_per_step(path) == len(str(path))
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_three_times_ends_the_same(tmp_path: Path) -> None:
-    done = run(
-        "drill", QUICKSTART, *SMALL, f"run.dir={tmp_path}/run", "train.steps=4", "train.save_every=1", "drill.kills=3"
-    )
-    assert "kill 3/3 SIGUSR1" in done.stdout
-    assert "the same, after 3 kills: failure bank, 4 steps, rollouts" in done.stdout
+def test_a_run_that_is_killed_ends_the_same_and_the_tally_goes_on_where_it_was(tmp_path: Path) -> None:
+    home = tmp_path / "run" / "drill"
+    settings = (QUICKSTART, *SMALL, f"run.dir={tmp_path}/run", "train.steps=8", "train.save_every=1")
+    first = run("drill", *settings, "drill.kills=2").stdout
+    assert "kill 2/2 SIGUSR1" in first and "round_001: came to its end" in first and "no harm" in first
+    again = run("drill", *settings, "drill.kills=3").stdout
+    assert "kill 3/3 " in again and "kill 2/" not in again and "round_002: came to its end" in again
+    tally = Tally(**json.loads((home / "tally.json").read_text()))
+    assert (tally.total, tally.rounds, tally.harm) == (3, 2, [])
