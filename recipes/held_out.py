@@ -22,7 +22,6 @@ from recipes.start import refit_if_behind
 
 if TYPE_CHECKING:
     from nemo_r3.actor.policy import Policy
-    from nemo_r3.rollout.engine import Engine
 
 FILE = "held_out.json"
 """In the run directory: the starting model's failures on the held-out problems, and what they depend on."""
@@ -39,7 +38,7 @@ class HeldOut:
     The second try is always on the starting model's failures: the policy's own would be fewer and harder each time.
     """
 
-    def __init__(self, setup: Setup, policy: Policy, rollout: Rollout[Engine]) -> None:
+    def __init__(self, setup: Setup, policy: Policy, rollout: Rollout) -> None:
         """Has the policy answer the problems once in a run's life, while it still has its starting weights."""
         self._setup, self._rollout = setup, rollout
         self._every = setup.config.evaluate.every
@@ -64,9 +63,7 @@ class HeldOut:
         return {f"held_out/{name}": value for name, value in rates.items()}
 
 
-def _starting_failures(
-    setup: Setup, policy: Policy, rollout: Rollout[Engine], problems: Sequence[Problem]
-) -> list[Attempt]:
+def _starting_failures(setup: Setup, policy: Policy, rollout: Rollout, problems: Sequence[Problem]) -> list[Attempt]:
     """The starting model's failures that this run keeps; if it has none, or those of other problems, new ones."""
     file, stamp = setup.run.path / FILE, vars(stamp_of(setup, problems, samples=1))
     kept = setup.world.on_main(lambda: _read(file, stamp))
