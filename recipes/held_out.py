@@ -64,8 +64,9 @@ class HeldOut:
 
 
 def _starting_failures(setup: Setup, policy: Policy, rollout: Rollout, problems: Sequence[Problem]) -> list[Attempt]:
-    """The starting model's failures that this run keeps; if it has none, or those of other problems, new ones."""
-    file, stamp = setup.run.path / FILE, vars(stamp_of(setup, problems, samples=1))
+    """The starting model's failures that this run keeps; if it has none, or those of other settings, new ones."""
+    stamp = vars(stamp_of(setup, problems, samples=1)) | {"seed": setup.config.seed}
+    file = setup.run.path / FILE
     kept = setup.world.on_main(lambda: _read(file, stamp))
     if kept is not None:
         return kept

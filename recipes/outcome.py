@@ -51,7 +51,7 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
     draw_curve(setup)
     report(setup)
     metrics = read_lines(run.metrics, unread=[])
-    if found := best(metrics, run.checkpoints):
+    if found := best(metrics, run.checkpoints, config.train.start_from):
         setup.progress.say(found)
     success = [number(line, "retry_success") for line in metrics]
     verb = "the same command with recipes.evaluate"
@@ -71,10 +71,11 @@ def conclude_early(setup: Setup, end: Exception, step: int) -> None:
     setup.world.on_main(lambda: trackers.close(code))
 
 
-def best(metrics: Sequence[Mapping[str, Any]], checkpoints: Path) -> str:
+def best(metrics: Sequence[Mapping[str, Any]], checkpoints: Path, start: str) -> str:
     """After which step the second try on held-out problems was best, in words; empty if none was measured.
 
-    A line of metrics.jsonl has the rates of the weights that sampled its step: those after the step before.
+    A line of metrics.jsonl has the rates of the weights that sampled its step: those after the step before, and at
+    first those of the checkpoint `start`, or without one the starting model's.
     """
     measured = [(number(line, "held_out/second_try"), number(line, "step") - 1) for line in metrics]
     known = [(value, step) for value, step in measured if math.isfinite(value + step)]
@@ -82,8 +83,9 @@ def best(metrics: Sequence[Mapping[str, Any]], checkpoints: Path) -> str:
         return ""
     value, step = max(known, key=lambda pair: pair[0])  # of equals the first
     kept = step_path(checkpoints, int(step))
-    place = f"{kept}" if kept in complete(checkpoints) else "no checkpoint has it"
-    return f"best second try on held-out problems: {value:.2f} after step {step:.0f} ({place if step else 'untrained'})"
+    place = str(kept) if kept in complete(checkpoints) else "no checkpoint has it"
+    place = place if step else start or "untrained"
+    return f"best second try on held-out problems: {value:.2f} after step {step:.0f} ({place})"
 
 
 def change(success: Sequence[float]) -> str:

@@ -22,9 +22,9 @@ from recipes.held_out import FILE, HeldOut
 class Started:
     """What a process of a run has, whose engine answers nothing right."""
 
-    def __init__(self, path: Path, every: int = 10, count: int = 6) -> None:
+    def __init__(self, path: Path, every: int = 10, count: int = 6, seed: int = 1) -> None:
         config, self.said = Config(), list[str]()
-        config.evaluate.every, config.evaluate.problems = every, count
+        config.evaluate.every, config.evaluate.problems, config.seed = every, count, seed
         self.rollout: Any = Scripted(passes=0)
         self.rollout.turns = TurnCache(enabled=True)
         setup: Any = SimpleNamespace(
@@ -53,8 +53,11 @@ def test_the_starting_model_is_asked_once_in_a_runs_life(tmp_path: Path, refits:
     assert second.held_out._failures == first.held_out._failures and len(first.held_out._failures) == 6
 
 
-def test_other_problems_or_a_damaged_file_are_asked_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_other_problems_or_seed_or_a_damaged_file_it_is_asked_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Started(tmp_path)
+    assert Started(tmp_path, seed=2).rollout.asked == 6, "evaluation answers with other seeds, too"
     assert Started(tmp_path, count=0).rollout.asked == 8, "all"
     assert capsys.readouterr().err == ""
     file = tmp_path / FILE

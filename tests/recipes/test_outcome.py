@@ -46,13 +46,14 @@ def test_the_best_held_out_step_is_named_with_its_checkpoint(tmp_path: Path) -> 
 
     lines = [line(1, 0.125), {"step": 2}, line(11, 0.5), line(21, None), line(31, 0.5), {"held_out/second_try": 0.9}]
     said = "best second try on held-out problems: 0.50 after step 10"
-    assert best(lines, tmp_path) == f"{said} (no checkpoint has it)"
+    assert best(lines, tmp_path, "") == f"{said} (no checkpoint has it)"
     kept = tmp_path / "step_000010"
     kept.mkdir()
     (kept / "manifest.json").touch()
-    assert best(lines, tmp_path) == f"{said} ({kept})"
-    assert best(lines[:2], tmp_path).endswith("0.12 after step 0 (untrained)")
-    assert best([{"step": 1, "retry_success": 0.5}], tmp_path) == ""
+    assert best(lines, tmp_path, "") == f"{said} ({kept})"
+    assert best(lines[:2], tmp_path, "").endswith("0.12 after step 0 (untrained)")
+    assert best(lines[:2], tmp_path, "other/step_000007").endswith("after step 0 (other/step_000007)")
+    assert best([{"step": 1, "retry_success": 0.5}], tmp_path, "") == ""
 
 
 def test_few_steps_are_compared_by_halves() -> None:
