@@ -200,14 +200,15 @@ def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str,
     }
     algo, phases = config.algo, " and ".join(config.algo.trained_phases)
     unless = "" if algo.reward_leaks else ", unless it gives the answer away itself"
+    start = "From a checkpoint of another run, see `train.start_from`: " if config.train.start_from else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {base}, trained to reflect on {config.task.name}",
         "Trained with nemo_r3 by [Reflect, Retry, Reward](https://arxiv.org/abs/2505.24726): after a failed answer the "
         "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the "
         f"retry{unless}. "
-        f"{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed answer, "
-        f"peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
+        f"{start}{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed "
+        f"answer, peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
     ]
     if has_results(summary, step):
         parts += ["## Results", _markdown(summary)]

@@ -101,6 +101,7 @@ def test_model_card() -> None:
     assert "Results" not in model_card(config, {}, 80, "tiny", "serve it")
     of_the_hub = model_card(config, {}, 80, "org/tiny", "serve it")
     assert yaml.safe_load(of_the_hub.split("---\n")[1])["base_model"] == "org/tiny"
-    config.algo.reward_leaks = False
+    config.algo.reward_leaks, config.train.start_from = False, "runs/first/checkpoints/step_000500"
     card = model_card(config, summary, 40, "tiny", "serve it")
-    assert "accepts the retry, unless it gives the answer away itself. 40" in card
+    assert "accepts the retry, unless it gives the answer away itself. From a checkpoint of another run" in card
+    assert "see `train.start_from`: 40 steps" in card and "start_from: runs/first/checkpoints/step_000500\n" in card
