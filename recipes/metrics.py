@@ -79,7 +79,8 @@ def summary(metrics: Mapping[str, float | None], config: Config, counters: Count
     line += f"  groups {metrics['groups_used']:.0f}/{train.failures_per_step}"
     if counters.sparse_steps >= FEW_STEPS:
         rate = "failures.min_solve_rate" if success < 0.5 else "lower failures.max_solve_rate"
-        line += f"  few for {counters.sparse_steps} steps: raise algo.group_size or {rate}"
+        others = f" or {rate}" if config.failures.source == "bank" else ""
+        line += f"  few for {counters.sparse_steps} steps: raise algo.group_size{others}"
     if (waited := metrics["speed/verifier_share"] or 0) > SLOW_VERIFIER:
         line += f"  verifier {waited:.0%} of the rollout"
     if metrics["loss"] is None:

@@ -112,7 +112,8 @@ def test_a_step_in_one_line() -> None:
     assert summary(metrics, config, Counters(sparse_steps=10)) == few
     easy = summary(metrics | {"retry_success": 0.97, "loss": None}, config, Counters(sparse_steps=12))
     assert "few for 12 steps: raise algo.group_size or lower failures.max_solve_rate  nothing to train on" in easy
-    config.algo.kl_beta = 0.0
+    config.algo.kl_beta, config.failures.source = 0.0, "online"
+    assert "few for 10 steps: raise algo.group_size  grad" in summary(metrics, config, Counters(sparse_steps=10))
     assert summary(metrics, config, Counters()) == shown.replace("  kl 0.0004", ""), "without a reference there is none"
     mismatched = summary(metrics | {"token_mult_prob_error": 1.07}, config, Counters())
     assert "MISMATCH: token_mult_prob_error 1.070 > train.mismatch_warn=1.05" in mismatched
