@@ -33,7 +33,7 @@ PAUSE = 2.0
 SAVE = 0.15
 """Most seconds from the beginning of that save to the kill."""
 PATIENCE = 5.0
-"""A run counts as hung after this many times the duration of the undisturbed one."""
+"""A run counts as hung after this many times the duration of the undisturbed one, which may have been in parts."""
 
 
 @dataclass
@@ -58,15 +58,16 @@ def drill(argv: Sequence[str]) -> None:
     home, ranks, kills = Path(config.run.dir) / "drill", ranks_of(config), config.drill.kills
     file = home / "tally.json"
     tally = Tally(**json.loads(file.read_text())) if file.exists() else Tally()
-    if tally.total >= kills and not tally.harm:
+    ended = not round_of(home, tally).exists()
+    if ended and tally.total >= kills and not tally.harm:
         shutil.rmtree(home)
         tally = Tally()
     home.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `interrupt` then kills its run
-    whole, ended = Launch(argv, ranks, home / "whole"), False
-    patience = PATIENCE * max(whole.finish(), 30.0)
+    whole = Launch(argv, ranks, home / "whole")
+    patience = PATIENCE * (max(whole.finish(), 30.0) + sum(step_seconds(whole.path)))
     while not (tally.harm or (ended and tally.total >= kills)):
-        killed = Launch(argv, ranks, home / f"round_{tally.rounds + 1:03d}")
+        killed = Launch(argv, ranks, round_of(home, tally))
         ended = kill(killed, whole.path, tally, kills, patience)
         write_whole(file, json.dumps(asdict(tally), indent=1) + "\n")
     for line in tally.harm:
@@ -74,6 +75,11 @@ def drill(argv: Sequence[str]) -> None:
     if tally.harm:
         raise UserError(f"kills have left a trace; {home} is left as it is, to be looked at")
     print(f"{json.dumps(asdict(tally))}\nno harm: failure bank, metrics and rollouts are those of the run left alone")
+
+
+def round_of(home: Path, tally: Tally) -> Path:
+    """The run of the round that is not over, or of the next one, which is not there yet."""
+    return home / f"round_{tally.rounds + 1:03d}"
 
 
 def kill(launch: Launch, whole: Path, tally: Tally, kills: int, patience: float) -> bool:
@@ -84,7 +90,9 @@ def kill(launch: Launch, whole: Path, tally: Tally, kills: int, patience: float)
     """
     step, shards, now = latest_step(launch.checkpoints), list(launch.path.glob("failures/shard_*.jsonl")), time.time()
     kind = next_kind(launch.path, whole, tally.total)
-    waits = waits_of(launch, kind, PAUSE * seconds_per_step(whole)) if tally.total < kills else [math.inf]
+    waits = (
+        waits_of(launch, kind, PAUSE * statistics.median(step_seconds(whole))) if tally.total < kills else [math.inf]
+    )
     code, lived = launch.interrupt(kind, waits, patience)
     ended, newest = code == 0, latest_step(launch.checkpoints)
     tally.harm += [f"{path} is damaged" for path in complete(launch.checkpoints) if not is_sound(path)]
@@ -117,13 +125,13 @@ def waits_of(launch: Launch, kind: str, pause: float) -> list[Path | float]:
     return [*waits, launch.writing, random.uniform(0.0, SAVE)] if kind == "while saving" else waits
 
 
-def seconds_per_step(run: Path) -> float:
-    """The median of a run's steps."""
+def step_seconds(run: Path) -> list[float]:
+    """How long a run's steps took."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return statistics.median(
+    return [
         sum(value for key, value in line.items() if key.startswith("time/") and not key.startswith("time/cpu_"))
         for line in lines
-    )
+    ]
 
 
 def differences(whole: Path, killed: Path, ended: bool) -> list[str]:

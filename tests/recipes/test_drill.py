@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from launch import QUICKSTART, SMALL, run
 
-from recipes.drill import Tally, differences, next_kind, seconds_per_step
-from recipes.fault_injection import untimed
+from recipes import drill
+from recipes.drill import Tally, differences, next_kind, step_seconds
+from recipes.fault_injection import Launch, untimed
 
 
 def a_run(path: Path, steps: list[int], reward: float = 0.5) -> Path:
@@ -56,7 +57,34 @@ def test_a_round_begins_with_kills_while_it_mines(tmp_path: Path) -> None:
 
 def test_a_step_takes_its_wall_time(tmp_path: Path) -> None:
     path = a_run(tmp_path / "run", [1, 2])
-    assert seconds_per_step(path) == len(str(path))
+    assert step_seconds(path) == 2 * [len(str(path))]
+
+
+def test_a_drill_that_was_stopped_goes_on_and_one_that_is_over_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, killed = tmp_path / "drill", list[tuple[str, int, float]]()
+
+    def finish(launch: Launch) -> float:
+        if not launch.path.exists():
+            a_run(launch.path, [1, 2])
+        return 1.0
+
+    def kill(launch: Launch, whole: Path, tally: Tally, kills: int, patience: float) -> bool:
+        killed.append((launch.path.name, tally.total, patience))
+        tally.rounds += 1
+        tally.kills["SIGUSR1"] = kills
+        return True
+
+    monkeypatch.setattr(drill.Launch, "finish", finish)
+    monkeypatch.setattr(drill, "kill", kill)
+    monkeypatch.setattr(drill.signal, "signal", lambda *_: None)
+    (home / "round_002").mkdir(parents=True)
+    (home / "tally.json").write_text(json.dumps({"kills": {"SIGUSR1": 6}, "rounds": 1}))
+    for _ in range(2):
+        drill.drill([QUICKSTART, f"run.dir={tmp_path}", "drill.kills=6"])
+    patience = 5 * (30 + 2 * len(str(home / "whole")))
+    assert killed == [("round_002", 6, patience), ("round_001", 0, patience)]
 
 
 @pytest.mark.slow
