@@ -29,7 +29,7 @@ from recipes.fault_injection import Launch, is_newer, ranks_of, untimed
 MINING = "while mining"
 KINDS = ("while saving", "SIGUSR1", "while saving", "at random")
 PAUSE = 2.0
-"""Most steps from the first sign of mining or of a step to the kill, or to waiting for the save to be hit."""
+"""Most steps from the first sign of mining or the first step to the kill, or to waiting for the save to be hit."""
 SAVE = 0.15
 """Most seconds from the beginning of that save to the kill."""
 PATIENCE = 5.0
@@ -119,8 +119,12 @@ def next_kind(run: Path, whole: Path, number: int) -> str:
 
 
 def waits_of(launch: Launch, kind: str, pause: float) -> list[Path | float]:
-    """What comes before a kill: soon after the run has begun to mine or to train, or during the save after that."""
-    sign = launch.path / ("failures/bank.json" if kind == MINING else "metrics.jsonl")
+    """What comes before a kill: soon after the run has begun to mine or done a step, or during the save after that.
+
+    The sign of a step is its rollouts: a run that resumes writes its logs anew before that.
+    """
+    step = f"rollouts/step_{latest_step(launch.checkpoints) + 1:06d}.jsonl"
+    sign = launch.path / ("failures/bank.json" if kind == MINING else step)
     waits: list[Path | float] = [sign, random.uniform(0.0, pause)]
     return [*waits, launch.writing, random.uniform(0.0, SAVE)] if kind == "while saving" else waits
 

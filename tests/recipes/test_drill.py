@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from launch import QUICKSTART, SMALL, run
 
 from recipes import drill
-from recipes.drill import Tally, differences, next_kind, step_seconds
+from recipes.drill import Tally, differences, next_kind, step_seconds, waits_of
 from recipes.fault_injection import Launch, untimed
 
 
@@ -49,10 +50,21 @@ def test_a_round_begins_with_kills_while_it_mines(tmp_path: Path) -> None:
     assert next_kind(killed, whole, 1) == "SIGUSR1", "a run without a bank"
     for path in (killed, whole):
         (path / "failures").mkdir(parents=True)
+    waits = waits_of(Launch([], 1, killed), "while mining", 0.0)
+    assert waits == [killed / "failures" / "bank.json", 0.0]
     kinds = [next_kind(killed, whole, number) for number in range(3)]
     assert kinds == ["while saving", "while mining", "while mining"]
     (killed / "failures" / "bank.json").write_text('{"complete": true}')
     assert [next_kind(killed, whole, number) for number in (1, 3)] == ["SIGUSR1", "at random"]
+
+
+def test_a_kill_waits_for_a_step_that_no_checkpoint_has(tmp_path: Path) -> None:
+    launch = Launch([], 1, a_run(tmp_path / "run", [1, 2]))
+    assert waits_of(launch, "SIGUSR1", 0.0) == [launch.path / "rollouts" / "step_000001.jsonl", 0.0]
+    (launch.checkpoints / "step_000001").mkdir(parents=True)
+    (launch.checkpoints / "step_000001" / "manifest.json").touch()
+    step, pause, save, _ = waits_of(launch, "while saving", 0.0)
+    assert (step, pause, save) == (launch.path / "rollouts" / "step_000002.jsonl", 0.0, launch.writing)
 
 
 def test_a_step_takes_its_wall_time(tmp_path: Path) -> None:
@@ -92,7 +104,8 @@ def test_a_run_that_is_killed_ends_the_same_and_the_tally_goes_on_where_it_was(t
     home = tmp_path / "run" / "drill"
     settings = (QUICKSTART, *SMALL, f"run.dir={tmp_path}/run", "train.steps=8", "train.save_every=1")
     first = run("drill", *settings, "drill.kills=2").stdout
-    assert "kill 2/2 SIGUSR1" in first and "round_001: came to its end" in first and "no harm" in first
+    assert re.search(r"kill 2/2 SIGUSR1 after .* s, at step [1-8]\n", first), "a step was saved, to resume from"
+    assert "round_001: came to its end" in first and "no harm" in first
     again = run("drill", *settings, "drill.kills=3").stdout
     assert "kill 3/3 " in again and "kill 2/" not in again and "round_002: came to its end" in again
     tally = Tally(**json.loads((home / "tally.json").read_text()))
