@@ -104,6 +104,7 @@ def _leave(message: str, code: int, follows: bool = False) -> None:
     with suppress(OSError):
         sys.stdout.flush()
     if leads or code != signals.STOPPED:  # all ranks stop together, and one says so
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
     trackers.close(code)
     os._exit(code)

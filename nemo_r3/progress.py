@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections import deque
+from typing import TextIO
 
+from nemo_r3 import signals
 from nemo_r3.visible import visible
 
 REDRAW = 0.1
@@ -15,6 +18,8 @@ QUIET = 30.0
 """Seconds between two lines where there is no terminal."""
 RECENT = 10
 """The durations of this many steps predict how long the rest will take."""
+UNREAD = (errno.EPIPE, errno.EIO)
+"""Errors of writing to a pipe without a reader, and to a terminal that was closed."""
 
 
 def is_rank_0() -> bool:
@@ -22,10 +27,24 @@ def is_rank_0() -> bool:
     return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
+def put(text: str, file: TextIO, end: str = "\n") -> None:
+    """Prints at once. If nobody reads that any more, the process is asked to stop, and goes on without output.
+
+    So a run saves that is ended together with its terminal, or by a Ctrl-C that also ended the `tee` after it.
+    """
+    try:
+        print(text, file=file, end=end, flush=True)
+    except OSError as error:
+        if error.errno not in UNREAD:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        signals.note("closed output")
+
+
 def warn(text: str) -> None:
     """Prints a warning to standard error, on rank 0."""
     if is_rank_0():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        put(f"warning: {text}", sys.stderr)
 
 
 class Progress:
@@ -92,7 +111,7 @@ class Progress:
         """Prints a line that stays, in place of the live one; what a model wrote in it cannot act on the terminal."""
         if self._enabled:
             self._shown, line = time.monotonic(), visible(line)
-            print(f"\r\033[K{line}" if self._live else line, flush=True)
+            put(f"\r\033[K{line}" if self._live else line, sys.stdout)
 
     def _show(self, text: str) -> None:
         """Draws or prints, unless that has just been done."""
@@ -104,9 +123,9 @@ class Progress:
     def _draw(self, text: str) -> None:
         line = f"{self._title} {text}".lstrip()
         if self._live:
-            print(f"\r\033[K{line}"[:160], end="", flush=True)
+            put(f"\r\033[K{line}"[:160], sys.stdout, end="")
         else:
-            print(line, flush=True)
+            put(line, sys.stdout)
 
 
 class Pace:

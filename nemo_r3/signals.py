@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 STOPPED = 75
@@ -43,8 +44,14 @@ def restore_defaults() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def note(name: str) -> None:
+    """Notes a request to stop, unless there is one."""
+    if not _noted:
+        _noted.append((name, time.monotonic()))
+
+
 def noted() -> str | None:
-    """The signal that asked this process to stop, e.g. "SIGUSR1"; None if there was none."""
+    """What asked this process to stop, e.g. "SIGUSR1"; None if nothing did."""
     return _noted[0][0] if _noted else None
 
 
@@ -53,6 +60,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     if _noted and (now - _noted[0][1] > SAME_REQUEST or name == _noted[0][0] == "SIGINT"):
         os._exit(128 + number)
     if not _noted:
-        _noted.append((name, now))
+        note(name)
         if name == "SIGINT" and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping as soon as everything is saved; Ctrl-C again ends this at once\n")
+            with suppress(OSError):  # nobody reads that any more
+                os.write(2, b"\nstopping as soon as everything is saved; Ctrl-C again ends this at once\n")

@@ -15,8 +15,8 @@ FLOORS = {
     f"nemo_r3.{room}": floor
     for floor, rooms in enumerate(
         (
-            "types errors files imports config units visible progress",
-            "tasks dialogue algo signals watchdog trackers",
+            "types errors files imports config units visible signals progress",
+            "tasks dialogue algo watchdog trackers",
             "models precision fp8_support runtime entry memory",
             "actor rollout refit",
             "assets capacity curve plan evaluate export failures html_report results run_directory",

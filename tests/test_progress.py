@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
 from nemo_r3 import progress as module
+from nemo_r3 import signals
 from nemo_r3.errors import describe
 from nemo_r3.progress import Pace, Progress, duration
 
@@ -125,6 +128,21 @@ def test_other_ranks_print_nothing_even_on_a_terminal(monkeypatch: pytest.Monkey
     progress.during("update")
     progress.say("done")
     assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("make", [os.pipe, os.openpty])
+def test_a_pipe_or_terminal_that_nobody_reads_is_a_request_to_stop_and_no_error(
+    make: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "_noted", [])
+    reader, writer = make()
+    with os.fdopen(writer, "w") as output:
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", output)
+        progress = Progress(enabled=True)
+        progress.say("step 1/40")
+        progress.say("step 1 is saved")
+    assert signals.noted() == "closed output"
 
 
 def test_the_pace_is_that_of_the_latest_steps(clock: SimpleNamespace) -> None:
