@@ -105,13 +105,14 @@ def table(runs: Sequence[Run]) -> str:
     told = [leaf for leaf in differ if not leaf.key.startswith(("seed", *NOT_TRAINED))]
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.config.seed):
-        settings = "".join(f"{leaf.key}={show(leaf.of(run.config))}, " for leaf in told)
-        groups.setdefault(settings, []).append(run)
+        groups.setdefault(repr([leaf.of(run.config) for leaf in told]), []).append(run)
+    labels = ["".join(f"{leaf.key}={show(leaf.of(it[0].config))}, " for leaf in told) for it in groups.values()]
     rows: list[Sequence[str]] = [HEADINGS]
-    for settings, group in groups.items():
+    for settings, group in zip(labels, groups.values(), strict=True):
         seeds = [run.config.seed for run in group]
         for seed, run in zip(seeds, group, strict=True):
-            name = f"{settings}seed={seed}" if seeds.count(seed) == 1 else str(run.path)
+            # long values may look alike, as far as they are shown
+            name = f"{settings}seed={seed}" if seeds.count(seed) == labels.count(settings) == 1 else str(run.path)
             rows.append((name, run.progress, *cells(run.numbers or UNKNOWN)))
         rows += means(settings, [run.numbers for run in group if run.numbers])
     return aligned(rows)

@@ -75,6 +75,16 @@ def test_runs_of_the_same_settings_and_seed_are_named_by_their_directories(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == [*paths[:2], "seed=2"]
 
 
+def test_settings_that_differ_only_where_they_are_not_shown_have_no_mean_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "Reflect on what went wrong. " * 4
+    short, long = a_run(tmp_path / "a", f"dialogue.reflect={words}", passed=(5, 9)), tmp_path / "b"
+    a_run(long, f"dialogue.reflect={words} Do not give the answer.", "seed=2", passed=(5, 9))
+    compare([str(short), str(long)])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == [str(short), str(long)]
+
+
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     assert "name the directories" in refusal(lambda: compare([]))
     assert refusal(lambda: compare([QUICKSTART])).startswith(f"{QUICKSTART} holds no trained run")
