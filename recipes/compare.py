@@ -62,14 +62,13 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def runs_in(place: Path) -> list[Path]:
-    """The directory, if it is a trained run's; else those in it that are.
+    """The directories of trained runs: the place itself, and those in it.
 
     Raises:
         UserError: there is none.
     """
-    if (place / "config.yaml").exists():
-        return [place]
-    if found := sorted(file.parent for file in place.glob("*/config.yaml")):
+    inner = [file.parent for file in sorted(place.glob("*/config.yaml")) if not file.parent.name.startswith("tried_")]
+    if found := [*([place] if (place / "config.yaml").exists() else []), *inner]:
         return found
     raise UserError(f"{place} holds no trained run: there is no config.yaml in it or in a directory of it; {USAGE}")
 

@@ -65,14 +65,14 @@ def test_a_real_run_has_the_rates_of_its_evaluation(trained: Path, capsys: pytes
     assert table["second try on a failure"][1].startswith(f"{gain} ±")
 
 
-def test_runs_of_the_same_settings_and_seed_are_named_by_their_directories(
+def test_runs_of_the_same_settings_and_seed_are_named_by_their_directories_which_may_hold_a_sweep(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = [
-        str(a_run(tmp_path / name, f"seed={seed}", passed=(5, 9))) for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    ]
-    compare(paths)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == [*paths[:2], "seed=2"]
+    runs = {"a": 1, "b": 1, "a/seed=2": 2, "a/tried_1": 3}  # the last is what the run itself has put aside
+    paths = [str(a_run(tmp_path / name, f"seed={seed}", passed=(5, 9))) for name, seed in runs.items()]
+    compare(paths[:2])
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert rows == [*paths[:2], "seed=2", "mean"]
 
 
 def test_settings_that_differ_only_where_they_are_not_shown_have_no_mean_together(
