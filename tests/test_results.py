@@ -85,6 +85,7 @@ def test_model_card() -> None:
     summary |= {"step": 40, "versions": {"torch": "2.13.0"}}
     config = Config()
     config.model.path = "models/tiny"
+    config.cluster.setup = "export HF_TOKEN=hf_secret"
     card = model_card(config, summary, 40, "tiny", "serve it")
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
@@ -96,7 +97,7 @@ def test_model_card() -> None:
     assert "- torch 2.13.0" in text
     assert "## How to use\n\nserve it\n\n" in text
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert settings["model"]["path"] == "models/tiny"
+    assert settings["model"]["path"] == "models/tiny" and "hf_secret" not in card
     assert "Results" not in model_card(config, summary, 80, "tiny", "serve it"), "measured at another step"
     assert "Results" not in model_card(config, {}, 80, "tiny", "serve it")
     of_the_hub = model_card(config, {}, 80, "org/tiny", "serve it")
