@@ -194,7 +194,7 @@ def _write_others(directory: Path, source: Path, card: str, config: Config) -> N
     hf.pop("auto_map", None)  # it names Python files that an export neither has nor needs
     _write_json(directory / "config.json", {**hf, "dtype": precision_of(config).dtype_name})
     for pattern in COPIED:
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):  # LICENSES may be a directory
             shutil.copyfile(file, directory / file.name)
     if not (directory / "generation_config.json").exists():
         made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)

@@ -53,6 +53,7 @@ def make_models(home: Path) -> None:
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / kind)
         fast.save_pretrained(home / kind)
     (home / "llama" / "LICENSE.txt").write_text("be nice")
+    (home / "llama" / "LICENSES").mkdir()
     (home / "llama" / "training_args.bin").write_bytes(b"a pickle")
     (home / "qwen2" / "generation_config.json").unlink()
 
