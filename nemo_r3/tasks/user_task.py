@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from nemo_r3.errors import ConfigError, UserError, in_one_line
-from nemo_r3.progress import warn
+from nemo_r3.progress import put, warn
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.slow_calls import warn_if_slow
 from nemo_r3.tasks.template import fill, is_unicode
@@ -71,7 +71,7 @@ class UserTask:
         try:
             return self._verdict(problem, text)
         except UserError:
-            print(f"the answer to problem {problem.id!r} was {text!r}", file=sys.stderr, flush=True)
+            put(f"the answer to problem {problem.id!r} was {text!r}", sys.stderr)
             raise
 
     def _verdict(self, problem: Problem, text: str) -> bool:

@@ -11,7 +11,7 @@ from threading import Event, Thread
 
 from nemo_r3.errors import describe
 from nemo_r3.files import read_json_object, write_whole
-from nemo_r3.progress import warn
+from nemo_r3.progress import put, warn
 from nemo_r3.trackers.tracker import Metrics, Server
 
 RETRY_SECONDS = 60.0
@@ -58,9 +58,7 @@ class InBackground:
         self._thread.join(SILENT_SECONDS)
         if self._thread.is_alive():
             longest = STOP_SECONDS if code else END_SECONDS
-            print(
-                f"{self._setting}: waiting up to {longest:.0f} s for what is not sent yet", file=sys.stderr, flush=True
-            )
+            put(f"{self._setting}: waiting up to {longest:.0f} s for what is not sent yet", sys.stderr)
             self._thread.join(longest)
         if self._thread.is_alive() or not self._acts.empty():
             self._warn("not everything was sent; the same command, run again, sends what is missing")
