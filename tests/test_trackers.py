@@ -186,6 +186,7 @@ def end_to_end(path: Path, setting: str) -> None:
     settings(path)
     for lines, code, results in ((LINES[:3], signals.STOPPED, {}), (LINES, 0, {"after/first_try": 0.5})):
         given = [json.dumps(lines), str(code), json.dumps(results), str(path / "run.yaml"), f"run.dir={path}/run"]
+        given.append("cluster.setup=export KEY=secret")
         subprocess.run([sys.executable, "-c", PROCESS, *given, f"{setting}=project"], check=True, timeout=120)
 
 
@@ -202,7 +203,8 @@ def test_weights_and_biases_gets_every_step_once(tmp_path: Path, monkeypatch: py
     assert [record.exit.exit_code for record in (stopped + done) if record.HasField("exit")] == [75, 0]
     (run,) = [record.run for record in done if record.HasField("run")]
     assert (run.display_name, run.project) == (f"{tmp_path.name}/run", "project")
-    assert {item.key: json.loads(item.value_json) for item in run.config.update}["model"]["path"] == "embedded"
+    shown = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (shown["model"]["path"], shown["cluster"]["setup"]) == ("embedded", "")
     summary = {item.key: item.value_json for record in records(files[2]) for item in record.summary.update}
     assert summary["after/first_try"] == "0.5"
 
@@ -254,5 +256,5 @@ def test_mlflow_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (run.info.run_name, run.info.status) == (f"{tmp_path.name}/run", "FINISHED")
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(line["step"], line["loss"]) for line in LINES]
-    assert run.data.params["model.path"] == "embedded"
+    assert (run.data.params["model.path"], run.data.params["cluster.setup"]) == ("embedded", "")
     assert run.data.metrics["after/first_try"] == 0.5

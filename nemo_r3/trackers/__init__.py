@@ -10,6 +10,7 @@ Trackers belong to the process, which shows one run and has to end them, so this
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def _open_servers(config: Config, path: Path) -> list[InBackground]:
     """Opens those asked for, instead of what is open."""
     close(0)
     servers = []
+    config = replace(config, cluster=replace(config.cluster, setup=""))  # a script, which may hold keys
     if project := config.run.wandb_project:
         make_wandb = partial(wandb.WeightsAndBiases, config, path)
         servers.append(InBackground(wandb.SETTING, project, path / "wandb" / SENT, make_wandb))
