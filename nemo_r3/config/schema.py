@@ -141,7 +141,7 @@ def can_be_set(hint: Any) -> bool:
         return all(can_be_set(part) for part in get_args(hint))
     if get_origin(hint) in (list, dict):
         return can_be_set(get_args(hint)[-1])
-    return hint is Any or hint in NAMES
+    return hint in (Any, list, dict) or hint in NAMES
 
 
 def describe(hint: Any) -> str:

@@ -6,7 +6,7 @@ import pytest
 from refusals import refusal
 
 from nemo_r3.config.option import option
-from nemo_r3.config.schema import Layer, build
+from nemo_r3.config.schema import Layer, build, can_be_set, leaves
 
 
 @dataclass
@@ -42,6 +42,7 @@ def test_plain_dataclass_fields_need_no_limits() -> None:
         words: list = field(default_factory=list)
         rest: dict = field(default_factory=dict)
 
+    assert all(can_be_set(leaf.type) for leaf in leaves(Plain)), "a task's options may be such"
     assert build(Plain, [Layer({"depth": -1, "words": ["a", 1], "rest": {"b": None}})]) == Plain(
         -1, ["a", 1], {"b": None}
     )
