@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nemo_r3.config import Config, to_yaml
+from nemo_r3.config import Config, shareable, to_yaml
 from nemo_r3.errors import UserError, describe
 from nemo_r3.precision import precision_of
 from nemo_r3.tasks.template import fill
@@ -34,8 +34,6 @@ NOTE = (
     "failure. Resampled: another first answer instead of a reflection and a retry."
 )
 NONE = "-"
-NOT_SHOWN = ("cluster", "drill")
-"""Sections that an export's README.md leaves out: they trained nothing, and `cluster.setup` may hold keys."""
 HOW_TO_USE = """\
 The model knows one dialogue: a first answer and, after a failure, a reflection and a retry. To have it as in training
 and evaluation, serve this directory with vLLM, without the sampling of generation_config.json, which is the starting
@@ -214,7 +212,7 @@ def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str,
     ]
     if has_results(summary, step):
         parts += ["## Results", _markdown(summary)]
-    parts += ["## How to use", usage, "## Settings", f"```yaml\n{to_yaml(config, NOT_SHOWN)}```"]
+    parts += ["## How to use", usage, "## Settings", f"```yaml\n{to_yaml(shareable(config))}```"]
     if summary.get("versions"):
         lines = [f"- {name} {version}" for name, version in summary["versions"].items()]
         parts += ["## Versions", "\n".join(lines)]

@@ -9,7 +9,7 @@ from nemo_r3.config.checks import check_world
 from nemo_r3.config.load import load, to_yaml
 from nemo_r3.config.rollout import RolloutConfig
 from nemo_r3.config.train import TrainConfig
-from nemo_r3.config.tree import Config, diff_for_resume
+from nemo_r3.config.tree import Config, diff_for_resume, shareable
 
 __all__ = [
     "ActorConfig",
@@ -20,5 +20,6 @@ __all__ = [
     "check_world",
     "diff_for_resume",
     "load",
+    "shareable",
     "to_yaml",
 ]

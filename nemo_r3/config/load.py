@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from io import StringIO
@@ -51,10 +51,9 @@ def load(argv: Sequence[str]) -> Config:
     return config
 
 
-def to_yaml(config: Config, without: Collection[str] = ()) -> str:
-    """The config as YAML, which `load` reads back to the same, but for the sections that it is `without`."""
-    tree = OmegaConf.structured(config)
-    return OmegaConf.to_yaml(OmegaConf.masked_copy(tree, [section for section in tree if section not in without]))
+def to_yaml(config: Config) -> str:
+    """The whole config as YAML, which `load` reads back to the same."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _fill(config: Config, path: Path) -> None:

@@ -1,6 +1,6 @@
 """`Config`: the whole tree, whose larger sections have files of their own, and how two of them differ."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_r3.config.actor import ActorConfig
@@ -83,6 +83,11 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     drill: DrillConfig = field(default_factory=DrillConfig)
+
+
+def shareable(config: Config) -> Config:
+    """The config without `cluster.setup`, a script that may hold keys: for what others may see."""
+    return replace(config, cluster=replace(config.cluster, setup=""))
 
 
 def diff_for_resume(old: Config, new: Config) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nemo_r3.config import Config
+from nemo_r3.config import Config, shareable
 from nemo_r3.config.schema import show
 from nemo_r3.config.tree import differing
 from nemo_r3.curve import moving_mean, window_of
@@ -115,7 +115,9 @@ def _contents(run: RunFiles) -> dict[str, Any]:
 def _settings(config: Config) -> list[tuple[str, str, str]]:
     """Key, value and default of the settings that differ from their defaults."""
     cut = _cutter(LONGEST_SETTING)
-    return [(leaf.key, cut(str(value)), show(default)) for leaf, default, value in differing(Config(), config)]
+    return [
+        (leaf.key, cut(str(value)), show(default)) for leaf, default, value in differing(Config(), shareable(config))
+    ]
 
 
 def _rates(run: RunFiles) -> list[tuple[str, ...]]:

@@ -10,13 +10,12 @@ Trackers belong to the process, which shows one run and has to end them, so this
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_r3 import watchdog
-from nemo_r3.config import Config
+from nemo_r3.config import Config, shareable
 from nemo_r3.trackers import mlflow, wandb
 from nemo_r3.trackers.background import InBackground
 from nemo_r3.trackers.tensorboard import TensorBoard
@@ -83,7 +82,7 @@ def _open_servers(config: Config, path: Path) -> list[InBackground]:
     """Opens those asked for, instead of what is open."""
     close(0)
     servers = []
-    config = replace(config, cluster=replace(config.cluster, setup=""))  # a script, which may hold keys
+    config = shareable(config)
     if project := config.run.wandb_project:
         make_wandb = partial(wandb.WeightsAndBiases, config, path)
         servers.append(InBackground(wandb.SETTING, project, path / "wandb" / SENT, make_wandb))

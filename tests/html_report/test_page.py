@@ -124,12 +124,14 @@ def test_what_was_measured_on_held_out_problems(tmp_path: Path) -> None:
 def test_the_settings_that_the_run_recorded_count(tmp_path: Path) -> None:
     path, bank = a_run(tmp_path / "run", 2), tmp_path / "bank"
     recorded = {"model": {"path": "embedded"}, "run": {"dir": str(path)}, "failures": {"path": str(bank)}}
+    recorded["cluster"] = {"setup": "export HF_TOKEN=hf_secret"}
     (path / "config.yaml").write_text(json.dumps(recorded | {"train": {"steps": 7, "mismatch_warn": 1.5}}))
     bank.mkdir()
     tally = {"asked": 9, "passed": 2, "no_room": 0, "truncated": 1}
     (bank / "bank.json").write_text(json.dumps({"tallies": {"shard_00000.jsonl": tally}}))
     text = " ".join(page_of(path, "train.steps=3").all().split())
     assert "2 of 7 steps" in text and "train.mismatch_warn=1.5" in text and "Mined 9 first answers" in text
+    assert "hf_secret" not in text
 
 
 def test_reflections_of_the_first_and_the_last_step_come_first(tmp_path: Path) -> None:
