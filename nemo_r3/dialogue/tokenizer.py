@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tiktoken")
 """A checkpoint with a tokenizer has one of these; without any, transformers would make an empty tokenizer."""
+SENTENCE = "What is broken may show only here."
+"""A tokenizer has to give it back as it is. Of a byte-level tokenizer.json whose class is LlamaTokenizer, transformers
+before 5.22 makes a tokenizer that drops all white space."""
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -23,7 +26,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     "a, b", and a verifier would judge what the model never said.
 
     Raises:
-        UserError: the directory has none, or transformers cannot make one of its files.
+        UserError: the directory has none, transformers cannot make one of its files, or one that changes a text.
     """
     with importing():
         from transformers import AutoTokenizer  # slow
@@ -37,7 +40,13 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
-        tokenizer.encode("What is broken may show only here.", add_special_tokens=False, verbose=False)
+        ids = tokenizer.encode(SENTENCE, add_special_tokens=False, verbose=False)
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
     except Exception as error:  # of any type: transformers and tokenizers check little of what is in the files
         raise UserError(f"model.path: {path} has no tokenizer that can be read: {describe(error)}") from error
+    if decoded != SENTENCE:
+        raise UserError(
+            f"model.path: {path} has a tokenizer that transformers misreads: it makes {decoded!r} of {SENTENCE!r}; if "
+            'there is a tokenizer.json, try "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+        )
     return tokenizer

@@ -246,6 +246,15 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, 
     assert f"model.path: {model} has no tokenizer that can be read: " in refusal(lambda: read_tokenizer(model))
 
 
+def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
+    """What transformers before 5.22 makes of a byte-level tokenizer.json whose class is LlamaTokenizer."""
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": {"type": "WhitespaceSplit"}}))
+    assert "misreads: it makes 'Whatisbrokenmayshowonlyhere.' of " in refusal(lambda: read_tokenizer(model))
+
+
 def test_a_checkpoints_own_python_does_not_run_even_if_someone_says_yes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ def test_a_shared_context_costs_once(model: LlamaForCausalLM, arch: Architecture
         counted(model, torch.arange(SHARED)[None], cache, 0)
         for _ in range(3):
             counted(model, torch.arange(OWN)[None], cache, TRAINED)
-            cache.crop(SHARED)
+            cache.crop(-OWN)
     cost = training_cost(arch)
     future = SHARED * (SHARED - 1) / 2 + 3 * OWN * (OWN - 1) / 2
     ours = Balance([row(SHARED, OWN)] * 3, cost, budget=1000).flops((0, 1, 2)) + cost.per_pair * future
@@ -89,7 +89,7 @@ def test_a_rollout_reads_each_token_once_and_samples_with_the_head(model: LlamaF
         counted(model, torch.arange(context)[None], cache, 0)
         for _ in range(3):
             counted(model, torch.arange(own)[None], cache, reflection + retry)
-            cache.crop(context)
+            cache.crop(-own)
     future = context * (context - 1) / 2 + 3 * own * (own - 1) / 2
     ours = rollout_flops(arch, [group(context, reflection, retry, 3)])
     ours += training_cost(arch).per_pair / FORWARD_AND_BACKWARD * future
