@@ -42,8 +42,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def settings(bank: Path, disk: Path) -> tuple[str, ...]:
-    places = (f"failures.path={bank}", f"run.dir={disk.parent}")
-    return (QUICKSTART, *SMALL, *places, "train.steps=4", "train.save_every=1", "train.keep_checkpoints=1")
+    saved = (f"run.dir={disk.parent}", "train.save_every=1", "train.keep_checkpoints=1")
+    return (QUICKSTART, *SMALL, f"failures.path={bank}", *saved, "train.steps=4", "evaluate.every=2")  # as `trained`
 
 
 def cause(errors: str, disk: Path) -> str:
