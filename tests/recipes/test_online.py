@@ -12,7 +12,7 @@ from recipes.fault_injection import untimed
 
 @pytest.mark.slow
 def test_a_run_without_a_bank_resumes_on_other_ranks_as_if_undisturbed(tmp_path: Path) -> None:
-    settings = (QUICKSTART, *SMALL, "failures.source=online", "train.save_every=2")
+    settings = (QUICKSTART, *SMALL, "failures.source=online", "train.save_every=2", "actor.lr_decay_steps=3")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     run("train", *settings, f"run.dir={whole}", "train.steps=3", ranks=2)
     run("train", *settings, f"run.dir={parted}", "train.steps=2")
