@@ -119,15 +119,12 @@ def table(runs: Sequence[Run]) -> str:
 
 def means(settings: str, runs: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:
     """The rows of mean and standard deviation of the runs' numbers; none of fewer than two runs."""
-    count = len(runs)
-    if count < 2:
+    if len(runs) < 2:
         return []
     columns = list(zip(*runs, strict=True))
     centre = [statistics.fmean(column) for column in columns]
-    spread = [
-        math.dist(each, [mean] * count) / math.sqrt(count - 1) for each, mean in zip(columns, centre, strict=True)
-    ]
-    return [(f"{settings}mean of {count}", "", *cells(centre)), ("sd", "", *cells(spread, sign=""))]
+    spread = [math.nan if math.isnan(sum(column)) else statistics.stdev(column) for column in columns]
+    return [(f"{settings}mean of {len(runs)}", "", *cells(centre)), ("sd", "", *cells(spread, sign=""))]
 
 
 def cells(numbers: Sequence[float], sign: str = "+") -> list[str]:
