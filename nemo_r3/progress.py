@@ -63,7 +63,7 @@ class Progress:
 
     def _start(self, title: str) -> None:
         self._title, self._begun, self._tokens = title, time.monotonic(), 0
-        self._counts: dict[str, tuple[int, int, int]] = {}  # of this rollout's phases: turns ended, turns, tokens
+        self._counts: dict[str, tuple[int, int, int, float]] = {}  # of this rollout's phases, as they were reported
         self._first = self._done = self._count = self._total = 0  # items: done at first, done, under way, in all
 
     def begin(self, title: str) -> None:
@@ -78,14 +78,21 @@ class Progress:
             self._first = done
         self._done, self._count, self._total, self._counts = done, count, total, {}
 
-    def __call__(self, phase: str, done: int, total: int, tokens: int) -> None:
-        """`done` of `total` turns of `phase` have ended on rank 0's engine, with `tokens` tokens sampled."""
-        _, _, before = self._counts.get(phase, (0, 0, 0))
+    def __call__(self, phase: str, done: int, total: int, tokens: int, begun: float = 0.0) -> None:
+        """`done` of `total` turns of `phase` have ended on rank 0's engine, and those under way are worth `begun` more.
+
+        A rollout's first report has no `tokens`, which are all that have been sampled.
+        """
+        before = self._counts[phase][2] if phase in self._counts else 0
         if tokens < before:  # another rollout has begun under this title
             self._counts, before = {}, 0
         self._tokens += tokens - before
-        self._counts[phase] = (done, total, tokens)
+        self._counts[phase] = (done, total, tokens, begun)
         self._show(self.rates())
+
+    def is_due(self) -> bool:
+        """Whether a report now would be shown."""
+        return self._enabled and time.monotonic() - self._shown > (REDRAW if self._live else QUIET)
 
     def during(self, phase: str) -> None:
         """Names a phase without counts (update, refit, save)."""
@@ -99,13 +106,17 @@ class Progress:
         """E.g. "reflection 47%, retry 38% | 2,310 tok/s", or "1,200/5,000 | 2,310 tok/s | 12 min left"."""
         seconds = max(time.monotonic() - self._begun, 1e-3)
         speed = f"{self._tokens * self._engines / seconds:,.0f} tok/s"
-        counts = self._counts.items()
         if not self._total:
-            return ", ".join(f"{phase} {ended / max(of, 1):.0%}" for phase, (ended, of, _) in counts) + f" | {speed}"
-        ended = sum(ended for _, (ended, _, _) in counts) / max(sum(of for _, (_, of, _) in counts), 1)
-        done = self._done + int(self._count * ended)
-        new, rest = done - self._first, self._total - done
-        return f"{done:,}/{self._total:,} | {speed}" + (f" | {duration(seconds * rest / new)} left" if new else "")
+            shares = (f"{phase} {ended / max(of, 1):.0%}" for phase, (ended, of, *_) in self._counts.items())
+            return f"{', '.join(shares)} | {speed}"
+        ended, turns, _, begun = map(sum, zip((0, 0, 0, 0.0), *self._counts.values(), strict=True))
+        share = self._count / max(turns, 1)
+        done = self._done + int(share * ended)
+        text = f"{done:,}/{self._total:,} | {speed}"
+        if done == self._first:
+            return text
+        worth, all_new = done - self._first + share * begun, self._total - self._first
+        return f"{text} | {duration(seconds * (all_new - worth) / worth)} left"
 
     def say(self, line: str) -> None:
         """Prints a line that stays, in place of the live one; what a model wrote in it cannot act on the terminal."""
@@ -115,9 +126,8 @@ class Progress:
 
     def _show(self, text: str) -> None:
         """Draws or prints, unless that has just been done."""
-        now = time.monotonic()
-        if self._enabled and now - self._shown > (REDRAW if self._live else QUIET):
-            self._shown = now
+        if self.is_due():
+            self._shown = time.monotonic()
             self._draw(text)
 
     def _draw(self, text: str) -> None:

@@ -81,10 +81,27 @@ def test_items_are_counted_over_all_parts_and_say_how_long_the_rest_will_take(
     progress.part(1500, 500, 5000)
     clock.now += 60
     progress("attempt", 128, 256, 15_000)
+    clock.now += 60
+    progress("attempt", 128, 256, 30_000, begun=64)  # an eighth of the part more, in turns that have not ended
     assert capsys.readouterr().out.splitlines() == [
         "mine 1,500/5,000 | 500 tok/s | 7 min left",
         "mine 1,750/5,000 | 375 tok/s | 9 min left",
+        "mine 1,750/5,000 | 333 tok/s | 11 min left",
     ]
+
+
+def test_no_time_is_predicted_before_a_first_turn_has_ended(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    progress = Progress(enabled=True)
+    progress.begin("mine")
+    progress.part(0, 100, 100)
+    for done, begun in ((0, 45.0), (1, 45.0)):
+        assert not progress.is_due()
+        clock.now += 60
+        assert progress.is_due()
+        progress("attempt", done, 100, 600 * (1 + done), begun)
+    assert capsys.readouterr().out.splitlines() == ["mine 0/100 | 10 tok/s", "mine 1/100 | 10 tok/s | 2 min left"]
 
 
 def test_a_second_rollout_under_one_title_adds_to_the_first(

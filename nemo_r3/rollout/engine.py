@@ -127,6 +127,11 @@ class Engine:
             for turn in output.outputs
         ]
 
+    def unfinished(self) -> dict[str, int]:
+        """How many tokens each unfinished request has sampled."""
+        states = self._llm.output_processor.request_states.values()
+        return {state.external_req_id: len(state.detokenizer.output_token_ids) for state in states if state.detokenizer}
+
     def abort(self) -> list[Completion]:
         """Aborts all unfinished requests; returns what they have sampled so far, perhaps nothing."""
         aborted = []

@@ -226,15 +226,15 @@ class Rollout:
             self.engine.reset_prefix_cache()
         for number in conversations:
             self._go_on(number, None, in_flight)
+        self._report(in_flight, phases)
         while in_flight.requests and not self._fleet.asked_to_stop(self.judge.failure is not None):
             watchdog.alive()
-            completions = self.engine.step()
-            for completion in completions:
+            for completion in self.engine.step():
                 number, turn, whole = self._take(completion, in_flight)
                 self._go_on(number, self._answer(turn.phase, whole), in_flight)
-            if completions:
-                for phase in phases:
-                    self._progress(phase, in_flight.ended[phase], len(conversations), in_flight.tokens[phase])
+            if self._progress.is_due():
+                self._report(in_flight, phases)
+        self._report(in_flight, phases)
         for completion in self.engine.abort():
             self._take(completion, in_flight)
         # outside of training there is nothing to save, so the other engines need not be waited for
@@ -267,6 +267,17 @@ class Rollout:
         whole = completion.continuing(begun)
         self.turns.add(completion.request_id, whole)
         return number, turn, whole
+
+    def _report(self, in_flight: _InFlight[Any], phases: Sequence[Phase]) -> None:
+        """Shows how far the conversations are; a turn under way counts as the share of its token limit that it has."""
+        tokens, begun = in_flight.tokens.copy(), dict.fromkeys(phases, 0.0)
+        for name, count in self.engine.unfinished().items():
+            phase = in_flight.requests[name][1].phase
+            tokens[phase] += count
+            begun[phase] += count / self._config.rollout.token_limit(phase)
+        for phase in phases:
+            total = len(in_flight.conversations)
+            self._progress(phase, in_flight.ended[phase], total, tokens[phase], begun[phase])
 
     def _sampling(self, turn: _Turn, in_flight: _InFlight[Any], room: int, begun: int) -> Sampling:
         """How to sample a turn with `room` tokens left, `begun` of which it already has."""

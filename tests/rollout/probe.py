@@ -180,9 +180,9 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
         events.extend(f"end {completion.request_id}" for completion in completions)
         return completions
 
-    told: list[tuple[str, int, int, int]] = []
+    progress = MagicMock()
     probe.engine.add, probe.engine.step = noting_add, noting_step
-    probe.rollout._progress = lambda *news: told.append(news)
+    probe.rollout._progress = progress
     result = run_rollout(probe)
     probe.engine.add, probe.engine.step = add, step
 
@@ -192,7 +192,7 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
     return result | {
         "donated": run_donated(probe),
         "events": events,
-        "told": told,
+        "told": [call.args for call in progress.call_args_list],
         "logprob_error": max(sampled_errors(probe, groups)),
         "versions": sorted(versions),
         "no_room": probe_no_room(probe, failures[0]),

@@ -45,6 +45,16 @@ class Eight:
         return text.strip() == "8"
 
 
+class Told(list[tuple[Any, ...]]):
+    """Notes all that a rollout reports, which it may at any time."""
+
+    def __call__(self, *news: Any) -> None:
+        self.append(news)
+
+    def is_due(self) -> bool:
+        return True
+
+
 class Scripted:
     """Answers its requests, in the order they come, with these texts; `limits` are the most tokens they may have."""
 
@@ -53,7 +63,7 @@ class Scripted:
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         self.tokenizer, self.texts, self.resets = tokenizer, iter(texts), 0
         self.waiting, self.limits, self.prompts = list[str](), list[int](), list[list[int]]()
-        self.progress: list[tuple[Any, ...]] = []
+        self.progress = Told()
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.waiting.append(request_id)
@@ -63,6 +73,9 @@ class Scripted:
     def step(self) -> list[Completion]:
         ids = tuple(self.tokenizer.encode(next(self.texts), add_special_tokens=False))
         return [Completion(self.waiting.pop(0), ids, (-1.0,) * len(ids), "stop", 0)]
+
+    def unfinished(self) -> dict[str, int]:
+        return dict.fromkeys(self.waiting, 1)
 
     def abort(self) -> list[Completion]:
         return []
@@ -79,8 +92,7 @@ def scripted(*texts: str, world: World = ALONE, threads: int = 0) -> tuple[Rollo
     config.task.verifier_threads = threads
     task, engine = Eight(), Scripted(tokenizer, texts)
     dialogue = Dialogue(tokenizer, config.dialogue, task.wording)
-    progress = cast(Progress, lambda *turns: engine.progress.append(turns))
-    return Rollout(engine, dialogue, task, config, world, progress), task, engine, dialogue
+    return Rollout(engine, dialogue, task, config, world, cast(Progress, engine.progress)), task, engine, dialogue
 
 
 def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits() -> None:
@@ -91,6 +103,9 @@ def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits()
     assert [reflection.solves for reflection in group.reflections] == [True, False]
     assert [reflection.passed for reflection in group.reflections] == [False, True]
     assert engine.limits == [5, 9, 9, 5, 5]
+    first, last = ([news for news in engine.progress if news[0] == phase] for phase in ("attempt", "retry"))
+    assert first[0] == ("attempt", 0, 1, 1, 1 / 5), "a turn under way: one token of five"
+    assert [news[1:3] for news in last] == [(0, 2), (0, 2), (0, 2), (1, 2), (2, 2), (2, 2)]
     assert engine.resets == 2, "what is cached does not depend on what came before"
 
 
@@ -205,7 +220,7 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
     assert [reflection.retry.text for reflection in found] == ["8", "7", ""]
     assert [reflection.passed for reflection in found] == [True, False, False]
     assert not any(reflection.solves for reflection in found), "8 passes, but nobody asked"
-    assert engine.progress[-1] == (Phase.RETRY, 3, 3, sum(len(it.retry.segment.ids) for it in found))
+    assert engine.progress[-1] == (Phase.RETRY, 3, 3, sum(len(it.retry.segment.ids) for it in found), 0.0)
     asked = dialogue.reflect(attempt.context)
     for prompt, reflection in zip(engine.prompts[1:], found, strict=False):
         assert prompt[: len(asked) + 3] == [*asked.ids, 40, 41, close]
