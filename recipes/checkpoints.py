@@ -6,12 +6,22 @@ Imports megatron-core, so it is imported after `join`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, DamagedError, complete, latest, set_aside, step_of, step_path
+from nemo_r3.actor.manifest import (
+    MANIFEST,
+    WAY_OUT,
+    DamagedError,
+    complete,
+    latest,
+    read_manifest,
+    set_aside,
+    step_of,
+    step_path,
+)
 from nemo_r3.actor.saver import Saver
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.errors import UserError
@@ -25,6 +35,50 @@ from recipes.setup import Setup
 def newest(setup: Setup) -> Path | None:
     """The run's newest checkpoint as rank 0 sees it: on a shared file system, ranks may see different files."""
     return setup.world.broadcast(latest(setup.run.checkpoints))
+
+
+def open_run(setup: Setup) -> None:
+    """Opens the run's directory; there need be no model.
+
+    Raises:
+        UserError: it cannot be used, see `RunDirectory.open` and `refuse_useless_steps`.
+    """
+    setup.run.open(resuming=newest(setup) is not None)
+    refuse_useless_steps(setup)
+
+
+def refuse_useless_steps(setup: Setup) -> None:
+    """Refuses steps whose learning rate would be 0 if every step left has an update.
+
+    Raises:
+        UserError: there are some; or the newest checkpoint is of another format.
+    """
+    steps, actor = setup.config.train.steps, setup.config.actor
+    done, left = 0, actor.lr_decay_steps or steps
+    if manifest := setup.world.on_main(lambda: _newest_manifest(setup.run.checkpoints)):
+        done, schedule = manifest["step"], manifest["schedule"]
+        left = max(schedule["lr_decay_steps"] - schedule["num_steps"], 0)
+    useful = done + left
+    if actor.lr_min or steps <= useful:
+        return
+    useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
+    instead = f"set train.steps={useful}, or " if useful > done else ""
+    instead += (
+        f"name a new run.dir and train.start_from={step_path(setup.run.checkpoints, done)}"
+        if done
+        else "raise actor.lr_decay_steps"
+    )
+    raise UserError(
+        f"train.steps={steps}: the learning rate is 0 after step {useful}, so {useless} would change nothing; {instead}"
+    )
+
+
+def _newest_manifest(directory: Path) -> dict[str, Any] | None:
+    """Of a run's `checkpoints`; one that cannot be read is left to `resume`."""
+    for path in complete(directory):
+        with suppress(DamagedError):
+            return read_manifest(path)
+    return None
 
 
 def is_finished(setup: Setup) -> bool:
@@ -74,15 +128,13 @@ def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, 
         The loop's counters and the checkpoint that they are from; new ones and None without a checkpoint.
 
     Raises:
-        UserError: all checkpoints, or the one to start from, are damaged or of another model, or `train.steps` goes
-            beyond the learning rate's end.
+        UserError: all checkpoints, or the one to start from, are damaged or of another model.
     """
     counters, home = Counters(), None
     if newest_first := setup.world.broadcast(complete(setup.run.checkpoints)):
         rollout.engine.sleep()
         home, manifest = _load_newest(setup, trainer, newest_first)
         counters = Counters(**manifest["state"])
-        refuse_useless_steps(setup, trainer, counters.step)
         end, horizon = setup.config.actor.lr_min, trainer.schedule.lr_decay_steps
         setup.progress.say(
             f"resuming after step {counters.step} from {home}; the learning rate reaches {end:g} after {horizon} steps"
@@ -125,34 +177,15 @@ def _start_named() -> Iterator[None]:
         raise UserError(f"train.start_from: {str(error).removesuffix(f'; {WAY_OUT}')}") from error
 
 
-def check_new_run(setup: Setup, trainer: Trainer) -> None:
-    """Checks a run without checkpoints before mining, as `resume` checks others.
+def check_start_fits(setup: Setup, trainer: Trainer) -> None:
+    """Checks before mining what a run without checkpoints begins with.
 
     Raises:
-        UserError: a step's learning rate would be 0; `train.start_from` is of another model, or seen to be damaged.
+        UserError: `train.start_from` is of another model, or seen to be damaged.
     """
-    if newest(setup) is None:
-        refuse_useless_steps(setup, trainer, 0)
-        if start := setup.config.train.start_from:
-            with _start_named():
-                checkpoint.fitting_manifest(trainer.policy, Path(start))
-
-
-def refuse_useless_steps(setup: Setup, trainer: Trainer, done: int) -> None:
-    """Refuses steps whose learning rate would be 0 if every step left has an update."""
-    steps, useful = setup.config.train.steps, done + trainer.steps_left()
-    if steps <= useful:
-        return
-    useless = f"step {steps}" if steps == useful + 1 else f"steps {useful + 1} to {steps}"
-    instead = f"set train.steps={useful}, or " if useful > done else ""
-    instead += (
-        f"name a new run.dir and train.start_from={step_path(setup.run.checkpoints, done)}"
-        if done
-        else "raise actor.lr_decay_steps"
-    )
-    raise UserError(
-        f"train.steps={steps}: the learning rate is 0 after step {useful}, so {useless} would change nothing; {instead}"
-    )
+    if (start := setup.config.train.start_from) and newest(setup) is None:
+        with _start_named():
+            checkpoint.fitting_manifest(trainer.policy, Path(start))
 
 
 def make_saver(setup: Setup, trainer: Trainer, rollout: Rollout) -> Saver:

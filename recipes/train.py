@@ -30,11 +30,11 @@ def train(argv: Sequence[str]) -> None:
     from recipes import checkpoints  # megatron-core: after `join`
 
     world, run, progress, config = setup.world, setup.run, setup.progress, setup.config
-    run.open(resuming=checkpoints.newest(setup) is not None)
+    checkpoints.open_run(setup)
     if checkpoints.is_finished(setup):
         return conclude(setup, argv)
     bank, trainer = open_bank(setup), start_trainer(setup)
-    checkpoints.check_new_run(setup, trainer)
+    checkpoints.check_start_fits(setup, trainer)
     rollout = start_rollout(setup, with_weights=False)
     source, held_out = failure_source(setup, bank, trainer.policy, rollout), HeldOut(setup, trainer.policy, rollout)
     counters, last_checkpoint = checkpoints.resume(setup, trainer, rollout)

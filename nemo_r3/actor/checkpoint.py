@@ -109,6 +109,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
         "dtype": precision_of(policy.config).dtype_name,
         "rope": _regime(policy),
         "model": policy.fingerprint,
+        "schedule": schedule_state(trainer.schedule),
         "state": dict(state),
     }
     saving = Saving(policy.world, directory, manifest, ThreadedSave(copies=background))
@@ -243,10 +244,10 @@ def load(trainer: Trainer, checkpoint: Path, with_schedule: bool = True) -> dict
     manifest = fitting_manifest(trainer.policy, checkpoint)
     _check_files(checkpoint, manifest["files"], trainer.policy.world)
     with trainer.at_work():
-        state = _read(trainer.policy, checkpoint, _contents(trainer), manifest["version"])
+        _read(trainer.policy, checkpoint, _contents(trainer), manifest["version"])
         set_step(trainer.optimizer, manifest["version"])
     if with_schedule:
-        restore_schedule(trainer.schedule, state["schedule"])
+        restore_schedule(trainer.schedule, manifest["schedule"])
     return manifest
 
 
@@ -293,8 +294,8 @@ def fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} began with other weights (fingerprint {manifest['model']}) than model.path="
             f"{policy.config.model.path} ({policy.fingerprint}); set model.path to the model that the run began with"
         )
-    ours = precision_of(policy.config).dtype_name
-    if (theirs := manifest.get("dtype", ours)) != ours:
+    theirs, ours = manifest["dtype"], precision_of(policy.config).dtype_name
+    if theirs != ours:
         raise UserError(
             f"{checkpoint} has weights in {theirs}, and actor.precision={policy.config.actor.precision} keeps them in "
             f"{ours}; set one that keeps {theirs}"
@@ -312,7 +313,7 @@ def _check_files(checkpoint: Path, files: Mapping[str, Any], world: World) -> No
 
 
 @_uncollected()
-def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int) -> dict[str, Any]:
+def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int) -> None:
     """Reads into this rank's sharded state, in place where the tensors allow it; the policy gets the weights."""
     watchdog.alive()
     try:
@@ -322,7 +323,6 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
         raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
     policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
     policy.version = version
-    return found
 
 
 def _described(policy: Policy) -> dict[str, Any]:
@@ -363,5 +363,4 @@ def _sharded_weights(policy: Policy) -> dict[str, Any]:
 def _contents(trainer: Trainer) -> dict[str, Any]:
     """What this rank writes to a checkpoint, and what loading fills."""
     model = _sharded_weights(trainer.policy)
-    optimizer, schedule = sharded_state(trainer.optimizer, model), schedule_state(trainer.schedule)
-    return {"model": model, "optimizer": optimizer, "schedule": schedule}
+    return {"model": model, "optimizer": sharded_state(trainer.optimizer, model)}

@@ -1,9 +1,9 @@
 """Checkpoints as directories: finding, checking, publishing and removing them, without loading any.
 
-    checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer, schedule
+    checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer
                 manifest.json  written last: format, step, weights version and dtype, model shape, which of longrope's
-                               factors, the other files' sizes and SHA-256, the loop's own counters, and a SHA-256 of
-                               all that
+                               factors, the learning rate's schedule, the other files' sizes and SHA-256, the loop's own
+                               counters, and a SHA-256 of all that
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm's batch script lacks.
@@ -21,7 +21,7 @@ from nemo_r3.files import UNREADABLE, sealed, sum_of, unsealed, write_whole
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Raised by a change after which earlier checkpoints can no longer be read."""
 WAY_OUT = "remove that checkpoint to resume from the one before"
 

@@ -194,12 +194,6 @@ class Trainer:
             "reference" + away: 0 if self._reference is None else self._reference.nbytes,
         }
 
-    def steps_left(self) -> float:
-        """How many more steps have a learning rate above 0; those without an update do not count."""
-        if self.policy.config.actor.lr_min:
-            return math.inf
-        return max(int(self.schedule.lr_decay_steps - self.schedule.num_steps), 0)
-
 
 def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
     """megatron-core's gradient reduction, without its division by a token count."""

@@ -11,12 +11,13 @@ from launch import QUICKSTART, SMALL, run
 from nemo_r3.models import EMBEDDED
 
 
-def refused(verb: str, *arguments: str) -> str:
+def refused(verb: str, *arguments: str, before: str = "never said") -> str:
+    """The one line of an error, which comes before the output gets to `before`."""
     done = run(verb, *arguments, succeed=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr[-2000:]
     assert len(errors) == 1, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and before not in done.stdout
     return errors[0]
 
 
@@ -73,7 +74,8 @@ def test_a_changed_setting_is_refused_by_key_on_resume(trained: Path, bank: Path
 def test_a_finished_run_is_not_extended_at_a_learning_rate_of_zero(trained: Path, bank: Path) -> None:
     logs = [trained / "metrics.jsonl", trained / "config.yaml"]
     before = [log.read_bytes() for log in logs]
-    line = refused("train", QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={trained}", "train.steps=6")
+    settings = (QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={trained}", "train.steps=6")
+    line = refused("train", *settings, before="loading the model")
     assert "train.steps=6: the learning rate is 0 after step 4, so steps 5 to 6 would change nothing" in line
     assert [log.read_bytes() for log in logs] == before
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,8 @@ import pytest
 from refusals import refusal
 
 from nemo_r3.actor import checkpoint
-from nemo_r3.actor.manifest import WAY_OUT, DamagedError
+from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, WRITING, DamagedError, publish
+from nemo_r3.config import Config
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED, Completion
 from nemo_r3.rollout.turn_cache import TurnCache
@@ -22,24 +22,38 @@ from recipes.checkpoints import refuse_useless_steps, resume, save_turns, traine
 from recipes.counters import Counters
 
 
-def said_of(steps: int, done: int, left: float) -> str:
-    """What is said of `train.steps`, with `done` steps done and `left` updates before the learning rate is 0."""
-    config = SimpleNamespace(train=SimpleNamespace(steps=steps))
-    setup: Any = SimpleNamespace(config=config, run=SimpleNamespace(checkpoints=Path("runs/x/checkpoints")))
-    trainer: Any = SimpleNamespace(steps_left=lambda: left)
-    return refusal(lambda: refuse_useless_steps(setup, trainer, done))
+def said_of(directory: Path, steps: int, lr_min: float = 0.0, lr_decay_steps: int = 0) -> str:
+    """What is said of `train.steps` in the run with these `checkpoints`."""
+    config = Config()
+    config.train.steps, config.actor.lr_min, config.actor.lr_decay_steps = steps, lr_min, lr_decay_steps
+    world = SimpleNamespace(on_main=lambda act: act())
+    setup: Any = SimpleNamespace(config=config, world=world, run=SimpleNamespace(checkpoints=directory))
+    return refusal(lambda: refuse_useless_steps(setup))
 
 
-def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
-    assert said_of(20, done=12, left=0) == (
+def saved(directory: Path, step: int, left: int) -> Path:
+    """`checkpoints` with one of this step, before so many updates with a learning rate above 0."""
+    (directory / WRITING).mkdir(parents=True)
+    publish(directory, {"step": step, "schedule": {"lr_decay_steps": left + 3, "num_steps": 3}}, {})
+    return directory
+
+
+def test_steps_behind_the_end_of_the_learning_rate_are_refused(tmp_path: Path) -> None:
+    done = saved(tmp_path, 12, left=0)
+    assert said_of(done, 20) == (
         "train.steps=20: the learning rate is 0 after step 12, so steps 13 to 20 would change nothing; name a "
-        "new run.dir and train.start_from=runs/x/checkpoints/step_000012"
+        f"new run.dir and train.start_from={done}/step_000012"
     )
-    assert said_of(13, done=8, left=4) == (
+    (done / "step_000012").rename(done / "damaged_step_000012")
+    saved(done, 8, left=4)
+    saved(done, 9, left=4)
+    (done / "step_000009" / MANIFEST).write_text("{")
+    assert said_of(done, 13) == (
         "train.steps=13: the learning rate is 0 after step 12, so step 13 would change nothing; set train.steps=12, or "
-        "name a new run.dir and train.start_from=runs/x/checkpoints/step_000008"
+        f"name a new run.dir and train.start_from={done}/step_000008"
     )
-    assert "set train.steps=10, or raise actor.lr_decay_steps" in said_of(40, done=0, left=10)
+    said = said_of(tmp_path / "new", 40, lr_decay_steps=10)
+    assert said.endswith("set train.steps=10, or raise actor.lr_decay_steps")
 
 
 @pytest.mark.parametrize(
@@ -51,11 +65,15 @@ def test_steps_behind_the_end_of_the_learning_rate_are_refused() -> None:
         (12, 8, 6),  # two of the eight had nothing to train on
         (14, 12, 2),  # so those updates are still to come
         (20, 12, 1738),  # actor.lr_decay_steps=1750
-        (20, 12, math.inf),  # actor.lr_min above 0
     ],
 )
-def test_what_still_learns_goes_on(steps: int, done: int, left: float) -> None:
-    assert said_of(steps, done, left) == "accepted"
+def test_what_still_learns_goes_on(tmp_path: Path, steps: int, done: int, left: int) -> None:
+    assert said_of(saved(tmp_path, done, left), steps) == "accepted"
+
+
+def test_a_rate_that_does_not_end_at_0_and_one_that_does_not_end_before_the_run_are_accepted(tmp_path: Path) -> None:
+    assert said_of(saved(tmp_path, 12, left=0), 20, lr_min=1e-8) == "accepted"
+    assert [said_of(tmp_path / "new", 20, lr_decay_steps=end) for end in (0, 20)] == ["accepted"] * 2
 
 
 def test_a_checkpoint_that_is_gone_is_answered_with_those_that_are_there(tmp_path: Path) -> None:
@@ -91,7 +109,7 @@ def test_a_run_starts_from_another_ones_checkpoint_until_it_has_its_own(
         run=SimpleNamespace(checkpoints=tmp_path, cut_back=lambda step: None),
         progress=SimpleNamespace(say=lambda line: None),
     )
-    trainer: Any = SimpleNamespace(steps_left=lambda: math.inf, schedule=SimpleNamespace(lr_decay_steps=8))
+    trainer: Any = SimpleNamespace(schedule=SimpleNamespace(lr_decay_steps=8))
     rollout: Any = SimpleNamespace(
         engine=SimpleNamespace(sleep=lambda: None), turns=SimpleNamespace(restore=lambda *_: None)
     )
