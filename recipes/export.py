@@ -11,6 +11,7 @@ from typing import Any
 from nemo_r3 import config as configuration
 from nemo_r3 import entry
 from nemo_r3.capacity import export_problem, host_bytes
+from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.models import Architecture, hub_name
 from nemo_r3.precision import precision_of
@@ -20,6 +21,8 @@ from recipes.metrics import versions
 from recipes.setup import join
 from recipes.start import start_policy
 
+OUT = "export"
+"""In the run directory: where an export goes."""
 PROBES = 8
 PROBE_TOKENS = 64
 """Only the end of each probe is used: rank 0's CPU runs them, twice, while the other ranks wait."""
@@ -39,7 +42,7 @@ def export(argv: Sequence[str]) -> None:
     trained = checkpoints.trained(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
-    out = run.path / "export"
+    out = run.path / OUT
     world.on_main(lambda: refuse_other_contents(out))
     with run.timed("export"):
         policy = start_policy(setup)
@@ -49,7 +52,7 @@ def export(argv: Sequence[str]) -> None:
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else config
         with_tools = any(problem.tools for problem in setup.task.problems("test"))
         usage = how_to_use(trained_with, setup.dialogue, with_tools)
-        base = hub_name(trained_with) or model.name
+        base = base_name(trained_with, model)
         card = model_card(trained_with, run.add_to_summary(versions=versions()), step, base, usage)
         difference, explained = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
@@ -61,6 +64,15 @@ def export(argv: Sequence[str]) -> None:
         )
         if has_results(summary, step):
             print(table(summary))
+
+
+def base_name(config: Config, model: Path) -> str:
+    """What to call the starting model: its name on the hub, or that of its directory, and of an export that of its run.
+
+    `model` is its directory.
+    """
+    model = model.absolute()
+    return hub_name(config) or (model.parent if model.name == OUT else model).name
 
 
 def probe_of(run: Path, arch: Architecture) -> list[list[int]]:

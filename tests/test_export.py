@@ -29,7 +29,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.models import architecture_of
 from nemo_r3.results import model_card
 from nemo_r3.runtime import World
-from recipes.export import probe_of
+from recipes.export import base_name, probe_of
 
 KINDS = ("llama", "qwen2")
 OWN_CHAT = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
@@ -324,6 +324,21 @@ def test_what_cannot_be_written_or_read(found: dict[str, Any]) -> None:
 def test_nothing_half_written(home: Path, found_by_four: list[dict[str, Any]]) -> None:
     found = {path.name for path in (home / "out").iterdir()}
     assert found == {"bf16", "llama", "llama-four", "long", "qwen2", "qwen2-four"}
+
+
+@pytest.mark.parametrize(
+    ("path", "directory", "name"),
+    [
+        ("org/tiny", "snapshots/0a1b2c", "org/tiny"),
+        ("/models/tiny", "/models/tiny", "tiny"),
+        ("/runs/first/export", "/runs/first/export", "first"),
+        ("export", "export", Path.cwd().name),
+    ],
+)
+def test_a_card_names_the_starting_model_as_people_know_it(path: str, directory: str, name: str) -> None:
+    config = Config()
+    config.model.path = path
+    assert base_name(config, Path(directory)) == name
 
 
 def test_the_probe_is_what_the_run_sampled(tmp_path: Path) -> None:
