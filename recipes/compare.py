@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from nemo_r3 import config as configuration
 from nemo_r3 import entry
 from nemo_r3.config import Config
-from nemo_r3.config.schema import leaves, show
+from nemo_r3.config.schema import in_words, leaves
 from nemo_r3.errors import UserError
 from nemo_r3.files import lines_of, read_json_object
 from nemo_r3.results import NONE, aligned, has_results, sampled
@@ -36,6 +37,10 @@ HEADINGS = ("", "steps", *MEASURES.values(), "gain")
 UNKNOWN = (math.nan,) * (2 * len(MEASURES) + 1)
 NOT_TRAINED = ("run.", "cluster.", "drill.", "failures.path")
 """Sections and a setting that say where a run is and what runs it, not what it trains."""
+WIDTH = 120
+"""Columns of a terminal."""
+ROOM = 36
+"""How many of them the settings in a row's name may take; longer ones are told below the table."""
 NOTE = (
     "Sampled shares of held-out problems, before → after training (recipes.evaluate says more of each run).\n"
     "Second try: on the starting model's own failures, which differ between seeds; gain: its after minus before.\n"
@@ -105,16 +110,21 @@ def table(runs: Sequence[Run]) -> str:
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.config.seed):
         groups.setdefault(repr([leaf.of(run.config) for leaf in told]), []).append(run)
-    labels = ["".join(f"{leaf.key}={show(leaf.of(it[0].config))}, " for leaf in told) for it in groups.values()]
+    labels = ["".join(f"{leaf.key}={in_words(leaf.of(it[0].config))}, " for leaf in told) for it in groups.values()]
+    below: list[str] = []
+    if max(map(len, labels)) > ROOM:
+        names = [f"group {number}" for number in range(1, len(labels) + 1)]
+        texts = [f"{name}: {label[:-2]}" for name, label in zip(names, labels, strict=True)]
+        below = [textwrap.fill(text, WIDTH, subsequent_indent="    ") for text in texts]
+        labels = [f"{name}, " for name in names]
     rows: list[Sequence[str]] = [HEADINGS]
     for settings, group in zip(labels, groups.values(), strict=True):
         seeds = [run.config.seed for run in group]
         for seed, run in zip(seeds, group, strict=True):
-            # long values may look alike, as far as they are shown
-            name = f"{settings}seed={seed}" if seeds.count(seed) == labels.count(settings) == 1 else str(run.path)
+            name = f"{settings}seed={seed}" if seeds.count(seed) == 1 else str(run.path)
             rows.append((name, run.progress, *cells(run.numbers or UNKNOWN)))
         rows += means(settings, [run.numbers for run in group if run.numbers])
-    return aligned(rows)
+    return "\n".join([aligned(rows), *below])
 
 
 def means(settings: str, runs: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:

@@ -154,9 +154,14 @@ def describe(hint: Any) -> str:
     return "a mapping" if origin is dict else NAMES.get(hint, str(hint))
 
 
-def show(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A value on one line, with YAML's words for true, false and null."""
-    text = WORDS.get(repr(value), repr(value))
+    return WORDS.get(repr(value), repr(value))
+
+
+def show(value: Any) -> str:
+    """`in_words`, as far as a message has room for it."""
+    text = in_words(value)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 

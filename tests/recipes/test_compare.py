@@ -75,14 +75,30 @@ def test_runs_of_the_same_settings_and_seed_are_named_by_their_directories_which
     assert rows == [*paths[:2], "seed=2", "mean"]
 
 
-def test_settings_that_differ_only_where_they_are_not_shown_have_no_mean_together(
+def test_settings_that_take_too_much_room_in_a_row_are_told_in_full_below_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "Reflect on what went wrong. " * 4
-    short, long = a_run(tmp_path / "a", f"dialogue.reflect={words}", passed=(5, 9)), tmp_path / "b"
-    a_run(long, f"dialogue.reflect={words} Do not give the answer.", "seed=2", passed=(5, 9))
-    compare([str(short), str(long)])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == [str(short), str(long)]
+    settings = {"a": ("algo.reward_leaks=false",), "b": ("actor.lr=1e-6", "actor.adam_beta2=0.95", "algo.loss=dapo")}
+    for name, end in (("a", "Be short."), ("b", "Do not give the answer.")):
+        for seed in (1, 2):
+            reflect = f"dialogue.reflect={words}{end}"
+            a_run(tmp_path / f"{name}{seed}", reflect, f"seed={seed}", *settings[name], passed=(5, 9))
+    compare([str(tmp_path)])
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) <= 120
+    names = [line.split("  ")[0] for line in shown[2:10]]
+    of_each = ("seed=1", "seed=2", "mean of 2")
+    assert names == [f"group 1, {it}" for it in of_each] + ["sd"] + [f"group 2, {it}" for it in of_each] + ["sd"]
+    first, second = " ".join(map(str.strip, shown[10:-3])).removeprefix("group 1: ").split(" group 2: ")
+    assert first == (
+        f"dialogue.reflect='{words}Be short.', algo.loss='grpo', algo.reward_leaks=false, actor.lr=5e-05, "
+        "actor.adam_beta2=0.999"
+    )
+    assert second == (
+        f"dialogue.reflect='{words}Do not give the answer.', algo.loss='dapo', algo.reward_leaks=true, actor.lr=1e-06, "
+        "actor.adam_beta2=0.95"
+    )
 
 
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
