@@ -83,10 +83,11 @@ class OnlineSource:
             failures += [attempt for attempt in attempts if attempt.is_failure]
             if len(failures) >= self._count:
                 return failures[: self._count]
+        too_long = self._rollout.too_long & {self._problems[i].id for i in asked}  # others may be held out
         raise UserError(
             f"failures.source=online: {len(asked)} first answers gave {len(failures)} failures, "
             f"fewer than train.failures_per_step={self._count}; the policy solves this task already, or its "
-            f"problems do not fit rollout.max_model_len ({len(self._rollout.too_long)} of them)"
+            f"problems do not fit rollout.max_model_len ({len(too_long)} of them)"
         )
 
     def _next_unasked(self, asked: Set[int]) -> list[int]:
