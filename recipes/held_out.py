@@ -71,7 +71,11 @@ def _starting_failures(setup: Setup, policy: Policy, rollout: Rollout, problems:
     if kept is not None:
         return kept
     refit_if_behind(setup, policy, rollout)
-    setup.progress.say(f"the starting model answers {len(problems):,} held-out problems")
+    asked = setup.config.evaluate
+    setup.progress.say(
+        f"the starting model answers {len(problems):,} held-out problems, which are asked again after every "
+        f"{asked.every} steps (evaluate.problems={asked.problems})"
+    )
     setup.progress.begin("held out")
     with setup.run.timed("held_out"):
         attempts = rollout.first_attempts(problems, EVALUATION_STEP)

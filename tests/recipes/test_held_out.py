@@ -47,10 +47,14 @@ def refits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_starting_model_is_asked_once_in_a_runs_life(tmp_path: Path, refits: list[int]) -> None:
-    first, second = Started(tmp_path), Started(tmp_path)
-    assert (first.rollout.asked, first.rollout.steps) == (6, {EVALUATION_STEP})
+    first, second = Started(tmp_path, count=0), Started(tmp_path, count=0)
+    assert first.said == [
+        "the starting model answers 8 held-out problems, which are asked again after every 10 steps "
+        "(evaluate.problems=0)"
+    ]
+    assert (first.rollout.asked, first.rollout.steps) == (8, {EVALUATION_STEP})
     assert second.rollout.asked == 0 and len(refits) == 1
-    assert second.held_out._failures == first.held_out._failures and len(first.held_out._failures) == 6
+    assert second.held_out._failures == first.held_out._failures and len(first.held_out._failures) == 8
 
 
 def test_with_other_problems_or_seed_or_a_damaged_file_it_is_asked_anew(
