@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_r3 import signals, trackers
 from nemo_r3.config.load import USAGE
 from nemo_r3.errors import UserError
+from nemo_r3.progress import put
 
 USER_ERROR = 2
 """Exit code of a process that ended with an error that the user can fix."""
@@ -105,6 +106,6 @@ def _leave(message: str, code: int, follows: bool = False) -> None:
         sys.stdout.flush()
     if leads or code != signals.STOPPED:  # all ranks stop together, and one says so
         with suppress(OSError):
-            print(message, file=sys.stderr, flush=True)
+            put(message, sys.stderr)
     trackers.close(code)
     os._exit(code)

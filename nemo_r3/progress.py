@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import time
 from collections import deque
-from typing import TextIO
+from collections.abc import Mapping
+from typing import NamedTuple, TextIO
 
 from nemo_r3 import signals
 from nemo_r3.visible import visible
@@ -28,12 +30,13 @@ def is_rank_0() -> bool:
 
 
 def put(text: str, file: TextIO, end: str = "\n") -> None:
-    """Prints at once. If nobody reads that any more, the process is asked to stop, and goes on without output.
+    """Prints at once, on a terminal in place of the live line.
 
-    So a run saves that is ended together with its terminal, or by a Ctrl-C that also ended the `tee` after it.
+    If nobody reads that any more, the process is asked to stop, and goes on without output. So a run saves that is
+    ended together with its terminal, or by a Ctrl-C that also ended the `tee` after it.
     """
     try:
-        print(text, file=file, end=end, flush=True)
+        print(f"\r\033[K{text}" if file.isatty() else text, file=file, end=end, flush=True)
     except OSError as error:
         if error.errno not in UNREAD:
             raise
@@ -45,6 +48,15 @@ def warn(text: str) -> None:
     """Prints a warning to standard error, on rank 0."""
     if is_rank_0():
         put(f"warning: {text}", sys.stderr)
+
+
+class Turns(NamedTuple):
+    """How far a rollout is with the turns of a phase, on rank 0's engine."""
+
+    ended: int
+    total: int
+    tokens: int  # sampled so far, those of turns under way, too
+    begun: float = 0.0  # how many whole turns those under way are worth
 
 
 class Progress:
@@ -62,8 +74,9 @@ class Progress:
         self._start("")
 
     def _start(self, title: str) -> None:
-        self._title, self._begun, self._tokens = title, time.monotonic(), 0
-        self._counts: dict[str, tuple[int, int, int, float]] = {}  # of this rollout's phases, as they were reported
+        self._title, self._begun = title, time.monotonic()
+        self._tokens = self._reported = 0  # of all rollouts under this title, of the one under way
+        self._counts: dict[str, Turns] = {}  # by phase
         self._first = self._done = self._count = self._total = 0  # items: done at first, done, under way, in all
 
     def begin(self, title: str) -> None:
@@ -76,18 +89,17 @@ class Progress:
         """Of `total` items, `done` are done, and the turns reported next belong to the next `count`."""
         if not self._total:
             self._first = done
-        self._done, self._count, self._total, self._counts = done, count, total, {}
+        self._done, self._count, self._total, self._counts, self._reported = done, count, total, {}, 0
 
-    def __call__(self, phase: str, done: int, total: int, tokens: int, begun: float = 0.0) -> None:
-        """`done` of `total` turns of `phase` have ended on rank 0's engine, and those under way are worth `begun` more.
-
-        A rollout's first report has no `tokens`, which are all that have been sampled.
-        """
-        before = self._counts[phase][2] if phase in self._counts else 0
-        if tokens < before:  # another rollout has begun under this title
-            self._counts, before = {}, 0
-        self._tokens += tokens - before
-        self._counts[phase] = (done, total, tokens, begun)
+    def __call__(self, counts: Mapping[str, Turns]) -> None:
+        """Reports all phases of a rollout; its first report has no tokens yet."""
+        tokens = sum(turns.tokens for turns in counts.values())
+        if tokens < self._reported:  # another rollout has begun under this title
+            self._reported = 0
+            if self._counts.keys() & counts.keys():
+                self._counts = {}
+        self._tokens += tokens - self._reported
+        self._reported, self._counts = tokens, {**self._counts, **counts}
         self._show(self.rates())
 
     def is_due(self) -> bool:
@@ -107,7 +119,7 @@ class Progress:
         seconds = max(time.monotonic() - self._begun, 1e-3)
         speed = f"{self._tokens * self._engines / seconds:,.0f} tok/s"
         if not self._total:
-            shares = (f"{phase} {ended / max(of, 1):.0%}" for phase, (ended, of, *_) in self._counts.items())
+            shares = (f"{phase} {turns.ended / max(turns.total, 1):.0%}" for phase, turns in self._counts.items())
             return f"{', '.join(shares)} | {speed}"
         ended, turns, _, begun = map(sum, zip((0, 0, 0, 0.0), *self._counts.values(), strict=True))
         share = self._count / max(turns, 1)
@@ -119,10 +131,14 @@ class Progress:
         return f"{text} | {duration(seconds * (all_new - worth) / worth)} left"
 
     def say(self, line: str) -> None:
-        """Prints a line that stays, in place of the live one; what a model wrote in it cannot act on the terminal."""
+        """Prints a line that stays, and what comes next under this title counts anew.
+
+        What a model wrote in the line cannot act on the terminal.
+        """
+        self._start(self._title)
         if self._enabled:
-            self._shown, line = time.monotonic(), visible(line)
-            put(f"\r\033[K{line}" if self._live else line, sys.stdout)
+            self._shown = time.monotonic()
+            put(visible(line), sys.stdout)
 
     def _show(self, text: str) -> None:
         """Draws or prints, unless that has just been done."""
@@ -132,8 +148,8 @@ class Progress:
 
     def _draw(self, text: str) -> None:
         line = f"{self._title} {text}".lstrip()
-        if self._live:
-            put(f"\r\033[K{line}"[:160], sys.stdout, end="")
+        if self._live:  # a longer line would wrap, and its first row would stay
+            put(line[: shutil.get_terminal_size().columns - 1], sys.stdout, end="")
         else:
             put(line, sys.stdout)
 

@@ -11,7 +11,7 @@ import pytest
 from nemo_r3 import progress as module
 from nemo_r3 import signals
 from nemo_r3.errors import describe
-from nemo_r3.progress import Pace, Progress, duration
+from nemo_r3.progress import Pace, Progress, Turns, duration, warn
 
 
 class Terminal(io.StringIO):
@@ -34,13 +34,24 @@ def test_a_terminal_sees_shares_and_rates_on_one_line(monkeypatch: pytest.Monkey
     progress.begin("step 3/40")
     assert terminal.getvalue() == "\r\033[Kstep 3/40 ...", "something at once"
     clock.now += 2
-    progress("reflection", 4, 8, 1000)
-    progress("retry", 3, 8, 200)  # too soon to be drawn
+    progress({"reflection": Turns(3, 8, 800), "retry": Turns(2, 8, 200)})
+    progress({"reflection": Turns(4, 8, 900), "retry": Turns(3, 8, 300)})  # too soon to be drawn
     progress.during("update")
-    redrawn = "\r\033[Kstep 3/40 reflection 50%"
-    assert terminal.getvalue().endswith(f"{redrawn} | 500 tok/s{redrawn}, retry 38% | 600 tok/s | update ...")
+    drawn = ("reflection 38%, retry 25% | 500 tok/s", "reflection 50%, retry 38% | 600 tok/s | update ...")
+    assert terminal.getvalue().endswith("".join(f"\r\033[Kstep 3/40 {line}" for line in drawn))
     progress.say("done")
-    assert terminal.getvalue().endswith("\r\033[Kdone\n")
+    progress.during("save")
+    assert terminal.getvalue().endswith("\r\033[Kdone\n\r\033[Kstep 3/40 save ...")
+
+
+def test_a_live_line_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    Progress(enabled=True).begin("evaluate the starting model:")
+    warn("it is long")
+    assert terminal.getvalue() == "\r\033[Kevaluate the starti\r\033[Kwarning: it is long\n"
 
 
 def test_what_a_model_wrote_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,11 +67,11 @@ def test_a_log_file_gets_a_line_after_half_a_minute_of_silence(
     progress = Progress(enabled=True, engines=4)
     progress.begin("step 1/2")
     clock.now += 20
-    progress("reflection", 6, 8, 800)
+    progress({"reflection": Turns(6, 8, 800)})
     progress.during("update")
     assert capsys.readouterr().out == ""
     clock.now += 20
-    progress("reflection", 8, 8, 1000)
+    progress({"reflection": Turns(8, 8, 1000)})
     progress.during("update")
     assert capsys.readouterr().out == "step 1/2 reflection 100% | 100 tok/s\n", "of all engines"
     clock.now += 31
@@ -77,12 +88,12 @@ def test_items_are_counted_over_all_parts_and_say_how_long_the_rest_will_take(
     progress.begin("mine")
     progress.part(1000, 500, 5000)  # an earlier process mined 1,000
     clock.now += 60
-    progress("attempt", 256, 256, 30_000)
+    progress({"attempt": Turns(256, 256, 30_000)})
     progress.part(1500, 500, 5000)
     clock.now += 60
-    progress("attempt", 128, 256, 15_000)
+    progress({"attempt": Turns(128, 256, 15_000)})
     clock.now += 60
-    progress("attempt", 128, 256, 30_000, begun=64)  # an eighth of the part more, in turns that have not ended
+    progress({"attempt": Turns(128, 256, 30_000, begun=64)})  # an eighth of the part more, in turns that have not ended
     assert capsys.readouterr().out.splitlines() == [
         "mine 1,500/5,000 | 500 tok/s | 7 min left",
         "mine 1,750/5,000 | 375 tok/s | 9 min left",
@@ -100,7 +111,7 @@ def test_no_time_is_predicted_before_a_first_turn_has_ended(
         assert not progress.is_due()
         clock.now += 60
         assert progress.is_due()
-        progress("attempt", done, 100, 600 * (1 + done), begun)
+        progress({"attempt": Turns(done, 100, 600 * (1 + done), begun)})
     assert capsys.readouterr().out.splitlines() == ["mine 0/100 | 10 tok/s", "mine 1/100 | 10 tok/s | 2 min left"]
 
 
@@ -109,11 +120,21 @@ def test_a_second_rollout_under_one_title_adds_to_the_first(
 ) -> None:
     progress = Progress(enabled=True)
     progress.begin("evaluate")
-    clock.now += 20
-    progress("attempt", 8, 8, 3000)
-    clock.now += 20
-    progress("attempt", 1, 8, 1000)
-    assert capsys.readouterr().out == "evaluate attempt 12% | 100 tok/s\n"
+    for attempts in (3000, 1000):
+        for tokens in (0, attempts):
+            clock.now += 40
+            progress({"attempt": Turns(min(tokens, 8), 8, tokens)})
+        for reflections in (0, 40):
+            progress({"reflection": Turns(0, 8, reflections), "retry": Turns(0, 8, 0)})
+    clock.now += 40
+    progress.during("refit")
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluate attempt 0% | 0 tok/s",
+        "evaluate attempt 100% | 38 tok/s",
+        "evaluate attempt 0% | 25 tok/s",
+        "evaluate attempt 100% | 25 tok/s",
+        "evaluate attempt 100%, reflection 0%, retry 0% | 20 tok/s | refit ...",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +162,7 @@ def test_other_ranks_print_nothing_even_on_a_terminal(monkeypatch: pytest.Monkey
     progress = Progress(enabled=False)
     progress.begin("step 1/2")
     clock.now += 40
-    progress("reflection", 8, 8, 800)
+    progress({"reflection": Turns(8, 8, 800)})
     progress.during("update")
     progress.say("done")
     assert terminal.getvalue() == ""

@@ -4,8 +4,8 @@
                          `---------------- one engine, one queue ---------------'
 
 Each is a conversation: a generator that yields the turns to be sampled and is sent their answers. All ranks of an
-engine run this loop over the same conversations and must make the same calls in the same order, so nothing here may
-depend on time or rank.
+engine run this loop over the same conversations and must make the same calls in the same order, so nothing here but
+what is shown may depend on time or rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_r3 import signals, watchdog
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.errors import VerifierError
-from nemo_r3.progress import Progress
+from nemo_r3.progress import Progress, Turns
 from nemo_r3.rollout.judge import Judge
 from nemo_r3.rollout.placement import Fleet
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling, is_deterministic, request_seed
@@ -64,7 +64,7 @@ class _InFlight(Generic[Result]):
     of that."""
     done: dict[int, Callable[[], Result]] = field(default_factory=dict)  # what those that have ended returned
     ended: Counter[Phase] = field(default_factory=Counter)  # turns by phase
-    tokens: Counter[Phase] = field(default_factory=Counter)  # in these turns
+    tokens: Counter[Phase] = field(default_factory=Counter)  # sampled by requests that have ended
 
     def next_turn(self, number: int, answer: Answer | None) -> _Turn | None:
         """A conversation's turn after the one with this answer, or without one its first; None if it has ended."""
@@ -72,7 +72,6 @@ class _InFlight(Generic[Result]):
             if answer is None:
                 return next(self.conversations[number])
             self.ended[answer.segment.phase] += 1
-            self.tokens[answer.segment.phase] += len(answer.segment.ids)
             return self.conversations[number].send(answer)
         except StopIteration as end:
             self.done[number] = end.value
@@ -264,6 +263,7 @@ class Rollout:
     def _take(self, completion: Completion, in_flight: _InFlight[Any]) -> tuple[int, _Turn, Completion]:
         """The conversation and turn of a completion, and all that has been sampled of the turn, which is cached."""
         number, turn, begun = in_flight.requests.pop(completion.request_id)
+        in_flight.tokens[turn.phase] += len(completion.ids)
         whole = completion.continuing(begun)
         self.turns.add(completion.request_id, whole)
         return number, turn, whole
@@ -275,9 +275,8 @@ class Rollout:
             phase = in_flight.requests[name][1].phase
             tokens[phase] += count
             begun[phase] += count / self._config.rollout.token_limit(phase)
-        for phase in phases:
-            total = len(in_flight.conversations)
-            self._progress(phase, in_flight.ended[phase], total, tokens[phase], begun[phase])
+        total = len(in_flight.conversations)
+        self._progress({it: Turns(in_flight.ended[it], total, tokens[it], begun[it]) for it in phases})
 
     def _sampling(self, turn: _Turn, in_flight: _InFlight[Any], room: int, begun: int) -> Sampling:
         """How to sample a turn with `room` tokens left, `begun` of which it already has."""

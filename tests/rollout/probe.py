@@ -192,7 +192,7 @@ def probe_rollout(probe: Probe) -> dict[str, Any]:
     return result | {
         "donated": run_donated(probe),
         "events": events,
-        "told": [call.args for call in progress.call_args_list],
+        "told": [call.args[0] for call in progress.call_args_list],
         "logprob_error": max(sampled_errors(probe, groups)),
         "versions": sorted(versions),
         "no_room": probe_no_room(probe, failures[0]),

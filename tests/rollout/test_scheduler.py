@@ -21,7 +21,7 @@ from nemo_r3.errors import UserError, VerifierError
 from nemo_r3.evaluate import EVALUATION_STEP
 from nemo_r3.failures.bank import MINING_STEP
 from nemo_r3.models import EMBEDDED
-from nemo_r3.progress import Progress
+from nemo_r3.progress import Progress, Turns
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.runtime import World
@@ -45,11 +45,11 @@ class Eight:
         return text.strip() == "8"
 
 
-class Told(list[tuple[Any, ...]]):
+class Told(list[dict[str, Turns]]):
     """Notes all that a rollout reports, which it may at any time."""
 
-    def __call__(self, *news: Any) -> None:
-        self.append(news)
+    def __call__(self, counts: dict[str, Turns]) -> None:
+        self.append(counts)
 
     def is_due(self) -> bool:
         return True
@@ -103,9 +103,9 @@ def test_a_reflection_and_its_retry_are_judged_apart_and_have_their_own_limits()
     assert [reflection.solves for reflection in group.reflections] == [True, False]
     assert [reflection.passed for reflection in group.reflections] == [False, True]
     assert engine.limits == [5, 9, 9, 5, 5]
-    first, last = ([news for news in engine.progress if news[0] == phase] for phase in ("attempt", "retry"))
-    assert first[0] == ("attempt", 0, 1, 1, 1 / 5), "a turn under way: one token of five"
-    assert [news[1:3] for news in last] == [(0, 2), (0, 2), (0, 2), (1, 2), (2, 2), (2, 2)]
+    assert engine.progress[0] == {Phase.ATTEMPT: (0, 1, 1, 1 / 5)}, "a turn under way: one token of five"
+    retries = [counts[Phase.RETRY][:2] for counts in engine.progress if Phase.RETRY in counts]
+    assert retries == [(0, 2), (0, 2), (0, 2), (1, 2), (2, 2), (2, 2)]
     assert engine.resets == 2, "what is cached does not depend on what came before"
 
 
@@ -220,7 +220,7 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
     assert [reflection.retry.text for reflection in found] == ["8", "7", ""]
     assert [reflection.passed for reflection in found] == [True, False, False]
     assert not any(reflection.solves for reflection in found), "8 passes, but nobody asked"
-    assert engine.progress[-1] == (Phase.RETRY, 3, 3, sum(len(it.retry.segment.ids) for it in found), 0.0)
+    assert engine.progress[-1] == {Phase.RETRY: (3, 3, sum(len(it.retry.segment.ids) for it in found), 0.0)}
     asked = dialogue.reflect(attempt.context)
     for prompt, reflection in zip(engine.prompts[1:], found, strict=False):
         assert prompt[: len(asked) + 3] == [*asked.ids, 40, 41, close]
