@@ -38,13 +38,13 @@ def newest(setup: Setup) -> Path | None:
 
 
 def open_run(setup: Setup) -> None:
-    """Opens the run's directory; there need be no model.
+    """Opens the run's directory, unless this command's steps are refused; there need be no model.
 
     Raises:
         UserError: it cannot be used, see `RunDirectory.open` and `refuse_useless_steps`.
     """
-    setup.run.open(resuming=newest(setup) is not None)
     refuse_useless_steps(setup)
+    setup.run.open(resuming=newest(setup) is not None)
 
 
 def refuse_useless_steps(setup: Setup) -> None:

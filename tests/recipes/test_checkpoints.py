@@ -18,17 +18,20 @@ from nemo_r3.config import Config
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED, Completion
 from nemo_r3.rollout.turn_cache import TurnCache
-from recipes.checkpoints import refuse_useless_steps, resume, save_turns, trained
+from recipes.checkpoints import open_run, resume, save_turns, trained
 from recipes.counters import Counters
 
 
 def said_of(directory: Path, steps: int, lr_min: float = 0.0, lr_decay_steps: int = 0) -> str:
-    """What is said of `train.steps` in the run with these `checkpoints`."""
-    config = Config()
+    """What is said of `train.steps` in the run with these `checkpoints`, which is not opened if they are refused."""
+    config, opened = Config(), list[bool]()
     config.train.steps, config.actor.lr_min, config.actor.lr_decay_steps = steps, lr_min, lr_decay_steps
-    world = SimpleNamespace(on_main=lambda act: act())
-    setup: Any = SimpleNamespace(config=config, world=world, run=SimpleNamespace(checkpoints=directory))
-    return refusal(lambda: refuse_useless_steps(setup))
+    world = SimpleNamespace(on_main=lambda act: act(), broadcast=lambda value: value)
+    run = SimpleNamespace(checkpoints=directory, open=lambda resuming: opened.append(resuming))
+    setup: Any = SimpleNamespace(config=config, world=world, run=run)
+    said = refusal(lambda: open_run(setup))
+    assert opened == ([directory.exists()] if said == "accepted" else [])
+    return said
 
 
 def saved(directory: Path, step: int, left: int) -> Path:
