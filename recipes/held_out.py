@@ -73,8 +73,8 @@ def _starting_failures(setup: Setup, policy: Policy, rollout: Rollout, problems:
     refit_if_behind(setup, policy, rollout)
     asked = setup.config.evaluate
     setup.progress.say(
-        f"the starting model answers {len(problems):,} held-out problems, which are asked again after every "
-        f"{asked.every} steps (evaluate.problems={asked.problems})"
+        f"the starting model answers {len(problems):,} held-out problems, as later weights will "
+        f"(evaluate.problems={asked.problems} evaluate.every={asked.every})"
     )
     setup.progress.begin("held out")
     with setup.run.timed("held_out"):

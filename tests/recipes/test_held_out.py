@@ -49,8 +49,7 @@ def refits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_starting_model_is_asked_once_in_a_runs_life(tmp_path: Path, refits: list[int]) -> None:
     first, second = Started(tmp_path, count=0), Started(tmp_path, count=0)
     assert first.said == [
-        "the starting model answers 8 held-out problems, which are asked again after every 10 steps "
-        "(evaluate.problems=0)"
+        "the starting model answers 8 held-out problems, as later weights will (evaluate.problems=0 evaluate.every=10)"
     ]
     assert (first.rollout.asked, first.rollout.steps) == (8, {EVALUATION_STEP})
     assert second.rollout.asked == 0 and len(refits) == 1
