@@ -115,13 +115,14 @@ def table(runs: Sequence[Run]) -> str:
     if max(map(len, labels)) > ROOM:
         names = [f"group {number}" for number in range(1, len(labels) + 1)]
         texts = [f"{name}: {label[:-2]}" for name, label in zip(names, labels, strict=True)]
-        below = [textwrap.fill(text, WIDTH, subsequent_indent="    ") for text in texts]
+        wrap = textwrap.TextWrapper(WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        below = [wrap.fill(text) for text in texts]
         labels = [f"{name}, " for name in names]
     rows: list[Sequence[str]] = [HEADINGS]
     for settings, group in zip(labels, groups.values(), strict=True):
         seeds = [run.config.seed for run in group]
         for seed, run in zip(seeds, group, strict=True):
-            name = f"{settings}seed={seed}" if seeds.count(seed) == 1 else str(run.path)
+            name = f"{settings}seed={seed}" if seeds.count(seed) == 1 else f"{settings}{run.path}"
             rows.append((name, run.progress, *cells(run.numbers or UNKNOWN)))
         rows += means(settings, [run.numbers for run in group if run.numbers])
     return "\n".join([aligned(rows), *below])

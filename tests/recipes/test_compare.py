@@ -101,6 +101,15 @@ def test_settings_that_take_too_much_room_in_a_row_are_told_in_full_below_the_ta
     )
 
 
+def test_every_row_says_its_group_and_no_path_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = "train.start_from=" + "/scratch/runs-of-the-group/seed-1" * 4
+    runs = [a_run(tmp_path / "a", passed=(5, 9)), *(a_run(tmp_path / it, start, passed=(5, 9)) for it in "bc")]
+    compare(list(map(str, runs)))
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown[2:5]] == ["group 1, seed=1", *(f"group 2, {it}" for it in runs[1:])]
+    assert shown[-4].strip() == start.replace("=", "='") + "'"
+
+
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     assert "name the directories" in refusal(lambda: compare([]))
     assert refusal(lambda: compare([QUICKSTART])).startswith(f"{QUICKSTART} holds no trained run")
