@@ -5,8 +5,8 @@ Imports megatron-core, so it is imported after `join`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nemo_r3.actor.manifest import (
     latest,
     read_manifest,
     set_aside,
+    start_named,
     step_of,
     step_path,
 )
@@ -142,7 +143,7 @@ def resume(setup: Setup, trainer: Trainer, rollout: Rollout) -> tuple[Counters, 
         _restore_turns(setup, rollout, home, counters.step + 1)
     elif start := setup.config.train.start_from:
         rollout.engine.sleep()
-        with _start_named():
+        with start_named():
             updates = checkpoint.load(trainer, Path(start), with_schedule=False)["version"]
         setup.progress.say(f"starting from {start}, after {updates} updates; steps and learning rate begin anew")
     setup.run.cut_back(counters.step)
@@ -168,15 +169,6 @@ def _load_newest(setup: Setup, trainer: Trainer, newest_first: Sequence[Path]) -
         ) from error
 
 
-@contextmanager
-def _start_named() -> Iterator[None]:
-    """Says of a damaged checkpoint which setting names it: there is none before it to fall back to."""
-    try:
-        yield
-    except DamagedError as error:
-        raise UserError(f"train.start_from: {str(error).removesuffix(f'; {WAY_OUT}')}") from error
-
-
 def check_start_fits(setup: Setup, trainer: Trainer) -> None:
     """Checks before mining what a run without checkpoints begins with.
 
@@ -184,7 +176,7 @@ def check_start_fits(setup: Setup, trainer: Trainer) -> None:
         UserError: `train.start_from` is of another model, or seen to be damaged.
     """
     if (start := setup.config.train.start_from) and newest(setup) is None:
-        with _start_named():
+        with start_named():
             checkpoint.fitting_manifest(trainer.policy, Path(start))
 
 

@@ -12,7 +12,8 @@ Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm'
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,29 @@ def check_start(start: str, directory: Path) -> None:
 
     Raises:
         ConfigError: and the complete ones nearby.
+        UserError: it is damaged, or of another format.
     """
     path = Path(start)
-    if not start or latest(directory) or (path / MANIFEST).is_file():
+    if not start or latest(directory):
+        return
+    if (path / MANIFEST).is_file():
+        with start_named():
+            read_manifest(path)
         return
     near = [found for place in (path / "checkpoints", path, path.parent) for found in complete(place)]
     raise ConfigError(
         f"train.start_from: {start} is no complete checkpoint: it has no {MANIFEST}"
         + (f"; complete: {', '.join(map(str, near))}" if near else "")
     )
+
+
+@contextmanager
+def start_named() -> Iterator[None]:
+    """Says of a damaged checkpoint which setting names it: there is none before it to fall back to."""
+    try:
+        yield
+    except DamagedError as error:
+        raise UserError(f"train.start_from: {str(error).removesuffix(f'; {WAY_OUT}')}") from error
 
 
 def latest_step(directory: Path) -> int:

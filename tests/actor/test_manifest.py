@@ -11,6 +11,7 @@ from refusals import refusal
 from nemo_r3.actor.manifest import (
     FORMAT,
     MANIFEST,
+    WAY_OUT,
     WRITING,
     DamagedError,
     check_start,
@@ -75,6 +76,13 @@ def test_a_run_can_start_from_what_is_complete_and_others_are_named(tmp_path: Pa
     assert refusal(lambda: check_start("gone", own)).endswith("it has no manifest.json")
     check_start(str(there), own)
     check_start("", own)
+    for text, said in (
+        (sealed({"format": 0}), f"{there} has format 0, "),
+        ("{", f"train.start_from: {there} is not a "),
+    ):
+        (there / MANIFEST).write_text(text)
+        found = refusal(lambda: check_start(str(there), own))
+        assert found.startswith(said) and WAY_OUT not in found
     saved(own)
     check_start("gone", own)
 
