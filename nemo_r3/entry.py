@@ -42,6 +42,7 @@ def main(recipe: Callable[[Sequence[str]], None], usage: str = USAGE) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is None:  # closed, by >&-
         sys.stdout = Path(os.devnull).open("w")
+    sys.stderr = sys.stderr or sys.stdout
     if isinstance(sys.stdout, io.TextIOWrapper):  # like standard error: a locale may lack what a text or table has
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -160,6 +160,7 @@ def test_a_locale_without_a_tables_characters_does_not_end_a_recipe() -> None:
         ("os.write(int(os.environ['unread']), b'x')", "", 1, "BrokenPipeError: [Errno 32] Broken pipe"),
         ("print('x')", ">&-", 0, ""),
         ("open('/dev/null/x')", "2>&$unread", 2, ""),  # an error that the user can fix
+        ("open('/dev/null/x')", "2>&-", 2, ""),
     ],
 )
 def test_output_that_nobody_reads_ends_a_recipe_like_other_tools_and_no_other_pipe_does(
