@@ -192,9 +192,10 @@ def _context(dialogue: Any, sizes: Sizes, draw: random.Random) -> Context:
     from nemo_r3.types import Phase, Problem, Segment, Trajectory
 
     def prompt_after(attempt: list[int]) -> Trajectory:
-        return dialogue.reflect(task.then(Segment(Phase.ATTEMPT, tuple(attempt), (0.0,) * len(attempt), 0)))
+        return dialogue.reflect(task.then(Segment(Phase.ATTEMPT, tuple(attempt), (0.0,) * len(attempt), 0)), problem)
 
-    task = dialogue.task(Problem("", " ".join(map(_word, _ids(sizes.prompt // 4, sizes, draw))), {}))
+    problem = Problem("", " ".join(map(_word, _ids(sizes.prompt // 4, sizes, draw))), {})
+    task = dialogue.task(problem)
     attempt = _ids(1 + sizes.prompt - len(prompt_after(_ids(1, sizes, draw))), sizes, draw)
     prompt = prompt_after(attempt).ids
     assert len(prompt) == sizes.prompt
@@ -205,10 +206,10 @@ def _context(dialogue: Any, sizes: Sizes, draw: random.Random) -> Context:
 
 
 def _retry_request(dialogue: Any) -> list[int]:
-    from nemo_r3.types import Phase, Segment, Trajectory
+    from nemo_r3.types import Phase, Problem, Segment, Trajectory
 
     reflection = Segment(Phase.REFLECTION, (len(SPECIAL),), (0.0,), 0)
-    return list(dialogue.retry(Trajectory((reflection,))).segments[-1].ids)
+    return list(dialogue.retry(Trajectory((reflection,)), Problem("", "", {})).segments[-1].ids)
 
 
 def _check(contexts: list[Context], sizes: Sizes, draw: random.Random) -> LossCheck:

@@ -72,12 +72,13 @@ def say(turns, text, max_tokens{tools}):
 def two_tries(task, verify{tools}):
     turns = say(SYSTEM, task, {answer}{tools})
     if not verify(turns[-1]["content"]):
-        turns = say(turns, REFLECT, {reflection}{tools})
-        turns = say(turns, RETRY, {answer}{tools})
+        turns = say(turns, REFLECT{reflect_filled}, {reflection}{tools})
+        turns = say(turns, RETRY{retry_filled}, {answer}{tools})
     return turns[-1]["content"]
 ```
 
 A server gives the model each earlier answer as text, by the chat template; in training it kept the very tokens."""
+REPEATED = '.replace("{task}", task)'
 OFFERED = """
         tools=tools,
         tool_choice="none",  # so that calls come back as the model wrote them"""
@@ -171,7 +172,9 @@ def how_to_use(config: Config, dialogue: Dialogue, with_tools: bool) -> str:
         task=task,
         filled="  # {tools}: a JSON list of functions, a line each" if "{tools}" in task else "",
         reflect=dialogue.wording.reflect,
+        reflect_filled=REPEATED if "{task}" in dialogue.wording.reflect else "",
         retry=dialogue.wording.retry,
+        retry_filled=REPEATED if "{task}" in dialogue.wording.retry else "",
         system=[] if config.dialogue.system is None else [{"role": "system", "content": config.dialogue.system}],
         temperature=rollout.temperature,
         answer=rollout.max_answer_tokens,

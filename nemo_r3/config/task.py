@@ -37,8 +37,12 @@ class DialogueConfig:
 
     system: str | None = option(None, help="system turn; none by default")
     task: str | None = option(None, help="wording of the task turn, with the task's {placeholders}")
-    reflect: str | None = option(None, help="user turn that asks for a reflection after a failed answer")
-    retry: str | None = option(None, help="user turn that asks to try again after the reflection")
+    reflect: str | None = option(
+        None, help="user turn that asks for a reflection after a failed answer; {task} repeats the task turn"
+    )
+    retry: str | None = option(
+        None, help="user turn that asks to try again after the reflection; {task} repeats the task turn"
+    )
     tools: str = option(
         "auto",
         choices=("auto", "template", "plain"),

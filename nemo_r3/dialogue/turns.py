@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,15 @@ from nemo_r3.types import Phase, Problem, Segment, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # slow
 
+KEPT_TURNS = 1024
+"""So many user turns are kept as token ids: the retries of a group share theirs."""
+
 
 class Dialogue:
     """The conversation of a task, turn by turn.
 
-    Example: ``context = dialogue.task(problem).then(answer); dialogue.reflect(context)`` is the prompt of a reflection.
+    Example: ``context = dialogue.task(problem).then(answer); dialogue.reflect(context, problem)`` is the prompt of a
+    reflection.
 
     Attributes:
         wording: the words of its turns.
@@ -54,7 +59,7 @@ class Dialogue:
         self._template = ChatTemplate(tokenizer, config)
         self.wording, self._tools_text = wording, config.tools_text
         self.template_options = self._template.options
-        self._pieces: dict[str, tuple[int, ...]] = {}
+        self._piece = lru_cache(KEPT_TURNS)(self._rendered)
         reason = objection(self._template)
         if reason is not None:
             raise UserError(f"{self._template.setting}: the chat template {reason}")
@@ -72,34 +77,39 @@ class Dialogue:
         Raises:
             UserError: the chat template cannot render this problem.
         """
-        text, tools = problem.text, problem.tools
-        if tools and self.tools == "plain":
-            text, tools = fill(self._tools_text, {"tools": _written(tools), "task": text}), ()
+        tools = problem.tools if self.tools == "template" else ()
         try:
-            rendered = self._template.render([text], tools)
+            rendered = self._template.render([self._first_turn(problem)], tools)
         except RenderError as error:
             raise UserError(f"problem {problem.id!r}: {error}") from error
         return Trajectory((Segment(Phase.TASK, self._encode(rendered)),))
 
-    def reflect(self, trajectory: Trajectory) -> Trajectory:
+    def _first_turn(self, problem: Problem) -> str:
+        """What the user says first."""
+        if problem.tools and self.tools == "plain":
+            return fill(self._tools_text, {"tools": _written(problem.tools), "task": problem.text})
+        return problem.text
+
+    def reflect(self, trajectory: Trajectory, problem: Problem) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of a reflection on what was sampled last."""
-        return self._ask(trajectory, self.wording.reflect)
+        return self._ask(trajectory, self.wording.reflect, problem)
 
-    def retry(self, trajectory: Trajectory) -> Trajectory:
+    def retry(self, trajectory: Trajectory, problem: Problem) -> Trajectory:
         """[..., sampled] -> [..., sampled][request]: the prompt of another try after the reflection."""
-        return self._ask(trajectory, self.wording.retry)
+        return self._ask(trajectory, self.wording.retry, problem)
 
-    def _ask(self, trajectory: Trajectory, text: str) -> Trajectory:
+    def _ask(self, trajectory: Trajectory, wording: str, problem: Problem) -> Trajectory:
         """Closes the turn that was sampled last and adds a user turn and the generation prompt.
 
         Args:
             trajectory: ends with a sampled segment. If the last token is not the template's end-of-turn token, because
                 the turn was cut at the token limit, that token is added.
-            text: what the user says.
+            wording: what the user says, where {task} is what was said first.
+            problem: the trajectory's.
         """
         last = trajectory.segments[-1]
         assert last.sampled and last.ids, "only a sampled turn can be followed by a user turn"
-        piece = self._piece(text)
+        piece = self._piece(fill(wording, {"task": self._first_turn(problem)}) if "{task}" in wording else wording)
         if last.ids[-1] == self._close:
             piece = piece[piece.index(self._close) + 1 :]
         return trajectory.then(Segment(Phase.REQUEST, piece))
@@ -112,11 +122,9 @@ class Dialogue:
         """The text of any ids, special tokens written out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _piece(self, text: str) -> tuple[int, ...]:
-        """[close][user turn][generation prompt] for a user's `text`, tokenised once."""
-        if text not in self._pieces:
-            self._pieces[text] = self._encode(after_answer(self._template.render((USER[0], ANSWER[0], text))))
-        return self._pieces[text]
+    def _rendered(self, text: str) -> tuple[int, ...]:
+        """[close][user turn][generation prompt] for a user's `text`."""
+        return self._encode(after_answer(self._template.render((USER[0], ANSWER[0], text))))
 
     def _way_to_offer(self, asked: str) -> str:
         """Resolves `dialogue.tools`: the template's way, if it has one that leaves earlier turns unchanged."""

@@ -161,7 +161,7 @@ class Rollout:
         greedy: bool,
     ) -> list[Reflection]:
         """`group_size` reflections on each failure, or the one that is given for it, with their retries."""
-        prompts = [self._dialogue.reflect(failure.context) for failure in failures]
+        prompts = [self._dialogue.reflect(failure.context, failure.problem) for failure in failures]
 
         def reflect(item: int, sample: int, wanted: bool) -> Conversation[Reflection]:
             failure, prompt = failures[item], prompts[item]
@@ -171,7 +171,7 @@ class Rollout:
                 reflection = given[item]
             solves = self.judge.ask(failure.problem, reflection, wanted and given is None)
             whole = prompt.then(reflection.segment)
-            retry_prompt = self._dialogue.retry(whole) if reflection.segment.ids else None
+            retry_prompt = self._dialogue.retry(whole, failure.problem) if reflection.segment.ids else None
             retry = yield _Turn(Phase.RETRY, retry_prompt, failure.id, sample)
             passed, verdict = self.judge.ask(failure.problem, retry, wanted), self.judge.verdict
             if retry_prompt is not None:

@@ -42,6 +42,7 @@ from nemo_r3.tasks.user_task import PLACEHOLDERS, UserTask
 BUILT = ("Options", "WORDING", "PLACEHOLDERS", "build")
 FUNCTIONS = ("problems", "verify")
 TOOLS_PLACEHOLDERS = ("tools", "task")
+LATER_PLACEHOLDERS = ("task",)
 
 
 def load(task: TaskConfig, dialogue: DialogueConfig) -> Task:
@@ -141,8 +142,8 @@ def read_wording(module: ModuleType, dialogue: DialogueConfig) -> Wording:
     """The task's wording with what `dialogue` replaces.
 
     Raises:
-        ConfigError: a {placeholder} of the task turn or of `dialogue.tools_text` that nothing fills, or one that is
-            missing there; or a WORDING that is none.
+        ConfigError: a {placeholder} that nothing fills, or one that the task turn or `dialogue.tools_text` lacks; or a
+            WORDING that is none.
     """
     given = {name: getattr(dialogue, name) for name in ("task", "reflect", "retry")}
     own = module.WORDING if hasattr(module, "WORDING") else Wording()
@@ -151,11 +152,16 @@ def read_wording(module: ModuleType, dialogue: DialogueConfig) -> Wording:
             f"task.name: {module.__name__}.WORDING must be a nemo_r3.tasks.protocol.Wording of texts, got {show(own)}"
         )
     wording = replace(own, **{name: text for name, text in given.items() if text is not None})
-    place = f"task.name: {module.__name__}.WORDING" if dialogue.task is None else "dialogue.task"
+    places = {
+        name: f"task.name: {module.__name__}.WORDING" if text is None else f"dialogue.{name}"
+        for name, text in given.items()
+    }
     if hasattr(module, "build"):
-        _check_placeholders(place, wording.task, module.PLACEHOLDERS, needed=())
+        _check_placeholders(places["task"], wording.task, module.PLACEHOLDERS, needed=())
     else:
-        _check_placeholders(place, wording.task, PLACEHOLDERS, needed=PLACEHOLDERS)
+        _check_placeholders(places["task"], wording.task, PLACEHOLDERS, needed=PLACEHOLDERS)
+    for name in ("reflect", "retry"):
+        _check_placeholders(places[name], getattr(wording, name), LATER_PLACEHOLDERS, needed=())
     _check_placeholders("dialogue.tools_text", dialogue.tools_text, TOOLS_PLACEHOLDERS, needed=TOOLS_PLACEHOLDERS)
     return wording
 

@@ -18,7 +18,7 @@ class Wording:
         "You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a short "
         "explanation that will help you do better next time."
     )
-    retry: str = "Now try to solve the problem again."
+    retry: str = "Now try to solve the problem again."  # in this and `reflect`, {task} is the first turn
 
 
 class Task(Protocol):

@@ -50,9 +50,14 @@ def dialogue_of(family: Family, wording: Wording = PROBLEMS["tools"][1], **setti
     return Dialogue(family.tokenizer(), DialogueConfig(**{**family.settings, **settings}), wording)
 
 
-def group_of(family: Family, kind: str) -> tuple[Dialogue, Group]:
-    """Two reflections, one of which helps, on the failure of a problem with or without tools."""
+def group_of(family: Family, kind: str, repeats: bool = False) -> tuple[Dialogue, Group]:
+    """Two reflections, one of which helps, on the failure of a problem with or without tools.
+
+    If it `repeats`, the later turns repeat the task.
+    """
     problem, wording, texts = PROBLEMS[kind]
+    if repeats:
+        wording = Wording(wording.task, f"{wording.reflect}\n\n{{task}}", f"{{task}} {wording.retry}")
     dialogue, tokenizer = dialogue_of(family, wording), family.tokenizer()
 
     def said(phase: Phase, text: str) -> Answer:
@@ -62,7 +67,7 @@ def group_of(family: Family, kind: str) -> tuple[Dialogue, Group]:
 
     attempt, reflection, retry = map(said, (Phase.ATTEMPT, Phase.REFLECTION, Phase.RETRY), texts)
     context = dialogue.task(problem).then(attempt.segment)
-    whole = dialogue.retry(dialogue.reflect(context).then(reflection.segment)).then(retry.segment)
+    whole = dialogue.retry(dialogue.reflect(context, problem).then(reflection.segment), problem).then(retry.segment)
     reflections = [Reflection(sample, whole, reflection, retry, passed) for sample, passed in enumerate((True, False))]
     return dialogue, Group(Attempt(problem, 0, context, attempt, False), tuple(reflections))
 
@@ -93,11 +98,14 @@ def test_the_three_turns_are_the_golden_ones(name: str) -> None:
     assert found == file.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("repeats", [False, True], ids=["once", "repeated"])
 @pytest.mark.parametrize("kind", PROBLEMS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_turns_are_what_a_server_shows_that_is_asked_as_the_model_card_says(name: str, kind: str) -> None:
+def test_the_turns_are_what_a_server_shows_that_is_asked_as_the_model_card_says(
+    name: str, kind: str, repeats: bool
+) -> None:
     family = FAMILIES[name]
-    dialogue, group = group_of(family, kind)
+    dialogue, group = group_of(family, kind, repeats)
     problem, first, tokenizer = group.failure.problem, group.reflections[0], family.tokenizer()
     settings = DialogueConfig(**family.settings)
     card = Served(how_to_use(Config(dialogue=settings), dialogue, with_tools=bool(problem.tools)))
@@ -108,6 +116,7 @@ def test_the_turns_are_what_a_server_shows_that_is_asked_as_the_model_card_says(
     assert card.two_tries(task, texts, *offered) == texts[2]
     template = {"chat_template": Path(settings.chat_template).read_text()} if settings.chat_template else {}
     served = card.prompt(2, tokenizer, **template)
+    assert served.count(task.strip()) == (3 if repeats else 1)
     trained = tokenizer.decode(Trajectory(first.trajectory.segments[:-1]).ids)
     assert trained.replace(NO_THOUGHT, "") == served.replace(NO_THOUGHT, "")
     assert all(request["extra_body"]["stop_token_ids"] == [*dialogue.end_of_turn] for request in card.requests)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import byte_level
@@ -105,8 +106,8 @@ def test_a_dialogue_whose_turns_end_with_the_next_role_reads_as_its_template_wou
     close = tokenizer.convert_tokens_to_ids(CLOSES["role ends"])
     asked = [PROBLEM.text, "1+2=7", WORDING.reflect, "I added wrongly.", WORDING.retry]
     attempt, reflection = ([*tokenizer.encode(f"{turn}\n"), close] for turn in asked[1::2])
-    reflected = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, attempt)))
-    trajectory = dialogue.retry(reflected.then(said(Phase.REFLECTION, reflection)))
+    reflected = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, attempt)), PROBLEM)
+    trajectory = dialogue.retry(reflected.then(said(Phase.REFLECTION, reflection)), PROBLEM)
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(asked)]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(trajectory.ids) == expected
@@ -116,21 +117,31 @@ def test_a_dialogue_whose_turns_end_with_the_next_role_reads_as_its_template_wou
 def test_the_retry_prompt_begins_with_exactly_context_and_reflection_ids(trained: Tokenizer, style: str) -> None:
     dialogue = dialogue_of(trained, STYLES[style])
     strange = [300, 9, 9, 77, 12, 300]  # ids that no tokenizer would choose for their own text
-    context = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, strange)))
+    context = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, strange)), PROBLEM)
     reflected = context.then(said(Phase.REFLECTION, [*strange, dialogue.end_of_turn[0]]))
-    retry = dialogue.retry(reflected)
+    retry = dialogue.retry(reflected, PROBLEM)
     assert retry.ids[: len(reflected)] == context.ids + [*strange, dialogue.end_of_turn[0]]
-    longer = dialogue.reflect(retry.then(said(Phase.RETRY, strange)))  # and on, for as many turns as one likes
+    longer = dialogue.reflect(retry.then(said(Phase.RETRY, strange)), PROBLEM)  # and on, for as many turns as one likes
     assert longer.ids[: len(retry)] == retry.ids
     assert longer.segments[-1].ids == context.segments[-1].ids
+
+
+def test_the_later_turns_may_repeat_the_task(trained: Tokenizer) -> None:
+    wording = Wording(retry="Again: {task} Think!")
+    tokenizer = tokenizer_of(trained, CHATML)
+    dialogue = Dialogue(tokenizer, DialogueConfig(), wording)
+    reflected = dialogue.task(PROBLEM).then(said(Phase.REFLECTION, [50, 51]))
+    for problem in (PROBLEM, replace(PROBLEM, text="Make {a} of 2.")):
+        asked = tokenizer.decode(dialogue.retry(reflected, problem).segments[-1].ids)
+        assert f"Again: {problem.text} Think!" in asked
 
 
 def test_a_turn_ends_exactly_once(trained: Tokenizer, style: str) -> None:
     tokenizer, dialogue = tokenizer_of(trained, STYLES[style]), dialogue_of(trained, STYLES[style])
     close = tokenizer.convert_tokens_to_ids(CLOSES[style])
     task = dialogue.task(PROBLEM)
-    ended = dialogue.reflect(task.then(said(Phase.ATTEMPT, [50, 51, close])))
-    cut = dialogue.reflect(task.then(said(Phase.ATTEMPT, [50, 51])))
+    ended = dialogue.reflect(task.then(said(Phase.ATTEMPT, [50, 51, close])), PROBLEM)
+    cut = dialogue.reflect(task.then(said(Phase.ATTEMPT, [50, 51])), PROBLEM)
     if style == "role ends":  # a newline of the template's own comes before its end of turn
         assert ended.ids[len(task) + 3 :] == cut.ids[len(task) + 4 :]
     else:
@@ -143,14 +154,14 @@ def test_another_end_of_sequence_is_kept_and_the_template_still_closes(trained: 
     tokenizer, dialogue = tokenizer_of(trained, CHATML), dialogue_of(trained, CHATML)
     eos, close = (tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>"))
     assert set(dialogue.end_of_turn) == {eos, close}
-    asked = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, [50, eos])))
+    asked = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, [50, eos])), PROBLEM)
     assert asked.segments[-1].ids[0] == close
 
 
 def test_whitespace_around_an_answer_survives_a_template_that_trims(trained: Tokenizer) -> None:
     tokenizer, dialogue = tokenizer_of(trained, LLAMA3), dialogue_of(trained, LLAMA3)
     spaced = tokenizer.encode("\n\n  1+2=7 \n", add_special_tokens=False)
-    asked = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, spaced)))
+    asked = dialogue.reflect(dialogue.task(PROBLEM).then(said(Phase.ATTEMPT, spaced)), PROBLEM)
     assert "\n\n  1+2=7 \n<|eot|>" in tokenizer.decode(asked.ids)
 
 
@@ -203,7 +214,7 @@ def test_fingerprint_follows_what_a_first_answer_depends_on(trained: Tokenizer) 
 def test_only_a_sampled_turn_can_be_answered(trained: Tokenizer) -> None:
     dialogue = dialogue_of(trained, PLAIN)
     with pytest.raises(AssertionError):
-        dialogue.reflect(Trajectory(dialogue.task(PROBLEM).segments))
+        dialogue.reflect(Trajectory(dialogue.task(PROBLEM).segments), PROBLEM)
 
 
 def test_stop_token_ids(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ class Lessons:
     def _dialogue_of(self, problem: Problem, answers: tuple[str, str]):
         first, thought, second = self._draw.choice(answers), self._draw.choice(THOUGHTS), self._draw.choice(answers)
         context = self._dialogue.task(problem).then(self._said(Phase.ATTEMPT, first))
-        reflected = self._dialogue.reflect(context).then(self._said(Phase.REFLECTION, thought))
-        return self._dialogue.retry(reflected).then(self._said(Phase.RETRY, second))
+        reflected = self._dialogue.reflect(context, problem).then(self._said(Phase.REFLECTION, thought))
+        return self._dialogue.retry(reflected, problem).then(self._said(Phase.RETRY, second))
 
     def _said(self, phase: Phase, text: str) -> Segment:
         ids = (*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id)

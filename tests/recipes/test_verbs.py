@@ -25,7 +25,7 @@ from nemo_r3.dialogue import Dialogue
 from nemo_r3.models import EMBEDDED
 from nemo_r3.results import rates
 from nemo_r3.tasks import load as load_task
-from nemo_r3.types import Phase, Segment, Trajectory
+from nemo_r3.types import Phase, Problem, Segment, Trajectory
 from recipes.fault_injection import untimed
 
 
@@ -250,7 +250,8 @@ def test_the_exports_card_asks_for_a_retry_as_training_did(trained: Path) -> Non
         assert {(request["temperature"], request["max_tokens"]) for request in card.requests} == {(1.0, 24)}
         failed = Segment(Phase.ATTEMPT, tuple(row["context_ids"]), version=0)
         reflected = Segment(Phase.REFLECTION, tuple(row["reflection_ids"]), version=0)
-        retry = turns.retry(turns.reflect(Trajectory((failed,))).then(reflected))
+        problem = Problem("", row["problem"], {})
+        retry = turns.retry(turns.reflect(Trajectory((failed,)), problem).then(reflected), problem)
         assert turns.whole(retry.ids) == card.prompt(2, tokenizer)
         same.append(tokenizer.encode(card.prompt(2, tokenizer), add_special_tokens=False) == retry.ids)
     assert sum(same) >= 0.9 * len(groups) > 0, "a model seldom writes a text in other tokens"

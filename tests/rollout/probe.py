@@ -256,7 +256,7 @@ def sampled_errors(probe: Probe, groups: list[Group]) -> list[float]:
 def probe_no_room(probe: Probe, failure: Attempt) -> list[Any]:
     """A failure after which no reflection fits, and one after which it does but no retry."""
     task, attempt = failure.context.segments
-    around = len(probe.dialogue.reflect(failure.context)) - len(attempt.ids)
+    around = len(probe.dialogue.reflect(failure.context, failure.problem)) - len(attempt.ids)
     found = []
     for room in (0, 5):
         filler = (50,) * (300 - around - room)

@@ -221,7 +221,7 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
     assert [reflection.passed for reflection in found] == [True, False, False]
     assert not any(reflection.solves for reflection in found), "8 passes, but nobody asked"
     assert engine.progress[-1] == {Phase.RETRY: (3, 3, sum(len(it.retry.segment.ids) for it in found), 0.0)}
-    asked = dialogue.reflect(attempt.context)
+    asked = dialogue.reflect(attempt.context, attempt.problem)
     for prompt, reflection in zip(engine.prompts[1:], found, strict=False):
         assert prompt[: len(asked) + 3] == [*asked.ids, 40, 41, close]
         assert reflection.trajectory.ids == [*prompt, *reflection.retry.segment.ids]

@@ -47,6 +47,14 @@ def test_dialogue_task_words_the_problems_and_leaves_other_braces() -> None:
     assert problem.text == rf"Make {problem.data['target']} of [{numbers}] and put it in \boxed{{}}."
 
 
+@pytest.mark.parametrize("turn", ["reflect", "retry"])
+def test_a_later_turn_may_repeat_the_task_and_nothing_else(turn: str) -> None:
+    wording = r"Again: {task} Put it in \boxed{}."
+    assert getattr(load(TaskConfig("countdown", SMALL), DialogueConfig(**{turn: wording})).wording, turn) == wording
+    message = refused(**{turn: "Of {numbers}?"})
+    assert message == f"dialogue.{turn}: unknown placeholder {{numbers}} in 'Of {{numbers}}?'; known: {{task}}"
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
