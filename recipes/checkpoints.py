@@ -39,13 +39,16 @@ def newest(setup: Setup) -> Path | None:
 
 
 def open_run(setup: Setup) -> None:
-    """Opens the run's directory, unless this command's steps are refused; there need be no model.
+    """Opens the run's directory, unless this command's settings are refused; there need be no model.
 
     Raises:
         UserError: it cannot be used, see `RunDirectory.open` and `refuse_useless_steps`.
     """
+    resuming = newest(setup) is not None
+    if resuming:  # first: the steps may be wrong because another setting is
+        setup.run.refuse_other_settings()
     refuse_useless_steps(setup)
-    setup.run.open(resuming=newest(setup) is not None)
+    setup.run.open(resuming)
 
 
 def refuse_useless_steps(setup: Setup) -> None:

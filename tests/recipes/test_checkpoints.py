@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from refusals import refusal
@@ -27,7 +28,7 @@ def said_of(directory: Path, steps: int, lr_min: float = 0.0, lr_decay_steps: in
     config, opened = Config(), list[bool]()
     config.train.steps, config.actor.lr_min, config.actor.lr_decay_steps = steps, lr_min, lr_decay_steps
     world = SimpleNamespace(on_main=lambda act: act(), broadcast=lambda value: value)
-    run = SimpleNamespace(checkpoints=directory, open=lambda resuming: opened.append(resuming))
+    run = Mock(checkpoints=directory, open=opened.append)
     setup: Any = SimpleNamespace(config=config, world=world, run=run)
     said = refusal(lambda: open_run(setup))
     assert opened == ([directory.exists()] if said == "accepted" else [])
