@@ -37,7 +37,7 @@ SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4
 """Largest difference of fp32 log-probabilities: the order of summation differs, some 1e-6 per layer."""
 MOST_NOISE, MEAN_NOISE = 4.0, 2.0
-"""Below fp32: how many times transformers' own rounding error the actor may be off, see `_compare`."""
+"""Below fp32: how many times transformers' own rounding error the actor may be off, see `agreement`."""
 COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -208,23 +208,12 @@ def _write_others(directory: Path, source: Path, card: str, config: Config) -> N
 
 
 def _compare(
-    directory: Path, probe: Sequence[Sequence[int]], expected: Sequence[Tensor], config: Config
+    directory: Path, probe: Sequence[Sequence[int]], actor: Sequence[Tensor], config: Config
 ) -> tuple[float, float]:
-    """The largest difference between the actor's log-probabilities and those of the export as transformers reads it.
-
-    The second number is how much rounding explains.
-
-    In fp32 the two differ only by the order of summation: TOLERANCE. Below fp32 the actor's rounding error is larger,
-    and grows with depth and with the size of the logits, so its limit is measured: transformers runs the same weights
-    in the actor's dtype and in fp32, and the actor may be MOST_NOISE times as far from fp32 at its worst token, and
-    MEAN_NOISE times on average. (With random models of 4 to 24 layers on a CPU it is equally far to within 7 %, while a
-    wrong rotary base, or one layer's gate and up projections swapped, are many times as far.)
+    """Compares the actor's log-probabilities with those of the export as transformers reads it, see `agreement`.
 
     A model that was trained with longrope's long factors is compared with these, although transformers would take the
     short ones for probes of this length.
-
-    Raises:
-        UserError: beyond tolerance; names the worst token.
     """
     dtype, temperature = precision_of(config).dtype, config.rollout.temperature
     transformers.utils.logging.disable_progress_bar()
@@ -235,18 +224,35 @@ def _compare(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, config=hf, dtype=dtype, local_files_only=True, use_safetensors=True
     ).eval()
-    exported, most, mean = _logprobs(model, probe, temperature), TOLERANCE, TOLERANCE
-    if dtype is not torch.float32:
-        rounded, exported = exported, _logprobs(model.float(), probe, temperature)
-        noise = (rounded - exported).abs()
-        most, mean = max(most, MOST_NOISE * float(noise.max())), max(mean, MEAN_NOISE * float(noise.mean()))
-    actor = torch.cat(list(expected))
-    gaps = (exported - actor).abs()
+    read = _logprobs(model, probe, temperature)
+    exact = read if dtype is torch.float32 else _logprobs(model.float(), probe, temperature)
+    return agreement(torch.cat(list(actor)), exact, read)
+
+
+def agreement(actor: Tensor, exact: Tensor, rounded: Tensor) -> tuple[float, float]:
+    """The largest difference between the actor's log-probabilities and the export's, and how much rounding explains.
+
+    In fp32 the two differ only by the order of summation: TOLERANCE. Below fp32 the actor's rounding error is larger,
+    and grows with depth and with the size of the logits, so its limit is measured: transformers runs the same weights
+    in the actor's dtype and in fp32, and the actor may be MOST_NOISE times as far from fp32 at its worst token, and
+    MEAN_NOISE times on average. (With random models of 4 to 24 layers on a CPU it is equally far to within 7 %, while a
+    wrong rotary base, or one layer's gate and up projections swapped, are many times as far.)
+
+    Args:
+        actor: [tokens] float32, by the actor.
+        exact: [tokens] float32, by transformers in fp32.
+        rounded: [tokens] float32, by transformers in the actor's dtype.
+
+    Raises:
+        UserError: beyond tolerance; names the worst token.
+    """
+    gaps, noise = (exact - actor).abs(), (exact - rounded).abs()
+    most, mean = max(TOLERANCE, MOST_NOISE * float(noise.max())), max(TOLERANCE, MEAN_NOISE * float(noise.mean()))
     worst = int(gaps.argmax())  # NaN counts as the largest
     if not (gaps[worst] <= most and gaps.mean() <= mean):
         raise UserError(
             f"the export is not the model that was trained: transformers and the actor differ by {gaps[worst]:.2g} in "
-            f"the log-probability of a token ({exported[worst]:.4f} and {actor[worst]:.4f}) and by {gaps.mean():.2g} "
+            f"the log-probability of a token ({exact[worst]:.4f} and {actor[worst]:.4f}) and by {gaps.mean():.2g} "
             f"on average of {len(gaps)}; rounding explains at most {most:.2g} and {mean:.2g}"
         )
     return float(gaps[worst]), most

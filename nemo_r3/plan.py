@@ -89,7 +89,7 @@ class Plan:
             verdict += "; host memory is not checked (cluster.memory_gb=0)"
         ranks, actor, rollout = self.node.ranks, self.config.actor, self.config.rollout
         for name, size in (("actor", actor.tensor_parallel), ("rollout", rollout.tensor_parallel)):
-            if self.config.cluster.nodes > 1 and ranks % size:
+            if ranks % size:
                 verdict += (
                     f"; {name}.tensor_parallel={size} leaves a node of {ranks} GPUs: each layer waits for the network"
                 )

@@ -192,6 +192,10 @@ def test_the_lowest_limit_of_a_cgroup_and_its_parents(tmp_path: Path, monkeypatc
     (tmp_path / "memory" / "job_7").mkdir(parents=True)
     (tmp_path / "memory" / "job_7" / "memory.limit_in_bytes").write_text("8192\n")
     assert list(capacity.cgroup_limits("4:cpu:/\n3:memory:/job_7\n")) == [8192]
+    monkeypatch.setattr(capacity, "cgroup_limits", lambda _: iter([2.0**70, 4096.0]))
+    assert capacity.host_bytes() == 4096
+    monkeypatch.setattr(capacity, "cgroup_limits", lambda _: iter([2.0**70]))
+    assert 2**20 < capacity.host_bytes() < 2**60, "what the kernel says is available"
 
 
 def assert_is(found: str | None, expected: str | None) -> None:

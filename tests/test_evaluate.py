@@ -31,12 +31,14 @@ class Model:
 
     A second first answer passes where the number is a multiple of `resampled`. First answers are cut at multiples of 3,
     reflections at those of 4, retries at those of 5; reflections at multiples of 6 hold the answer. The token of
-    a reflection is its problem's number; a retry on another problem passes after it if that is a multiple of 4.
+    a reflection is its problem's number and what the model `writes`; a retry on another problem passes after it if that
+    is a multiple of 4.
     """
 
     first: tuple[int, int]
     second: tuple[int, int]
     resampled: int = 4
+    writes: int = 0
 
     def first_attempts(
         self, problems: Sequence[Problem], step: int, samples: int = 1, greedy: bool = False
@@ -58,7 +60,10 @@ class Model:
 
     def _reflection(self, failure: Attempt, greedy: bool) -> Reflection:
         number = int(failure.problem.id)
-        turns = answer(Phase.REFLECTION, number, cut=number % 4 == 0), answer(Phase.RETRY, cut=number % 5 == 0)
+        turns = (
+            answer(Phase.REFLECTION, number + self.writes, cut=number % 4 == 0),
+            answer(Phase.RETRY, cut=number % 5 == 0),
+        )
         return Reflection(0, failure.context, *turns, number % self.second[greedy] > 0, number % 6 == 0)
 
     def retry_after(self, failures: Sequence[Attempt], reflections: Sequence[Answer], step: int) -> list[Reflection]:
@@ -127,7 +132,7 @@ def test_the_second_try_is_compared_with_one_after_the_next_failures_reflection(
 
 def test_the_gain_is_split_into_reading_and_writing() -> None:
     before, fixed = measure(Model(first=(2, 3), second=(6, 4)), PROBLEMS)
-    after, _ = measure(Model(first=(60, 60), second=(20, 30)), PROBLEMS, fixed)
+    after, _ = measure(Model(first=(60, 60), second=(20, 30), writes=1), PROBLEMS, fixed)
     assert before["retry_success_reread"]["sampled"] == before["retry_success_fixed"]["sampled"]
     assert scores(before)["writing_adds"]["sampled"]["value"] == 0
     reread = [number % 4 == 0 for number in range(0, 60, 2)]  # after the starting model's reflection, of that token

@@ -6,6 +6,7 @@ The launches run this file: `python test_export.py one HOME`, `torchrun ... test
 from __future__ import annotations
 
 import json
+import math
 import resource
 import signal
 import sys
@@ -37,6 +38,7 @@ SIZES: dict[str, Any] = {
     **{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
     **{"max_position_embeddings": 256, "initializer_range": 0.15, "eos_token_id": 0},
 }
+OUTDATED = {"torch_dtype": "float16", "auto_map": {"AutoModel": "modeling.Own"}}
 VOCAB = 307  # more than the tokenizer has, and not a multiple of 2
 PROBE = [[(7 * row + 11 * place) % VOCAB for place in range(length)] for row, length in enumerate((40, 2, 17))]
 
@@ -52,6 +54,8 @@ def make_models(home: Path) -> None:
         config = shape(vocab_size=VOCAB, num_hidden_layers=4, tie_word_embeddings=kind == "llama", **SIZES)
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home / kind)
         fast.save_pretrained(home / kind)
+    config = json.loads((home / "llama" / "config.json").read_text())
+    (home / "llama" / "config.json").write_text(json.dumps(config | OUTDATED))
     (home / "llama" / "LICENSE.txt").write_text("be nice")
     (home / "llama" / "LICENSES").mkdir()
     (home / "llama" / "training_args.bin").write_bytes(b"a pickle")
@@ -232,6 +236,25 @@ def test_bf16(home: Path, found: dict[str, Any]) -> None:
     assert json.loads((home / "out" / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("off", "said"),
+    [
+        ([0.03, 0.01, 0.01, 0.01], "accepted"),
+        (
+            [0.05, 0.0, 0.0, 0.0],
+            "by 0.05 in the log-probability of a token (-1.0000 and -0.9500) and by 0.013 on avera",
+        ),
+        ([0.025, 0.025, -0.025, 0.025], "and by 0.025 on average of 4; rounding explains at most 0.04 and 0.02"),
+        ([0.0, math.nan, 0.0, 0.0], "differ by nan"),
+    ],
+    ids=["as rounded", "at one token", "at all", "nan"],
+)
+def test_an_actor_may_be_a_few_times_as_far_off_as_rounding(off: list[float], said: str) -> None:
+    exact, noise = torch.full((4,), -1.0), torch.tensor([0.01, -0.01, 0.01, -0.01])
+    assert said in refusal(lambda: exporting.agreement(exact + torch.tensor(off), exact, exact + noise))
+    assert exporting.agreement(exact, exact, exact) == (0.0, 1e-4)
+
+
 def test_longropes_long_factors_are_compared_with_themselves(found: dict[str, Any]) -> None:
     assert found["long"] < 1e-4
 
@@ -253,7 +276,7 @@ def test_files(home: Path, found: dict[str, Any]) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(home / "qwen2").values())
     for kind in KINDS:
         old, new = (json.loads((place / kind / "config.json").read_text()) for place in (home, home / "out"))
-        assert new == {**old, "dtype": "float32"}
+        assert new == {key: old[key] for key in old.keys() - OUTDATED.keys()} | {"dtype": "float32"}
 
 
 def test_the_models_chat_template_or_what_replaced_it_goes_along(home: Path, found: dict[str, Any]) -> None:
@@ -279,6 +302,15 @@ def test_no_rank_runs_ahead_of_the_one_that_writes() -> None:
 def test_a_second_export_replaces_the_first(home: Path, found: dict[str, Any]) -> None:
     assert found["again"] == found["llama"]
     assert (home / "out" / "llama" / "README.md").read_text() == "a second card"
+
+
+def test_if_it_is_cut_short_the_first_export_is_still_there(tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "README.md").write_text("a card")
+    with pytest.raises(FileNotFoundError):
+        exporting._replace(out, tmp_path / "gone")
+    assert (tmp_path / "export.replaced" / "README.md").read_text() == "a card"
 
 
 def test_an_export_goes_where_its_directory_links_to(home: Path, found: dict[str, Any]) -> None:

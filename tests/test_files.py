@@ -29,6 +29,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, seen = tmp_path / "x", list[tuple[str, str]]()
+
+    def fsync(descriptor: int) -> None:
+        seen.append((file.read_text(), Path(f"/proc/self/fd/{descriptor}").read_text()))
+
+    file.write_text("old")
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    write_whole(file, "new")
+    assert seen == [("old", "new")]
+
+
 def test_an_object_that_was_changed_since_it_was_sealed_is_refused() -> None:
     content = {"b": [1, 2.5, None], "a": {"ä": "\ud800"}}
     text = sealed(content)

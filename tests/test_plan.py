@@ -262,6 +262,8 @@ def test_activations_that_do_not_fit_are_said_but_not_refused() -> None:
     planned.check()
     assert planned.verdict.startswith("fits but for activations: 36 GiB of each GPU are left, they take about ")
     assert "actor.recompute=full" in planned.verdict
+    planned.config.rollout.sleep, planned.config.rollout.gpu_memory_utilization = False, 0.25
+    assert "16 GiB of each GPU are left" in planned.verdict, "without the quarter of 79 that stays vLLM's"
 
 
 @pytest.mark.parametrize(

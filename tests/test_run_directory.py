@@ -54,7 +54,7 @@ def steps(run: RunDirectory) -> list[int]:
     return [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
 
 
-def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
+def test_a_resumed_run_logs_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = opened(tmp_path / "run")
     for step in (1, 2, 3):
         run.log(step, {"loss": math.nan, "lr": 0.5})
@@ -62,7 +62,11 @@ def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
         (run.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("")
     with run.metrics.open("a") as file:
         file.write('{"step": 4, "lo')  # a crash in the middle of a line
+    shown: list[Any] = []
+    monkeypatch.setattr(run_directory.trackers, "open_all", lambda *given: shown.append(given[2:]))
     run.cut_back(2)
+    ((last, lines),) = shown
+    assert (last, [line["step"] for line in lines]) == (2, [1, 2]), "for servers that lack some"
     run.log(3, {"loss": 0.25, "lr": 0.5})
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == [
         {"step": step, "loss": loss, "lr": 0.5} for step, loss in ((1, None), (2, None), (3, 0.25))
@@ -71,6 +75,14 @@ def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
         {"step": step, "layer": layer, "error": error} for step in (1, 2) for layer, error in ((0, None), (1, 0.5))
     ]
     assert sorted(file.name[-7] for file in (run.path / "rollouts").iterdir()) == ["1", "2"]
+
+
+def test_a_step_is_on_the_disk_once_it_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, synced = opened(tmp_path / "run"), list[str]()
+    sync = lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").read_text())  # noqa: E731
+    monkeypatch.setattr(run_directory.os, "fsync", sync)
+    run.log(1, {"loss": 0.5})
+    assert synced == [run.metrics.read_text()]
 
 
 def test_a_run_without_a_checkpoint_starts_its_log_anew_and_says_so(

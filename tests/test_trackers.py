@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from threading import Event, Timer
 from types import SimpleNamespace
@@ -159,6 +160,20 @@ def test_results_may_take_longer_than_a_stop_waits(
     shown.close(0)
     assert (service.steps, service.codes) == ([1, -1], [0])
     assert capsys.readouterr().err == "run.server: waiting up to 30 s for what is not sent yet\n"
+
+
+def test_no_server_is_given_the_line_that_may_hold_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def server(setting: str, place: str, file: Path, make: partial[Any]) -> SimpleNamespace:
+        given.append(make.args[0].cluster.setup)
+        return SimpleNamespace(close=lambda code: None)
+
+    monkeypatch.setattr(trackers, "InBackground", server)
+    asked = ("run.wandb_project=x", "run.mlflow_experiment=x", "cluster.setup=export KEY=secret")
+    trackers.open_all(settings(tmp_path, *asked), tmp_path / "run", 0, [])
+    trackers.close(0)
+    assert given == ["", ""]
 
 
 PROCESS = """

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain, count, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
+import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
@@ -184,6 +186,17 @@ def test_a_save_is_given_up_once_its_files_no_longer_grow(tmp_path: Path, sizes:
         checkpoint.finish(saving, keep=1)
 
 
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("[/pytorch/third_party/gloo/pair.cc] Connection closed"), torch.OutOfMemoryError("3 GiB")]
+)
+def test_a_lost_rank_or_a_full_gpu_is_not_called_a_full_disk(tmp_path: Path, fault: RuntimeError) -> None:
+    world: Any = SimpleNamespace(is_main=True, gather=lambda item: [item])
+    strategy: Any = SimpleNamespace(is_written=lambda: True, finish=Mock(side_effect=fault))
+    with pytest.raises(RuntimeError) as caught:
+        checkpoint.finish(checkpoint.Saving(world, tmp_path, {"step": 2}, strategy), keep=1)
+    assert caught.value is fault
+
+
 @pytest.mark.parametrize("act", ["begin", "finish", "load"])
 def test_python_looks_for_no_garbage_among_all_ranks_parts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, act: str
@@ -213,11 +226,14 @@ def test_a_save_is_due_by_steps_at_the_end_and_by_the_clock(monkeypatch: pytest.
     clock = iter([0.0, 59.0, 60.0, 61.0, 120.0, 121.0])
     monkeypatch.setattr(saver.time, "monotonic", lambda: next(clock))
     config = TrainConfig(steps=7, save_every=3, save_minutes=1.0)
-    saves, _ = pretended(monkeypatch, config)
+    saves, done = pretended(monkeypatch, config)
     assert [saves.is_due(step) for step in (3, 7, 1, 2)] == [True, True, False, True]
     saves.save(2, {})
     assert [saves.is_due(step) for step in (4, 5)] == [False, True], "a minute since the last save began"
+    assert done == ["room", "at work", "begin 2", "finish 2", "at rest"], "room is made for the trainer at work"
     monkeypatch.setattr(saver.time, "monotonic", lambda: 1e9)
+    monkeypatch.setattr(saves._trainer.policy.world, "broadcast", lambda _: False)
+    assert not saves.is_due(4), "by rank 0's clock"
     config.save_minutes = 0.0
     assert [saves.is_due(step) for step in (1, 2, 3)] == [False, False, True]
 
@@ -228,7 +244,7 @@ def test_a_save_in_the_background_ends_before_the_next_one_begins(monkeypatch: p
         saves.save(step, {})
     saves.finish()
     saves.finish()
-    assert done == ["begin 1", "finish 1", "begin 2", "finish 2"]
+    assert [act for act in done if act[-1].isdigit()] == ["begin 1", "finish 1", "begin 2", "finish 2"]
 
 
 def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[saver.Saver, list[str]]:
@@ -241,6 +257,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[sav
 
     monkeypatch.setattr(checkpoint, "begin", begin)
     monkeypatch.setattr(checkpoint, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))
+
+    @contextmanager
+    def at_work() -> Iterator[None]:
+        done.append("at work")
+        yield
+        done.append("at rest")
+
     policy = SimpleNamespace(world=SimpleNamespace(broadcast=lambda item: item))
-    trainer = cast(Trainer, SimpleNamespace(policy=policy, at_work=nullcontext))
-    return saver.Saver(trainer, Path(), config, lambda: None), done
+    trainer = cast(Trainer, SimpleNamespace(policy=policy, at_work=at_work))
+    return saver.Saver(trainer, Path(), config, lambda: done.append("room")), done

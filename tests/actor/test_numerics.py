@@ -135,3 +135,6 @@ def test_a_watch_rounds_as_the_recipe_does_and_knows_the_layers_that_stay_out(
     rows = watch.rows(alone)
     assert len(rows) == 4 * 4 * 3
     assert {(row["layer"], row["fp8"]) for row in rows} == {(0, False), (1, True), (2, True), (3, False)}
+    with watch.watching():
+        pass
+    assert watch.rows(alone) == [], "each step is measured anew"

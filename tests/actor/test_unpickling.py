@@ -39,7 +39,13 @@ def called(module: str, name: str, argument: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [("os", "mkdir"), ("torch.distributed.checkpoint.filesystem", "os.mkdir"), ("torch", "load")]
+    ("module", "name"),
+    [
+        ("os", "mkdir"),
+        ("torch", "load"),
+        ("torch.distributed.checkpoint.filesystem", "os.mkdir"),
+        ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.state_dict.StateDictOptions"),
+    ],
 )
 def test_a_forged_metadata_is_refused_before_it_runs(tmp_path: Path, module: str, name: str) -> None:
     (tmp_path / ".metadata").write_bytes(called(module, name, str(tmp_path / "made")))

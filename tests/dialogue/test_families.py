@@ -108,7 +108,8 @@ def test_the_turns_are_what_a_server_shows_that_is_asked_as_the_model_card_says(
     dialogue, group = group_of(family, kind, repeats)
     problem, first, tokenizer = group.failure.problem, group.reflections[0], family.tokenizer()
     settings = DialogueConfig(**family.settings)
-    card = Served(how_to_use(Config(dialogue=settings), dialogue, with_tools=bool(problem.tools)))
+    config = Config(dialogue=settings)
+    card = Served(how_to_use(config, dialogue, with_tools=bool(problem.tools)))
     offered = ([*problem.tools],) if problem.tools and dialogue.tools == "template" else ()
     functions = "[" + ",\n ".join(json.dumps(tool["function"], ensure_ascii=False) for tool in problem.tools) + "]"
     task = fill(card.shown["TASK"], {"problem": problem.text, "tools": functions})
@@ -120,6 +121,8 @@ def test_the_turns_are_what_a_server_shows_that_is_asked_as_the_model_card_says(
     trained = tokenizer.decode(Trajectory(first.trajectory.segments[:-1]).ids)
     assert trained.replace(NO_THOUGHT, "") == served.replace(NO_THOUGHT, "")
     assert all(request["extra_body"]["stop_token_ids"] == [*dialogue.end_of_turn] for request in card.requests)
+    limits = [config.rollout.token_limit(phase) for phase in (Phase.ATTEMPT, Phase.REFLECTION, Phase.RETRY)]
+    assert [request["max_tokens"] for request in card.requests] == limits and limits[0] != limits[1]
     assert all(request.get("tool_choice") == ("none" if offered else None) for request in card.requests)
 
 

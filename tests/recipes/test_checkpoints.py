@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
@@ -15,11 +15,12 @@ from refusals import refusal
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, WRITING, DamagedError, publish
+from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import Config
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED, Completion
 from nemo_r3.rollout.turn_cache import TurnCache
-from recipes.checkpoints import open_run, resume, save_turns, trained
+from recipes.checkpoints import make_saver, open_run, resume, save_turns, trained
 from recipes.counters import Counters
 
 
@@ -81,17 +82,20 @@ def test_a_rate_that_does_not_end_at_0_and_one_that_does_not_end_before_the_run_
 
 
 def test_a_checkpoint_that_is_gone_is_answered_with_those_that_are_there(tmp_path: Path) -> None:
-    asked = SimpleNamespace(checkpoint=str(tmp_path / "step_000002"))
+    asked, compared = SimpleNamespace(checkpoint=str(tmp_path / "step_000002")), list[str]()
     setup: Any = SimpleNamespace(
         config=SimpleNamespace(evaluate=asked, train=SimpleNamespace(keep_checkpoints=2)),
         world=SimpleNamespace(broadcast=lambda value: value),
-        run=SimpleNamespace(checkpoints=tmp_path),
+        run=SimpleNamespace(checkpoints=tmp_path, refuse_other_settings=lambda: compared.append(asked.checkpoint)),
     )
     assert refusal(lambda: trained(setup)).endswith(f"; complete in {tmp_path}: none (train.keep_checkpoints=2)")
     for step in (4, 6):
         (tmp_path / f"step_{step:06d}").mkdir()
         (tmp_path / f"step_{step:06d}" / "manifest.json").touch()
     assert "step_000006, step_000004 (train" in refusal(lambda: trained(setup))
+    for asked.checkpoint, step in ((str(tmp_path / "step_000004"), 4), ("", 6)):
+        assert trained(setup) == tmp_path / f"step_{step:06d}"
+        assert compared.pop() == asked.checkpoint, "its settings with the run's"
 
 
 def test_a_run_starts_from_another_ones_checkpoint_until_it_has_its_own(
@@ -114,8 +118,9 @@ def test_a_run_starts_from_another_ones_checkpoint_until_it_has_its_own(
         progress=SimpleNamespace(say=lambda line: None),
     )
     trainer: Any = SimpleNamespace(schedule=SimpleNamespace(lr_decay_steps=8))
+    restored: list[int] = []
     rollout: Any = SimpleNamespace(
-        engine=SimpleNamespace(sleep=lambda: None), turns=SimpleNamespace(restore=lambda *_: None)
+        engine=SimpleNamespace(sleep=lambda: None), turns=SimpleNamespace(restore=lambda step, _: restored.append(step))
     )
     assert resume(setup, trainer, rollout) == (Counters(), None)
     train.start_from = "elsewhere/damaged"
@@ -125,7 +130,18 @@ def test_a_run_starts_from_another_ones_checkpoint_until_it_has_its_own(
     own.mkdir()
     (own / "manifest.json").touch()
     assert resume(setup, trainer, rollout) == (Counters(step=4, cursor=9), own)
-    assert loaded == [("step_000007", False), ("step_000004", True)]
+    assert loaded == [("step_000007", False), ("step_000004", True)] and restored == [5]
+
+
+@pytest.mark.parametrize(("offloads", "done"), [(True, ["save", "sleep"]), (False, ["save"])])
+def test_an_engine_makes_room_for_what_is_offloaded_while_it_is_saved(offloads: bool, done: list[str]) -> None:
+    did: list[str] = []
+    config = SimpleNamespace(actor=SimpleNamespace(offload_optimizer=offloads), train=None)
+    progress, run = SimpleNamespace(during=did.append), SimpleNamespace(checkpoints=None)
+    rollout: Any = SimpleNamespace(engine=SimpleNamespace(sleep=lambda: did.append("sleep")))
+    setup: Any = SimpleNamespace(config=config, progress=progress, run=run)
+    make_saver(setup, cast(Trainer, None), rollout)._make_room()
+    assert did == done
 
 
 def test_a_second_stop_keeps_what_either_engine_added_to_the_turns_of_the_first(tmp_path: Path) -> None:

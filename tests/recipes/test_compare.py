@@ -13,20 +13,28 @@ from refusals import refusal
 from nemo_r3.config import load, to_yaml
 from nemo_r3.evaluate import scores
 from nemo_r3.results import rates
-from recipes.compare import compare
+from recipes.compare import NOTE, compare
 
 MEASURED = "first_try within_two within_two_resampled retry_success_fixed retry_success_donor retry_success_reread"
 
 
-def a_run(path: Path, *settings: str, logged: int = 4, passed: tuple[int, int] | None = None) -> Path:
-    """What four steps leave, and an evaluation with so many of 20 passes before and after; None: there was none."""
+def a_run(
+    path: Path, *settings: str, logged: int = 4, passed: tuple[int, int] | None = None, failures: int = 20
+) -> Path:
+    """What four steps leave, and an evaluation with so many of 20 passes before and after; None: there was none.
+
+    Retries are those on the first of so many failures.
+    """
     path.mkdir(parents=True)
     config = load([QUICKSTART, f"run.dir={path}", "train.steps=4", *settings])
     (path / "config.yaml").write_text(to_yaml(config))
     (path / "metrics.jsonl").write_text("{}\n" * logged)
     if passed:
-        verdicts = [{"sampled": [place < count for place in range(20)]} for count in passed]
-        before, after = (scores(dict.fromkeys(MEASURED.split(), each)) for each in verdicts)
+        verdicts = [[place < count for place in range(20)] for count in passed]
+        before, after = (
+            scores({name: {"sampled": each[: failures if "retry" in name else 20]} for name in MEASURED.split()})
+            for each in verdicts
+        )
         (path / "summary.json").write_text(json.dumps({"before": before, "after": after, "step": 4}))
     return path
 
@@ -52,7 +60,7 @@ def test_a_sweep_has_a_mean_of_its_seeds_at_each_other_setting(
         a_run(tmp_path / f"actor.lr=1e-5,seed={seed}", "actor.lr=1e-5", f"seed={seed}", logged=before[seed])
     (tmp_path / "chain").mkdir()
     compare([str(tmp_path)])
-    assert capsys.readouterr().out.startswith(SWEEP)
+    assert capsys.readouterr().out == f"{SWEEP}{NOTE}\n", "no mean of what is not evaluated"
 
 
 def test_a_real_run_has_the_rates_of_its_evaluation(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,9 +78,9 @@ def test_runs_of_the_same_settings_and_seed_are_named_by_their_directories_which
 ) -> None:
     runs = {"a": 1, "b": 1, "a/seed=2": 2, "a/tried_1": 3}  # the last is what the run itself has put aside
     paths = [str(a_run(tmp_path / name, f"seed={seed}", passed=(5, 9))) for name, seed in runs.items()]
-    compare(paths[:2])
+    compare(paths[:3])
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:6]]
-    assert rows == [*paths[:2], "seed=2", "mean"]
+    assert rows == [*paths[:2], "seed=2", "mean"], "the third is in the first, too"
 
 
 def test_settings_that_take_too_much_room_in_a_row_are_told_in_full_below_the_table(
@@ -108,6 +116,17 @@ def test_every_row_says_its_group_and_no_path_is_broken(tmp_path: Path, capsys: 
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown[2:5]] == ["group 1, seed=1", *(f"group 2, {it}" for it in runs[1:])]
     assert shown[-4].strip() == start.replace("=", "='") + "'"
+
+
+def test_a_mean_lacks_what_one_of_its_runs_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, failures in ((1, 20), (2, 0)):
+        a_run(tmp_path / f"seed={seed}", f"seed={seed}", passed=(5, 9), failures=failures)
+    compare([str(tmp_path)])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    cells = [[cell for cell in re.split(" {2,}", row) if cell] for row in rows[1:4]]
+    assert cells[0] == ["seed=2", "4", "0.25 → 0.45", "- → -", "0.25 → 0.45", "0.25 → 0.45", "-"]
+    assert cells[1] == ["mean of 2", "0.25 → 0.45", "- → -", "0.25 → 0.45", "0.25 → 0.45", "-"]
+    assert cells[2] == ["sd", "0.00 → 0.00", "- → -", "0.00 → 0.00", "0.00 → 0.00", "-"]
 
 
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:

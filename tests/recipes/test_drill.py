@@ -10,7 +10,7 @@ import pytest
 from launch import QUICKSTART, SMALL, run
 
 from recipes import drill
-from recipes.drill import Tally, differences, next_kind, step_seconds, waits_of
+from recipes.drill import Tally, differences, kill, next_kind, step_seconds, waits_of
 from recipes.fault_injection import Launch, untimed
 
 
@@ -97,6 +97,31 @@ def test_a_drill_that_was_stopped_goes_on_and_one_that_is_over_begins_again(
         drill.drill([QUICKSTART, f"run.dir={tmp_path}", "drill.kills=6"])
     patience = 5 * (30 + 2 * len(str(home / "whole")))
     assert killed == [("round_002", 6, patience), ("round_001", 0, patience)]
+
+
+def test_what_a_kill_has_cost_is_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, tally = a_run(tmp_path / "whole", [1, 2]), Tally()
+    launch = Launch([], 1, a_run(tmp_path / "run", [1]))
+    for step in (1, 2):
+        (launch.checkpoints / f"step_{step:06d}").mkdir(parents=True)
+        (launch.checkpoints / f"step_{step:06d}" / "manifest.json").touch()
+
+    def interrupt(*_: object) -> tuple[int, float]:
+        (launch.checkpoints / "step_000002" / "manifest.json").unlink()
+        (launch.path / "failures" / "shard_00000.jsonl").unlink()
+        (launch.path / "rollouts" / "step_000001.jsonl").write_text("{")
+        launch.writing.mkdir()
+        return -9, 1.5
+
+    monkeypatch.setattr(Launch, "interrupt", interrupt)
+    assert not kill(launch, whole, tally, 6, 60.0)
+    assert tally == Tally({"while saving": 1}, cut_saves=1, seconds=1.5, harm=tally.harm)
+    assert tally.harm == [
+        f"{launch.checkpoints}/step_000001 is damaged",
+        f"{launch.checkpoints} went back from step 2 to 1",
+        f"{launch.path}/failures/shard_00000.jsonl is lost",
+        "rollouts/step_000001.jsonl",
+    ]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from nemo_r3.config import Config
 from nemo_r3.evaluate import EVALUATION_STEP
 from nemo_r3.failures.stamp import hash_of
 from nemo_r3.rollout.turn_cache import TurnCache
+from nemo_r3.types import NO_ROOM, Answer, Attempt, Phase, Segment, Trajectory
 from recipes import held_out
 from recipes.held_out import FILE, HeldOut
 
@@ -54,6 +55,17 @@ def test_the_starting_model_is_asked_once_in_a_runs_life(tmp_path: Path, refits:
     assert (first.rollout.asked, first.rollout.steps) == (8, {EVALUATION_STEP})
     assert second.rollout.asked == 0 and len(refits) == 1
     assert second.held_out._failures == first.held_out._failures and len(first.held_out._failures) == 8
+
+
+def test_a_problem_that_found_no_room_is_no_failure_to_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsampled(*_: Any) -> list[Attempt]:
+        answer = Answer(Segment(Phase.ATTEMPT, (), (), 0), "", NO_ROOM)
+        return [Attempt(problem, 0, Trajectory(), answer, passed=False) for problem in problems(1)]
+
+    monkeypatch.setattr(Scripted, "first_attempts", unsampled)
+    assert Started(tmp_path).held_out._failures == []
 
 
 def test_with_other_problems_or_seed_or_a_damaged_file_it_is_asked_anew(

@@ -13,6 +13,8 @@ from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Se
 from recipes.counters import Counters
 from recipes.metrics import measures, speed, summary, warn_of_truncated_answers
 
+PHASES = ("rollout", "update")
+
 
 def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:
     return Answer(Segment(phase, (1,) * tokens, (-1.0,) * tokens, 0), "", finish_reason)
@@ -65,6 +67,13 @@ def test_each_phases_speed_is_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -
         "speed/update_tflops": 3.0,
     }
     assert "speed/update_tflops" not in speed(setup, rollout, groups, {}), "a step without anything to train on"
+    setup.world.gpu_name = "NVIDIA H100 80GB HBM3"  # 989 TFLOP/s in BF16, 1979 in FP8
+    found = []
+    for precision, quantization in (("bf16", "none"), ("fp8-tensorwise", "none"), ("bf16", "fp8_per_tensor")):
+        setup.config.actor.precision, setup.config.rollout.quantization = precision, quantization
+        speeds = speed(setup, rollout, groups, {"update_flops": 30e12})
+        found.append([round(speeds[f"speed/{phase}_tflops"] / speeds[f"speed/{phase}_mfu"]) for phase in PHASES])
+    assert found == [[989, 989], [989, 1979], [1979, 989]], "each phase by the precision of its products"
 
 
 def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

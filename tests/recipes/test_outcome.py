@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from nemo_r3 import trackers
 from nemo_r3.config import Config
 from nemo_r3.config.tree import RunConfig
-from recipes.outcome import best, change, conclude, draw_curve, report
+from nemo_r3.errors import VerifierError
+from nemo_r3.signals import STOPPED, Stopped
+from recipes.outcome import best, change, conclude, conclude_early, draw_curve, report
 
 
 def a_setup(path: Path, said: list[str], ranks: int = 1) -> Any:
@@ -38,6 +41,19 @@ def test_a_finished_run_says_what_it_reached_and_what_comes_next(tmp_path: Path,
     done = f"done: {reached}; curve: {tmp_path}/curve.png; next: {following}"
     assert said == [f"report: {tmp_path}/report.html", done]
     assert (tmp_path / "curve.png").exists() and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("end", "code"), [(Stopped("by SIGUSR1"), STOPPED), (VerifierError("away"), 2)])
+def test_a_run_that_ends_early_says_what_is_saved_and_its_trackers_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Exception, code: int
+) -> None:
+    said, codes = list[str](), list[int]()
+    setup = a_setup(tmp_path, said)
+    setup.world.on_main = lambda act: act()
+    monkeypatch.setattr(trackers, "close", codes.append)
+    for step in (0, 3):
+        conclude_early(setup, end, step)
+    assert (said, codes) == (["step 3 is saved"], [code, code])
 
 
 def test_the_best_held_out_step_is_named_with_its_checkpoint(tmp_path: Path) -> None:

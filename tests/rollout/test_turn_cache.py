@@ -66,6 +66,11 @@ def test_only_the_training_step_under_way_is_kept() -> None:
     cache.begin(3)
     assert cache.get("a") is None
 
+    cache.restore(3, TURNS)
+    cache.begin(3)
+    cache.add("c", TURNS["a"])
+    assert (cache.get("b"), cache.get("c")) == (TURNS["b"], TURNS["a"]), "what goes on is not as it was given"
+
     off = TurnCache(enabled=False)
     off.restore(2, TURNS)
     off.begin(2)

@@ -140,7 +140,7 @@ def test_a_sweep_mines_once_unless_it_changes_what_is_mined(tmp_path: Path) -> N
     assert sum("RECIPE=mine" in line for line in once) == 1
     assert sum(f"failures.path={tmp_path}/failures" in line for line in once if "RECIPE=train" in line) == 2
     assert "#SBATCH --dependency=afterok:MINE_JOB" in once and "#SBATCH --dependency=aftercorr:TRAIN_JOB" in once
-    each = launch(*base, "rollout.temperature=0.8,1.0").stdout.splitlines()
+    each = launch(*base, "actor.lr=1e-5", "rollout.temperature=0.8,1.0").stdout.splitlines()
     assert sum("RECIPE=mine" in line for line in each) == 2
     assert "#SBATCH --dependency=aftercorr:MINE_JOB" in each
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from cluster import ROOT, search_path
 from processes import program
 
@@ -57,6 +58,21 @@ def test_a_check_that_takes_too_long_is_said_to(tmp_path: Path) -> None:
     assert "slice 0 of job 7: the health check took longer than cluster.health_minutes=5 (" in said
     assert "requeued: fault 1 of 3 allowed" in said and "scontrol requeue 7" in asked
     assert not any("rank.sh" in command for command in asked)
+
+
+@pytest.mark.parametrize(
+    ("left", "code", "said"),
+    [
+        ("echo 0 n1 1.0 >$LOGS/rank_0.exit", 0, "finished; done"),
+        (":", 143, "stopped on request before the ranks began; requeued"),  # it ended cluster.setup
+    ],
+)
+def test_a_signal_that_comes_as_ranks_end_or_before_they_begin_is_no_fault(
+    tmp_path: Path, left: str, code: int, said: str
+) -> None:
+    ranks = f"trap '' USR1; kill -USR1 $PPID; sleep 0.2; {left}; exit {code}"
+    _, told = run_slice(tmp_path, srun=f'case "$*" in *slurm.health*) echo n1: fine ;; *) {ranks} ;; esac')
+    assert f"slice 0 of job 7: {said}" in told
 
 
 def test_a_config_that_is_edited_meanwhile_does_not_change_how_a_slice_ends(tmp_path: Path) -> None:

@@ -174,16 +174,20 @@ def test_progress_forgives_faults_and_hosts() -> None:
 
 
 def test_the_record_outlives_a_slice_and_is_the_jobs_own(tmp_path: Path) -> None:
-    config = load([str(ROOT / "configs/quickstart.yaml"), f"run.dir={tmp_path}/run"])
+    settings = [f"run.dir={tmp_path}/run", f"failures.path={tmp_path}/bank"]
+    config = load([str(ROOT / "configs/quickstart.yaml"), *settings])
     slices.begin(config, "7", 0)
+    (tmp_path / "bank").mkdir()
+    for shard in range(3):
+        (tmp_path / "bank" / f"shard_{shard:05d}.jsonl").touch()
     slices.write_record(config, "7", Record(faults=2, idle=1, hosts={"n2": 1}))
     for step in (5, 20):
         (tmp_path / f"run/checkpoints/step_{step:06d}").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_000005/manifest.json").write_text("{}")
     slices.begin(config, "8", 0)  # beside it, such as an export
-    assert slices.read_record(config, "8") == Record(progress=(5, 0))
+    assert slices.read_record(config, "8") == Record(progress=(5, 3))
     slices.begin(config, "7", 1)
-    assert slices.read_record(config, "7") == Record(2, 1, progress=(5, 0), hosts={"n2": 1})
+    assert slices.read_record(config, "7") == Record(2, 1, progress=(5, 3), hosts={"n2": 1})
     (tmp_path / "run/logs/8.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         slices.begin(config, "8", 1)
