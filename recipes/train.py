@@ -66,9 +66,8 @@ def train(argv: Sequence[str]) -> None:
             run.log(step, metrics)
             progress.say(f"{summary(metrics, config, counters)}  {pace.after(step)}")
             with run.timed("save"):
-                saver.finish_if_written()
-                if saver.is_due(step):
-                    saved_step, last_checkpoint = step, saver.save(step, asdict(counters))
+                if saved := saver.after(step, asdict(counters)):
+                    saved_step, last_checkpoint = step, saved
             if saved_step == step:
                 draw_curve(setup)
             if reason := reason_to_stop(counters, config.train, last_checkpoint, groups):

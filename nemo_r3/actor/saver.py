@@ -27,6 +27,16 @@ class Saver:
         self._saving: checkpoint.Saving | None = None
         self._begun = time.monotonic()
 
+    def after(self, step: int, state: Mapping[str, Any]) -> Path | None:
+        """Finishes a save that all ranks have written, and saves `step` if that is due; every rank calls this.
+
+        Returns:
+            The step's checkpoint as `save` does; None if it is not due.
+        """
+        if self._saving is not None and self._saving.is_written():
+            self.finish()
+        return self.save(step, state) if self.is_due(step) else None
+
     def is_due(self, step: int) -> bool:
         """Whether to save `step`; every rank calls this after the step, and all hear the same."""
         config = self._config
@@ -54,11 +64,6 @@ class Saver:
             if not background:
                 self.finish()
         return saving.final
-
-    def finish_if_written(self) -> None:
-        """Finishes a save that all ranks have written; every rank calls this between steps."""
-        if self._saving is not None and self._saving.is_written():
-            self.finish()
 
     def finish(self) -> None:
         """Finishes the save that is under way, if there is one."""

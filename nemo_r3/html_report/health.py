@@ -73,7 +73,7 @@ def marked_steps(metrics: Metrics, config: TrainConfig) -> list[Marked]:
             step for step, line in updates.items() if number(line, "skipped") > 0
         ],
         "nothing to train on: no group whose rewards differ": [step for step in steps if step not in updates],
-        "not in metrics.jsonl": sorted(set(range(1, max(steps, default=0) + 1)) - set(steps)),
+        "not in metrics.jsonl": sorted(set(range(1, max(steps, default=0))) - set(steps)),
     }
     return [Marked(what, len(those), _named(those)) for what, those in found.items()]
 

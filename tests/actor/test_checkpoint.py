@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain, count, repeat
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint, saver
+from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
@@ -197,6 +199,15 @@ def test_a_lost_rank_or_a_full_gpu_is_not_called_a_full_disk(tmp_path: Path, fau
     assert caught.value is fault
 
 
+def test_any_error_of_a_thread_that_writes_is_handed_to_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, that would wait for results for ever."""
+    saving, results, error = ThreadedSave(copies=False), SimpleQueue[Any](), RuntimeError("unexpected pos")
+    monkeypatch.setattr(saving, "_write_file", Mock(side_effect=error))
+    saving._work = [], [("a file", None)], cast(Any, results)
+    saving._write()
+    assert results.get_nowait() is error and saving._work is None
+
+
 @pytest.mark.parametrize("act", ["begin", "finish", "load"])
 def test_python_looks_for_no_garbage_among_all_ranks_parts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, act: str
@@ -247,13 +258,21 @@ def test_a_save_in_the_background_ends_before_the_next_one_begins(monkeypatch: p
     assert [act for act in done if act[-1].isdigit()] == ["begin 1", "finish 1", "begin 2", "finish 2"]
 
 
+def test_after_each_step_what_is_written_counts_and_what_is_due_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    saves, done = pretended(monkeypatch, TrainConfig(steps=9, save_every=3, save_in_background=True))
+    assert [saves.after(step, {}) for step in (2, 3, 4)] == [None, Path("3"), None]
+    assert not any("finish" in act for act in done), "it is being written"
+    done.append("written 3")
+    assert saves.after(5, {}) is None and done[-1] == "finish 3"
+
+
 def pretended(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> tuple[saver.Saver, list[str]]:
     """A saver that writes nothing, and what it has done."""
     done: list[str] = []
 
     def begin(trainer: Trainer, directory: Path, step: int, *_: Any) -> SimpleNamespace:
         done.append(f"begin {step}")
-        return SimpleNamespace(step=step, final=directory)
+        return SimpleNamespace(step=step, final=directory / str(step), is_written=lambda: f"written {step}" in done)
 
     monkeypatch.setattr(checkpoint, "begin", begin)
     monkeypatch.setattr(checkpoint, "finish", lambda saving, keep: done.append(f"finish {saving.step}"))

@@ -324,7 +324,11 @@ def until(file: Path, process: subprocess.Popen[str]) -> None:
             marks=pytest.mark.slow,
             id="tp2_pp2_dp2_engines_of_2",
         ),
-        pytest.param(4, ("actor.tensor_parallel=2", "actor.sequence_parallel=true"), id="tp2_dp2_sp"),
+        pytest.param(
+            4,
+            ("actor.tensor_parallel=2", "actor.sequence_parallel=true", "train.save_in_background=true"),
+            id="tp2_dp2_sp",
+        ),
     ],
 )
 def test_another_layout_resumes_trains_and_exports_the_same(
