@@ -48,7 +48,6 @@ class Stage:
         """Runs on this machine, with output on this console. Exits with the recipe's code if that is not 0."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         command = [sys.executable, *launcher, "-m", f"recipes.{self.recipe}", *self.argv]
-        self._end_file.unlink(missing_ok=True)
         self._end(subprocess.run(command, check=False).returncode)
 
     def ended(self) -> int | None:
