@@ -23,6 +23,7 @@ from nemo_r3.actor.checkpoint_writer import ThreadedSave
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
+from nemo_r3.files import UNREADABLE
 
 SAME = ["one-to-one-llama_tied", "one-to-one-qwen2", "tp2-to-tp2-qwen2", "pp2-to-pp2-llama_tied", "dp2-to-dp2-qwen2"]
 OTHER = [
@@ -197,6 +198,18 @@ def test_a_lost_rank_or_a_full_gpu_is_not_called_a_full_disk(tmp_path: Path, fau
     with pytest.raises(RuntimeError) as caught:
         checkpoint.finish(checkpoint.Saving(world, tmp_path, {"step": 2}, strategy), keep=1)
     assert caught.value is fault
+
+
+def test_a_shard_that_cannot_be_read_back_does_not_count(tmp_path: Path) -> None:
+    """The checkpoint before would make way for it."""
+    (tmp_path / ".writing").mkdir()
+    world: Any = SimpleNamespace(
+        is_main=True, rank=0, size=1, gather=lambda item: [item], merge=dict, broadcast=lambda item: item
+    )
+    written: Any = SimpleNamespace(is_written=lambda: True, finish=lambda: None, sums={"shard": UNREADABLE})
+    with pytest.raises(UserError, match=r"cannot write .*/step_000002: .*what was written cannot be read back"):
+        checkpoint.finish(checkpoint.Saving(world, tmp_path, {"step": 2}, written), keep=1)
+    assert not any(tmp_path.iterdir())
 
 
 def test_any_error_of_a_thread_that_writes_is_handed_to_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:

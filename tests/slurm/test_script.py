@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,22 @@ def test_a_config_that_is_edited_meanwhile_does_not_change_how_a_slice_ends(tmp_
     asked, said = run_slice(tmp_path, config=str(mine), srun=edit)
     assert "slice 0 of job 7: stopped on request before the ranks began; requeued" in said
     assert "scontrol requeue 7" in asked
+
+
+LOOKS = (
+    "import runpy\nfrom nemo_r3 import signals\n"
+    "runpy.run_module = lambda recipe, **_: print(recipe, signals.noted())\n"
+    "runpy.run_path('slurm/rank.py', run_name='__main__')"
+)
+
+
+@pytest.mark.parametrize("noted", ["SIGUSR1", "None"])
+def test_a_rank_looks_for_a_signal_that_came_before_it_listened(tmp_path: Path, noted: str) -> None:
+    if noted == "SIGUSR1":
+        (tmp_path / "stop").touch()
+    job = os.environ | {"LOGS": str(tmp_path), "RECIPE": "train"}
+    done = subprocess.run([sys.executable, "-c", LOOKS], cwd=ROOT, env=job, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"recipes.train {noted}\n", done.stderr
 
 
 def test_a_rank_whose_script_is_edited_meanwhile_leaves_its_exit_code(tmp_path: Path) -> None:
