@@ -44,10 +44,10 @@ def test_a_checkpoint_counts_once_it_is_published(tmp_path: Path) -> None:
     step_path(tmp_path, 9).mkdir()  # one that died while it was removed
     assert latest_step(tmp_path) == 0
     (tmp_path / WRITING).rmdir()
-    two, ten = saved(tmp_path, 2), saved(tmp_path, 1_000_000)
-    assert complete(tmp_path) == [ten, two]
-    assert (latest(tmp_path), latest_step(tmp_path)) == (ten, 1_000_000)
-    assert sorted(file.name for file in ten.iterdir()) == [MANIFEST, "shard"]
+    older, newer = saved(tmp_path, 999_999), saved(tmp_path, 1_000_000)
+    assert complete(tmp_path) == [newer, older]
+    assert (latest(tmp_path), latest_step(tmp_path)) == (newer, 1_000_000)
+    assert sorted(file.name for file in newer.iterdir()) == [MANIFEST, "shard"]
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:

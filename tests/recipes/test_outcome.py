@@ -56,6 +56,14 @@ def test_a_run_that_ends_early_says_what_is_saved_and_its_trackers_how_it_ended(
     assert (said, codes) == (["step 3 is saved"], [code, code])
 
 
+def test_a_run_of_no_steps_has_nothing_to_show(tmp_path: Path) -> None:
+    said: list[str] = []
+    setup = a_setup(tmp_path, said)
+    setup.config.train.steps = 0
+    conclude(setup, ["my.yaml"])
+    assert not said and not (tmp_path / "curve.png").exists()
+
+
 def test_the_best_held_out_step_is_named_with_its_checkpoint(tmp_path: Path) -> None:
     def line(step: int, value: float | None) -> dict[str, Any]:
         return {"step": step, "held_out/second_try": value}

@@ -15,6 +15,7 @@ import pytest
 from cluster import Cluster
 from launch import QUICKSTART, ROOT, SMALL
 from launched import launch, launch_here
+from refusals import refusal
 
 from slurm import chain
 from slurm.stage import Stage
@@ -43,6 +44,18 @@ def test_a_point_that_fails_cancels_its_own_stages_alone(tmp_path: Path, monkeyp
         "cancelled: train did not succeed",
         "running n1",
     ]
+
+
+def test_a_chain_whose_jobs_are_in_the_queue_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = chain.folder_of(tmp_path)
+    chain.refuse_another(folder)
+    chain.record(folder, [(Stage(recipe, "", (), folder), job) for recipe, job in (("train", "7"), ("evaluate", "8"))])
+    monkeypatch.setattr(chain, "ask", lambda *_: "7|RUNNING|n1\n9|PENDING|(Priority)\n")
+    assert f"{folder} has a chain under way (jobs 7): wait for it" in refusal(lambda: chain.refuse_another(folder))
+    of_evaluate = chain.status(tmp_path).splitlines()[1]
+    assert of_evaluate.endswith("ended by Slurm: cancelled before it began"), "training may yet succeed"
+    monkeypatch.setattr(chain, "ask", lambda *_: "9|PENDING|(Priority)\n")
+    chain.refuse_another(folder)
 
 
 def test_what_a_job_says_before_its_first_slice_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
