@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -73,7 +72,6 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             CheckpointException: a rank could not write.
         """
         self._thread.join()
-        dist.barrier()
         for finish in self._finish:
             finish()
         self._finish = []  # which hold what was written
