@@ -40,7 +40,7 @@ class HeldOut:
 
     def __init__(self, setup: Setup, policy: Policy, rollout: Rollout) -> None:
         """Has the policy answer the problems once in a run's life, while it still has its starting weights."""
-        self._setup, self._rollout = setup, rollout
+        self._setup, self._policy, self._rollout = setup, policy, rollout
         self._every = setup.config.evaluate.every
         if self._every:
             self._problems = held_out_problems(setup)
@@ -55,6 +55,7 @@ class HeldOut:
         """
         if not self._every or (step - 1) % self._every:
             return {}
+        assert self._rollout.engine.version == self._policy.version, "a step is sampled by the newest weights"
         self._rollout.turns.begin(step)  # what a stopped process kept of it outlives what is sampled here
         with self._setup.run.timed("held_out"):
             rates = measure_while_training(self._rollout, self._problems, self._failures)

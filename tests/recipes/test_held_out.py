@@ -6,11 +6,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from first_answers import ALONE, STAMP, Scripted, problems
 
+from nemo_r3.actor.policy import Policy
 from nemo_r3.config import Config
 from nemo_r3.evaluate import EVALUATION_STEP
 from nemo_r3.failures.stamp import hash_of
@@ -27,7 +28,7 @@ class Started:
         config, self.said = Config(), list[str]()
         config.evaluate.every, config.evaluate.problems, config.seed = every, count, seed
         self.rollout: Any = Scripted(passes=0)
-        self.rollout.turns = TurnCache(enabled=True)
+        self.rollout.turns, self.rollout.engine = TurnCache(enabled=True), SimpleNamespace(version=0)
         setup: Any = SimpleNamespace(
             config=config,
             task=SimpleNamespace(problems=lambda split: problems(8) if split == "test" else []),
@@ -35,7 +36,7 @@ class Started:
             world=ALONE,
             progress=SimpleNamespace(say=self.said.append, begin=lambda title: None),
         )
-        self.held_out = HeldOut(setup, None, self.rollout)  # type: ignore[arg-type]
+        self.held_out = HeldOut(setup, cast(Policy, SimpleNamespace(version=0)), self.rollout)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,9 @@ def test_every_so_many_steps_are_measured_and_the_step_goes_on(tmp_path: Path, m
     assert list(found) == [1, 11, 21] and run.rollout.turns.step == 21
     assert found[11] == {f"held_out/{name}": value for name, value in rates.items()}
     assert run.said[2] == "held out, after step 10: first try 0.250  second try -  within two 0.500"
+    run.rollout.engine.version = -1
+    with pytest.raises(AssertionError, match="newest weights"):
+        run.held_out.measured(31)
 
 
 def test_without_the_setting_nothing_is_asked(tmp_path: Path) -> None:

@@ -348,7 +348,8 @@ def test_another_layout_resumes_trains_and_exports_the_same(
             assert ours.get(key) == theirs.get(key)
         for key in ("loss", "grad_norm", "kl"):
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-6), (key, ours, theirs)
-    run("export", *settings(bank, path, *layout), ranks=ranks)
+    run("export", *settings(bank, path, *layout), "train.keep_checkpoints=9", ranks=ranks)
+    assert "keep_checkpoints: 2\n" in (path / "export" / "README.md").read_text(), "what it was trained with"
     exported, expected = (load_file(where / "export" / "model.safetensors") for where in (path, trained))
     assert exported.keys() == expected.keys()
     for name, tensor in exported.items():
