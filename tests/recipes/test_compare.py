@@ -118,6 +118,13 @@ def test_every_row_says_its_group_and_no_path_is_broken(tmp_path: Path, capsys: 
     assert shown[-4].strip() == start.replace("=", "='") + "'"
 
 
+def test_an_evaluation_of_fewer_steps_than_the_run_now_has_counts_as_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare([str(a_run(tmp_path / "run", "train.steps=8", logged=8, passed=(5, 9)))])
+    assert re.search(r"seed=1 +8, not evaluated +- → -", capsys.readouterr().out)
+
+
 def test_a_mean_lacks_what_one_of_its_runs_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, failures in ((1, 20), (2, 0)):
         a_run(tmp_path / f"seed={seed}", f"seed={seed}", passed=(5, 9), failures=failures)
