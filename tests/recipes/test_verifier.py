@@ -32,6 +32,7 @@ def test_a_verifier_that_fails_costs_no_step_that_was_done(tmp_path: Path) -> No
     (tmp_path / "even.py").write_text(EVEN)
     (tmp_path / "away").touch()
     settings = [QUICKSTART, "task={name: even}", "task.verifier_threads=2", f"run.dir={tmp_path}/run"]
+    settings += ["train.save_in_background=true"]  # the end waits for it
     settings += ["train.steps=3", "train.save_every=3", "train.failures_per_step=4", "failures.problems=24"]
     ended = run("train", *settings, ranks=2, succeed=False, path=tmp_path)
     assert "step 1 is saved" in ended.stdout
