@@ -32,6 +32,9 @@ class Saver:
 
         Returns:
             The step's checkpoint as `save` does; None if it is not due.
+
+        Raises:
+            UserError: it, or the one before, cannot be written.
         """
         if self._saving is not None and self._saving.is_written():
             self.finish()
