@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nemo_r3.actor.optimizer import build_schedule, restore_schedule, schedule_state
-from nemo_r3.actor.trainer import Trainer
-from nemo_r3.config import ActorConfig, Config
+from nemo_r3.config import Config
 
 
-def schedule_of(steps: int, lr_min: float = 0.0) -> Any:
+def schedule_of(steps: int) -> Any:
     config = Config()
-    config.train.steps, config.actor.lr, config.actor.lr_min, config.actor.lr_warmup_ratio = steps, 1e-3, lr_min, 0.5
+    config.train.steps, config.actor.lr, config.actor.lr_warmup_ratio = steps, 1e-3, 0.5
     return build_schedule(SimpleNamespace(param_groups=[{}]), config)  # type: ignore[arg-type]
 
 
@@ -32,16 +30,13 @@ def test_the_first_steps_warm_up_and_none_is_at_zero() -> None:
     assert rates(schedule_of(1), 1) == [1e-3]
 
 
-@pytest.mark.parametrize(("done", "lr_min"), [(0, 0.0), (5, 0.0), (9, 0.0), (5, 1e-5)])
-def test_the_steps_left_are_those_whose_learning_rate_is_not_0(done: int, lr_min: float) -> None:
-    schedule = schedule_of(8, lr_min)
+@pytest.mark.parametrize("done", [0, 5, 9])
+def test_the_steps_left_by_a_saved_schedule_are_those_whose_learning_rate_is_not_0(done: int) -> None:
+    schedule = schedule_of(8)
     rates(schedule, done)
-    trainer: Any = SimpleNamespace(
-        schedule=schedule, policy=SimpleNamespace(config=Config(actor=ActorConfig(lr_min=lr_min)))
-    )
-    left = Trainer.steps_left(trainer)
-    assert sum(rate > 0 for rate in rates(schedule, 20)) == min(left, 20)
-    assert (left == math.inf) == (lr_min > 0)
+    state = schedule_state(schedule)
+    left = max(state["lr_decay_steps"] - state["num_steps"], 0)  # as recipes.checkpoints counts them
+    assert sum(rate > 0 for rate in rates(schedule, 20)) == left
 
 
 def test_a_run_that_is_resumed_with_more_steps_keeps_its_learning_rates() -> None:
