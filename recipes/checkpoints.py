@@ -173,12 +173,17 @@ def _load_newest(setup: Setup, trainer: Trainer, newest_first: Sequence[Path]) -
 
 
 def check_start_fits(setup: Setup, trainer: Trainer) -> None:
-    """Checks before mining what a run without checkpoints begins with.
+    """Checks what the run will go on from, or begin with, before it mines and starts vLLM.
+
+    A checkpoint of its own that is damaged is left to `resume`, which has those before it.
 
     Raises:
-        UserError: `train.start_from` is of another model, or seen to be damaged.
+        UserError: it is of another model; or `train.start_from` is seen to be damaged.
     """
-    if (start := setup.config.train.start_from) and newest(setup) is None:
+    if found := newest(setup):
+        with suppress(DamagedError):
+            checkpoint.fitting_manifest(trainer.policy, found)
+    elif start := setup.config.train.start_from:
         with start_named():
             checkpoint.fitting_manifest(trainer.policy, Path(start))
 

@@ -17,10 +17,11 @@ from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import MANIFEST, WAY_OUT, WRITING, DamagedError, publish
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.config import Config
+from nemo_r3.errors import UserError
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED, Completion
 from nemo_r3.rollout.turn_cache import TurnCache
-from recipes.checkpoints import make_saver, open_run, resume, save_turns, trained
+from recipes.checkpoints import check_start_fits, make_saver, open_run, resume, save_turns, trained
 from recipes.counters import Counters
 
 
@@ -131,6 +132,36 @@ def test_a_run_starts_from_another_ones_checkpoint_until_it_has_its_own(
     (own / "manifest.json").touch()
     assert resume(setup, trainer, rollout) == (Counters(step=4, cursor=9), own)
     assert loaded == [("step_000007", False), ("step_000004", True)] and restored == [5]
+
+
+def test_what_a_run_goes_on_from_is_compared_with_the_model_before_vllm_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fitting_manifest(_: Any, path: Path) -> dict[str, Any]:
+        if path.name == "damaged":
+            raise DamagedError(f"{path} is damaged: shard is missing; {WAY_OUT}")
+        raise UserError(f"{path.name} is of another model")
+
+    monkeypatch.setattr(checkpoint, "fitting_manifest", fitting_manifest)
+    train = SimpleNamespace(start_from="")
+    setup: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train),
+        world=SimpleNamespace(broadcast=lambda value: value),
+        run=SimpleNamespace(checkpoints=tmp_path),
+    )
+    trainer: Any = SimpleNamespace(policy=None)
+    check_start_fits(setup, trainer)
+    train.start_from = "elsewhere/step_000007"
+    assert refusal(lambda: check_start_fits(setup, trainer)) == "step_000007 is of another model"
+    train.start_from = "elsewhere/damaged"
+    assert refusal(lambda: check_start_fits(setup, trainer)).startswith(
+        "train.start_from: elsewhere/damaged is damaged"
+    )
+    saved(tmp_path / "own", 4, left=0)
+    setup.run.checkpoints = tmp_path / "own"
+    assert refusal(lambda: check_start_fits(setup, trainer)) == "step_000004 is of another model"
+    monkeypatch.setattr(checkpoint, "fitting_manifest", lambda _, path: fitting_manifest(_, path.parent / "damaged"))
+    check_start_fits(setup, trainer)  # `resume` falls back to an earlier one
 
 
 @pytest.mark.parametrize(("offloads", "done"), [(True, ["save", "sleep"]), (False, ["save"])])
