@@ -20,7 +20,7 @@ from nemo_r3.actor.manifest import WRITING, step_of, steps_in
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
-from nemo_r3.models.names import count_parameters
+from nemo_r3.models.names import count_factors, count_parameters
 from nemo_r3.precision import precision_of
 from nemo_r3.units import GIB, in_words
 
@@ -47,11 +47,17 @@ class Size:
     saved: float  # its part of a checkpoint, on average
     engine: float  # vLLM's weights, on each rank of an engine
     token: float  # a token's part of the KV cache, on each rank of an engine
+    factors: float = 0.0  # LoRA's, with their gradients and AdamW's state, which are never offloaded
 
     @property
     def at_work(self) -> float:
         """On the device during an update, without activations."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.at_rest + self.gradients + self.optimizer + self.reference
+
+    @property
+    def at_rest(self) -> float:
+        """On the device between updates, with `actor.offload_optimizer`."""
+        return self.weights + self.factors
 
     @property
     def offloaded(self) -> float:
@@ -75,14 +81,17 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     share = _largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
     owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
+    lora = actor.lora_rank > 0
+    factors = count_factors(arch, actor.lora_rank) / (actor.tensor_parallel * actor.pipeline_parallel)
     return Size(
         weights=precision.width * share,
-        gradients=4 * share,
-        optimizer=state * share / owners,
-        reference=precision.width * share if config.algo.kl_beta else 0,
+        gradients=0 if lora else 4 * share,
+        optimizer=0 if lora else state * share / owners,
+        reference=precision.width * share if config.algo.kl_beta or lora else 0,
         saved=checkpoint_bytes(config, arch) / world_size,
         engine=precision.width * count_parameters(arch) / config.rollout.tensor_parallel,
         token=arch.cached_bytes(config.rollout.tensor_parallel, precision.width),
+        factors=(4 + OPTIMIZER_BYTES) * factors,
     )
 
 
@@ -120,7 +129,7 @@ def gpu_problem(config: Config, size: Size, total: float) -> str | None:
     """Why actor and engine cannot share a GPU of `total` bytes, or None."""
     share = config.rollout.gpu_memory_utilization
     rests = config.actor.offload_optimizer and config.rollout.sleep
-    held, vllm = size.weights if rests else size.at_work, share * total
+    held, vllm = size.at_rest if rests else size.at_work, share * total
     total -= OWN_BYTES
     if size.at_work > total:
         return (
@@ -198,6 +207,8 @@ def export_problem(arch: Architecture, free: float) -> str | None:
 
 def checkpoint_bytes(config: Config, arch: Architecture) -> float:
     """What a checkpoint takes on the disk."""
+    if config.actor.lora_rank:
+        return OPTIMIZER_BYTES * count_factors(arch, config.actor.lora_rank)
     return (OPTIMIZER_BYTES + precision_of(config).width) * count_parameters(arch)
 
 

@@ -22,12 +22,13 @@ from nemo_r3.capacity import OWN_BYTES, Node, checkpoint_bytes, export_bytes, ho
 from nemo_r3.config.schema import show
 from nemo_r3.models import planned_architecture
 from nemo_r3.models.flops import step_flops, training_cost
-from nemo_r3.models.names import count_parameters
+from nemo_r3.models.names import count_factors, count_parameters
 from nemo_r3.plan import Plan, plan_of
 from nemo_r3.types import Row, UpdateBatch
 from nemo_r3.units import GIB, in_words
 
 SMALL_BYTES = 4 * GIB
+FACTORS = "LoRA's factors, all of them"
 NAMES = 32
 """Columns for what the memory is for."""
 
@@ -63,8 +64,11 @@ def describe(plan: Plan) -> str:
     kept, each = config.train.keep_checkpoints, checkpoint_bytes(config, plan.arch)
     engines, groups = plan.ranks // rollout.tensor_parallel, config.train.failures_per_step
     idle = f", {engines - groups} of them idle (train.failures_per_step={groups})" if groups < engines else ""
+    counted = f"{count_parameters(plan.arch) / 1e6:,.1f}M parameters, {actor.precision}"
+    if actor.lora_rank:
+        counted += f"; {count_factors(plan.arch, actor.lora_rank) / 1e6:,.1f}M of LoRA"
     lines = [
-        f"model     {config.model.path}: {count_parameters(plan.arch) / 1e6:,.1f}M parameters, {actor.precision}",
+        f"model     {config.model.path}: {counted}",
         f"ranks     {plan.ranks} on {_number(nodes, 'node')}, {gpus}",
         f"actor     tensor parallel {actor.tensor_parallel}{sequence}, pipeline parallel {actor.pipeline_parallel}, "
         f"data parallel {plan.data_parallel}",
@@ -85,6 +89,7 @@ def _on_gpus(plan: Plan) -> list[str]:
         ("weights", size.weights, size.weights, size.weights),
         ("gradients", size.gradients, size.gradients, 0),
         ("optimizer state", size.optimizer, size.optimizer, 0),
+        *([(FACTORS, size.factors, size.factors, size.factors)] if size.factors else []),
         ("reference", size.reference, size.reference, 0),
         ("vLLM's weights", 0 if asleep else size.engine, size.engine, size.engine),
         ("vLLM's KV cache, at most", 0 if asleep else cache, cache, cache),
@@ -113,6 +118,7 @@ def _on_a_cpu(plan: Plan) -> list[str]:
         ("gradients", size.gradients),
         ("optimizer state", size.optimizer),
         ("its buffers, offloading", size.optimizer if config.actor.offload_optimizer else 0),
+        *([(FACTORS, size.factors)] if size.factors else []),
         ("reference", size.reference),
         ("copies for a save", size.saved if config.train.save_in_background else 0),
         ("vLLM's weights", size.engine),
@@ -151,7 +157,7 @@ def _number(count: int, what: str) -> str:
 def describe_step(plan: Plan) -> str:
     """What a step computes if every turn is as long as it may be and all groups are mixed, in a line."""
     config = plan.config
-    batch, cost = UpdateBatch(longest_rows(plan)), training_cost(plan.arch)
+    batch, cost = UpdateBatch(longest_rows(plan)), training_cost(plan.arch, config.actor.lora_rank > 0)
     balances = [Balance(rows, cost, config.actor.microbatch_tokens) for rows in batch.updates]
     dealt = [balance.deal(plan.data_parallel, config.actor.pipeline_parallel) for balance in balances]
     costs = [balance.all_flops() for balance in balances]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_r3.config import Config
 from nemo_r3.imports import importing
-from nemo_r3.models.names import count_parameters
+from nemo_r3.models.names import count_factors, count_parameters
 from nemo_r3.precision import without_fp8
 from nemo_r3.refit import refit
 from nemo_r3.rollout.scheduler import Rollout
@@ -34,9 +34,11 @@ def start_policy(setup: Setup) -> Policy:
 
 
 def _build(setup: Setup, config: Config, with_weights: bool) -> Policy:
-    actor, millions = setup.config.actor, count_parameters(setup.arch) / 1e6
+    actor, millions = setup.config.actor, f"{count_parameters(setup.arch) / 1e6:,.1f}M parameters"
+    if actor.lora_rank:
+        millions += f" and {count_factors(setup.arch, actor.lora_rank) / 1e6:,.1f}M of LoRA"
     layout = f"tensor_parallel={actor.tensor_parallel} pipeline_parallel={actor.pipeline_parallel}"
-    setup.progress.say(f"loading the model: {millions:,.1f}M parameters, {layout}, ranks: {setup.world.size}")
+    setup.progress.say(f"loading the model: {millions}, {layout}, ranks: {setup.world.size}")
     from nemo_r3.actor.policy import Policy
 
     return Policy(config, setup.world, with_weights)

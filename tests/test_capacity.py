@@ -44,6 +44,22 @@ def test_without_a_reference_and_in_fp32() -> None:
     assert size.optimizer == 2 * size.weights, "its main weights are the model's own"
 
 
+def test_lora_of_a_70b_fits_a_node_and_its_checkpoint_a_laptop() -> None:
+    config = config_of(8, offload=True)
+    config.actor.lora_rank, config.rollout.tensor_parallel, config.algo.kl_beta = 32, 8, 0.0
+    arch = shape("llama-3.1-70b")
+    size = capacity.size_of(config, arch, 8)
+    layer = (8192 + 8192) + 2 * (1024 + 8192) + (8192 + 8192) + 2 * (28672 + 8192) + (8192 + 28672)
+    factors = 80 * 32 * layer
+    assert (size.gradients, size.optimizer, size.factors) == (0, 0, 16 * factors / 8)
+    assert size.reference == size.weights, "what the product is added to, with or without a KL"
+    assert size.at_rest == size.weights + size.factors
+    assert capacity.gpu_problem(config, size, 79 * GIB) is None
+    assert capacity.checkpoint_bytes(config, arch) == 12 * factors < 5 * GIB
+    config.actor.lora_rank = 0
+    assert_is(capacity.gpu_problem(config, capacity.size_of(config, arch, 8), 79 * GIB), "the actor needs 148 GiB")
+
+
 @pytest.mark.parametrize(
     ("tensor", "offload", "share", "gpu", "expected"),
     [

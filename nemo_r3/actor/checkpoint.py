@@ -38,7 +38,6 @@ from nemo_r3.actor.manifest import (
     step_path,
 )
 from nemo_r3.actor.optimizer import restore_schedule, schedule_state
-from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.trainer import Trainer
 from nemo_r3.actor.unpickling import without_code
@@ -107,6 +106,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
         "version": policy.version,
         "architecture": _described(policy),
         "dtype": precision_of(policy.config).dtype_name,
+        "lora": _lora(policy),
         "rope": _regime(policy),
         "model": policy.fingerprint,
         "schedule": schedule_state(trainer.schedule),
@@ -245,7 +245,7 @@ def load(trainer: Trainer, checkpoint: Path, with_schedule: bool = True) -> dict
     _check_files(checkpoint, manifest["files"], trainer.policy.world)
     with trainer.at_work():
         _read(trainer.policy, checkpoint, _contents(trainer), manifest["version"])
-        set_step(trainer.optimizer, manifest["version"])
+        trainer.optimizer.loaded(manifest["version"])
     if with_schedule:
         restore_schedule(trainer.schedule, manifest["schedule"])
     return manifest
@@ -258,6 +258,8 @@ def load_weights(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     files = {name: file for name, file in manifest["files"].items() if not name.startswith(OPTIMIZER)}
     _check_files(checkpoint, files, policy.world)
     _read(policy, checkpoint, {"model": _sharded_weights(policy)}, manifest["version"])
+    if policy.lora is not None:
+        policy.lora.merge()
     torch.cuda.empty_cache()  # for the engine
     return manifest
 
@@ -300,6 +302,11 @@ def fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} has weights in {theirs}, and actor.precision={policy.config.actor.precision} keeps them in "
             f"{ours}; set one that keeps {theirs}"
         )
+    if manifest["lora"] != _lora(policy):
+        raise UserError(
+            f"{checkpoint} trains {_in_words(manifest['lora'])}, and this run {_in_words(_lora(policy))}: set "
+            "actor.lora_rank and actor.lora_alpha to the checkpoint's own"
+        )
     if manifest["rope"] != _regime(policy):
         raise UserError(
             f"{checkpoint} was trained with longrope's {manifest['rope']} factors, and rollout.max_model_len="
@@ -321,7 +328,8 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
             found: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
     except CheckpointException as error:
         raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
-    policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
+    if policy.lora is None:
+        policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
     policy.version = version
 
 
@@ -329,6 +337,15 @@ def _described(policy: Policy) -> dict[str, Any]:
     """The model's shape as a manifest gives it back."""
     described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
     return described
+
+
+def _lora(policy: Policy) -> dict[str, Any]:
+    actor = policy.config.actor
+    return {"rank": actor.lora_rank, "alpha": actor.lora_alpha} if actor.lora_rank else {}
+
+
+def _in_words(lora: Mapping[str, Any]) -> str:
+    return f"LoRA of rank {lora['rank']} and alpha {lora['alpha']:g}" if lora else "all weights"
 
 
 def _regime(policy: Policy) -> str:
@@ -356,6 +373,9 @@ def _norm_state(module: Any) -> dict[str, Any]:
 
 
 def _sharded_weights(policy: Policy) -> dict[str, Any]:
+    """What was trained: all weights, or LoRA's factors."""
+    if policy.lora is not None:
+        return policy.lora.sharded_state()
     group = parallel_state.get_data_parallel_group()
     return weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": group})
 
@@ -363,4 +383,4 @@ def _sharded_weights(policy: Policy) -> dict[str, Any]:
 def _contents(trainer: Trainer) -> dict[str, Any]:
     """What this rank writes to a checkpoint, and what loading fills."""
     model = _sharded_weights(trainer.policy)
-    return {"model": model, "optimizer": sharded_state(trainer.optimizer, model)}
+    return {"model": model, "optimizer": trainer.optimizer.sharded_state(model)}

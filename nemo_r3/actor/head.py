@@ -81,7 +81,9 @@ class _TargetLogprobs(torch.autograd.Function):
         scales = -grads[0] / ctx.temperature
         pieces = list(zip(*(t.split(ctx.chunk) for t in (hidden, local, totals, scales, d_hidden)), strict=True))
         summed = len(pieces) > 1  # in float32; a single product needs no sum
-        d_weight = torch.zeros_like(weight, dtype=torch.float32 if summed else weight.dtype)
+        d_weight = None  # of a frozen head
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32 if summed else weight.dtype)
         for number, (part, index, total, scale, d_part) in enumerate(pieces):
             logits = part @ real.t() if number else kept
             # d logprob / d logits = (one-hot - softmax) / temperature
@@ -91,12 +93,12 @@ class _TargetLogprobs(torch.autograd.Function):
             of_targets = (torch.expm1(logprobs) * scale[:, None]).to(d_logits.dtype)
             d_logits.scatter_(1, places, torch.where(held, of_targets, d_logits.gather(1, places)))
             torch.mm(d_logits, real, out=d_part)
-            if summed:
+            if d_weight is not None and summed:
                 d_weight[: ctx.columns.count] += d_logits.t() @ part
-            else:
+            elif d_weight is not None:
                 torch.mm(d_logits.t(), part, out=d_weight[: ctx.columns.count])
             del logits, d_logits  # before the next chunk's are made
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
 def _forward_chunk(

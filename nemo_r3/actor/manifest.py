@@ -22,7 +22,7 @@ from nemo_r3.files import UNREADABLE, sealed, sum_of, unsealed, write_whole
 
 WRITING = ".writing"
 MANIFEST = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 """Raised by a change after which earlier checkpoints can no longer be read."""
 WAY_OUT = "remove that checkpoint to resume from the one before"
 

@@ -132,7 +132,8 @@ def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
     model = model.to(device=world.device, dtype=precision.dtype)
     mark_tensor_parallel(model, arch)
     if kind == "te":
-        sum_gradients_in_place(model)
+        if not config.actor.lora_rank:  # which takes each gradient as it comes
+            sum_gradients_in_place(model)
         keep_scales(model, delayed=precision.fp8 is not None and precision.fp8.delayed)
     return model
 

@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule and the gradient buffers, from megatron-core."""
+"""AdamW on all weights, its learning-rate schedule and the gradient buffers, from megatron-core."""
 
 from __future__ import annotations
 
@@ -7,14 +7,97 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 from torch.optim import AdamW
 
+from nemo_r3.actor.offload import Offload, device_bytes
+from nemo_r3.actor.optimizer_state import set_step, sharded_state
 from nemo_r3.config import Config
 from nemo_r3.precision import precision_of
+
+
+class FullOptimizer:
+    """Trains all weights of a stage: megatron-core's gradient buffers and its distributed optimizer.
+
+    Attributes:
+        model: the stage in its gradient buffers, which the pipeline has to run.
+        parts: megatron-core's optimizer.
+    """
+
+    def __init__(self, module: GPTModel, config: Config) -> None:
+        self.model = wrap(module, config)
+        module.config.finalize_model_grads_func = _sum_gradients
+        self.parts = build_optimizer(self.model, config)
+        self._clip = config.actor.clip_grad
+        self._offload = Offload(self.model, self.parts) if config.actor.offload_optimizer else None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """AdamW's, whose learning rate a schedule sets."""
+        groups: list[dict[str, Any]] = self.parts.param_groups
+        return groups
+
+    def zero_gradients(self) -> None:
+        """Before the first microbatch of an update."""
+        self.model.zero_grad_buffer()
+        self.parts.zero_grad()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies what an update has summed."""
+        self.model.scale_gradients(factor)
+
+    def gradient_norm(self) -> float:
+        """Over all ranks; `step` comes next, or nothing."""
+        self.parts.prepare_grads()
+        return float(self.parts.get_grad_norm())
+
+    def step(self, norm: float) -> None:
+        """Clips gradients of this `gradient_norm`, and changes the weights.
+
+        megatron-core's own `step` would do as much, but where the norm is NaN or Inf, too.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if parameters and self._clip:
+            clip_grad_by_total_norm_fp32(parameters, self._clip, norm)
+        self.parts.step_with_ready_grads()
+
+    def park(self) -> None:
+        """With `actor.offload_optimizer`, moves the state to the host and frees the gradient buffers."""
+        if self._offload is not None:
+            self._offload.park()
+
+    def restore(self) -> None:
+        """Undoes `park`."""
+        if self._offload is not None:
+            self._offload.restore()
+
+    def held(self) -> dict[str, int]:
+        """Bytes that this rank holds, by what they are for."""
+        gradients, state = device_bytes(self.model, self.parts)
+        return {
+            "gradients": gradients,
+            "optimizer state": state,
+            "optimizer state on the host": 0 if self._offload is None else self._offload.host_bytes,
+        }
+
+    def sharded_state(self, weights: Mapping[str, Any]) -> list[ShardedTensor]:
+        """This rank's parts of a checkpoint's optimizer state; `weights` is the model's sharded state."""
+        return sharded_state(self.parts, weights)
+
+    def loaded(self, step: int) -> None:
+        """After a checkpoint was read into weights and state, which has seen so many steps."""
+        set_step(self.parts, step)
+
+
+def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
+    """megatron-core's gradient reduction, without its division by a token count."""
+    finalize_model_grads(model, None, **groups)
 
 
 def wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
@@ -69,10 +152,14 @@ def _start_adam_state(adam: AdamW) -> None:
         }
 
 
-def build_schedule(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
+def build_schedule(optimizer: Any, config: Config) -> OptimizerParamScheduler:
     """Linear warm-up from lr / warm-up steps (a first step at 0 would be wasted), then a cosine to `actor.lr_min`.
 
     A checkpoint's horizon wins over the config's: a run that is resumed with more `train.steps` keeps its curve.
+
+    Args:
+        optimizer: whatever has `param_groups`.
+        config: the run's settings.
     """
     actor = config.actor
     horizon = actor.lr_decay_steps or max(config.train.steps, 1)

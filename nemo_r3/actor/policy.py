@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_r3.actor import cpu, heap
+from nemo_r3.actor.lora import Lora
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.pipeline import Pipeline
 from nemo_r3.actor.rotary import Rotary
@@ -39,6 +40,7 @@ class Policy:
         fingerprint: of the starting checkpoint.
         version: how many optimizer steps the weights have seen; stamped on every sampled token.
         module: this rank's stage of the model.
+        lora: what is trained of it; None if that is all weights.
         pipeline: runs microbatches through all stages.
     """
 
@@ -48,7 +50,8 @@ class Policy:
         Args:
             config: the run's settings; of a policy that is not trained, `without_fp8`.
             world: all ranks.
-            with_weights: False leaves the weights to `checkpoint.load_weights`, which must come first.
+            with_weights: False leaves the weights to `checkpoint.load_weights`, which must come first; with LoRA it
+                needs the starting ones, so they are read all the same.
 
         Raises:
             ConfigError: the checkpoint does not exist or does not fit its config.json.
@@ -63,8 +66,9 @@ class Policy:
         with cpu.cuda_stand_in():
             start_parallel_groups(config)
             self.module = build_model(config, self.arch, world)
-            if with_weights:
+            if with_weights or config.actor.lora_rank:
                 load_hf(self.module, self.arch, checkpoint)
+        self.lora = Lora(self.module, self.arch, config) if config.actor.lora_rank else None
         rotary = Rotary.of(self.arch.rope, config.rollout.max_model_len, world.device)
         self.pipeline = Pipeline(self.module, self.arch.vocab_size, rotary, config.rollout.temperature)
         torch.cuda.empty_cache()  # for the engine, which starts next
@@ -95,7 +99,7 @@ class Policy:
         actor = self.config.actor
         if not actor.shared_context:
             rows = [replace(row, shared=0) for row in rows]
-        balance = Balance(rows, training_cost(self.arch), actor.microbatch_tokens)
+        balance = Balance(rows, training_cost(self.arch, actor.lora_rank > 0), actor.microbatch_tokens)
         dealt = balance.deal(parallel_state.get_data_parallel_world_size(), stages=actor.pipeline_parallel)
         multiple = precision_of(self.config).row_multiple(actor)
         mine = dealt[parallel_state.get_data_parallel_rank()]

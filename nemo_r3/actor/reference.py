@@ -1,4 +1,4 @@
-"""`Reference`: the starting model, a copy of its weights that replaces the policy's for one pass."""
+"""`Reference`: the starting model, a copy of the trained weights as they were."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from nemo_r3.actor.offload import HostBuffer
 
 
 class Reference:
-    """A copy of the weights that a module has now, on its device, or on the host, to be copied back for every pass."""
+    """A copy of the trained weights that a module has now, on its device, or on the host, to be copied back each time.
+
+    What is not trained (`requires_grad`) needs none.
+    """
 
     def __init__(self, module: nn.Module, on_host: bool) -> None:
         """Copies this rank's weights; `on_host` matters only for a GPU's."""
-        self._module = module
-        weights = [parameter.detach() for parameter in module.parameters()]
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        weights = [parameter.detach() for parameter in self._parameters]
         self._kept = [HostBuffer(it) if on_host and it.device.type == "cuda" else it.clone() for it in weights]
 
     @property
@@ -28,14 +31,21 @@ class Reference:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Gives the module the starting weights inside this block."""
-        parameters = list(self._module.parameters())
-        current = [parameter.data for parameter in parameters]
-        for parameter, kept in zip(parameters, self._kept, strict=True):
+        current = [parameter.data for parameter in self._parameters]
+        for parameter, kept in zip(self._parameters, self._kept, strict=True):
             if isinstance(kept, HostBuffer):
                 parameter.data = torch.empty_like(parameter.data)
                 kept.write_to(parameter.data)
             else:
                 parameter.data = kept
         yield
-        for parameter, weight in zip(parameters, current, strict=True):
+        for parameter, weight in zip(self._parameters, current, strict=True):
             parameter.data = weight
+
+    def restore(self) -> None:
+        """Overwrites the module's weights with the starting ones."""
+        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+            if isinstance(kept, HostBuffer):
+                kept.write_to(parameter.data)
+            else:
+                parameter.data.copy_(kept)

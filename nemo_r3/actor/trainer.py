@@ -6,21 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from nemo_r3 import memory
 from nemo_r3.actor import cpu
 from nemo_r3.actor.heap import FreedMemory
+from nemo_r3.actor.lora import LoraOptimizer
 from nemo_r3.actor.model import connect
-from nemo_r3.actor.offload import Offload, device_bytes, forget_fp8_weights
-from nemo_r3.actor.optimizer import build_optimizer, build_schedule, wrap
+from nemo_r3.actor.offload import forget_fp8_weights
+from nemo_r3.actor.optimizer import FullOptimizer, build_schedule
 from nemo_r3.actor.policy import Policy, Scores
 from nemo_r3.actor.reference import Reference
 from nemo_r3.actor.scales import find_scales
@@ -39,25 +37,26 @@ class Trainer:
 
     Attributes:
         policy: whose weights it changes.
-        model: the policy's module in its gradient buffers.
-        optimizer: AdamW.
+        optimizer: AdamW, and the gradients that it needs.
         schedule: of the learning rate.
     """
 
     def __init__(self, policy: Policy) -> None:
         """Wraps the policy, whose weights are still the starting ones: the reference is a copy of them."""
-        config, recipe = policy.config, precision_of(policy.config).fp8
+        config, recipe, lora = policy.config, precision_of(policy.config).fp8, policy.lora
         self.policy = policy
         self._stream = torch.cuda.current_stream()  # where the gradients' hooks will run
         connect(config, policy.world)
         with cpu.cuda_stand_in():
-            self.model: Any = wrap(policy.module, config)
-            self.model.config.finalize_model_grads_func = _sum_gradients
-            self.optimizer = build_optimizer(self.model, config)
+            if lora is None:
+                self.optimizer: FullOptimizer | LoraOptimizer = FullOptimizer(policy.module, config)
+                start = Reference(policy.module, config.actor.offload_optimizer) if config.algo.kl_beta else None
+            else:
+                start = Reference(policy.module, config.actor.offload_optimizer)
+                self.optimizer = LoraOptimizer(lora, start, config)
             self.schedule = build_schedule(self.optimizer, config)
         self._objective = Objective(config.algo)
-        self._reference = Reference(policy.module, config.actor.offload_optimizer) if config.algo.kl_beta else None
-        self._offload = Offload(self.model, self.optimizer) if config.actor.offload_optimizer else None
+        self._start, self._reference = start, start if config.algo.kl_beta else None
         self._lacks_scales = recipe is not None and recipe.delayed
         self._working_bytes = 0
         self._freed = FreedMemory()
@@ -66,8 +65,7 @@ class Trainer:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Holds optimizer state and gradients on the device inside this block; then hands the memory to the engine."""
-        if self._offload is not None:
-            self._offload.restore()
+        self.optimizer.restore()
         try:
             yield
         finally:
@@ -75,8 +73,7 @@ class Trainer:
 
     def _make_room(self) -> None:
         """Hands memory to the engine: FP8 copies of the weights, and if offloaded, optimizer state and gradients."""
-        if self._offload is not None:
-            self._offload.park()
+        self.optimizer.park()
         forget_fp8_weights(self.policy.module)
         torch.cuda.empty_cache()
         self._freed.limit()
@@ -143,17 +140,16 @@ class Trainer:
 
     def _accumulate(self, microbatches: Sequence[Microbatch], old: Scores, reference: Scores) -> dict[str, float]:
         """Accumulates an update's gradient in the buffers; returns its `METRICS`."""
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_gradients()
 
         def loss(microbatch: Microbatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
             rows = microbatch.rows
             return self._objective(logprobs, microbatch.targets, reference.get(rows), entropies, old.get(rows))
 
-        sums = self._sum(self.policy.pipeline.run(self.model, microbatches, loss, train=True))
+        sums = self._sum(self.policy.pipeline.run(self.optimizer.model, microbatches, loss, train=True))
         if 0 < sums["kept"] < sums["counted"]:  # rejected tokens leave the denominators of the whole update
             scale = sums["counted"] / sums["kept"]
-            self.model.scale_gradients(scale)
+            self.optimizer.scale_gradients(scale)
             sums |= {name: sums[name] * scale for name in ("loss", "kl")}
         return sums
 
@@ -166,38 +162,26 @@ class Trainer:
         return dict(zip(METRICS, total.tolist(), strict=True))
 
     def _step(self, finite: bool) -> float:
-        """Clips and steps; returns the gradient norm, or NaN if the step is skipped.
-
-        The optimizer's own `step` would do as much, but where the norm is NaN or Inf, too.
-        """
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        """Clips and steps; returns the gradient norm, or NaN if the step is skipped."""
+        grad_norm = self.optimizer.gradient_norm()
         if not (finite and math.isfinite(grad_norm)):
             return math.nan
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if parameters and (most := self.policy.config.actor.clip_grad):
-            clip_grad_by_total_norm_fp32(parameters, most, grad_norm)
-        self.optimizer.step_with_ready_grads()
+        self.optimizer.step(grad_norm)
         self.policy.version += 1
         return grad_norm
 
     def held(self) -> dict[str, int]:
         """Bytes that this rank holds, by what they are for; what is offloaded counts as the host's."""
-        away = " on the host" if self._offload is not None else ""
-        gradients, state = device_bytes(self.model, self.optimizer)
-        return {
-            "weights": sum(parameter.nbytes for parameter in self.policy.module.parameters()),
-            "gradients": gradients,
-            "optimizer state": state,
-            "optimizer state on the host": 0 if self._offload is None else self._offload.host_bytes,
-            "activations and other work, peak": self._working_bytes,
-            "reference" + away: 0 if self._reference is None else self._reference.nbytes,
-        }
-
-
-def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
-    """megatron-core's gradient reduction, without its division by a token count."""
-    finalize_model_grads(model, None, **groups)
+        away = " on the host" if self.policy.config.actor.offload_optimizer else ""
+        weights = {"weights": sum(parameter.nbytes for parameter in self.policy.module.parameters())}
+        return (
+            weights
+            | self.optimizer.held()
+            | {
+                "activations and other work, peak": self._working_bytes,
+                "reference" + away: 0 if self._start is None else self._start.nbytes,
+            }
+        )
 
 
 @contextmanager

@@ -47,6 +47,13 @@ class ActorConfig:
     shared_context: bool = option(
         True, help="lay a group's context once, before its reflections; false: once per reflection", resume=True
     )
+    lora_rank: int = option(
+        0,
+        low=0,
+        help="train only B and A, of this rank, in W + lora_alpha / lora_rank * B A for every matrix W of the layers; "
+        "0: train all weights",
+    )
+    lora_alpha: float = option(32.0, above=0.0, help="scale of what lora_rank trains")
     lr: float = option(5e-7, low=0.0, help="peak learning rate; TRL's `learning_rate`")
     lr_min: float = option(0.0, low=0.0, help="learning rate at the end of the cosine")
     lr_decay_steps: int = option(

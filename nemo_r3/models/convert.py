@@ -1,6 +1,7 @@
 """Tensors under their Hugging Face names into megatron-core's, and back, by the rows of the name table.
 
     Hugging Face tensors  --pieces, merge-->  every rank's part of a megatron tensor
+                          <----separate-----
                           <------split------  one full megatron tensor  <--join--
 
 All of them only copy and reorder numbers, so a checkpoint survives the round trip bit for bit.
@@ -50,13 +51,17 @@ def join(row: NameRow, parts: Tensor, size: int) -> Tensor:
 
 def split(row: NameRow, full: Tensor, arch: Architecture) -> list[Tensor]:
     """The full megatron tensor, padded or not -> its Hugging Face tensors."""
-    if row.kind == "qkv":
-        query = arch.num_heads // arch.num_kv_heads * arch.head_dim
-        parts = full.unflatten(0, (arch.num_kv_heads, -1)).split([query, arch.head_dim, arch.head_dim], dim=1)
-        tensors = [part.flatten(0, 1).contiguous() for part in parts]
-        return tensors if len(row.hf) == 3 else [torch.cat(tensors)]
-    if row.kind == "gate_up":
-        return list(full.chunk(2, dim=0)) if len(row.hf) == 2 else [full]
     if row.kind == "vocab":
         return [full[: arch.vocab_size]]
-    return [full]
+    pieces = separate(row, full, arch, 1)
+    return pieces if len(row.hf) == len(pieces) else [torch.cat(pieces)]
+
+
+def separate(row: NameRow, part: Tensor, arch: Architecture, size: int) -> list[Tensor]:
+    """The inverse of `merge`, but for a vocabulary: a rank's part of the megatron tensor -> its pieces."""
+    if row.kind == "qkv":
+        query = arch.num_heads // arch.num_kv_heads * arch.head_dim
+        groups = part.unflatten(0, (arch.num_kv_heads // size, -1))
+        pieces = groups.split([query, arch.head_dim, arch.head_dim], dim=1)
+        return [piece.flatten(0, 1).contiguous() for piece in pieces]
+    return list(part.chunk(2)) if row.kind == "gate_up" else [part]

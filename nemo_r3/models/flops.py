@@ -12,13 +12,17 @@ FORWARD_AND_BACKWARD = 3
 """Times the forward pass: backward multiplies by every matrix twice."""
 
 
-def training_cost(arch: Architecture) -> Cost:
-    """FLOPs of forward and backward; a multiplication with its addition counts as 2."""
+def training_cost(arch: Architecture, frozen_head: bool = False) -> Cost:
+    """FLOPs of forward and backward; a multiplication with its addition counts as 2. LoRA's factors do not count.
+
+    A frozen head's weight has no gradient. (`step_flops` counts a third too little of what that head costs in passes
+    that only score.)
+    """
     layer = arch.hidden_size * (2 * arch.query_width + 2 * arch.key_width + 3 * arch.ffn_hidden_size)
     return Cost(
         per_token=FORWARD_AND_BACKWARD * 2 * arch.num_layers * layer,
         per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * arch.query_width,
-        per_target=FORWARD_AND_BACKWARD * 2 * arch.hidden_size * arch.vocab_size,
+        per_target=(FORWARD_AND_BACKWARD - frozen_head) * 2 * arch.hidden_size * arch.vocab_size,
     )
 
 

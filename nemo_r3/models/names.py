@@ -82,13 +82,7 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
     """
     if row.cut is None:
         return [(name, (slice(None),)) for name in row.hf]
-    match row.kind:
-        case "qkv":
-            lengths = [arch.query_width, arch.key_width, arch.key_width]
-        case "gate_up":
-            lengths = [arch.ffn_hidden_size] * 2
-        case _:
-            lengths = [full_shape(row, arch, size)[row.cut]]
+    lengths = _lengths(row, arch) or [full_shape(row, arch, size)[row.cut]]
     fused = len(row.hf) < len(lengths)
     indexed = []
     for number, length in enumerate(lengths):
@@ -96,6 +90,31 @@ def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple
         index = *[slice(None)] * row.cut, slice(start, start + length // size)
         indexed.append((row.hf[0 if fused else number], index))
     return indexed
+
+
+def _lengths(row: NameRow, arch: Architecture) -> list[int]:
+    """How many of a row's rows belong to each of the matrices that it is made of; empty if it is one."""
+    match row.kind:
+        case "qkv":
+            return [arch.query_width, arch.key_width, arch.key_width]
+        case "gate_up":
+            return [arch.ffn_hidden_size] * 2
+        case _:
+            return []
+
+
+def matrices(row: NameRow, arch: Architecture) -> list[tuple[str, tuple[int, int]]]:
+    """The matrices of a layer that a row is made of, in the order of `convert.merge`: names, and [rows, columns].
+
+    Those that a family has fused are numbered. There are none of what LoRA leaves alone: norms, biases, vocabularies.
+    """
+    if row.layer is None or row.cut is None or len(row.shape) == 1:
+        return []
+    rows, columns = row.shape
+    lengths = _lengths(row, arch) or [rows]
+    fused = len(row.hf) < len(lengths)
+    found = [f"{row.hf[0]}.{number}" for number in range(len(lengths))] if fused else row.hf
+    return [(name, (length, columns)) for name, length in zip(found, lengths, strict=True)]
 
 
 def full_shape(row: NameRow, arch: Architecture, tensor_parallel: int) -> tuple[int, ...]:
@@ -116,6 +135,11 @@ def stage_of(row: NameRow, arch: Architecture, stages: int) -> int:
     if row.layer is not None:
         return row.layer // (arch.num_layers // stages)
     return 0 if row.megatron == EMBEDDING else stages - 1
+
+
+def count_factors(arch: Architecture, rank: int) -> int:
+    """Parameters of LoRA of this rank."""
+    return rank * sum(sum(shape) for row in rows(arch) for _, shape in matrices(row, arch))
 
 
 def count_parameters(arch: Architecture) -> int:

@@ -47,6 +47,7 @@ def bad_checkpoints(lab: Lab) -> dict[str, Any]:
         "foreign": lab.home / "one-llama_tied-checkpoints" / SAVED,
         "other_weights": damage("other_weights", lambda path: change(path, model="0123456789abcdef")),
         "other_dtype": damage("other_dtype", lambda path: change(path, dtype="bfloat16")),
+        "lora": lab.home / "one-qwen2-lora_rank=4-checkpoints" / SAVED,
         "truncated": damage(
             "truncated", lambda path: os.truncate(path / largest, (path / largest).stat().st_size // 2)
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import families
 import torch
 from families import VOCAB
 from safetensors.torch import save_file
+from torch.nn.utils import parametrize
 
 from nemo_r3.types import Phase, Row, UpdateBatch
 
@@ -47,8 +49,39 @@ def sequences() -> list[list[int]]:
     return [contexts[group] + ids[shared:] for ids, (group, shared) in zip(drawn, GROUPS, strict=True)]
 
 
+class LowRank(torch.nn.Module):
+    """W + 32 / rank * B A."""
+
+    def __init__(self, name: str, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        digest = hashlib.sha256(f"1 {name}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        uniform = 2 * torch.rand(rank, weight.shape[1], generator=draw) - 1
+        self.a = torch.nn.Parameter(uniform / math.sqrt(weight.shape[1]))
+        self.b = torch.nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 32 / len(self.a) * self.b @ self.a
+
+
+def lower(model: torch.nn.Module, rank: int) -> None:
+    """Leaves nothing to train but LoRA of the layers' matrices."""
+    model.requires_grad_(False)
+    for name, part in list(model.named_modules()):
+        if isinstance(part, torch.nn.Linear) and "layers" in name:
+            parametrize.register_parametrization(part, "weight", LowRank(f"{name}.weight", part.weight, rank))
+
+
+def whole_weights(model: torch.nn.Module) -> TENSORS:
+    """A model's state under its usual names."""
+    for part in model.modules():
+        if parametrize.is_parametrized(part):
+            parametrize.remove_parametrizations(part, "weight")
+    return model.state_dict()
+
+
 def plain_steps(
-    home: Path, kind: str, count: int = 3, updates: Sequence[range] = (range(len(LENGTHS)),)
+    home: Path, kind: str, count: int = 3, updates: Sequence[range] = (range(len(LENGTHS)),), lora_rank: int = 0
 ) -> list[dict[str, float]]:
     """What `Lab.trial`'s first steps should give, by transformers, torch's AdamW and the formulas as they stand."""
     from transformers import AutoModelForCausalLM
@@ -66,7 +99,9 @@ def plain_steps(
         return torch.log_softmax(logits, -1).gather(2, filled[:, 1:, None])[..., 0]
 
     model, frozen = (AutoModelForCausalLM.from_pretrained(home / kind, dtype=torch.float32) for _ in range(2))
-    parameters = list(model.parameters())
+    if lora_rank:
+        lower(model, lora_rank)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
@@ -98,8 +133,9 @@ def plain_steps(
             found["clipped"] += beyond.item()
         metrics.append(found)
     tied = {"lm_head.weight"} if "tied" in kind else set()
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-    save_file(state, home / f"plain-{kind}-{count * len(updates)}.weights.safetensors")
+    state = {name: tensor.contiguous() for name, tensor in whole_weights(model).items() if name not in tied}
+    low = f"-lora_rank={lora_rank}" if lora_rank else ""
+    save_file(state, home / f"plain-{kind}{low}-{count * len(updates)}.weights.safetensors")
     return metrics
 
 

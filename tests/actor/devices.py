@@ -20,6 +20,7 @@ from nemo_r3.actor.numerics import LayerWatch
 POLICIES = {
     "fp32": {},
     "bf16": {"precision": "bf16", "layer_spec": "local", "offload_optimizer": True, "recompute": "full"},
+    "lora": {"precision": "bf16", "layer_spec": "local", "offload_optimizer": True, "lora_rank": 4},
 }
 """Without Transformer Engine, whose kernels need a real one."""
 
@@ -28,7 +29,7 @@ def devices(lab: Lab) -> None:
     """All that a run does with a policy, at TP2 with sequence parallelism and at PP2."""
     lab.note("mixed", {name: refusal(act, RuntimeError) for name, act in mixed().items()})
     for layout, more in (("tp2", {"sequence_parallel": True}), ("pp2", {})):
-        for kind, (name, actor) in zip(("qwen2", "llama_tied"), POLICIES.items(), strict=True):
+        for kind, (name, actor) in zip(("qwen2", "llama_tied", "qwen2"), POLICIES.items(), strict=True):
             lab.note(f"{layout}-{name}", life(lab, layout, kind, **actor, **more))
 
 

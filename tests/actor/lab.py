@@ -121,7 +121,8 @@ class Lab:
             metrics = [trainer.update(batch_of())]
         found["layers"] = watch.rows(self.world)
         metrics.append(trainer.update(batch_of()))
-        found["buckets"] = sum(len(buffer.buckets) for buffer in trainer.model.buffers)
+        buffers = getattr(trainer.optimizer.model, "buffers", None)  # LoRA's stage is in none
+        found["buckets"] = sum(len(buffer.buckets) for buffer in buffers) if isinstance(buffers, list) else 0
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         if save:
             saved = save_at_work(trainer, self.home / f"{name}-checkpoints", STEP, {"cursor": 5}, keep=2)
@@ -170,9 +171,10 @@ class Lab:
 
     def resume(self, saved: str, layout: str, kind: str, **actor: Any) -> None:
         trainer = self.trainer(layout, kind, **actor)
+        kind = "-".join([kind, *(f"{key}={value}" for key, value in actor.items())])
         path = self.home / f"{saved}-{kind}-checkpoints" / SAVED
         manifest = checkpoint.load(trainer, path)
-        name = "-".join([saved, "to", layout, kind, *(f"{key}={value}" for key, value in actor.items())])
+        name = "-".join([saved, "to", layout, kind])
         found = {"step": manifest["step"], "state": manifest["state"], "loaded_version": trainer.policy.version}
         found["same_without_weights"] = self.same_without_weights(trainer.policy, path)
         self.note(name, found | self.second_half(trainer, name, []))
@@ -195,7 +197,7 @@ class Lab:
     def same_without_weights(self, policy: Policy, path: Path) -> bool:
         """Whether a policy without weights gets all of this one's from the checkpoint, on every rank."""
         bare = Policy(policy.config, self.world, with_weights=False)
-        for parameter in bare.module.parameters():
+        for parameter in bare.module.parameters() if bare.lora is None else ():
             parameter.data.fill_(float("nan"))
         checkpoint.load_weights(bare, path)
         pairs = zip(bare.module.parameters(), policy.module.parameters(), strict=True)

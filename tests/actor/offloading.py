@@ -52,7 +52,7 @@ def _held(trainer: Trainer) -> list[int]:
 
 def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
     with trainer.at_work():
-        return {str(number): tensor.clone() for number, tensor in enumerate(state_tensors(trainer.optimizer))}
+        return {str(number): tensor.clone() for number, tensor in enumerate(state_tensors(trainer.optimizer.parts))}
 
 
 def _same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:

@@ -41,6 +41,9 @@ def one(lab: Lab) -> None:
     for kind in TRIED["one"]:
         lab.trial("one", kind, save=True)
         lab.note(f"plain-{kind}", plain_steps(lab.home, kind))
+    lab.trial("one", "qwen2", save=True, lora_rank=4)
+    lab.trial("one", "qwen2", lora_rank=4, recompute="full")
+    lab.note("plain-qwen2-lora_rank=4", plain_steps(lab.home, "qwen2", lora_rank=4))
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}):
         lab.trial("one", "qwen2", **actor)
@@ -56,6 +59,7 @@ def one(lab: Lab) -> None:
     lab.note("offload-one", offloaded(lab, "one"))
     lab.resume("one", "one", "llama_tied")
     lab.resume("one", "one", "qwen2")
+    lab.resume("one", "one", "qwen2", lora_rank=4)
     lab.fork("one", "qwen2")
     lab.note("bad_checkpoints", bad_checkpoints(lab))
     lab.note("full_disk", full_disk(lab))
@@ -66,6 +70,7 @@ def two(lab: Lab) -> None:
     for kind in TRIED["tp2"]:
         lab.trial("tp2", kind, save=kind == "qwen2")
     families(lab, "tp2")
+    lab.trial("tp2", "qwen2", save=True, lora_rank=4)
     shared_and_separate(lab, "tp2", "qwen2")
     lab.resume("one", "tp2", "llama_tied")
     lab.fork("tp2", "llama_tied")
@@ -73,12 +78,14 @@ def two(lab: Lab) -> None:
     lab.note("killed", after_the_kill(lab))
     for kind in ("llama_tied", "qwen2"):
         lab.trial("pp2", kind, save=True)
+    lab.trial("pp2", "qwen2", lora_rank=4)
     shared_and_separate(lab, "pp2", "llama_tied")
     lab.resume("tp2", "pp2", "qwen2")
     lab.resume("pp2", "pp2", "llama_tied")
     for kind in ("llama_tied", "qwen2"):
         lab.trial("dp2", kind, save=True)
     lab.trial("dp2", "qwen2", shared_context=False)
+    lab.trial("dp2", "qwen2", lora_rank=4)
     lab.split("dp2", "qwen2")
     rejection(lab, "dp2", "qwen2")
     lab.note("offload-dp2", offloaded(lab, "dp2"))
@@ -100,6 +107,8 @@ def four(lab: Lab) -> None:
     lab.split("tp2pp2", "qwen2")
     lab.resume("dp2", "tp2pp2", "qwen2")
     lab.trial("tp2dp2", "qwen2")
+    lab.trial("tp2pp2", "qwen2", lora_rank=4)
+    lab.resume("tp2", "tp2pp2", "qwen2", lora_rank=4)
     lab.resume("tp2pp2", "tp2dp2", "llama_tied")
 
 

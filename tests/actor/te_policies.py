@@ -39,8 +39,13 @@ from nemo_r3.types import UpdateBatch  # noqa: E402
 ROWS = 600
 """As if the batch were one of that many, so that gradients are as small as a run's."""
 LAYOUTS = {
-    "one": ("bf16", "fp8-tensorwise", "fp8-blockwise", "fp8-delayed"),
-    "tp2": ("bf16", "fp8-tensorwise", "fp8-delayed"),  # on two ranks the model's matrices are no multiples of 128
+    "one": ("bf16", "fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "fp8-delayed+lora"),
+    "tp2": (
+        "bf16",
+        "fp8-tensorwise",
+        "fp8-delayed",
+        "fp8-tensorwise+lora",
+    ),  # on two ranks the model's matrices are no multiples of 128
     "dp2": ("bf16", "fp8-tensorwise"),
 }
 
@@ -53,7 +58,14 @@ def batch(given: UpdateBatch | None = None) -> UpdateBatch:
 
 def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     """A policy's log-probabilities, save before any update, products, updates, resume, export, and layers in BF16."""
-    settings = {"precision": name, "lr": 1e-4, "lr_min": 1e-4, "sequence_parallel": layout == "tp2"}
+    precision, _, lora = name.partition("+")
+    settings = {
+        "precision": precision,
+        "lora_rank": 4 if lora else 0,
+        "lr": 1e-4,
+        "lr_min": 1e-4,
+        "sequence_parallel": layout == "tp2",
+    }
     trainer, again = (lab.trainer(layout, "embedded", **settings) for _ in range(2))
     policy = trainer.policy
     if name != "fp32":

@@ -25,13 +25,22 @@ from nemo_r3.config import TrainConfig
 from nemo_r3.errors import UserError
 from nemo_r3.files import UNREADABLE
 
-SAME = ["one-to-one-llama_tied", "one-to-one-qwen2", "tp2-to-tp2-qwen2", "pp2-to-pp2-llama_tied", "dp2-to-dp2-qwen2"]
+LORA = "qwen2-lora_rank=4"
+SAME = [
+    "one-to-one-llama_tied",
+    "one-to-one-qwen2",
+    "tp2-to-tp2-qwen2",
+    "pp2-to-pp2-llama_tied",
+    "dp2-to-dp2-qwen2",
+    f"one-to-one-{LORA}",
+]
 OTHER = [
     "one-to-tp2-llama_tied",
     "tp2-to-pp2-qwen2",
     "pp2-to-dp2-llama_tied",
     "dp2-to-tp2pp2-qwen2",
     "tp2pp2-to-tp2dp2-llama_tied",
+    f"tp2-to-tp2pp2-{LORA}",
 ]
 DAMAGED = {
     "truncated": ".distcp has",
@@ -46,13 +55,17 @@ FOREIGN = {
     "foreign": ("is a checkpoint of another model (family llama != qwen2", "set model.path to"),
     "other_weights": ("began with other weights (fingerprint 0123456789abcdef) than model.path=", "set model.path to"),
     "other_dtype": ("has weights in bfloat16, and actor.precision=fp32 keeps them in float32", "set one that keeps"),
+    "lora": (
+        "trains LoRA of rank 4 and alpha 32, and this run all weights",
+        "set actor.lora_rank and actor.lora_alpha",
+    ),
     "other_factors": ("was trained with longrope's short factors", "rollout.max_model_len=300 takes the long ones"),
 }
 
 
 def saved_at(name: str) -> str:
     """The policy that went on without a stop: "tp2-to-pp2-qwen2" -> "tp2-qwen2"."""
-    layout, _, _, kind = name.split("-")
+    layout, _, _, kind = name.split("-", 3)
     return f"{layout}-{kind}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pytest import approx
 
-CASES = [(layout, precision) for layout in ("tp2", "pp2") for precision in ("fp32", "bf16")]
+CASES = [(layout, precision) for layout in ("tp2", "pp2") for precision in ("fp32", "bf16", "lora")]
 
 
 def test_what_cuda_would_refuse_is_refused(devices: Any) -> None:
@@ -24,7 +24,7 @@ def test_all_that_a_run_does_with_a_policy_stays_on_the_gpu(devices: Any, layout
     assert found["score"] < (1e-4 if precision == "fp32" else 0.3)
     away = precision == "bf16"
     assert (found["held"]["optimizer state"] == 0) == away
-    assert (found["held"]["optimizer state on the host"] > 0) == away
+    assert (found["held"].get("optimizer state on the host", 0) > 0) == away
     assert found["left"] == 0, "an update leaves something behind that would hold its memory"
 
 

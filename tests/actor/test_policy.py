@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from nemo_r3.models import architecture_of
 
 ONE = [f"one-{kind}" for kind in IN_FULL]
+LORA = "qwen2-lora_rank=4"
 VARIANTS = ["one-llama_tied-shared_context=False", "one-qwen2-recompute=selective", "one-qwen2-recompute=full"]
 SPLIT = [
     *(f"tp2-{kind}" for kind in IN_FULL),
     *(f"{layout}-{kind}" for layout in ("pp2", "dp2", "tp2pp2") for kind in ("llama_tied", "qwen2")),
     "dp2-qwen2-shared_context=False",
     "tp2dp2-qwen2",
+    *(f"{layout}-{LORA}" for layout in ("tp2", "pp2", "dp2", "tp2pp2")),
 ]
 EIGHT = ["tp2pp2dp2-qwen2", "tp2pp4-llama", "pp4dp2-llama_tied", "dp8-qwen2"]
 COMPARED = ("loss", "kl", "entropy", "grad_norm", "lr", "token_mult_prob_error", "trained_tokens")
@@ -25,7 +27,7 @@ WEIGHT_TOLERANCE = 1e-5  # seen: 1.1e-6 (TP2), after updates that move weights b
 
 
 def reference_of(name: str) -> str:
-    return f"one-{name.split('-')[1]}"
+    return f"one-{LORA}" if LORA in name else f"one-{name.split('-')[1]}"
 
 
 def weight_gap(one: Any, name: str, other: str, update: int) -> float:
@@ -69,7 +71,7 @@ def test_updates_learn_something(one: Any, kind: str) -> None:
     assert 3.5 < metrics[0]["entropy"] < 4.87  # nats; log 131 = 4.875
 
 
-@pytest.mark.parametrize("kind", IN_FULL)
+@pytest.mark.parametrize("kind", [*IN_FULL, LORA])
 def test_updates_equal_a_plain_loop_on_transformers(one: Any, kind: str) -> None:
     for found, expected in zip(one.found[f"one-{kind}"]["metrics"], one.found[f"plain-{kind}"], strict=False):
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=3e-5, abs=1e-6)  # seen: 1.2e-5
@@ -127,15 +129,25 @@ def test_the_flops_of_one_rows_update_by_hand(one: Any, every: dict[str, Any], n
     assert every[name]["metrics"][4]["update_flops"] == pytest.approx((3 + 1) * forward)
 
 
-@pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name])
+@pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name and LORA not in name])
 def test_data_parallel_ranks_reduce_many_buckets(every: dict[str, Any], name: str) -> None:
     assert every[name]["buckets"] > 3 > every[reference_of(name)]["buckets"]
 
 
-@pytest.mark.parametrize("name", ["one-qwen2-recompute=selective", "one-qwen2-recompute=full"])
+@pytest.mark.parametrize("name", [*VARIANTS[1:], f"one-{LORA}-recompute=full"])
 def test_recompute_changes_no_bit(one: Any, every: dict[str, Any], name: str) -> None:
-    assert every[name]["metrics"] == every["one-qwen2"]["metrics"]
-    assert weight_gap(one, name, "one-qwen2", 5) == 0
+    assert every[name]["metrics"] == every[reference_of(name)]["metrics"]
+    assert weight_gap(one, name, reference_of(name), 5) == 0
+
+
+def test_lora_moves_the_layers_matrices_and_nothing_else(one: Any) -> None:
+    before = load_file(one.home / "qwen2" / "model.safetensors")
+    after = load_file(one.home / f"one-{LORA}-5.weights.safetensors")
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved == {name for name in before if name.endswith("_proj.weight")}
+    for name in moved:
+        ranks = torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-3)
+        assert ranks == 4, name
 
 
 @pytest.mark.parametrize("name", ONE + SPLIT)

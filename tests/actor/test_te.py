@@ -114,6 +114,8 @@ def test_a_policy_lives_in_every_precision(policies: dict[str, Any]) -> None:
 def test_the_first_gradient_is_float32s(policies: dict[str, Any]) -> None:
     exact = policies["fp32"]["metrics"][0]["grad_norm"]
     for name, found in policies.items():
+        if "lora" in name:
+            continue  # whose gradient is that of other parameters
         assert found["metrics"][0]["grad_norm"] == pytest.approx(exact, rel=0.05), name
 
 
@@ -122,7 +124,7 @@ def test_products_are_in_the_dtype_that_was_asked_for(policies: dict[str, Any]) 
         products, left = found["products"], found.get("left", {})
         if "fp8" not in name:
             assert not left and products.keys() <= {"bfloat16"}, name
-        elif name == "fp8-delayed":
+        elif "fp8-delayed" in name:
             assert products.keys() == {"fp8"} and left["fp8"] == 3 * left["bfloat16"], name
         else:
             assert products["fp8"] == products["bfloat16"], f"{name}: two layers of four"
@@ -130,7 +132,7 @@ def test_products_are_in_the_dtype_that_was_asked_for(policies: dict[str, Any]) 
 
 
 def expected_fp8(name: str) -> set[bool]:
-    return {"fp8-delayed": {True}, "fp32": {False}, "bf16": {False}}.get(name, {False, True})
+    return {"fp8-delayed": {True}, "fp32": {False}, "bf16": {False}}.get(name.removesuffix("+lora"), {False, True})
 
 
 def test_every_family_is_transformers(tmp_path: Path) -> None:

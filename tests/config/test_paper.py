@@ -13,7 +13,7 @@ from nemo_r3.models import check_layout
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = sorted(CONFIGS.glob("*-*.yaml"), key=lambda path: path.name)
-NAME = re.compile(r"(countdown|fc)-([a-z0-9.-]+)-(\d+)n(\d+)g-([a-z0-9]+)(-fp8|-eval)?")
+NAME = re.compile(r"(countdown|fc)-([a-z0-9.-]+)-(\d+)n(\d+)g-([a-z0-9]+)(-fp8|-lora|-eval)?")
 TASKS = {"countdown": "countdown", "fc": "function_calling"}
 TRAINED = {
     "countdown": {"qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "llama-3.1-8b", "llama-3.2-3b"},
@@ -27,7 +27,7 @@ COMPARED = {"countdown": {"qwen2.5-32b", "qwen2.5-72b", "llama-3.1-70b"}, "fc": 
 def parts(path: Path) -> tuple[str, str, int, int, str, str]:
     """Task, model, nodes, GPUs per node, layout and ending of a config's name."""
     found = NAME.fullmatch(path.stem)
-    assert found, f"{path.name} is not named <task>-<model>-<nodes>n<gpus>g-<layout>[-fp8|-eval].yaml"
+    assert found, f"{path.name} is not named <task>-<model>-<nodes>n<gpus>g-<layout>[-fp8|-lora|-eval].yaml"
     task, model, nodes, gpus, layout, ending = found.groups()
     return task, model, int(nodes), int(gpus), layout, ending or ""
 
@@ -71,6 +71,7 @@ def test_a_config_is_what_its_name_says(path: Path) -> None:
     assert config.task.name == TASKS[task]
     assert (config.cluster.nodes, config.cluster.gpus_per_node) == (nodes, gpus)
     assert layout_of(config, ending) == layout
+    assert (config.actor.lora_rank > 0) == (ending == "-lora")
     assert config.model.path.split("/")[1].lower().removesuffix("-instruct") == model
     check_layout(config, shape(model))
 
@@ -90,6 +91,7 @@ def test_a_config_holds_differences_only(path: Path, tmp_path: Path) -> None:
 def test_training_has_the_papers_settings(path: Path) -> None:
     config = load([str(path)])
     assert config.algo.group_size * config.train.failures_per_step == 256
-    assert (config.train.steps, config.actor.lr, config.algo.kl_beta) == (1750, 5e-7, 0.001)
+    lr = 5e-6 if config.actor.lora_rank else 5e-7
+    assert (config.train.steps, config.actor.lr, config.algo.kl_beta) == (1750, lr, 0.001)
     assert (config.actor.lr_warmup_ratio, config.algo.loss) == (0.03, "grpo")
     assert config.failures.source == "bank" and config.failures.samples_per_problem <= 64

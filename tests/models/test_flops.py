@@ -55,6 +55,19 @@ def test_a_row_of_its_own_costs_what_torch_counts(model: LlamaForCausalLM, arch:
     assert ours < counter.get_total_flops()
 
 
+def test_a_frozen_head_has_no_gradient_of_its_weight(model: LlamaForCausalLM, arch: Architecture) -> None:
+    model.lm_head.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        counted(model, torch.arange(SHARED + OWN)[None], None, TRAINED).sum().backward()
+    model.lm_head.requires_grad_(True)
+    whole, frozen = training_cost(arch), training_cost(arch, frozen_head=True)
+    length = SHARED + OWN
+    square = whole.per_pair * (length * length - length * (length + 1) / 2)
+    ours = Balance([row(0, length)], frozen, budget=1000).flops((0,))
+    assert ours + square == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert (frozen.per_token, frozen.per_pair) == (whole.per_token, whole.per_pair)
+
+
 def test_a_shared_context_costs_once(model: LlamaForCausalLM, arch: Architecture) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         cache = DynamicCache()

@@ -96,6 +96,29 @@ def test_loading_and_export_are_the_identity_on_a_whole_checkpoint(case: tuple[i
 
 @settings(max_examples=40, deadline=None)
 @given(TP.flatmap(lambda size: st.tuples(st.just(size), architectures(size))))
+def test_a_ranks_part_comes_apart_into_the_matrices_that_it_is_made_of(case: tuple[int, Architecture]) -> None:
+    """Of which LoRA has a pair of factors each: seven in a layer, fused or not."""
+    size, arch = case
+    found: dict[str, tuple[int, int]] = {}
+    for row in names.rows(arch):
+        part = torch.randn(names.part_shape(row, arch, size))
+        if matrices := names.matrices(row, arch):
+            pieces = convert.separate(row, part, arch, size)
+            assert torch.equal(convert.merge(row, pieces, arch, size), part)
+            for piece, (name, shape) in zip(pieces, matrices, strict=True):
+                cut = tuple(length // (size if axis == row.cut else 1) for axis, length in enumerate(shape))
+                assert piece.shape == cut and name not in found
+                found[name] = shape
+        else:
+            assert row.layer is None or "norm" in row.megatron or "bias" in row.megatron
+    assert len(found) == 7 * arch.num_layers
+    assert names.count_factors(arch, 3) == 3 * sum(rows + columns for rows, columns in found.values())
+    if not arch.fused:
+        assert all(found[name] == hf_shapes(arch)[name] for name in found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TP.flatmap(lambda size: st.tuples(st.just(size), architectures(size))))
 def test_a_rank_holds_whole_attention_groups_and_matching_columns(case: tuple[int, Architecture]) -> None:
     """What tensor parallelism needs: each query head on a rank with its own key/value head."""
     size, arch = case

@@ -1,0 +1,249 @@
+"""LoRA (arXiv 2106.09685): the layers' matrices change by products of two thin ones, and these alone are trained.
+
+    W = W0 + alpha / rank * B A     A [rank, columns] at random, B [rows, rank] at first 0, both float32
+
+The sum is the model's weight. Passes, FP8, refit and export read it like any other, so what is sampled is what is
+trained. As soon as a microbatch has the gradient of W, it becomes that of the factors, and is dropped:
+
+    dA = alpha / rank * B^T dW      dB = alpha / rank * dW A^T
+
+There is no buffer of whole gradients, and AdamW's state is that of the factors. Embedding, norms, biases and head stay
+as they are. The price: an update computes whole gradients of the matrices, as one of all weights does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor, nn
+
+from nemo_r3.actor.checkpoint_writer import OPTIMIZER
+from nemo_r3.actor.model import Trunk
+from nemo_r3.actor.reference import Reference
+from nemo_r3.actor.weights import parameters_by_name
+from nemo_r3.config import Config
+from nemo_r3.models import Architecture, convert, names
+from nemo_r3.models.names import NameRow
+
+
+@dataclass(frozen=True)
+class Factor:
+    """This rank's part of one A or B."""
+
+    name: str  # of the Hugging Face tensor, with .lora_A or .lora_B
+    value: nn.Parameter  # float32
+    cut: int | None  # the axis that tensor parallelism cuts; None if every rank holds the whole
+
+
+@dataclass(frozen=True)
+class Site:
+    """A parameter of this rank that changes, and the factors of the matrices that it is made of."""
+
+    row: NameRow
+    weight: nn.Parameter
+    factors: tuple[tuple[Factor, Factor], ...]  # A and B of each, in the order of `convert.merge`
+
+
+class Lora:
+    """The factors of this rank's stage.
+
+    Attributes:
+        module: the stage; nothing but the matrices of its layers requires gradients any more.
+        sites: its parameters that change.
+    """
+
+    def __init__(self, module: Trunk, arch: Architecture, config: Config) -> None:
+        """Makes the factors of a stage with the starting weights, which their product leaves as they are for now."""
+        rank = config.actor.lora_rank
+        self.module = module
+        self._arch, self._scale = arch, config.actor.lora_alpha / rank
+        self._ways = parallel_state.get_tensor_model_parallel_world_size()
+        mine = parameters_by_name(module, arch)
+        self.sites = []
+        for row in names.rows(arch):
+            weight, matrices = mine.get(row.megatron), names.matrices(row, arch)
+            if weight is not None and matrices:
+                factors = tuple(self._factors(row, name, shape, rank, config.seed) for name, shape in matrices)
+                self.sites.append(Site(row, weight, factors))
+        trained = {site.weight for site in self.sites}
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter in trained)
+
+    def _factors(self, row: NameRow, name: str, shape: tuple[int, int], rank: int, seed: int) -> tuple[Factor, Factor]:
+        """A matrix's A, uniform within 1 / sqrt(columns) and the same in every layout, and its B, zeros."""
+        rows, columns = shape
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        first = (torch.rand(rank, columns, generator=draw) * 2 - 1) / math.sqrt(columns)
+        second = torch.zeros(rows, rank)
+        mine = parallel_state.get_tensor_model_parallel_rank()
+        if row.cut == 0:
+            second = second.chunk(self._ways)[mine]
+        else:
+            first = first.chunk(self._ways, dim=1)[mine]
+        device = next(self.module.parameters()).device
+        values = [nn.Parameter(tensor.contiguous().to(device)) for tensor in (first, second)]
+        cuts = (None, 0) if row.cut == 0 else (1, None)
+        ends = (".lora_A", ".lora_B")
+        a, b = (Factor(name + end, value, cut) for end, value, cut in zip(ends, values, cuts, strict=True))
+        return a, b
+
+    def factors(self) -> Iterator[Factor]:
+        """All of this rank's."""
+        return (factor for site in self.sites for pair in site.factors for factor in pair)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the products to the weights, which must be the starting ones."""
+        for site in self.sites:
+            products = [self._scale * (b.value @ a.value) for a, b in site.factors]
+            change = convert.merge(site.row, products, self._arch, self._ways)
+            site.weight.copy_(site.weight.float().add_(change))
+
+    @torch.no_grad()
+    def take_gradient(self, site: Site, weight: Tensor) -> None:
+        """Adds the gradient of a site's weight to those of its factors, and drops it."""
+        assert weight.grad is not None, "called once there is one"
+        pieces = convert.separate(site.row, weight.grad, self._arch, self._ways)
+        for (a, b), piece in zip(site.factors, pieces, strict=True):
+            gradient = piece.float()
+            a.value.grad.addmm_(b.value.t(), gradient, alpha=self._scale)  # type: ignore[union-attr]
+            b.value.grad.addmm_(gradient, a.value.t(), alpha=self._scale)  # type: ignore[union-attr]
+        weight.grad = None
+
+    def sharded_state(self) -> dict[str, ShardedTensor]:
+        """The factors as parts of a checkpoint, which share their memory."""
+        return {factor.name: sharded(factor, factor.name, factor.value.detach()) for factor in self.factors()}
+
+
+def sharded(factor: Factor, key: str, data: Tensor) -> ShardedTensor:
+    """A tensor that is cut as a factor is, as a part of a checkpoint."""
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    cuts = [] if factor.cut is None else [(factor.cut, rank, size)]
+    replica = (0, rank if factor.cut is None else 0, parallel_state.get_data_parallel_rank())
+    return ShardedTensor.from_rank_offsets(key, data, *cuts, replica_id=replica)
+
+
+class LoraOptimizer:
+    """Trains the factors; every data-parallel rank holds all of AdamW's state, which is small.
+
+    Attributes:
+        model: the stage, which the pipeline has to run.
+    """
+
+    def __init__(self, lora: Lora, start: Reference, config: Config) -> None:
+        """Args:
+        lora: the factors.
+        start: the starting weights of the factors' module.
+        config: the run's settings.
+        """
+        self.model = lora.module
+        self._lora, self._start, actor = lora, start, config.actor
+        self._clip = actor.clip_grad
+        factors = sorted(lora.factors(), key=lambda factor: factor.cut is None)  # those that are cut come first
+        self._cut = sum(factor.value.numel() for factor in factors if factor.cut is not None)
+        self._gradients = torch.zeros(sum(factor.value.numel() for factor in factors), device=factors[0].value.device)
+        sizes = [factor.value.numel() for factor in factors]
+        for factor, part in zip(factors, self._gradients.split(sizes), strict=True):
+            factor.value.grad = part.view_as(factor.value)
+        self._adam = torch.optim.AdamW(
+            [factor.value for factor in factors],
+            betas=(actor.adam_beta1, actor.adam_beta2),
+            eps=actor.adam_eps,
+            weight_decay=actor.weight_decay,
+            fused=True,
+        )
+        self._adam.state |= {factor.value: _no_moments(factor.value) for factor in factors}
+        self.model.config.finalize_model_grads_func = self._sum_gradients
+        for site in lora.sites:
+            site.weight.register_post_accumulate_grad_hook(partial(lora.take_gradient, site))
+        if self.model.pre_process:
+            self.model.embedding.register_forward_hook(_track)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """AdamW's, whose learning rate a schedule sets."""
+        return self._adam.param_groups
+
+    def zero_gradients(self) -> None:
+        """Before the first microbatch of an update."""
+        self._gradients.zero_()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies what an update has summed."""
+        self._gradients *= factor
+
+    def _sum_gradients(self, *_: Any, **groups: Any) -> None:
+        """After the last microbatch. Of a factor that is whole on each tensor-parallel rank, each has seen a part."""
+        dist.all_reduce(self._gradients[self._cut :], group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(self._gradients, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+    def gradient_norm(self) -> float:
+        """Over all ranks; `step` comes next, or nothing."""
+        counted = self._cut if parallel_state.get_tensor_model_parallel_rank() else len(self._gradients)
+        square = self._gradients[:counted].double().square().sum()
+        for group in (
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        ):
+            dist.all_reduce(square, group=group)
+        return math.sqrt(square.item())
+
+    def step(self, norm: float) -> None:
+        """Clips gradients of this `gradient_norm`, changes the factors, and the weights with them."""
+        if self._clip:
+            self._gradients *= min(1.0, self._clip / (norm + 1e-6))
+        self._adam.step()
+        self._merge()
+
+    def _merge(self) -> None:
+        self._start.restore()
+        self._lora.merge()
+
+    def park(self) -> None:
+        """There is nothing worth moving."""
+
+    def restore(self) -> None:
+        """Nothing was moved."""
+
+    def held(self) -> dict[str, int]:
+        """Bytes that this rank holds, by what they are for."""
+        return {"gradients": self._gradients.nbytes, "optimizer state": 3 * self._gradients.nbytes}
+
+    def sharded_state(self, _: Mapping[str, Any]) -> list[ShardedTensor]:
+        """This rank's parts of a checkpoint's optimizer state: the factors' moments."""
+        return [
+            sharded(factor, ".".join((OPTIMIZER, "state", name, factor.name)), self._adam.state[factor.value][name])
+            for factor in self._lora.factors()
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+
+    def loaded(self, step: int) -> None:
+        """After a checkpoint was read into factors and state, which has seen so many steps."""
+        for state in self._adam.state.values():
+            state["step"].fill_(step)
+        self._merge()
+
+
+def _no_moments(value: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before its first step, which a checkpoint may precede."""
+    return {
+        "step": torch.zeros((), device=value.device),
+        "exp_avg": torch.zeros_like(value),
+        "exp_avg_sq": torch.zeros_like(value),
+    }
+
+
+def _track(_: nn.Module, inputs: Any, hidden: Tensor) -> None:
+    """Makes the embedding's output require gradients: a layer that is recomputed passes none on from what has none."""
+    if torch.is_grad_enabled():
+        hidden.requires_grad_()
