@@ -46,7 +46,9 @@ from nemo_r3.files import UNREADABLE, sum_of
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World, is_collective
 
-NORM_STATE = "decoder.final_layernorm._extra_state"
+SCALES = "._extra_state"
+"""The end of the name of what a layer keeps beside its weights, see scales.py."""
+NORM_STATE = "decoder.final_layernorm" + SCALES
 
 
 @dataclass(frozen=True)
@@ -330,6 +332,8 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
         raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
     if policy.lora is None:
         policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
+    else:
+        policy.module.load_state_dict(_scales_among(found["model"]), strict=False)
     policy.version = version
 
 
@@ -373,11 +377,14 @@ def _norm_state(module: Any) -> dict[str, Any]:
 
 
 def _sharded_weights(policy: Policy) -> dict[str, Any]:
-    """What was trained: all weights, or LoRA's factors."""
-    if policy.lora is not None:
-        return policy.lora.sharded_state()
+    """What was trained, all weights or LoRA's factors, and the layers' scales."""
     group = parallel_state.get_data_parallel_group()
-    return weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": group})
+    weights = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": group})
+    return weights if policy.lora is None else policy.lora.sharded_state() | _scales_among(weights)
+
+
+def _scales_among(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in state.items() if name.endswith(SCALES)}
 
 
 def _contents(trainer: Trainer) -> dict[str, Any]:
