@@ -34,22 +34,22 @@ def keep_scales(module: Any, delayed: bool) -> None:
             part.set_extra_state = partial(_take, part, recipe)
 
 
-def find_scales(module: Any, world: World, accumulate: Callable[[], object]) -> None:
+def find_scales(layers: Any, world: World, accumulate: Callable[[], object]) -> None:
     """Runs `accumulate` twice, forward and backward of a microbatch, unless a checkpoint brought the scales.
 
     With the initial scales of 1, gradients round to zero. The first pass sees the gradients of the residual stream; the
     second no longer loses these, and sees what is behind them. The gradients of both are thrown away, so no forward
-    hook, which may measure the layers, sees either.
+    hook of the layers, which may measure them, sees either.
     """
-    if not any(world.gather(_knows_scales(module))):
-        with _without_hooks(module):
+    if not any(world.gather(_knows_scales(layers))):
+        with _without_hooks(layers):
             accumulate()
             accumulate()
 
 
 @contextmanager
-def _without_hooks(module: Any) -> Iterator[None]:
-    held = [(part._forward_hooks, dict(part._forward_hooks)) for part in module.modules()]
+def _without_hooks(layers: Any) -> Iterator[None]:
+    held = [(part._forward_hooks, dict(part._forward_hooks)) for part in layers.modules()]
     for hooks, _ in held:
         hooks.clear()
     try:
@@ -59,9 +59,9 @@ def _without_hooks(module: Any) -> Iterator[None]:
             hooks.update(before)
 
 
-def _knows_scales(module: Any) -> bool:
-    """Whether a layer has seen a gradient."""
-    held = (part.fp8_meta.get(BACKWARD) for part in module.modules() if hasattr(part, "fp8_meta"))
+def _knows_scales(layers: Any) -> bool:
+    """Whether one of them has seen a gradient."""
+    held = (part.fp8_meta.get(BACKWARD) for part in layers.modules() if hasattr(part, "fp8_meta"))
     return any(bool(way.amax_history.any()) for way in held if way is not None)
 
 

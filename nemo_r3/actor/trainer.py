@@ -94,10 +94,8 @@ class Trainer:
             memory.reserve(self._working_bytes)
             before = memory.restart_peak()
             if self._lacks_scales:
-                first = updates[0][:1]
-                find_scales(
-                    self.policy.module, self.policy.world, lambda: self._accumulate(first, *self._given([first])[0])
-                )
+                first, layers = updates[0][:1], self.policy.module.decoder
+                find_scales(layers, self.policy.world, lambda: self._accumulate(first, *self._given([first])[0]))
                 self._lacks_scales = False
             lr = self.optimizer.param_groups[0]["lr"]
             found = [self._descend(*each) for each in zip(updates, self._given(updates), strict=True)]

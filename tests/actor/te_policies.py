@@ -75,10 +75,12 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     PRODUCTS.clear()
     metrics = [trainer.update(batch())]
     products = dict(PRODUCTS)
+    recomputed = lab.trainer(layout, "embedded", recompute="full", **settings).update(batch()) if lora else metrics[0]
     watch = LayerWatch(policy.module, precision_of(policy.config).fp8)
     with watch.watching():
         metrics.append(trainer.update(batch()))
     found = {"scores": scores, "products": products, "layers": watch.rows(lab.world), "nan": lab.nan(trainer)}
+    found["recomputed"] = recomputed == metrics[0]
     home = lab.home / f"te-{layout}-{name}"
     save_at_work(trainer, home, 2, {}, keep=1)
     checkpoint.load(again, latest(home))

@@ -103,6 +103,7 @@ def launch(layout: str, ranks: int, home: Path) -> dict[str, Any]:
 def test_a_policy_lives_in_every_precision(policies: dict[str, Any]) -> None:
     for name, found in policies.items():
         assert found["resumed"], f"{name}: a resumed run is the run that was not stopped"
+        assert found["recomputed"], f"{name}: recompute changes no bit of the first update"
         assert found["nan"] == {"skipped": 1.0, "unchanged": True}, name
         assert found["exported"] < 0.5, name
         assert found["gap"] < {"fp32": 1e-9, "bf16": 0.06}.get(name, 0.35), name
