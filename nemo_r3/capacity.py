@@ -82,7 +82,7 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     lora = actor.lora_rank > 0
-    factors = count_factors(arch, actor.lora_rank) / (actor.tensor_parallel * actor.pipeline_parallel)
+    factors = count_factors(arch, actor.lora_rank, actor.tensor_parallel) / actor.pipeline_parallel
     return Size(
         weights=precision.width * share,
         gradients=0 if lora else 4 * share,
@@ -183,8 +183,8 @@ def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
     return (
         f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
         f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {size.engine / GIB:.1f} for vLLM's weights"
-        f"{copied}: share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), keep no "
-        "reference (algo.kl_beta=0), or use a machine with more memory"
+        f"{copied}: share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), "
+        f"{'' if config.actor.lora_rank else 'keep no reference (algo.kl_beta=0), '}or use a machine with more memory"
     )
 
 

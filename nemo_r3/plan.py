@@ -193,7 +193,7 @@ def activation_bytes(config: Config, arch: Architecture, tokens: int, trained: i
     stack = layers * (inputs if full else kept)
     again = (kept if full else 0) + working
     # the first stage has as many microbatches under way as there are stages, the last has one and the head
-    return max(stages * stack + again, stack + max(_head(arch, actor.tensor_parallel, width, trained), again))
+    return max(stages * stack + again, stack + max(_head(config, arch, trained), again))
 
 
 def _per_token(config: Config, arch: Architecture) -> tuple[float, float, float]:
@@ -207,9 +207,10 @@ def _per_token(config: Config, arch: Architecture) -> tuple[float, float, float]
     return whole, kept, 2 * whole + 3 * columns
 
 
-def _head(arch: Architecture, ways: int, width: int, trained: int) -> float:
-    """Two chunks of logits, and the weight's gradient: of several chunks its sum in float32, too."""
+def _head(config: Config, arch: Architecture, trained: int) -> float:
+    """Two chunks of logits, and unless LoRA freezes it, the weight's gradient: of several its sum in float32, too."""
+    ways, width = config.actor.tensor_parallel, precision_of(config).width
     rows = arch.padded_vocab(ways) // ways
     chunk = min(trained, HEAD_LOGITS // rows)
-    gradient = rows * arch.hidden_size * (width if chunk == trained else width + 4)
+    gradient = 0 if config.actor.lora_rank else rows * arch.hidden_size * (width if chunk == trained else width + 4)
     return 2 * width * chunk * rows + gradient

@@ -51,11 +51,14 @@ def test_lora_of_a_70b_fits_a_node_and_its_checkpoint_a_laptop() -> None:
     size = capacity.size_of(config, arch, 8)
     layer = (8192 + 8192) + 2 * (1024 + 8192) + (8192 + 8192) + 2 * (28672 + 8192) + (8192 + 28672)
     factors = 80 * 32 * layer
-    assert (size.gradients, size.optimizer, size.factors) == (0, 0, 16 * factors / 8)
+    # A + B of query, key and value, gate and up, output, down: tensor parallelism cuts B, in the last two A
+    own = (8192 + 1024) + 2 * (8192 + 128) + 2 * (8192 + 3584) + (1024 + 8192) + (3584 + 8192)
+    assert (size.gradients, size.optimizer, size.factors) == (0, 0, 16 * 80 * 32 * own)
     assert size.reference == size.weights, "what the product is added to, with or without a KL"
     assert size.at_rest == size.weights + size.factors
     assert capacity.gpu_problem(config, size, 79 * GIB) is None
     assert capacity.checkpoint_bytes(config, arch) == 12 * factors < 5 * GIB
+    assert "algo.kl_beta" not in str(capacity.cpu_problem(config, size, capacity.Node("b", 1, 0, GIB)))
     config.actor.lora_rank = 0
     assert_is(capacity.gpu_problem(config, capacity.size_of(config, arch, 8), 79 * GIB), "the actor needs 148 GiB")
 

@@ -137,9 +137,13 @@ def stage_of(row: NameRow, arch: Architecture, stages: int) -> int:
     return 0 if row.megatron == EMBEDDING else stages - 1
 
 
-def count_factors(arch: Architecture, rank: int) -> int:
-    """Parameters of LoRA of this rank."""
-    return rank * sum(sum(shape) for row in rows(arch) for _, shape in matrices(row, arch))
+def count_factors(arch: Architecture, rank: int, size: int = 1) -> int:
+    """Parameters of LoRA of this rank on each of `size` tensor-parallel ranks, which cut one factor of each pair."""
+    found = 0
+    for row in rows(arch):
+        for _, shape in matrices(row, arch):
+            found += sum(length // (size if axis == row.cut else 1) for axis, length in enumerate(shape))
+    return rank * found
 
 
 def count_parameters(arch: Architecture) -> int:

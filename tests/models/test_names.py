@@ -100,6 +100,7 @@ def test_a_ranks_part_comes_apart_into_the_matrices_that_it_is_made_of(case: tup
     """Of which LoRA has a pair of factors each: seven in a layer, fused or not."""
     size, arch = case
     found: dict[str, tuple[int, int]] = {}
+    parts: list[int] = []
     for row in names.rows(arch):
         part = torch.randn(names.part_shape(row, arch, size))
         if matrices := names.matrices(row, arch):
@@ -108,11 +109,13 @@ def test_a_ranks_part_comes_apart_into_the_matrices_that_it_is_made_of(case: tup
             for piece, (name, shape) in zip(pieces, matrices, strict=True):
                 cut = tuple(length // (size if axis == row.cut else 1) for axis, length in enumerate(shape))
                 assert piece.shape == cut and name not in found
+                parts.append(sum(cut))
                 found[name] = shape
         else:
             assert row.layer is None or "norm" in row.megatron or "bias" in row.megatron
     assert len(found) == 7 * arch.num_layers
     assert names.count_factors(arch, 3) == 3 * sum(rows + columns for rows, columns in found.values())
+    assert names.count_factors(arch, 3, size) == 3 * sum(parts)
     if not arch.fused:
         assert all(found[name] == hf_shapes(arch)[name] for name in found)
 
