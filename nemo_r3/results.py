@@ -203,6 +203,7 @@ def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str,
     }
     algo, phases = config.algo, " and ".join(config.algo.trained_phases)
     unless = "" if algo.reward_leaks else ", unless it gives the answer away itself"
+    lora = f"LoRA of rank {config.actor.lora_rank}, merged into these weights, " if config.actor.lora_rank else ""
     start = "From a checkpoint of another run, see `train.start_from`: " if config.train.start_from else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -211,7 +212,7 @@ def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str,
         "model writes a reflection and tries again, and the reflection is rewarded when a verifier accepts the "
         f"retry{unless}. "
         f"{start}{step} steps of {algo.loss.upper()} on {phases} tokens, {algo.group_size} reflections per failed "
-        f"answer, peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
+        f"answer, {lora}peak learning rate {config.actor.lr:g}, KL weight {algo.kl_beta:g} to the starting model.",
     ]
     if has_results(summary, step):
         parts += ["## Results", _markdown(summary)]

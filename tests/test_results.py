@@ -103,6 +103,8 @@ def test_model_card() -> None:
     of_the_hub = model_card(config, {}, 80, "org/tiny", "serve it")
     assert yaml.safe_load(of_the_hub.split("---\n")[1])["base_model"] == "org/tiny"
     config.algo.reward_leaks, config.train.start_from = False, "runs/first/checkpoints/step_000500"
+    config.actor.lora_rank = 16
     card = model_card(config, summary, 40, "tiny", "serve it")
     assert "accepts the retry, unless it gives the answer away itself. From a checkpoint of another run" in card
+    assert "failed answer, LoRA of rank 16, merged into these weights, peak learning rate" in card
     assert "see `train.start_from`: 40 steps" in card and "start_from: runs/first/checkpoints/step_000500\n" in card
