@@ -28,7 +28,7 @@ from nemo_r3.types import Row, UpdateBatch
 from nemo_r3.units import GIB, in_words
 
 SMALL_BYTES = 4 * GIB
-FACTORS = "LoRA's factors, all of them"
+FACTORS = "LoRA's factors and their state"
 NAMES = 32
 """Columns for what the memory is for."""
 

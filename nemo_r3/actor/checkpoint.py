@@ -285,7 +285,7 @@ def fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint that is of this model; otherwise as `_manifest`.
 
     Raises:
-        UserError: it is of another model, or of the other rotary factors.
+        UserError: it is of another model, dtype or LoRA, or of the other rotary factors.
     """
     manifest = _manifest(checkpoint, policy.world)
     if manifest["architecture"] != _described(policy):

@@ -1,9 +1,9 @@
 """Checkpoints as directories: finding, checking, publishing and removing them, without loading any.
 
     checkpoints/step_000040/   megatron dist_checkpointing ("torch_dist"): model, optimizer
-                manifest.json  written last: format, step, weights version and dtype, model shape, which of longrope's
-                               factors, the learning rate's schedule, the other files' sizes and SHA-256, the loop's own
-                               counters, and a SHA-256 of all that
+                manifest.json  written last: format, step, weights version and dtype, LoRA's rank and alpha, model
+                               shape, which of longrope's factors, the learning rate's schedule, the other files' sizes
+                               and SHA-256, the loop's own counters, and a SHA-256 of all that
     checkpoints/.writing       what a save under way has written so far; swept away by the next one
 
 Only a checkpoint with a manifest counts. Nothing here needs torch, which Slurm's batch script lacks.

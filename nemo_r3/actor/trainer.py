@@ -171,15 +171,12 @@ class Trainer:
     def held(self) -> dict[str, int]:
         """Bytes that this rank holds, by what they are for; what is offloaded counts as the host's."""
         away = " on the host" if self.policy.config.actor.offload_optimizer else ""
-        weights = {"weights": sum(parameter.nbytes for parameter in self.policy.module.parameters())}
-        return (
-            weights
-            | self.optimizer.held()
-            | {
-                "activations and other work, peak": self._working_bytes,
-                "reference" + away: 0 if self._start is None else self._start.nbytes,
-            }
-        )
+        return {
+            "weights": sum(parameter.nbytes for parameter in self.policy.module.parameters()),
+            **self.optimizer.held(),
+            "activations and other work, peak": self._working_bytes,
+            "reference" + away: 0 if self._start is None else self._start.nbytes,
+        }
 
 
 @contextmanager

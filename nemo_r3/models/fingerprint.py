@@ -16,7 +16,7 @@ SAMPLE_BYTES = 65536
 def fingerprint(path: Path, arch: Architecture) -> str:
     """A hash of the model's shape and of its weight files' sizes, headers and samples of their bytes.
 
-    The same for a copy elsewhere; different after any training step, because a step changes all weights.
+    The same for a copy elsewhere; different after any training step, because a step changes all layers.
     """
     digest = hashlib.sha256(json.dumps(asdict(arch), sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):

@@ -40,12 +40,8 @@ ROWS = 600
 """As if the batch were one of that many, so that gradients are as small as a run's."""
 LAYOUTS = {
     "one": ("bf16", "fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "fp8-delayed+lora"),
-    "tp2": (
-        "bf16",
-        "fp8-tensorwise",
-        "fp8-delayed",
-        "fp8-tensorwise+lora",
-    ),  # on two ranks the model's matrices are no multiples of 128
+    # on two ranks the model's matrices are no multiples of 128
+    "tp2": ("bf16", "fp8-tensorwise", "fp8-delayed", "fp8-tensorwise+lora"),
     "dp2": ("bf16", "fp8-tensorwise"),
 }
 
