@@ -330,10 +330,7 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
             found: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
     except CheckpointException as error:
         raise RuntimeError(f"{checkpoint} is whole and cannot be loaded: {_cause(error)}") from error
-    if policy.lora is None:
-        policy.module.load_state_dict(found["model"] | _norm_state(policy.module))
-    else:
-        policy.module.load_state_dict(_scales_among(found["model"]), strict=False)
+    policy.module.load_state_dict(found["model"] | _norm_state(policy.module), strict=policy.lora is None)
     policy.version = version
 
 
@@ -380,11 +377,9 @@ def _sharded_weights(policy: Policy) -> dict[str, Any]:
     """What was trained, all weights or LoRA's factors, and the layers' scales."""
     group = parallel_state.get_data_parallel_group()
     weights = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": group})
-    return weights if policy.lora is None else policy.lora.sharded_state() | _scales_among(weights)
-
-
-def _scales_among(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: part for name, part in state.items() if name.endswith(SCALES)}
+    if policy.lora is None:
+        return weights
+    return policy.lora.sharded_state() | {name: part for name, part in weights.items() if name.endswith(SCALES)}
 
 
 def _contents(trainer: Trainer) -> dict[str, Any]:
