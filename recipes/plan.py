@@ -66,7 +66,7 @@ def describe(plan: Plan) -> str:
     idle = f", {engines - groups} of them idle (train.failures_per_step={groups})" if groups < engines else ""
     counted = f"{count_parameters(plan.arch) / 1e6:,.1f}M parameters, {actor.precision}"
     if actor.lora_rank:
-        counted += f"; {count_factors(plan.arch, actor.lora_rank) / 1e6:,.1f}M of LoRA"
+        counted += f"; {count_factors(plan.arch, actor.lora_rank) / 1e6:,.2f}M of LoRA"
     lines = [
         f"model     {config.model.path}: {counted}",
         f"ranks     {plan.ranks} on {_number(nodes, 'node')}, {gpus}",

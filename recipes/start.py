@@ -34,11 +34,11 @@ def start_policy(setup: Setup) -> Policy:
 
 
 def _build(setup: Setup, config: Config, with_weights: bool) -> Policy:
-    actor, millions = setup.config.actor, f"{count_parameters(setup.arch) / 1e6:,.1f}M parameters"
+    actor, counted = setup.config.actor, f"{count_parameters(setup.arch) / 1e6:,.1f}M parameters"
     if actor.lora_rank:
-        millions += f" and {count_factors(setup.arch, actor.lora_rank) / 1e6:,.1f}M of LoRA"
+        counted += f" and {count_factors(setup.arch, actor.lora_rank) / 1e6:,.2f}M of LoRA"
     layout = f"tensor_parallel={actor.tensor_parallel} pipeline_parallel={actor.pipeline_parallel}"
-    setup.progress.say(f"loading the model: {millions}, {layout}, ranks: {setup.world.size}")
+    setup.progress.say(f"loading the model: {counted}, {layout}, ranks: {setup.world.size}")
     from nemo_r3.actor.policy import Policy
 
     return Policy(config, setup.world, with_weights)

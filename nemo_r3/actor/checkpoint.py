@@ -307,7 +307,7 @@ def fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     if manifest["lora"] != _lora(policy):
         raise UserError(
             f"{checkpoint} trains {_in_words(manifest['lora'])}, and this run {_in_words(_lora(policy))}: set "
-            "actor.lora_rank and actor.lora_alpha to the checkpoint's own"
+            "actor.lora_rank and actor.lora_alpha to the checkpoint's own, or model.path to an export of it"
         )
     if manifest["rope"] != _regime(policy):
         raise UserError(
