@@ -135,6 +135,7 @@ def gpu_problem(config: Config, size: Size, total: float) -> str | None:
         return (
             f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has room for {total / GIB:.0f}: use more "
             "GPUs, with a larger actor.tensor_parallel or actor.pipeline_parallel"
+            + ("" if config.actor.lora_rank else ", or train LoRA (actor.lora_rank)")
         )
     if held + vllm > total:
         return (

@@ -190,7 +190,7 @@ class LoraOptimizer:
     def gradient_norm(self) -> float:
         """Over all ranks; `step` comes next, or nothing."""
         counted = self._cut if parallel_state.get_tensor_model_parallel_rank() else len(self._gradients)
-        square = self._gradients[:counted].double().square().sum()
+        square = torch.linalg.vector_norm(self._gradients[:counted], dtype=torch.float64).square()
         for group in (
             parallel_state.get_tensor_model_parallel_group(),
             parallel_state.get_pipeline_model_parallel_group(),
