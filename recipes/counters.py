@@ -28,6 +28,11 @@ class Counters:
     mismatch_steps: int = 0  # consecutive steps above `train.mismatch_stop`
     bf16_layers: list[int] = field(default_factory=list)  # layers that were moved from FP8 to BF16
 
+    @property
+    def had_groups(self) -> bool:
+        """Whether groups of mixed rewards are few now, but were not from the first step on."""
+        return 0 < self.sparse_steps < self.step
+
     def after(self, step: int, cursor: int, metrics: Mapping[str, float | None], config: TrainConfig) -> Counters:
         """The counters after one more step."""
         mismatch = metrics["token_mult_prob_error"]
@@ -61,7 +66,7 @@ def reason_to_stop(
         return (
             f"{counters.empty_steps} steps in a row had no group whose rewards differ "
             f"(train.max_empty_steps={config.max_empty_steps}): {_how_retries_ended(groups)}; "
-            "look at rollouts/, and at the task's difficulty"
+            f"look at rollouts/, and at {_suspect(counters, groups)}"
         )
     if counters.skipped_steps >= config.max_skipped_steps:
         return (
@@ -79,6 +84,13 @@ def reason_to_stop(
             f"{checkpoint}"
         )
     return None
+
+
+def _suspect(counters: Counters, groups: Sequence[Group]) -> str:
+    """What may be to blame for a last step with nothing to train on."""
+    if counters.had_groups and not any(reflection.passed for group in groups for reflection in group.reflections):
+        return "actor.lr: groups were not few before, so too large updates may have broken the model"
+    return "the task's difficulty"
 
 
 def _how_retries_ended(groups: Sequence[Group]) -> str:

@@ -74,26 +74,49 @@ def speed(
 
 def summary(metrics: Mapping[str, float | None], config: Config, counters: Counters) -> str:
     """The step that `counters` have counted last, in one line; docs/metrics.md explains it."""
-    success, train = metrics["retry_success"] or 0, config.train
-    line = f"step {counters.step:>4}/{train.steps}  retry success {success:.3f}"
+    train = config.train
+    line = f"step {counters.step:>4}/{train.steps}  retry success {metrics['retry_success'] or 0:.3f}"
     line += f"  groups {metrics['groups_used']:.0f}/{train.failures_per_step}"
     if counters.sparse_steps >= FEW_STEPS:
-        rate = "failures.min_solve_rate" if success < 0.5 else "lower failures.max_solve_rate"
-        others = f" or {rate}" if config.failures.source == "bank" else ""
-        line += f"  few for {counters.sparse_steps} steps: raise algo.group_size{others}"
+        line += f"  few for {counters.sparse_steps} steps{_remedy(metrics, config, counters)}"
     if (waited := metrics["speed/verifier_share"] or 0) > SLOW_VERIFIER:
         line += f"  verifier {waited:.0%} of the rollout"
+    line += f"  {_update(metrics, config)}"
+    line += f"  reflection {metrics['reflection_tokens']:.0f} tok ({metrics['truncated']:.0%} cut)"
+    if (cut := metrics["retries_truncated"] or 0) > MANY_TRUNCATED:
+        line += f"  retries {cut:.0%} cut"
+    return f"{line}  {metrics['speed/rollout_tokens']:,.0f} tok/s"
+
+
+def _remedy(metrics: Mapping[str, float | None], config: Config, counters: Counters) -> str:
+    """What may help where groups of mixed rewards are few, as far as the step tells."""
+    success, rate = metrics["retry_success"] or 0, "lower failures.max_solve_rate"
+    if success < 0.5:
+        rate = "failures.min_solve_rate"
+        if counters.had_groups and not success:
+            return ", but not before: has too high an actor.lr broken the model?"
+        for name, limit in (("truncated", "max_reflection_tokens"), ("retries_truncated", "max_answer_tokens")):
+            if (metrics[name] or 0) > MANY_TRUNCATED:
+                return f": raise rollout.{limit}"
+    others = f" or {rate}" if config.failures.source == "bank" else ""
+    return f": raise algo.group_size{others}"
+
+
+def _update(metrics: Mapping[str, float | None], config: Config) -> str:
+    """What became of a step's update."""
     if metrics["loss"] is None:
-        return f"{line}  nothing to train on: no update"
+        return "nothing to train on: no update"
+    parts = []
     if not (mismatch := metrics["token_mult_prob_error"] or 0) <= config.train.mismatch_warn:
-        line += f"  MISMATCH: token_mult_prob_error {mismatch:.3f} > train.mismatch_warn={config.train.mismatch_warn}"
+        parts.append(
+            f"MISMATCH: token_mult_prob_error {mismatch:.3f} > train.mismatch_warn={config.train.mismatch_warn}"
+        )
     if metrics["skipped"]:
-        line += f"  {_skipped(metrics)}"
-        if metrics["skipped"] == metrics["updates"]:
-            return line
-    kl = f"  kl {metrics['kl']:.4f}" if config.algo.kl_beta else ""
-    tokens = f"reflection {metrics['reflection_tokens']:.0f} tok ({metrics['truncated']:.0%} cut)"
-    return f"{line}{kl}  grad {metrics['grad_norm']:.2f}  {tokens}  {metrics['speed/rollout_tokens']:,.0f} tok/s"
+        parts.append(_skipped(metrics))
+    if not metrics["skipped"] or metrics["skipped"] < (metrics["updates"] or 0):
+        parts += [f"kl {metrics['kl']:.4f}"] if config.algo.kl_beta else []
+        parts.append(f"grad {metrics['grad_norm']:.2f}")
+    return "  ".join(parts)
 
 
 def _skipped(metrics: Mapping[str, float | None]) -> str:

@@ -79,3 +79,18 @@ def test_a_run_with_nothing_to_train_on_says_how_retries_ended(groups: list[Grou
     reason = reason_to_stop(walk(EMPTY, EMPTY), CONFIG, None, groups)
     assert reason is not None and "\n" not in reason
     assert f"{ended} 'say\\nabc' to problem 'sort-1' (Sort abc.)" in reason
+
+
+@pytest.mark.parametrize(
+    ("steps", "groups", "suspect"),
+    [
+        ([EMPTY, EMPTY], [group(0.0, 0.0)], "the task's difficulty"),
+        ([FINE, EMPTY, EMPTY], [group(0.0, 0.0)], "actor.lr: groups were not few before, so too large updates"),
+        ([FINE, EMPTY, EMPTY], [group(1.0, 1.0)], "the task's difficulty"),
+    ],
+)
+def test_a_run_that_has_lost_its_groups_suspects_the_learning_rate(
+    steps: list[dict[str, float | None]], groups: list[Group], suspect: str
+) -> None:
+    reason = reason_to_stop(walk(*steps), CONFIG, None, groups)
+    assert reason is not None and f"look at rollouts/, and at {suspect}" in reason

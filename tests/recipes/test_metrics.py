@@ -14,6 +14,8 @@ from recipes.counters import Counters
 from recipes.metrics import measures, speed, summary, warn_of_truncated_answers
 
 PHASES = ("rollout", "update")
+SAMPLED = {"reflection_tokens": 9.0, "truncated": 0.0, "retries_truncated": 0.0}
+SAMPLED |= {"speed/rollout_tokens": 1.0, "speed/verifier_share": 0.0}
 
 
 def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:
@@ -87,16 +89,16 @@ def test_many_truncated_answers_are_warned_of(capsys: pytest.CaptureFixture[str]
 
 def test_a_skipped_update_names_its_cause() -> None:
     skipped = {"retry_success": 0.5, "groups_used": 2.0, "loss": 0.1, "grad_norm": 1.0, "updates": 1.0, "skipped": 1.0}
-    skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0, "speed/verifier_share": 0.0}
+    skipped |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0} | SAMPLED
     for rejected, cause in ((40.0, "all tokens rejected"), (39.0, "NaN or Inf gradient")):
         line = summary(skipped | {"rejected_tokens": rejected}, Config(), Counters(step=7))
-        assert line == f"step    7/1750  retry success 0.500  groups 2/32  {cause}: update skipped"
+        shown = f"step    7/1750  retry success 0.500  groups 2/32  {cause}: update skipped"
+        assert line == f"{shown}  reflection 9 tok (0% cut)  1 tok/s"
 
 
 def test_some_of_a_steps_updates_may_be_skipped() -> None:
     metrics = {"retry_success": 0.5, "groups_used": 8.0, "loss": 0.1, "kl": 0.1, "grad_norm": 1.0, "updates": 4.0}
-    metrics |= {"reflection_tokens": 9.0, "truncated": 0.0, "speed/rollout_tokens": 1.0, "speed/verifier_share": 0.0}
-    metrics |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0}
+    metrics |= {"token_mult_prob_error": 1.0, "trained_tokens": 40.0} | SAMPLED
     for skipped, rejected, said in (
         (1.0, 0.0, "NaN or Inf gradient: 1 of 4 updates skipped"),
         (1.0, 9.0, "NaN or Inf gradient, or all tokens rejected: 1 of 4 updates skipped"),
@@ -108,7 +110,8 @@ def test_some_of_a_steps_updates_may_be_skipped() -> None:
 
 def test_a_step_in_one_line() -> None:
     metrics = {"retry_success": 0.4732, "groups_used": 31.0, "loss": -0.01, "kl": 0.00041, "grad_norm": 1.154}
-    metrics |= {"token_mult_prob_error": 1.0, "skipped": 0.0, "reflection_tokens": 12.4, "truncated": 0.004}
+    metrics |= {"token_mult_prob_error": 1.0, "skipped": 0.0} | SAMPLED
+    metrics |= {"reflection_tokens": 12.4, "truncated": 0.004, "retries_truncated": 0.2}
     metrics |= {"speed/rollout_tokens": 5011.7, "speed/verifier_share": 0.2}
     config = Config()
     shown = "step    0/1750  retry success 0.473  groups 31/32  kl 0.0004  grad 1.15  reflection 12 tok (0% cut)"
@@ -121,6 +124,18 @@ def test_a_step_in_one_line() -> None:
     assert summary(metrics, config, Counters(sparse_steps=10)) == few
     easy = summary(metrics | {"retry_success": 0.97, "loss": None}, config, Counters(sparse_steps=12))
     assert "few for 12 steps: raise algo.group_size or lower failures.max_solve_rate  nothing to train on" in easy
+    cut = summary(metrics | {"retries_truncated": 0.6}, config, Counters(sparse_steps=10))
+    assert "few for 10 steps: raise rollout.max_answer_tokens  kl" in cut and "(0% cut)  retries 60% cut  5,012" in cut
+    cut = summary(metrics | {"truncated": 1.0}, config, Counters(sparse_steps=10))
+    assert "few for 10 steps: raise rollout.max_reflection_tokens  kl" in cut and "(100% cut)  5,012" in cut
+    for success, step, said in (
+        (0.0, 11, ", but not before: has too high an actor.lr broken the model?"),
+        (0.0, 10, ": raise rollout.max_reflection_tokens"),
+        (0.01, 11, ": raise rollout.max_reflection_tokens"),
+    ):
+        lost = metrics | {"retry_success": success, "truncated": 1.0, "loss": None}
+        line = summary(lost, config, Counters(step=step, sparse_steps=10))
+        assert f"few for 10 steps{said}  nothing to train on: no update  reflection 12 tok (100% cut)" in line
     config.algo.kl_beta, config.failures.source = 0.0, "online"
     assert "few for 10 steps: raise algo.group_size  grad" in summary(metrics, config, Counters(sparse_steps=10))
     assert summary(metrics, config, Counters()) == shown.replace("  kl 0.0004", ""), "without a reference there is none"
