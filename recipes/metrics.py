@@ -16,7 +16,7 @@ from nemo_r3.models import flops
 from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
 from nemo_r3.rollout.scheduler import Rollout
-from nemo_r3.types import Group, UpdateBatch
+from nemo_r3.types import NO_ROOM, Group, UpdateBatch
 from recipes.counters import FEW_STEPS, Counters
 from recipes.setup import Setup
 
@@ -28,6 +28,8 @@ NO_UPDATE: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mu
 """The update's metrics in a step with nothing to train on."""
 MANY_TRUNCATED = 0.2
 """A larger share of truncated answers is warned of."""
+ALIKE = 1.5
+"""The reflections of a step's groups are alike if fewer than this many of a group differ, on average."""
 SLOW_VERIFIER = 0.2
 """A step's line says that the engine waited for the verifier for more than this share of the rollout."""
 
@@ -46,7 +48,20 @@ def measures(groups: Sequence[Group], batch: UpdateBatch) -> dict[str, float | N
         "truncated": statistics.fmean(reflection.answer.truncated for reflection in reflections),
         "retries_truncated": statistics.fmean(reflection.retry.truncated for reflection in reflections),
         "attempts_truncated": statistics.fmean(group.failure.answer.truncated for group in groups),
+        "distinct_reflections": statistics.fmean(
+            len({reflection.answer.text for reflection in group.reflections}) for group in groups
+        ),
+        "contradictions": sum(map(_is_contradictory, groups)),
     }
+
+
+def _is_contradictory(group: Group) -> bool:
+    """Whether the verifier has accepted a text and rejected the same one; both are about the group's problem."""
+    turns = [(group.failure.answer, False)]
+    for reflection in group.reflections:
+        turns += [(reflection.answer, reflection.solves), (reflection.retry, reflection.passed)]
+    verdicts = {(answer.text, passed) for answer, passed in turns if answer.finish_reason != NO_ROOM}
+    return len({text for text, _ in verdicts}) < len(verdicts)
 
 
 def speed(
@@ -81,6 +96,8 @@ def summary(metrics: Mapping[str, float | None], config: Config, counters: Count
         line += f"  few for {counters.sparse_steps} steps{_remedy(metrics, config, counters)}"
     if (waited := metrics["speed/verifier_share"] or 0) > SLOW_VERIFIER:
         line += f"  verifier {waited:.0%} of the rollout"
+    if both := metrics["contradictions"]:
+        line += f"  CONTRADICTION: verify accepts and rejects the same text in {both:.0f} groups"
     line += f"  {_update(metrics, config)}"
     line += f"  reflection {metrics['reflection_tokens']:.0f} tok ({metrics['truncated']:.0%} cut)"
     if (cut := metrics["retries_truncated"] or 0) > MANY_TRUNCATED:
@@ -95,6 +112,8 @@ def _remedy(metrics: Mapping[str, float | None], config: Config, counters: Count
         rate = "failures.min_solve_rate"
         if counters.had_groups and not success:
             return ", but not before: has too high an actor.lr broken the model?"
+        if (metrics["distinct_reflections"] or 0) < ALIKE:
+            return ": a group's reflections are alike, raise rollout.temperature"
         for name, limit in (("truncated", "max_reflection_tokens"), ("retries_truncated", "max_answer_tokens")):
             if (metrics[name] or 0) > MANY_TRUNCATED:
                 return f": raise rollout.{limit}"

@@ -72,6 +72,9 @@ def marked_steps(metrics: Metrics, config: TrainConfig) -> list[Marked]:
         "update skipped: NaN or Inf in the gradient, or all tokens rejected": [
             step for step, line in updates.items() if number(line, "skipped") > 0
         ],
+        "CONTRADICTION: the verifier accepts and rejects the same text": [
+            int(line["step"]) for line in metrics if number(line, "contradictions") > 0
+        ],
         "nothing to train on: no group whose rewards differ": [step for step in steps if step not in updates],
         "not in metrics.jsonl": sorted(set(range(1, max(steps, default=0))) - set(steps)),
     }

@@ -8,7 +8,8 @@ from nemo_r3.config import TrainConfig
 from nemo_r3.html_report.health import marked_steps, phases, shares, speeds
 
 METRICS = [
-    {"step": 1, "loss": 0.1, "token_mult_prob_error": 1.0, "skipped": 0.0, "truncated": 0.0, "time/update": 1.0},
+    {"step": 1, "loss": 0.1, "token_mult_prob_error": 1.0, "skipped": 0.0, "truncated": 0.0, "time/update": 1.0}
+    | {"contradictions": 2},
     {"step": 2, "loss": None, "token_mult_prob_error": None, "truncated": 0.5, "time/update": 3, "time/cpu_update": 9},
     {"step": 4, "loss": 0.1, "token_mult_prob_error": 1.2, "skipped": 1.0, "truncated": 0.1, "time/rollout": 4.0},
 ]
@@ -16,16 +17,16 @@ METRICS = [
 
 def test_marked_steps() -> None:
     found = [(it.count, it.steps) for it in marked_steps(METRICS, TrainConfig())]
-    assert found == [(1, "4"), (1, "4"), (1, "2"), (1, "3")]
+    assert found == [(1, "4"), (1, "4"), (1, "1"), (1, "2"), (1, "3")]
     many = marked_steps([{"step": step, "loss": None} for step in range(1, 31)], TrainConfig())
-    assert many[2].count == 30 and many[2].steps.endswith("11, 12, ...")
-    assert [it.count for it in marked_steps([], TrainConfig())] == [0, 0, 0, 0]
+    assert many[3].count == 30 and many[3].steps.endswith("11, 12, ...")
+    assert [it.count for it in marked_steps([], TrainConfig())] == [0, 0, 0, 0, 0]
 
 
 def test_an_update_of_nan_is_not_nothing_to_train_on() -> None:
     """metrics.jsonl has null for NaN, too."""
     nan = {"step": 1, "loss": None, "grad_norm": None, "token_mult_prob_error": None, "skipped": 1.0}
-    assert [it.count for it in marked_steps([nan], TrainConfig())] == [1, 1, 0, 0]
+    assert [it.count for it in marked_steps([nan], TrainConfig())] == [1, 1, 0, 0, 0]
 
 
 def test_shares() -> None:

@@ -16,6 +16,7 @@ from recipes.metrics import measures, speed, summary, warn_of_truncated_answers
 PHASES = ("rollout", "update")
 SAMPLED = {"reflection_tokens": 9.0, "truncated": 0.0, "retries_truncated": 0.0}
 SAMPLED |= {"speed/rollout_tokens": 1.0, "speed/verifier_share": 0.0}
+SAMPLED |= {"distinct_reflections": 2.0, "contradictions": 0.0}
 
 
 def answer(phase: Phase, tokens: int, finish_reason: str = "stop") -> Answer:
@@ -48,7 +49,34 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
         "truncated": 0.25,
         "retries_truncated": 0.5,
         "attempts_truncated": 0.5,
+        "distinct_reflections": 1.0,
+        "contradictions": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("texts", "contradictory"),
+    [
+        ({}, 0),
+        ({"first": "b"}, 1),  # what was rejected passes as a retry
+        ({"reflections": ("r", "b")}, 1),  # a reflection that is rejected passes as a retry
+        ({"retries": ("b", "b")}, 1),
+        ({"retries": ("b", "b"), "reason": "no_room"}, 0),  # never judged
+    ],
+)
+def test_a_verifier_that_contradicts_itself_is_noticed(texts: dict[str, Any], contradictory: int) -> None:
+    def say(text: str, reason: str = "stop") -> Answer:
+        return Answer(Segment(Phase.RETRY, (1,), (-1.0,), 0), text, reason)
+
+    failure = Attempt(Problem("0", "", {}), 0, Trajectory(), say(texts.get("first", "a")), False)
+    turns = zip(texts.get("reflections", ("r", "s")), texts.get("retries", ("a", "b")), strict=True)
+    reflections = tuple(
+        Reflection(n, Trajectory(), say(reflected), say(retried, "stop" if n else texts.get("reason", "stop")), bool(n))
+        for n, (reflected, retried) in enumerate(turns)
+    )
+    batch = UpdateBatch(rewards=((0.0, 1.0),))
+    assert measures([Group(failure, reflections)], batch)["contradictions"] == contradictory
+    assert measures([Group(failure, reflections)], batch)["distinct_reflections"] == 2
 
 
 def test_each_phases_speed_is_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +156,10 @@ def test_a_step_in_one_line() -> None:
     assert "few for 10 steps: raise rollout.max_answer_tokens  kl" in cut and "(0% cut)  retries 60% cut  5,012" in cut
     cut = summary(metrics | {"truncated": 1.0}, config, Counters(sparse_steps=10))
     assert "few for 10 steps: raise rollout.max_reflection_tokens  kl" in cut and "(100% cut)  5,012" in cut
+    alike = summary(metrics | {"distinct_reflections": 1.4}, config, Counters(sparse_steps=10))
+    assert "few for 10 steps: a group's reflections are alike, raise rollout.temperature  kl" in alike
+    contradictory = summary(metrics | {"contradictions": 3.0}, config, Counters())
+    assert "CONTRADICTION: verify accepts and rejects the same text in 3 groups  kl" in contradictory
     for success, step, said in (
         (0.0, 11, ", but not before: has too high an actor.lr broken the model?"),
         (0.0, 10, ": raise rollout.max_reflection_tokens"),
