@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import (
@@ -30,6 +31,7 @@ from nemo_r3.progress import warn
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.scheduler import Rollout
 from recipes.counters import Counters
+from recipes.outcome import draw_curve, report
 from recipes.setup import Setup
 
 
@@ -202,6 +204,23 @@ def make_saver(setup: Setup, trainer: Trainer, rollout: Rollout) -> Saver:
             rollout.engine.sleep()
 
     return Saver(trainer, setup.run.checkpoints, config.train, make_room)
+
+
+def give_up(setup: Setup, saver: Saver, counters: Counters, saved_step: int, reason: str) -> NoReturn:
+    """Ends a run that should not go on, with its report; first saves updates that no checkpoint has.
+
+    A run without an empty step at its end gives up because of its last updates, which are not worth saving.
+
+    Raises:
+        UserError: always, with the reason.
+    """
+    if saved_step < counters.last_update < counters.step:
+        saver.save(counters.step, asdict(counters))
+    saver.finish()
+    draw_curve(setup)
+    report(setup)
+    setup.world.barrier()  # a rank that left first would have rank 0 killed
+    raise UserError(reason)
 
 
 def save_turns(setup: Setup, rollout: Rollout, step: int) -> None:

@@ -33,6 +33,11 @@ class Counters:
         """Whether groups of mixed rewards are few now, but were not from the first step on."""
         return 0 < self.sparse_steps < self.step
 
+    @property
+    def last_update(self) -> int:
+        """The last step with a group of mixed rewards; 0: none."""
+        return self.step - self.empty_steps
+
     def after(self, step: int, cursor: int, metrics: Mapping[str, float | None], config: TrainConfig) -> Counters:
         """The counters after one more step."""
         mismatch = metrics["token_mult_prob_error"]

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from nemo_r3 import entry, runtime, signals
 from nemo_r3.algo.batch import build_update
-from nemo_r3.errors import UserError, VerifierError
+from nemo_r3.errors import VerifierError
 from nemo_r3.progress import Pace
 from recipes.bank import failure_source, open_bank
 from recipes.counters import reason_to_stop
@@ -71,8 +71,7 @@ def train(argv: Sequence[str]) -> None:
             if saved_step == step:
                 draw_curve(setup)
             if reason := reason_to_stop(counters, config.train, last_checkpoint, groups):
-                saver.finish()
-                raise UserError(reason)
+                checkpoints.give_up(setup, saver, counters, saved_step, reason)
     except (signals.Stopped, VerifierError) as end:
         if counters.step > saved_step:
             saver.save(counters.step, asdict(counters))

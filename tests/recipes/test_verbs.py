@@ -74,6 +74,16 @@ def test_every_step_is_logged_once_with_the_promised_fields(trained: Path) -> No
         assert line["groups_used"] > 0 and line["grad_norm"] > 0
 
 
+def test_a_run_that_gives_up_leaves_its_report_and_its_last_update(bank: Path, tmp_path: Path) -> None:
+    """Such a learning rate breaks the model at once."""
+    settings = (QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={tmp_path}/run")
+    ended = run("train", *settings, "actor.lr=0.1", "train.steps=6", "train.max_empty_steps=1", succeed=False)
+    assert ended.returncode == 2 and "1 steps in a row had no group whose rewards differ" in ended.stderr
+    last = lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert 1 < last < 6 and f"report: {tmp_path}/run/report.html" in ended.stdout
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last:06d}" / "manifest.json").exists()
+
+
 def test_every_metric_is_explained(trained: Path) -> None:
     explained = (ROOT / "docs" / "metrics.md").read_text()
     for name in lines(trained / "metrics.jsonl")[-1].keys() - {"step"}:
