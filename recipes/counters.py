@@ -12,6 +12,10 @@ from nemo_r3.types import Group
 
 FEW_GROUPS = 0.2
 """Groups of mixed rewards are few if they are a smaller share of a step's groups than this."""
+ALIKE = 1.1
+"""The reflections of a step's groups are alike if fewer than this many of a group differ, on average."""
+MANY_TRUNCATED = 0.2
+"""A larger share of truncated turns is warned of."""
 FEW_STEPS = 10
 """A step's line says so once they were few in that many steps in a row."""
 
@@ -55,12 +59,31 @@ class Counters:
         )
 
 
+def why_few(counters: Counters, metrics: Mapping[str, float | None]) -> str | None:
+    """What may keep groups of mixed rewards few, as far as the last step tells; None: how hard its failures are."""
+    success = metrics["retry_success"] or 0
+    if success >= 0.5:
+        return None
+    if counters.had_groups and not success:
+        return "there were more before, has too high an actor.lr broken the model?"
+    if (metrics["distinct_reflections"] or 0) < ALIKE:
+        return "a group's reflections are alike, raise rollout.temperature"
+    for name, limit in (("truncated", "max_reflection_tokens"), ("retries_truncated", "max_answer_tokens")):
+        if (cut := metrics[name] or 0) > MANY_TRUNCATED:
+            return f"{cut:.0%} are cut, raise rollout.{limit}"
+    return None
+
+
 def reason_to_stop(
-    counters: Counters, config: TrainConfig, last_checkpoint: Path | None, groups: Sequence[Group]
+    counters: Counters,
+    config: TrainConfig,
+    last_checkpoint: Path | None,
+    groups: Sequence[Group],
+    metrics: Mapping[str, float | None],
 ) -> str | None:
     """Why the run should end, or None: it has long learned nothing, or the wrong thing.
 
-    `groups` are the last step's.
+    `groups` and `metrics` are the last step's.
     """
     checkpoint = f"last checkpoint: {last_checkpoint or 'none yet'}"
     if last_checkpoint:
@@ -71,7 +94,7 @@ def reason_to_stop(
         return (
             f"{counters.empty_steps} steps in a row had no group whose rewards differ "
             f"(train.max_empty_steps={config.max_empty_steps}): {_how_retries_ended(groups)}; "
-            f"look at rollouts/, and at {_suspect(counters, groups)}"
+            f"look at rollouts/: {why_few(counters, metrics) or 'is the task too hard or too easy, or verify wrong?'}"
         )
     if counters.skipped_steps >= config.max_skipped_steps:
         return (
@@ -89,13 +112,6 @@ def reason_to_stop(
             f"{checkpoint}"
         )
     return None
-
-
-def _suspect(counters: Counters, groups: Sequence[Group]) -> str:
-    """What may be to blame for a last step with nothing to train on."""
-    if counters.had_groups and not any(reflection.passed for group in groups for reflection in group.reflections):
-        return "actor.lr: groups were not few before, so too large updates may have broken the model"
-    return "the task's difficulty"
 
 
 def _how_retries_ended(groups: Sequence[Group]) -> str:

@@ -17,7 +17,7 @@ from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
 from nemo_r3.rollout.scheduler import Rollout
 from nemo_r3.types import NO_ROOM, Group, UpdateBatch
-from recipes.counters import FEW_STEPS, Counters
+from recipes.counters import FEW_STEPS, MANY_TRUNCATED, Counters, why_few
 from recipes.setup import Setup
 
 if TYPE_CHECKING:
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
 NO_UPDATE: dict[str, float | None] = {"loss": None, "grad_norm": None, "token_mult_prob_error": None}
 """The update's metrics in a step with nothing to train on."""
-MANY_TRUNCATED = 0.2
-"""A larger share of truncated answers is warned of."""
-ALIKE = 1.5
-"""The reflections of a step's groups are alike if fewer than this many of a group differ, on average."""
 SLOW_VERIFIER = 0.2
 """A step's line says that the engine waited for the verifier for more than this share of the rollout."""
 
@@ -93,7 +89,7 @@ def summary(metrics: Mapping[str, float | None], config: Config, counters: Count
     line = f"step {counters.step:>4}/{train.steps}  retry success {metrics['retry_success'] or 0:.3f}"
     line += f"  groups {metrics['groups_used']:.0f}/{train.failures_per_step}"
     if counters.sparse_steps >= FEW_STEPS:
-        line += f"  few for {counters.sparse_steps} steps{_remedy(metrics, config, counters)}"
+        line += f"  few for {counters.sparse_steps} steps: {why_few(counters, metrics) or _remedy(metrics, config)}"
     if (waited := metrics["speed/verifier_share"] or 0) > SLOW_VERIFIER:
         line += f"  verifier {waited:.0%} of the rollout"
     if both := metrics["contradictions"]:
@@ -105,20 +101,11 @@ def summary(metrics: Mapping[str, float | None], config: Config, counters: Count
     return f"{line}  {metrics['speed/rollout_tokens']:,.0f} tok/s"
 
 
-def _remedy(metrics: Mapping[str, float | None], config: Config, counters: Counters) -> str:
-    """What may help where groups of mixed rewards are few, as far as the step tells."""
-    success, rate = metrics["retry_success"] or 0, "lower failures.max_solve_rate"
-    if success < 0.5:
-        rate = "failures.min_solve_rate"
-        if counters.had_groups and not success:
-            return ", but not before: has too high an actor.lr broken the model?"
-        if (metrics["distinct_reflections"] or 0) < ALIKE:
-            return ": a group's reflections are alike, raise rollout.temperature"
-        for name, limit in (("truncated", "max_reflection_tokens"), ("retries_truncated", "max_answer_tokens")):
-            if (metrics[name] or 0) > MANY_TRUNCATED:
-                return f": raise rollout.{limit}"
+def _remedy(metrics: Mapping[str, float | None], config: Config) -> str:
+    """What helps against failures that are too hard, or too easy."""
+    rate = "failures.min_solve_rate" if (metrics["retry_success"] or 0) < 0.5 else "lower failures.max_solve_rate"
     others = f" or {rate}" if config.failures.source == "bank" else ""
-    return f": raise algo.group_size{others}"
+    return f"raise algo.group_size{others}"
 
 
 def _update(metrics: Mapping[str, float | None], config: Config) -> str:

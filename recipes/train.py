@@ -70,7 +70,7 @@ def train(argv: Sequence[str]) -> None:
                     saved_step, last_checkpoint = step, saved
             if saved_step == step:
                 draw_curve(setup)
-            if reason := reason_to_stop(counters, config.train, last_checkpoint, groups):
+            if reason := reason_to_stop(counters, config.train, last_checkpoint, groups, metrics):
                 checkpoints.give_up(setup, saver, counters, saved_step, reason)
     except (signals.Stopped, VerifierError) as end:
         if counters.step > saved_step:

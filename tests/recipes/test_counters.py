@@ -14,6 +14,8 @@ from recipes.counters import Counters, reason_to_stop
 CONFIG = TrainConfig(failures_per_step=10, max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
 FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "updates": 1.0, "skipped": 0.0}
 EMPTY = {"loss": None, "groups_used": 0.0, "token_mult_prob_error": None}
+SAMPLED = {"retry_success": 0.0, "distinct_reflections": 2.0, "truncated": 0.0, "retries_truncated": 0.0}
+UNKNOWN = "is the task too hard or too easy, or verify wrong?"
 SKIPPED = FINE | {"skipped": 1.0}
 MISMATCHED = FINE | {"token_mult_prob_error": 1.2}
 
@@ -55,9 +57,9 @@ def test_counts_are_of_steps_in_a_row() -> None:
     ],
 )
 def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float | None], said: str) -> None:
-    assert reason_to_stop(walk(metrics), CONFIG, Path("c/step_000007"), [GROUP]) is None
-    assert reason_to_stop(walk(metrics, FINE, metrics), CONFIG, Path("c/step_000007"), [GROUP]) is None
-    reason = reason_to_stop(walk(metrics, metrics), CONFIG, Path("c/step_000007"), [GROUP])
+    assert reason_to_stop(walk(metrics), CONFIG, Path("c/step_000007"), [GROUP], SAMPLED) is None
+    assert reason_to_stop(walk(metrics, FINE, metrics), CONFIG, Path("c/step_000007"), [GROUP], SAMPLED) is None
+    reason = reason_to_stop(walk(metrics, metrics), CONFIG, Path("c/step_000007"), [GROUP], SAMPLED)
     assert reason is not None and said in reason
     way_on = "last checkpoint: c/step_000007; to go on from it with other settings, name a new run.dir and "
     assert (f"{way_on}train.start_from=c/step_000007" in reason) == (metrics is not EMPTY)
@@ -76,21 +78,24 @@ def test_a_run_gives_up_and_names_its_last_checkpoint(metrics: dict[str, float |
     ],
 )
 def test_a_run_with_nothing_to_train_on_says_how_retries_ended(groups: list[Group], ended: str) -> None:
-    reason = reason_to_stop(walk(EMPTY, EMPTY), CONFIG, None, groups)
+    reason = reason_to_stop(walk(EMPTY, EMPTY), CONFIG, None, groups, SAMPLED)
     assert reason is not None and "\n" not in reason
     assert f"{ended} 'say\\nabc' to problem 'sort-1' (Sort abc.)" in reason
 
 
 @pytest.mark.parametrize(
-    ("steps", "groups", "suspect"),
+    ("steps", "metrics", "cause"),
     [
-        ([EMPTY, EMPTY], [group(0.0, 0.0)], "the task's difficulty"),
-        ([FINE, EMPTY, EMPTY], [group(0.0, 0.0)], "actor.lr: groups were not few before, so too large updates"),
-        ([FINE, EMPTY, EMPTY], [group(1.0, 1.0)], "the task's difficulty"),
+        ([EMPTY, EMPTY], {}, UNKNOWN),
+        ([FINE, EMPTY, EMPTY], {}, "there were more before, has too high an actor.lr broken the model?"),
+        ([FINE, EMPTY, EMPTY], {"retry_success": 1.0, "truncated": 1.0}, UNKNOWN),
+        ([EMPTY, EMPTY], {"distinct_reflections": 1.0}, "a group's reflections are alike, raise rollout.temperature"),
+        ([EMPTY, EMPTY], {"truncated": 0.6}, "60% are cut, raise rollout.max_reflection_tokens"),
+        ([EMPTY, EMPTY], {"retries_truncated": 0.6}, "60% are cut, raise rollout.max_answer_tokens"),
     ],
 )
-def test_a_run_that_has_lost_its_groups_suspects_the_learning_rate(
-    steps: list[dict[str, float | None]], groups: list[Group], suspect: str
+def test_a_run_with_nothing_to_train_on_says_what_may_be_wrong(
+    steps: list[dict[str, float | None]], metrics: dict[str, float | None], cause: str
 ) -> None:
-    reason = reason_to_stop(walk(*steps), CONFIG, None, groups)
-    assert reason is not None and f"look at rollouts/, and at {suspect}" in reason
+    reason = reason_to_stop(walk(*steps), CONFIG, None, [GROUP], SAMPLED | metrics)
+    assert reason is not None and reason.endswith(f"; look at rollouts/: {cause}")

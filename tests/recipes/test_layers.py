@@ -93,7 +93,7 @@ def test_mismatches_cost_a_quarter_of_the_fp8_layers_after_a_quarter_and_then_th
         "sound steps are not watched"
     )
     counts = []
-    while reason_to_stop(counters, run.config.train, None, ()) is None:
+    while reason_to_stop(counters, run.config.train, None, (), {}) is None:
         counters = run.step(layers, counters, mismatch=1.5)
         counts.append(len(counters.bf16_layers))
     assert counts == [0, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6], "layers 1 to 6 are FP8 at first"

@@ -153,17 +153,22 @@ def test_a_step_in_one_line() -> None:
     easy = summary(metrics | {"retry_success": 0.97, "loss": None}, config, Counters(sparse_steps=12))
     assert "few for 12 steps: raise algo.group_size or lower failures.max_solve_rate  nothing to train on" in easy
     cut = summary(metrics | {"retries_truncated": 0.6}, config, Counters(sparse_steps=10))
-    assert "few for 10 steps: raise rollout.max_answer_tokens  kl" in cut and "(0% cut)  retries 60% cut  5,012" in cut
+    assert (
+        "few for 10 steps: 60% are cut, raise rollout.max_answer_tokens  kl" in cut
+        and "(0% cut)  retries 60% cut  5,012" in cut
+    )
     cut = summary(metrics | {"truncated": 1.0}, config, Counters(sparse_steps=10))
-    assert "few for 10 steps: raise rollout.max_reflection_tokens  kl" in cut and "(100% cut)  5,012" in cut
-    alike = summary(metrics | {"distinct_reflections": 1.4}, config, Counters(sparse_steps=10))
+    assert (
+        "few for 10 steps: 100% are cut, raise rollout.max_reflection_tokens  kl" in cut and "(100% cut)  5,012" in cut
+    )
+    alike = summary(metrics | {"distinct_reflections": 1.05}, config, Counters(sparse_steps=10))
     assert "few for 10 steps: a group's reflections are alike, raise rollout.temperature  kl" in alike
     contradictory = summary(metrics | {"contradictions": 3.0}, config, Counters())
     assert "CONTRADICTION: verify accepts and rejects the same text in 3 groups  kl" in contradictory
     for success, step, said in (
-        (0.0, 11, ", but not before: has too high an actor.lr broken the model?"),
-        (0.0, 10, ": raise rollout.max_reflection_tokens"),
-        (0.01, 11, ": raise rollout.max_reflection_tokens"),
+        (0.0, 11, ": there were more before, has too high an actor.lr broken the model?"),
+        (0.0, 10, ": 100% are cut, raise rollout.max_reflection_tokens"),
+        (0.01, 11, ": 100% are cut, raise rollout.max_reflection_tokens"),
     ):
         lost = metrics | {"retry_success": success, "truncated": 1.0, "loss": None}
         line = summary(lost, config, Counters(step=step, sparse_steps=10))
