@@ -13,7 +13,7 @@ from typing import Any
 from nemo_r3 import curve, entry, signals, trackers
 from nemo_r3.actor.manifest import complete, step_path
 from nemo_r3.html_report import write_report
-from nemo_r3.html_report.health import ENDS
+from nemo_r3.html_report.health import ends_of
 from nemo_r3.html_report.read import number, read_lines
 from nemo_r3.progress import warn
 from recipes.metrics import versions
@@ -90,7 +90,7 @@ def best(metrics: Sequence[Mapping[str, Any]], checkpoints: Path, start: str) ->
 
 def change(success: Sequence[float]) -> str:
     """How retry success has changed over a run's steps, in words."""
-    count = min(ENDS, len(success) // 2)
+    count = ends_of(len(success))
     if not count:
         return "no change to show"
     first, last = statistics.fmean(success[:count]), statistics.fmean(success[-count:])

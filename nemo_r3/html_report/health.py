@@ -14,7 +14,7 @@ from nemo_r3.html_report.read import number
 Metrics = Sequence[Mapping[str, Any]]
 
 ENDS = 5
-"""How many steps are averaged at the beginning and at the end."""
+"""How many steps are averaged at the beginning and at the end, at most."""
 MOST_NAMED = 12
 SHARES = {
     "attempts_truncated": "first answers cut at their limit",
@@ -81,13 +81,19 @@ def marked_steps(metrics: Metrics, config: TrainConfig) -> list[Marked]:
     return [Marked(what, len(those), _named(those)) for what, those in found.items()]
 
 
+def ends_of(steps: int) -> int:
+    """How many steps to average at each end of a run: ENDS, or half of a shorter run, so that its ends do not meet."""
+    return min(ENDS, steps // 2)
+
+
 def shares(metrics: Metrics) -> list[Share]:
     """SHARES at both ends of the run, without those that were not measured."""
     rows = []
     for name, what in SHARES.items():
         if values := _known(metrics, name):
             at = next(int(line["step"]) for line in metrics if number(line, name) == max(values))
-            first, last = statistics.fmean(values[:ENDS]), statistics.fmean(values[-ENDS:])
+            count = ends_of(len(values)) or 1
+            first, last = statistics.fmean(values[:count]), statistics.fmean(values[-count:])
             rows.append(Share(what, first, last, max(values), at))
     return rows
 

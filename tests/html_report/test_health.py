@@ -32,9 +32,9 @@ def test_an_update_of_nan_is_not_nothing_to_train_on() -> None:
 def test_shares() -> None:
     (cut,) = shares(METRICS)
     assert (cut.what, cut.highest, cut.at) == ("reflections cut at their limit", 0.5, 2)
-    assert math.isclose(cut.first, 0.2) and math.isclose(cut.last, 0.2)
+    assert (cut.first, cut.last) == (0.0, 0.1)
     (cut,) = shares([{"step": step, "truncated": step / 10} for step in range(1, 9)])
-    assert math.isclose(cut.first, 0.3) and math.isclose(cut.last, 0.6)
+    assert math.isclose(cut.first, 0.25) and math.isclose(cut.last, 0.65)
 
 
 def test_phases() -> None:
