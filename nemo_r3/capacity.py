@@ -78,7 +78,9 @@ class Node:
 def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     """What one rank of the actor holds in this layout."""
     actor, precision = config.actor, precision_of(config)
-    share = _largest_stage(arch, actor.pipeline_parallel) / actor.tensor_parallel
+    stage = _largest_stage(arch, actor.pipeline_parallel)
+    experts = count_parameters(arch, experts_only=True) / actor.pipeline_parallel
+    share = (stage - experts) / actor.tensor_parallel + experts / actor.expert_parallel / actor.expert_tensor_parallel
     owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     lora = actor.lora_rank > 0
@@ -86,7 +88,7 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     return Size(
         weights=precision.width * share,
         gradients=0 if lora else 4 * share,
-        optimizer=0 if lora else state * share / owners,
+        optimizer=0 if lora else state * stage / actor.tensor_parallel / owners,
         reference=precision.width * share if config.algo.kl_beta or lora else 0,
         saved=checkpoint_bytes(config, arch) / world_size,
         engine=precision.width * count_parameters(arch) / config.rollout.tensor_parallel,

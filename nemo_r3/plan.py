@@ -130,6 +130,9 @@ class Plan:
             "cluster.nodes": [cluster.nodes * more for more in (MORE_NODES if cluster.gpus_per_node else (1,))],
             "actor.pipeline_parallel": _multiples(actor.pipeline_parallel, self.arch.num_layers),
             "actor.tensor_parallel": _multiples(actor.tensor_parallel, self.node.ranks),  # within a node
+            "actor.expert_parallel": _multiples(
+                actor.expert_parallel, self.arch.experts.count if self.arch.experts else 1
+            ),
             "rollout.tensor_parallel": _multiples(rollout.tensor_parallel, self.node.ranks),
             "actor.offload_optimizer": sorted({actor.offload_optimizer, True}),
         }
@@ -201,10 +204,12 @@ def _per_token(config: Config, arch: Architecture) -> tuple[float, float, float]
     ways = config.actor.tensor_parallel
     whole = arch.hidden_size / (ways if config.actor.sequence_parallel else 1)
     queries, keys = arch.query_width / ways, arch.key_width / ways
-    columns = arch.ffn_hidden_size / ways
-    # residual stream and norm, twice; rotated query and key, value, output; gate and up, and their product
-    kept = 4 * whole + 2 * queries + 2 * keys + 3 * columns
-    return whole, kept, 2 * whole + 3 * columns
+    # gate and up, and their product; of each expert that a token passes, its input, too
+    copies = arch.experts.per_token * config.actor.expert_tensor_parallel if arch.experts else 0
+    feed = (3 * arch.active_columns + copies * arch.hidden_size) / ways
+    # residual stream and norm, twice; rotated query and key, value, output
+    kept = 4 * whole + 2 * queries + 2 * keys + feed
+    return whole, kept, 2 * whole + feed
 
 
 def _head(config: Config, arch: Architecture, trained: int) -> float:

@@ -61,6 +61,7 @@ def describe(plan: Plan) -> str:
     actor, rollout, nodes = config.actor, config.rollout, config.cluster.nodes
     gpus = f"each with a GPU of {node.gpu / GIB:.0f} GiB ({plan.source})" if node.gpu else "without GPUs"
     sequence = " with sequence parallel" if actor.sequence_parallel else ""
+    experts = f", expert parallel {actor.expert_parallel}" if plan.arch.experts else ""
     kept, each = config.train.keep_checkpoints, checkpoint_bytes(config, plan.arch)
     engines, groups = plan.ranks // rollout.tensor_parallel, config.train.failures_per_step
     idle = f", {engines - groups} of them idle (train.failures_per_step={groups})" if groups < engines else ""
@@ -71,7 +72,7 @@ def describe(plan: Plan) -> str:
         f"model     {config.model.path}: {counted}",
         f"ranks     {plan.ranks} on {_number(nodes, 'node')}, {gpus}",
         f"actor     tensor parallel {actor.tensor_parallel}{sequence}, pipeline parallel {actor.pipeline_parallel}, "
-        f"data parallel {plan.data_parallel}",
+        f"data parallel {plan.data_parallel}{experts}",
         f"rollout   {_number(engines, 'engine')} of {_number(rollout.tensor_parallel, 'rank')}{idle}",
         "",
         *(_on_gpus(plan) if node.gpu else _on_a_cpu(plan)),

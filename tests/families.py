@@ -28,6 +28,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
     "original_max_position_embeddings": 64
 }
 LONG = {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 PHI = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}  # its own are beyond so small a vocabulary
 SHORT = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 
@@ -60,9 +61,10 @@ FAMILIES = (
     Family("phi3_long", "Phi3", "Phi-3, 3.5, 4 mini", "longrope, long", {"rope_scaling": longrope(8)} | PHI | LONG),
     Family("qwen2", "Qwen2", "Qwen2, Qwen2.5", "plain", {"rope_theta": 1e6}),
     Family("qwen3", "Qwen3", "Qwen3 without experts", "plain", {"rope_theta": 1e6, "head_dim": 64}),
+    Family("qwen3_moe", "Qwen3Moe", "Qwen3 with experts", "plain", {"rope_theta": 1e6, "head_dim": 64} | EXPERTS),
 )
 KINDS = {f"{family.name}{head}": family for family in FAMILIES for head in ("", "_tied")}
-IN_FULL = ("llama_tied", "llama", "qwen2_tied", "qwen2")
+IN_FULL = ("llama_tied", "llama", "qwen2_tied", "qwen2", "qwen3_moe")
 TRIED = {"one": IN_FULL, "tp2": IN_FULL, "tp2pp2": ("llama_tied", "qwen2")}
 """By layout, the kinds of which actor/test_policy.py tries all that actor/test_families.py asks of the others."""
 UNTRIED = [(layout, kind) for layout, tried in TRIED.items() for kind in KINDS if kind not in tried]
@@ -70,13 +72,15 @@ UNTRIED = [(layout, kind) for layout, tried in TRIED.items() for kind in KINDS i
 
 def make_checkpoint(path: Path, kind: str) -> torch.nn.Module:
     """Writes the tiny checkpoint of a kind and returns transformers' model of it."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # slow
+    import transformers  # slow
 
     family = KINDS[kind]
     settings = TINY | family.settings | {"tie_word_embeddings": kind.endswith("_tied")}
-    hf_config = AutoConfig.for_model(family.hf.lower(), **settings)
+    hf_config = getattr(transformers, f"{family.hf}Config")(**settings)
     torch.manual_seed(list(KINDS).index(kind))
-    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        hf_config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.ndim == 1 else 0.1)

@@ -1,4 +1,4 @@
-"""The models of arXiv 2505.24726 by name: each one's config.json, without weights, is in tests/shapes/."""
+"""The models of arXiv 2505.24726, and others, by name: each one's config.json, without weights, is in tests/shapes/."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from nemo_r3.runtime import World, is_collective
 
 SCALES = "._extra_state"
 """The end of the name of what a layer keeps beside its weights, see scales.py."""
-NORM_STATE = "decoder.final_layernorm" + SCALES
+NORM_STATE = "layernorm" + SCALES
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
 
 def _described(policy: Policy) -> dict[str, Any]:
     """The model's shape as a manifest gives it back."""
-    described: dict[str, Any] = json.loads(json.dumps(asdict(policy.arch)))
+    described: dict[str, Any] = json.loads(json.dumps(policy.arch.described()))
     return described
 
 
@@ -362,21 +362,22 @@ def _differences(found: Mapping[str, Any], policy: Policy) -> str:
 def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's sharded state under megatron-core's names, the same for both of `actor.layer_spec`.
 
-    Transformer Engine's final norm would add a state of its own, always empty, that the other layers' checkpoints lack.
+    Transformer Engine's norms would add states of their own, always empty, that the other layers' checkpoints lack.
     """
     state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
-    return {name: part for name, part in state.items() if name != NORM_STATE}
+    return {name: part for name, part in state.items() if not name.endswith(NORM_STATE)}
 
 
 def _norm_state(module: Any) -> dict[str, Any]:
     """What `weights_of` leaves out."""
-    return {name: part for name, part in module.state_dict().items() if name == NORM_STATE}
+    return {name: part for name, part in module.state_dict().items() if name.endswith(NORM_STATE)}
 
 
 def _sharded_weights(policy: Policy) -> dict[str, Any]:
     """What was trained, all weights or LoRA's factors, and the layers' scales."""
-    group = parallel_state.get_data_parallel_group()
-    weights = weights_of(policy.module, {"singleton_local_shards": False, "dp_cp_group": group})
+    group, experts = parallel_state.get_data_parallel_group(), policy.arch.experts
+    # as one tensor, all experts of all layers would be compared pairwise before a save
+    weights = weights_of(policy.module, {"singleton_local_shards": experts is not None, "dp_cp_group": group})
     if policy.lora is None:
         return weights
     return policy.lora.sharded_state() | {name: part for name, part in weights.items() if name.endswith(SCALES)}

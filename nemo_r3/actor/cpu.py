@@ -25,6 +25,10 @@ class _Stream:
 
     def synchronize(self) -> None: ...
 
+    def record_event(self) -> _Stream:
+        """Of an event, only `synchronize` is asked."""
+        return self
+
 
 class _CudaNamesToCpu(TorchFunctionMode):
     """Makes tensors that ask for "cuda" on the CPU, and gives CPU tensor types the names of CUDA's."""
@@ -55,6 +59,7 @@ def prepare() -> None:
     # after torch.compile is switched off
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random as mcore_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
@@ -69,9 +74,18 @@ def prepare() -> None:
     mcore: Any = mcore_random
     mcore._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    router: Any = moe_utils
+    router.te_general_gemm = None  # 0.16.1 leaves it undefined
+    dispatcher: Any = token_dispatcher
+    dispatcher.maybe_move_tensor_to_cpu = _on_the_host
     buffers: Any = param_and_grad_buffer
     buffers.dist_reduce_scatter_func = _reduce_within
     buffers.dist_all_gather_func = _gather_within
+
+
+def _on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """How many tokens go where, or None: as all-to-all takes it, which a tensor that is here already would not be."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _reduce_within(part: torch.Tensor, whole: torch.Tensor, *, op: Any, group: Any, async_op: bool) -> None:

@@ -19,22 +19,25 @@ from nemo_r3.actor.spec import block_spec, resolve_layer_spec
 from nemo_r3.actor.weights import mark_tensor_parallel
 from nemo_r3.config import ActorConfig, Config
 from nemo_r3.models import Architecture
+from nemo_r3.models.architecture import Experts
 from nemo_r3.precision import Precision, precision_of
 from nemo_r3.runtime import World
 
 
 def start_parallel_groups(config: Config) -> None:
-    """Makes megatron-core's tensor, pipeline and data-parallel groups; once per process."""
+    """Makes megatron-core's tensor, pipeline, data and expert-parallel groups; once per process."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.actor.tensor_parallel,
         pipeline_model_parallel_size=config.actor.pipeline_parallel,
+        expert_model_parallel_size=config.actor.expert_parallel,
+        expert_tensor_parallel_size=config.actor.expert_tensor_parallel,
         distributed_timeout_minutes=config.run.timeout_minutes,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(config.seed)
 
 
-def connect(config: Config, world: World) -> None:
+def connect(config: Config, arch: Architecture, world: World) -> None:
     """Has NCCL connect the groups of a training run, which it would do at each one's first collective, in an update.
 
     Each takes GPU memory for good, hundreds of MB. So the engine, which starts next, must find it taken. And ranks that
@@ -49,6 +52,17 @@ def connect(config: Config, world: World) -> None:
         parallel_state.get_data_parallel_group(with_context_parallel=True),
         parallel_state.get_intra_distributed_optimizer_instance_group(),
     ]
+    if arch.experts is not None:
+        groups += [
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_tensor_and_model_parallel_group(),
+        ]
+    if config.actor.expert_parallel > 1:
+        groups += [
+            parallel_state.get_expert_model_parallel_group(),
+            parallel_state.get_expert_data_parallel_group(),
+            parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+        ]
     if fp8 is not None and fp8.delayed:
         groups.append(parallel_state.get_amax_reduction_group(with_context_parallel=True))
     number = torch.zeros(1, device=world.device)
@@ -65,6 +79,7 @@ def transformer_config(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
+        moe_ffn_hidden_size=arch.ffn_hidden_size if arch.experts else None,
         num_attention_heads=arch.num_heads,
         num_query_groups=arch.num_kv_heads,
         kv_channels=arch.head_dim,
@@ -82,7 +97,8 @@ def transformer_config(
         pipeline_model_parallel_size=actor.pipeline_parallel,
         sequence_parallel=actor.sequence_parallel,
         variable_seq_lengths=actor.pipeline_parallel > 1,
-        moe_token_dispatcher_type="alltoall",  # not used; 0.16.1 wants it for variable_seq_lengths
+        moe_token_dispatcher_type="alltoall",  # 0.16.1 wants it for variable_seq_lengths, without experts, too
+        **(_expert_fields(actor, arch.experts, precision) if arch.experts else {}),
         **precision.transformer_fields(),
         # the loss carries global denominators: gradients are summed, never averaged
         calculate_per_token_loss=True,
@@ -101,6 +117,19 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _expert_fields(actor: ActorConfig, experts: Experts, precision: Precision) -> dict[str, Any]:
+    """The experts' part of `transformer_config`: no token is dropped, and no loss but the policy's moves the router."""
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalized,  # a softmax over the chosen experts alone adds up to 1
+        "moe_router_dtype": "fp32" if precision.bf16 else "fp64",  # fp32 would be TF32 with Transformer Engine
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": actor.expert_parallel,
+        "expert_tensor_parallel_size": actor.expert_tensor_parallel,
+    }
 
 
 class Trunk(GPTModel):  # type: ignore[misc]

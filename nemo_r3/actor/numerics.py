@@ -1,7 +1,7 @@
 """What rounding to FP8 costs each layer, and how a layer leaves FP8.
 
 The operands of a layer's four matrices are watched: inputs, weights, and the gradients of outputs, rounded as the
-recipe rounds them (without FP8: as `fp8-tensorwise` would).
+recipe rounds them (without FP8: as `fp8-tensorwise` would). In a layer with experts, only attention's two are.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ class LayerWatch:
         """Measures what passes through the layers inside this block, wherever gradients are on."""
         self._roundings = {}
         handles = [
-            layer.get_submodule(matrix).register_forward_hook(partial(self._seen, number, matrix))
+            part.register_forward_hook(partial(self._seen, number, name))
             for number, layer in self._layers.items()
-            for matrix in MATRICES
+            for name, part in layer.named_modules()
+            if name in MATRICES
         ]
         try:
             yield

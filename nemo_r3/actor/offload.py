@@ -131,7 +131,7 @@ def device_bytes(model: DistributedDataParallel, optimizer: MegatronOptimizer) -
 
 
 def _gradient_storages(model: DistributedDataParallel) -> list[UntypedStorage]:
-    return [buffer.grad_data.untyped_storage() for buffer in model.buffers]
+    return [buffer.grad_data.untyped_storage() for buffer in model.buffers + model.expert_parallel_buffers]
 
 
 def _own_storages(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Iterator[UntypedStorage]:

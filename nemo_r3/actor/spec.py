@@ -46,13 +46,18 @@ def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodul
     Transformer Engine's layers fold each norm into the matrix after it; see `models.names.fused_norm_name`.
     """
     num_layers = config.num_layers // config.pipeline_model_parallel_size
+    experts = config.num_moe_experts
     if kind == "te":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=config.qk_layernorm
+        )
         layer.submodules.self_attention.submodules.core_attention = SharedContextAttention
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if experts is not None:  # in checkpoints, the norm before them keeps its name, as with Transformer Engine
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SharedContextAttention
     if config.qk_layernorm:

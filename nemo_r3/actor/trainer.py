@@ -46,7 +46,7 @@ class Trainer:
         config, recipe, lora = policy.config, precision_of(policy.config).fp8, policy.lora
         self.policy = policy
         self._stream = torch.cuda.current_stream()  # where the gradients' hooks will run
-        connect(config, policy.world)
+        connect(config, policy.arch, policy.world)
         with cpu.cuda_stand_in():
             if lora is None:
                 self.optimizer: FullOptimizer | LoraOptimizer = FullOptimizer(policy.module, config)

@@ -2,8 +2,9 @@
 
 `load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep: for each
 row of the table, the ranks of the owning pipeline stage send their parts to their peers in the other stages, then every
-stage gathers the full tensor from its tensor-parallel ranks. Between stages, which may be on different nodes, only
-parts travel, and no rank ever holds more than one full parameter beside its shard.
+stage gathers the full tensor from its tensor-parallel ranks. An expert's parts first go to the expert-parallel ranks of
+its stage. Between stages, which may be on different nodes, only parts travel, and no rank ever holds more than one full
+parameter beside its shard.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from nemo_r3.models.tensors import HFTensors
 
 
 def parameters_by_name(model: nn.Module, arch: Architecture) -> dict[str, nn.Parameter]:
-    """This rank's parameters under their global names (layers counted over all pipeline stages)."""
+    """This rank's parameters under their global names (layers and experts counted over all ranks)."""
     rows = names.rows(arch)
     canonical = {names.fused_norm_name(row.megatron): row.megatron for row in rows}
+    first_layer = model.decoder.layers[0].layer_number - 1  # type: ignore[union-attr, index, operator]
+    first_expert = 0
+    if arch.experts is not None:
+        group = parallel_state.get_expert_model_parallel_group()
+        first_expert = group.rank() * (arch.experts.count // group.size())
     found = {}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)  # type: ignore[union-attr, index]
-        name = ".".join(parts)
+        name = names.global_name(name, first_layer, first_expert)
         found[canonical.get(name, name)] = parameter
     return found
 
@@ -56,8 +59,6 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
     Raises:
         ConfigError: no safetensors, an unreadable one, or a tensor that is missing or of another shape.
     """
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
     mine = parameters_by_name(model, arch)
     with HFTensors(path) as checkpoint, torch.no_grad():
         checkpoint.check(arch)
@@ -68,8 +69,9 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
                 targets.append(mine[names.HEAD])  # the last stage's copy of a tied embedding
             if not targets:
                 continue
-            pieces = [checkpoint.read(*piece) for piece in names.pieces(row, arch, tp_rank, tp_size)]
-            part = convert.merge(row, pieces, arch, tp_size)
+            group = _sharing(row)
+            pieces = [checkpoint.read(*piece) for piece in names.pieces(row, arch, group.rank(), group.size())]
+            part = convert.merge(row, pieces, arch, group.size())
             for target in targets:
                 target.copy_(part)
 
@@ -77,26 +79,41 @@ def load_hf(model: nn.Module, arch: Architecture, path: Path) -> None:
 def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Streams (Hugging Face name, full tensor in the actor's dtype) pairs; every rank must iterate to the end."""
     mine = parameters_by_name(model, arch)
-    tp_group = parallel_state.get_tensor_model_parallel_group()
     pp_group = parallel_state.get_pipeline_model_parallel_group()
-    tp_size, pp_size = dist.get_world_size(tp_group), dist.get_world_size(pp_group)
+    ep_group = parallel_state.get_expert_model_parallel_group()
     sample = next(iter(mine.values()))
     for row in names.rows(arch):
-        owner = names.stage_of(row, arch, pp_size)
-        if owner == dist.get_rank(pp_group):
+        tp_group = _sharing(row)
+        stage = names.stage_of(row, arch, pp_group.size())
+        here = stage == pp_group.rank()
+        if here and row.megatron in mine:
             part = mine[row.megatron].detach().contiguous()
         else:
-            part = torch.empty(names.part_shape(row, arch, tp_size), dtype=sample.dtype, device=sample.device)
-        if pp_size > 1:
-            dist.broadcast(part, src=dist.get_global_rank(pp_group, owner), group=pp_group)
-        full = part if row.cut is None else convert.join(row, _gather(part, tp_group, tp_size), tp_size)
+            part = torch.empty(names.part_shape(row, arch, tp_group.size()), dtype=sample.dtype, device=sample.device)
+        if here and row.expert is not None:
+            _hand_on(part, names.owner_of(row, arch, ep_group.size()), ep_group)
+        _hand_on(part, stage, pp_group)
+        full = part if row.cut is None else convert.join(row, _gather(part, tp_group), tp_group.size())
         yield from zip(row.hf, convert.split(row, full, arch), strict=True)
 
 
-def _gather(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+def _sharing(row: names.NameRow) -> dist.ProcessGroup:
+    """The ranks over which a row's tensor is cut, if it is."""
+    if row.expert is None:
+        return parallel_state.get_tensor_model_parallel_group()
+    return parallel_state.get_expert_tensor_parallel_group()
+
+
+def _hand_on(part: Tensor, owner: int, group: dist.ProcessGroup) -> None:
+    """Fills `part` with that of the group's rank `owner`, on all of its ranks."""
+    if group.size() > 1:
+        dist.broadcast(part, src=dist.get_global_rank(group, owner), group=group)
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The parts of all ranks, one after the other along axis 0."""
-    if size == 1:
+    if group.size() == 1:
         return part
-    parts = part.new_empty(size * part.shape[0], *part.shape[1:])
+    parts = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
     dist.all_gather_into_tensor(parts, part, group=group)
     return parts

@@ -11,6 +11,12 @@ class ActorConfig:
 
     tensor_parallel: int = option(1, low=1, help="ranks that share each layer's matrices", resume=True)
     pipeline_parallel: int = option(1, low=1, help="ranks that share the layers", resume=True)
+    expert_parallel: int = option(
+        1,
+        low=1,
+        help="ranks of a pipeline stage that share a layer's experts, whole ones; 1: tensor_parallel cuts each expert",
+        resume=True,
+    )
     sequence_parallel: bool = option(
         False, help="split norms and residuals over the tensor-parallel ranks", resume=True
     )
@@ -67,3 +73,8 @@ class ActorConfig:
     clip_grad: float = option(
         1.0, low=0.0, help="largest gradient norm; 0: no clipping; TRL's `max_grad_norm`, verl's `grad_clip`"
     )
+
+    @property
+    def expert_tensor_parallel(self) -> int:
+        """Ranks that share each expert's matrices."""
+        return self.tensor_parallel if self.expert_parallel == 1 else 1

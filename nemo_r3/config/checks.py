@@ -144,6 +144,12 @@ def _check_divides(config: Config, world_size: int, ranks: str) -> None:
             f"actor.tensor_parallel * actor.pipeline_parallel = {actor.tensor_parallel} * {actor.pipeline_parallel} = "
             f"{layout} does not divide the world: {ranks}"
         )
+    if (stage := world_size // actor.pipeline_parallel) % actor.expert_parallel:
+        allowed = ", ".join(str(n) for n in range(1, stage + 1) if stage % n == 0)
+        raise ConfigError(
+            f"actor.expert_parallel: {actor.expert_parallel} does not divide the {stage} ranks of a pipeline stage "
+            f"(allowed: {allowed})"
+        )
     if world_size % rollout.tensor_parallel:
         raise ConfigError(
             f"rollout.tensor_parallel: {rollout.tensor_parallel} ranks per engine do not divide the world: {ranks}"

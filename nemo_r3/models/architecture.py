@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,22 @@ MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: several SwiGLUs in each layer, of which a router picks some for each token."""
+
+    count: int  # in each layer
+    per_token: int  # how many of them a token passes
+    normalized: bool  # whether the weights of a token's experts are scaled to add up to 1
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer with RMSNorm, SwiGLU, grouped-query attention and rotary positions."""
 
     family: str  # the module of nemo_r3.models that read it
     num_layers: int
     hidden_size: int  # width of the residual stream
-    ffn_hidden_size: int  # width of the SwiGLU's gate
+    ffn_hidden_size: int  # width of the SwiGLU's gate, of one expert if there are several
     num_heads: int  # of queries
     num_kv_heads: int  # of keys, and of values
     head_dim: int
@@ -37,6 +46,7 @@ class Architecture:
     qk_norm: bool = False  # whether every head's query and key pass an RMSNorm before they are rotated
     fused: bool = False  # whether the checkpoint holds query, key and value in one tensor, and gate and up in another
     window: int | None = None  # how many recent tokens a token sees in sliding-window layers; None if there are none
+    experts: Experts | None = None  # None if every token passes the same, dense SwiGLU
 
     @property
     def query_width(self) -> int:
@@ -47,6 +57,18 @@ class Architecture:
     def key_width(self) -> int:
         """Columns of all key heads; the value heads have as many."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def active_columns(self) -> int:
+        """Columns of all the SwiGLU gates that a token passes in a layer."""
+        return self.ffn_hidden_size * (self.experts.per_token if self.experts else 1)
+
+    def described(self) -> dict[str, Any]:
+        """All fields; of a dense model without `experts`, as before there were any: fingerprints are made of them."""
+        fields = asdict(self)
+        if self.experts is None:
+            del fields["experts"]
+        return fields
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Embedding rows once padded so that all tensor-parallel ranks hold equally many."""
@@ -99,9 +121,6 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
     if heads % kv_heads:
         raise ConfigError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     head_dim = hidden_size // heads if hf.get("head_dim") is None else positive_integer(hf, "head_dim")
-    tied = hf.get("tie_word_embeddings") or False
-    if not isinstance(tied, bool):
-        raise ConfigError(f"tie_word_embeddings={tied!r} is neither true nor false")
     if traits.get("window") is not None:
         positive_integer({"sliding_window": traits["window"]}, "sliding_window")
     common: dict[str, Any] = {
@@ -115,9 +134,21 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
         "max_positions": positive_integer(hf, "max_position_embeddings"),
         "norm_eps": positive_number({"rms_norm_eps": 1e-6} | dict(hf), "rms_norm_eps"),
         "rope": read_rope(hf, head_dim),
-        "tied": tied,
+        "tied": flag(hf, "tie_word_embeddings"),
     }
     return Architecture(family=family, **common | traits)
+
+
+def flag(hf: Mapping[str, Any], key: str) -> bool:
+    """A field that is true or false; false if it is missing.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    value = hf.get(key) or False
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} is neither true nor false")
+    return value
 
 
 def check_layout(config: Config, arch: Architecture) -> None:
@@ -137,9 +168,14 @@ def check_layout(config: Config, arch: Architecture) -> None:
     for key, ways in both.items():
         must_divide(key, ways, arch.num_heads, "attention heads")
     must_divide("actor.tensor_parallel", actor.tensor_parallel, arch.num_kv_heads, "key/value heads")
-    for key, ways in both.items():
+    for key, ways in (both | {"actor.tensor_parallel": actor.expert_tensor_parallel}).items():
         must_divide(key, ways, arch.ffn_hidden_size, "feed-forward columns")
     must_divide("actor.pipeline_parallel", actor.pipeline_parallel, arch.num_layers, "layers")
+    if arch.experts is not None:
+        must_divide("actor.expert_parallel", actor.expert_parallel, arch.experts.count, "experts")
+        _check_experts(config)
+    elif actor.expert_parallel > 1:
+        raise ConfigError(f"actor.expert_parallel={actor.expert_parallel} needs a model with experts (allowed here: 1)")
     if arch.num_kv_heads % rollout.tensor_parallel and rollout.tensor_parallel % arch.num_kv_heads:
         raise ConfigError(
             f"rollout.tensor_parallel={rollout.tensor_parallel} neither divides nor is divided by the model's "
@@ -155,3 +191,19 @@ def check_layout(config: Config, arch: Architecture) -> None:
             f"rollout.max_model_len={rollout.max_model_len} exceeds the model's sliding window of {arch.window} "
             "tokens, which the actor does not apply: up to there it makes no difference"
         )
+
+
+def _check_experts(config: Config) -> None:
+    """Refuses what the actor or the engine cannot do with experts."""
+    actor, quantization = config.actor, config.rollout.quantization
+    if actor.tensor_parallel > 1 and not actor.sequence_parallel:
+        raise ConfigError(
+            f"actor.sequence_parallel: false with actor.tensor_parallel={actor.tensor_parallel}: a model with experts "
+            "needs true, as megatron-core's router expects each rank to have tokens of its own"
+        )
+    for key, value, plain in (
+        ("actor.precision", actor.precision, "bf16"),
+        ("rollout.quantization", quantization, "none"),
+    ):
+        if "fp8" in value:
+            raise ConfigError(f"{key}={value} is not supported for a model with experts; ask for {plain}")

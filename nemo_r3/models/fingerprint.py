@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from nemo_r3.models.architecture import Architecture
@@ -18,7 +17,7 @@ def fingerprint(path: Path, arch: Architecture) -> str:
 
     The same for a copy elsewhere; different after any training step, because a step changes all layers.
     """
-    digest = hashlib.sha256(json.dumps(asdict(arch), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(arch.described(), sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())

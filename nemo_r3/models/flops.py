@@ -13,12 +13,13 @@ FORWARD_AND_BACKWARD = 3
 
 
 def training_cost(arch: Architecture, frozen_head: bool = False) -> Cost:
-    """FLOPs of forward and backward; a multiplication with its addition counts as 2. LoRA's factors do not count.
+    """FLOPs of forward and backward, of experts only those that a token passes; a multiply-add counts as 2.
 
-    A frozen head's weight has no gradient. (`step_flops` counts a third too little of what that head costs in passes
-    that only score.)
+    LoRA's factors do not count. A frozen head's weight has no gradient. (`step_flops` counts a third too little of what
+    that head costs in passes that only score.)
     """
-    layer = arch.hidden_size * (2 * arch.query_width + 2 * arch.key_width + 3 * arch.ffn_hidden_size)
+    router = arch.experts.count if arch.experts else 0
+    layer = arch.hidden_size * (2 * arch.query_width + 2 * arch.key_width + 3 * arch.active_columns + router)
     return Cost(
         per_token=FORWARD_AND_BACKWARD * 2 * arch.num_layers * layer,
         per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * arch.query_width,

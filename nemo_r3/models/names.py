@@ -6,8 +6,12 @@ other. No torch: a model is counted where there is none.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 from nemo_r3.models.architecture import Architecture
 
@@ -19,7 +23,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 class NameRow:
     """One megatron parameter and the Hugging Face tensors it is made of."""
 
-    megatron: str  # parameter name with the global layer number, as the local layer spec names it
+    megatron: str  # parameter name with the global numbers of layer and expert, as the local layer spec names it
     hf: tuple[str, ...]  # the Hugging Face names it holds, in the order of `convert.merge`
     shape: tuple[int, ...]  # of the whole tensor, before a vocabulary is padded
     kind: str = "copy"
@@ -27,6 +31,7 @@ class NameRow:
     have a single name: of the tensor in which a family has fused them, one after the other."""
     cut: int | None = None  # the axis that tensor parallelism cuts; None if every rank holds the whole
     layer: int | None = None  # the global layer it belongs to; None for embedding, final norm and head
+    expert: int | None = None  # the expert of that layer it belongs to; None if every token passes it
 
 
 def rows(arch: Architecture) -> list[NameRow]:
@@ -34,30 +39,28 @@ def rows(arch: Architecture) -> list[NameRow]:
     vocabulary = (arch.vocab_size, arch.hidden_size)
     table = [NameRow(EMBEDDING, ("model.embed_tokens.weight",), vocabulary, "vocab", 0)]
     for layer in range(arch.num_layers):
-        table += _layer_rows(arch, layer)
+        table += _layer_rows(arch, layer) + _feed_forward_rows(arch, layer)
     table.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",), (arch.hidden_size,)))
     if not arch.tied:
         table.append(NameRow(HEAD, ("lm_head.weight",), vocabulary, "vocab", 0))
     return table
 
 
+def _row(layer: int, name: str, shape: tuple[int, ...], *sources: str, **traits: Any) -> NameRow:
+    hf = tuple(f"model.layers.{layer}.{source}" for source in sources)
+    return NameRow(f"decoder.layers.{layer}.{name}", hf, shape, layer=layer, **traits)
+
+
 def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
-    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    hidden, ffn, columns = arch.hidden_size, arch.ffn_hidden_size, arch.query_width + 2 * arch.key_width
-
-    def row(name: str, shape: tuple[int, ...], *sources: str, kind: str = "copy", cut: int | None = None) -> NameRow:
-        return NameRow(f"{mcore}.{name}", tuple(f"{hf}.{source}" for source in sources), shape, kind, cut, layer)
-
+    """All rows of a layer but those of the feed-forward network."""
+    hidden, columns, row = arch.hidden_size, arch.query_width + 2 * arch.key_width, partial(_row, layer)
     qkv = ["self_attn.qkv_proj"] if arch.fused else [f"self_attn.{part}_proj" for part in "qkv"]
-    gate_up = ["mlp.gate_up_proj"] if arch.fused else ["mlp.gate_proj", "mlp.up_proj"]
     weights, biases = ([f"{name}.{which}" for name in qkv] for which in ("weight", "bias"))
     rows = [
         row("input_layernorm.weight", (hidden,), "input_layernorm.weight"),
         row("self_attention.linear_qkv.weight", (columns, hidden), *weights, kind="qkv", cut=0),
         row("self_attention.linear_proj.weight", (hidden, arch.query_width), "self_attn.o_proj.weight", cut=1),
         row("pre_mlp_layernorm.weight", (hidden,), "post_attention_layernorm.weight"),
-        row("mlp.linear_fc1.weight", (2 * ffn, hidden), *(f"{name}.weight" for name in gate_up), kind="gate_up", cut=0),
-        row("mlp.linear_fc2.weight", (hidden, ffn), "mlp.down_proj.weight", cut=1),
     ]
     if arch.qkv_bias:
         rows.append(row("self_attention.linear_qkv.bias", (columns,), *biases, kind="qkv", cut=0))
@@ -67,11 +70,46 @@ def _layer_rows(arch: Architecture, layer: int) -> list[NameRow]:
     return rows
 
 
+def _feed_forward_rows(arch: Architecture, layer: int) -> list[NameRow]:
+    if arch.experts is None:
+        return _swiglu_rows(arch, layer, "mlp", "mlp")
+    router = _row(layer, "mlp.router.weight", (arch.experts.count, arch.hidden_size), "mlp.gate.weight")
+    experts = [
+        _swiglu_rows(arch, layer, f"mlp.experts.local_experts.{expert}", f"mlp.experts.{expert}", expert)
+        for expert in range(arch.experts.count)
+    ]
+    return [router, *itertools.chain(*experts)]
+
+
+def _swiglu_rows(arch: Architecture, layer: int, mcore: str, hf: str, expert: int | None = None) -> list[NameRow]:
+    hidden, ffn, row = arch.hidden_size, arch.ffn_hidden_size, partial(_row, layer, expert=expert)
+    gate_up = [f"{hf}.{part}.weight" for part in (["gate_up_proj"] if arch.fused else ["gate_proj", "up_proj"])]
+    return [
+        row(f"{mcore}.linear_fc1.weight", (2 * ffn, hidden), *gate_up, kind="gate_up", cut=0),
+        row(f"{mcore}.linear_fc2.weight", (hidden, ffn), f"{hf}.down_proj.weight", cut=1),
+    ]
+
+
 def fused_norm_name(name: str) -> str:
     """The name that a parameter has with Transformer Engine's layers, which fold norms into the next matrix."""
     return name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight").replace(
         "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
     )
+
+
+def global_name(name: str, first_layer: int, first_expert: int) -> str:
+    """A parameter's name on its rank, of whichever layer spec -> as in `NameRow`, but for `fused_norm_name`.
+
+    Transformer Engine's layers hold the experts' matrices as linear_fc1.weight0, .weight1, ..
+
+    Args:
+        name: with layers and experts counted from 0 on this rank.
+        first_layer: the global number of the rank's first layer.
+        first_expert: the global number of its first expert in each layer.
+    """
+    name = re.sub(r"\.experts\.(\w+)\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
+    name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda number: str(first_layer + int(number[0])), name)
+    return re.sub(r"(?<=\.local_experts\.)\d+", lambda number: str(first_expert + int(number[0])), name)
 
 
 def pieces(row: NameRow, arch: Architecture, rank: int, size: int) -> list[tuple[str, Index]]:
@@ -137,6 +175,12 @@ def stage_of(row: NameRow, arch: Architecture, stages: int) -> int:
     return 0 if row.megatron == EMBEDDING else stages - 1
 
 
+def owner_of(row: NameRow, arch: Architecture, expert_parallel: int) -> int:
+    """The expert-parallel rank that holds an expert's parameter."""
+    assert arch.experts is not None and row.expert is not None, "a row of an expert"
+    return row.expert // (arch.experts.count // expert_parallel)
+
+
 def count_factors(arch: Architecture, rank: int, size: int = 1) -> int:
     """Parameters of LoRA of this rank on each of `size` tensor-parallel ranks, which cut one factor of each pair."""
     found = 0
@@ -146,6 +190,7 @@ def count_factors(arch: Architecture, rank: int, size: int = 1) -> int:
     return rank * found
 
 
-def count_parameters(arch: Architecture) -> int:
-    """Parameters of the checkpoint; a tied head counts once."""
-    return sum(math.prod(row.shape) for row in rows(arch))
+@cache  # plans ask often, and experts have thousands of rows
+def count_parameters(arch: Architecture, experts_only: bool = False) -> int:
+    """Parameters of the checkpoint, or of its experts; a tied head counts once."""
+    return sum(math.prod(row.shape) for row in rows(arch) if row.expert is not None or not experts_only)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs, SampleLogprobs
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -164,7 +165,7 @@ class Engine:
         if missing := self._expected - seen:
             raise RuntimeError(f"refit: {len(missing)} tensors were not sent, e.g. {min(missing)}")
         if current_platform.is_cpu():
-            self._repack_head()
+            self._repack()
         self.reset_prefix_cache()
         self.version = version
 
@@ -207,13 +208,15 @@ class Engine:
         logprobs = tuple(rows.logprobs[start] for start in rows.start_indices)  # the sampled token comes first
         return Completion(request, tuple(ids), logprobs, reason, self.version)
 
-    def _repack_head(self) -> None:
-        """On a CPU, vLLM keeps a packed copy of a tied head, which a reload does not renew."""
+    def _repack(self) -> None:
+        """On a CPU, vLLM packs experts, and keeps a packed copy of a tied head; a reload leaves both undone."""
 
         def repack(model: torch.nn.Module) -> None:
             for module in model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
+                elif isinstance(module, RoutedExperts):
+                    module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
         self._llm.apply_model(repack)
 
@@ -240,6 +243,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
 
     Attention is FlashAttention there, from vLLM's wheel. On Blackwell vLLM would prefer FlashInfer, even where there is
     no nvcc, with which FlashInfer compiles its kernels at run time. float32 is left to vLLM: FlashAttention lacks it.
+    Experts are Triton's for the same reason.
     """
     rollout, precision, patience = config.rollout, precision_of(config), config.run.timeout_minutes * 60
     batched = GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS)
@@ -260,6 +264,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         cpu_distributed_timeout_seconds=patience,
         enable_prefix_caching=rollout.prefix_caching,
         attention_backend=AttentionBackendEnum.FLASH_ATTN if on_cuda and precision.bf16 else None,
+        moe_backend="triton" if on_cuda and arch.experts else "auto",
         block_size=None if on_cuda else KV_BLOCK,
         enforce_eager=rollout.enforce_eager or not on_cuda,
         logprobs_mode="processed_logprobs",

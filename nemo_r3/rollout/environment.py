@@ -10,10 +10,12 @@ from pathlib import Path
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
-from nemo_r3.models import architecture_of, model_path
+from nemo_r3.models import Architecture, architecture_of, model_path
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head widths of vLLM's CPU attention; with any other it fails at the first token, not at start-up."""
+CPU_EXPERT_COLUMNS = 32
+"""What an expert's columns on a rank must be a multiple of on a CPU: vLLM would pad others, and fail at a refit."""
 CACHES = {
     "XDG_CACHE_HOME": "",  # of vLLM
     "TRITON_CACHE_DIR": "triton",
@@ -36,12 +38,10 @@ def prepare(config: Config, on_cuda: bool) -> None:
     Of the disk, only `model.path`'s config.json is read.
 
     Raises:
-        ConfigError: vLLM's CPU attention lacks the model's head width, or a task's module has imported vLLM.
+        ConfigError: vLLM on a CPU lacks the model's head width or its experts', or a task's module has imported vLLM.
     """
-    head_dim = architecture_of(model_path(config)).head_dim
-    if not on_cuda and head_dim not in CPU_HEAD_DIMS:
-        allowed = ", ".join(map(str, CPU_HEAD_DIMS))
-        raise ConfigError(f"model.path: head_dim {head_dim} does not run in vLLM on a CPU (it has {allowed})")
+    if not on_cuda:
+        _check_cpu(architecture_of(model_path(config)), config.rollout.tensor_parallel)
     if "vllm" in sys.modules:
         raise ConfigError(
             f"task.name: {config.task.name} imports vllm, whose environment is not ready yet; a task may use it only "
@@ -63,6 +63,18 @@ def prepare(config: Config, on_cuda: bool) -> None:
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks share cores with their own actor
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # an eager engine still compiles its sampler: 44 s against 1 s
+
+
+def _check_cpu(arch: Architecture, ways: int) -> None:
+    """Refuses what vLLM's kernels for CPUs lack; `ways` is the engine's tensor parallelism."""
+    if arch.head_dim not in CPU_HEAD_DIMS:
+        allowed = ", ".join(map(str, CPU_HEAD_DIMS))
+        raise ConfigError(f"model.path: head_dim {arch.head_dim} does not run in vLLM on a CPU (it has {allowed})")
+    if arch.experts and (columns := arch.ffn_hidden_size // ways) % CPU_EXPERT_COLUMNS:
+        raise ConfigError(
+            f"model.path: experts of {columns} columns on a rank (rollout.tensor_parallel={ways}) do not run in vLLM "
+            f"on a CPU: they must be a multiple of {CPU_EXPERT_COLUMNS}"
+        )
 
 
 def _home_can_be_written() -> bool:

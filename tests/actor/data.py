@@ -72,12 +72,12 @@ def lower(model: torch.nn.Module, rank: int) -> None:
             parametrize.register_parametrization(part, "weight", LowRank(f"{name}.weight", part.weight, rank))
 
 
-def whole_weights(model: torch.nn.Module) -> TENSORS:
-    """A model's state under its usual names."""
+def merged(model: Any) -> Any:
+    """A model with its usual parameters."""
     for part in model.modules():
         if parametrize.is_parametrized(part):
             parametrize.remove_parametrizations(part, "weight")
-    return model.state_dict()
+    return model
 
 
 def plain_steps(
@@ -132,10 +132,11 @@ def plain_steps(
                 found[name] += value.item() / len(updates)
             found["clipped"] += beyond.item()
         metrics.append(found)
-    tied = {"lm_head.weight"} if "tied" in kind else set()
-    state = {name: tensor.contiguous() for name, tensor in whole_weights(model).items() if name not in tied}
+    merged(model).save_pretrained(home / "plain")
     low = f"-lora_rank={lora_rank}" if lora_rank else ""
-    save_file(state, home / f"plain-{kind}{low}-{count * len(updates)}.weights.safetensors")
+    (home / "plain" / "model.safetensors").rename(
+        home / f"plain-{kind}{low}-{count * len(updates)}.weights.safetensors"
+    )
     return metrics
 
 

@@ -45,8 +45,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_parallel": 2},
     "pp2": {"pipeline_parallel": 2},
     "dp2": {},
+    "ep2": {"expert_parallel": 2},
     "tp2pp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
     "tp2dp2": {"tensor_parallel": 2, "sequence_parallel": True},
+    "tp2ep2": {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2},
     "tp2pp2dp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
     "tp2pp4": {"tensor_parallel": 2, "pipeline_parallel": 4, "sequence_parallel": True},
     "pp4dp2": {"pipeline_parallel": 4},
@@ -64,7 +66,7 @@ class Lab:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.world: World = runtime.start(Config())
-        self.groups: tuple[int, int] | None = None
+        self.groups: tuple[int, ...] | None = None
         policy_module.start_parallel_groups = self._start_groups  # type: ignore[assignment]
         many_buckets = partial(optimizer_module.DistributedDataParallelConfig, bucket_size=BUCKET)
         optimizer_module.DistributedDataParallelConfig = many_buckets  # type: ignore[assignment, misc]
@@ -75,7 +77,8 @@ class Lab:
         return load_file(self.home / "transformers.safetensors")
 
     def _start_groups(self, config: Config) -> None:
-        groups = (config.actor.tensor_parallel, config.actor.pipeline_parallel)
+        actor = config.actor
+        groups = (actor.tensor_parallel, actor.pipeline_parallel, actor.expert_parallel)
         if groups == self.groups:
             return
         if self.groups is not None:
@@ -90,6 +93,7 @@ class Lab:
         config.train.steps, config.train.updates_per_step = 8, 2
         settings = {"precision": "fp32", "microbatch_tokens": 130, "weight_decay": 0.1, "clip_grad": 1.0}
         settings |= {"lr": 1e-3, "lr_min": 1e-4, "lr_warmup_ratio": 0.0, "adam_eps": 1e-5}
+        settings |= {"sequence_parallel": layout == "tp2" and "moe" in kind}  # experts need it
         for name, value in (settings | LAYOUTS[layout] | actor).items():
             setattr(config.actor, name, value)
         return Trainer(Policy(config, self.world))

@@ -1,8 +1,8 @@
 """Runs real policies at several layouts in one launch and stores what they found; the tests assert on it.
 
     python probe.py one HOME            makes the models and what the others are compared with; kills itself at the end
-    torchrun ... probe.py two HOME      TP2, PP2 and DP2, one after the other; ends in a full disk on one rank
-    torchrun ... probe.py four HOME     TP2xPP2 and TP2xDP2, both with sequence parallel
+    torchrun ... probe.py two HOME      TP2, PP2, EP2 and DP2, one after the other; ends in a full disk on one rank
+    torchrun ... probe.py four HOME     TP2xPP2, TP2xDP2 and TP2xEP2, all with sequence parallel
     torchrun ... probe.py eight HOME    TP2xPP2xDP2, TP2xPP4, PP4xDP2 and DP8, where a rank has no row
     torchrun ... probe.py devices HOME  TP2 and PP2 on a GPU that is pretended
     python probe.py ceiling HOME        an update with a vocabulary of 150,000 under a memory limit
@@ -76,14 +76,18 @@ def two(lab: Lab) -> None:
     lab.fork("tp2", "llama_tied")
     lab.resume("tp2", "tp2", "qwen2")
     lab.note("killed", after_the_kill(lab))
-    for kind in ("llama_tied", "qwen2"):
-        lab.trial("pp2", kind, save=True)
+    for kind in ("llama_tied", "qwen2", "qwen3_moe"):
+        lab.trial("pp2", kind, save=kind != "qwen3_moe")
     lab.trial("pp2", "qwen2", lora_rank=4)
     shared_and_separate(lab, "pp2", "llama_tied")
     lab.resume("tp2", "pp2", "qwen2")
     lab.resume("pp2", "pp2", "llama_tied")
-    for kind in ("llama_tied", "qwen2"):
-        lab.trial("dp2", kind, save=True)
+    lab.trial("ep2", "qwen3_moe", save=True)
+    lab.resume("ep2", "ep2", "qwen3_moe")
+    lab.resume("one", "ep2", "qwen3_moe")
+    for kind in ("llama_tied", "qwen2", "qwen3_moe"):
+        lab.trial("dp2", kind, save=kind != "qwen3_moe")
+    lab.resume("ep2", "dp2", "qwen3_moe")
     lab.trial("dp2", "qwen2", shared_context=False)
     lab.trial("dp2", "qwen2", lora_rank=4)
     lab.split("dp2", "qwen2")
@@ -110,6 +114,8 @@ def four(lab: Lab) -> None:
     lab.trial("tp2pp2", "qwen2", lora_rank=4)
     lab.resume("tp2", "tp2pp2", "qwen2", lora_rank=4)
     lab.resume("tp2pp2", "tp2dp2", "llama_tied")
+    lab.trial("tp2ep2", "qwen3_moe")
+    lab.resume("ep2", "tp2ep2", "qwen3_moe")
 
 
 def eight(lab: Lab) -> None:

@@ -33,6 +33,7 @@ SAME = [
     "pp2-to-pp2-llama_tied",
     "dp2-to-dp2-qwen2",
     f"one-to-one-{LORA}",
+    "ep2-to-ep2-qwen3_moe",
 ]
 OTHER = [
     "one-to-tp2-llama_tied",
@@ -41,6 +42,9 @@ OTHER = [
     "dp2-to-tp2pp2-qwen2",
     "tp2pp2-to-tp2dp2-llama_tied",
     f"tp2-to-tp2pp2-{LORA}",
+    "one-to-ep2-qwen3_moe",
+    "ep2-to-dp2-qwen3_moe",
+    "ep2-to-tp2ep2-qwen3_moe",
 ]
 DAMAGED = {
     "truncated": ".distcp has",

@@ -17,6 +17,7 @@ VARIANTS = ["one-llama_tied-shared_context=False", "one-qwen2-recompute=selectiv
 SPLIT = [
     *(f"tp2-{kind}" for kind in IN_FULL),
     *(f"{layout}-{kind}" for layout in ("pp2", "dp2", "tp2pp2") for kind in ("llama_tied", "qwen2")),
+    *(f"{layout}-qwen3_moe" for layout in ("pp2", "dp2", "ep2", "tp2ep2")),
     "dp2-qwen2-shared_context=False",
     "tp2dp2-qwen2",
     *(f"{layout}-{LORA}" for layout in ("tp2", "pp2", "dp2", "tp2pp2")),
@@ -117,13 +118,17 @@ def test_eight_ranks_equal_one_process(one: Any, eight: Any, name: str) -> None:
     assert found["nan"] == {"skipped": 1.0, "unchanged": True}
 
 
-@pytest.mark.parametrize("name", ["one-qwen2", "dp2-qwen2", "tp2-qwen2", "tp2pp2-qwen2"])
+@pytest.mark.parametrize("name", ["one-qwen2", "dp2-qwen2", "tp2-qwen2", "tp2pp2-qwen2", "ep2-qwen3_moe"])
 def test_the_flops_of_one_rows_update_by_hand(one: Any, every: dict[str, Any], name: str) -> None:
-    """Of 61 tokens and 36 to be trained, the last of which is no input; the reference runs forward alone."""
-    arch = architecture_of(one.home / "qwen2")
+    """Of 61 tokens and 36 to be trained, the last of which is no input; the reference runs forward alone.
+
+    Of 8 experts, a token passes 2, and the router.
+    """
+    arch = architecture_of(one.home / name.split("-")[1])
     inputs, trained = 61 + 36 - 1, 36
     queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    layer = arch.hidden_size * (2 * queries + 2 * keys + 3 * arch.ffn_hidden_size)
+    feed_forward = 2 * 3 * 64 + 8 if "moe" in name else 3 * 192
+    layer = arch.hidden_size * (2 * queries + 2 * keys + feed_forward)
     head = 2 * arch.vocab_size * arch.hidden_size * trained
     forward = arch.num_layers * (2 * layer * inputs + 4 * queries * inputs * (inputs + 1) / 2) + head
     assert every[name]["metrics"][4]["update_flops"] == pytest.approx((3 + 1) * forward)
@@ -213,10 +218,13 @@ def test_the_watch_sees_the_weights_of_every_layer(one: Any, name: str) -> None:
     weights = load_file(one.home / name.removeprefix("one-") / "model.safetensors")
     rows = {(row["layer"], row["matrix"], row["operand"]): row for row in one.found[name]["layers"]}
     layers = 1 + max(layer for layer, _, _ in rows)
-    assert len(rows) == len(one.found[name]["layers"]) == layers * 4 * 3
+    seen, last = (2, "self_attn.o_proj") if "moe" in name else (4, "mlp.down_proj")
+    assert len(rows) == len(one.found[name]["layers"]) == layers * seen * 3
     for layer in range(layers):
-        down = weights[f"model.layers.{layer}.mlp.down_proj.weight"].abs().max().item()
-        assert rows[layer, "mlp.linear_fc2", "weight"]["amax"] == down
+        matrix = "self_attention.linear_proj" if "moe" in name else "mlp.linear_fc2"
+        assert (
+            rows[layer, matrix, "weight"]["amax"] == weights[f"model.layers.{layer}.{last}.weight"].abs().max().item()
+        )
     assert not any(row["fp8"] for row in rows.values())
     assert all(0.005 < row["error"] < 0.06 and row["saturation"] == 0 and row["amax"] > 0 for row in rows.values())
 

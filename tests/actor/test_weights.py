@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ TENSORS = {
 
 
 class Bare(nn.Module):
-    """A model without layers, under megatron-core's names."""
+    """A model of which nothing is in its layer, under megatron-core's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +37,17 @@ class Bare(nn.Module):
         self.embedding.word_embeddings = nn.Embedding(5, 4)
         self.decoder.final_layernorm = nn.RMSNorm(4)
         self.output_layer.weight = nn.Parameter(torch.zeros(5, 4))
+        self.decoder.layers = [SimpleNamespace(layer_number=1)]
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One tensor-parallel rank, without process groups."""
-    monkeypatch.setattr(weights.parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr(weights.parallel_state, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(weights, "_sharing", lambda row: group_of(0, 1))
+
+
+def group_of(rank: int, size: int) -> Any:
+    return SimpleNamespace(rank=lambda: rank, size=lambda: size)
 
 
 def save(path: Path, changes: dict[str, torch.Tensor | None]) -> Path:
@@ -156,8 +161,7 @@ def test_a_rank_reads_its_own_part_alone(
             {row.megatron: nn.Parameter(torch.empty(names.part_shape(row, arch, 2))) for row in names.rows(arch)}
         )
         monkeypatch.setattr(weights, "parameters_by_name", lambda *_, rank=rank: ranks[rank])
-        monkeypatch.setattr(weights.parallel_state, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(weights.parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+        monkeypatch.setattr(weights, "_sharing", lambda row, rank=rank: group_of(rank, 2))
         load_hf(nn.Module(), arch, tmp_path)
     for row in names.rows(arch):
         parts = [rank[row.megatron].detach() for rank in ranks]

@@ -41,6 +41,10 @@ def load_with(folder: Path, *overrides: str) -> Config:
         (["cluster.gpus_per_node=3", "actor.tensor_parallel=2"], ["= 2 * 1 = 2", "= 3 ranks"]),
         (["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.pipeline_parallel=3"], ["= 1 * 3 = 3", "= 8 ranks"]),
         (["cluster.gpus_per_node=4", "rollout.tensor_parallel=3"], ["rollout.tensor_parallel: 3", "= 4 ranks"]),
+        (
+            ["cluster.gpus_per_node=8", "actor.pipeline_parallel=2", "actor.expert_parallel=8"],
+            ["actor.expert_parallel: 8 does not divide the 4 ranks of a pipeline stage (allowed: 1, 2, 4)"],
+        ),
         (["actor.precision=fp8-delayed", "actor.layer_spec=local"], ["precision: fp8-delayed", "layer_spec=local"]),
         (["train.on_mismatch=bf16"], ["train.on_mismatch: bf16", "actor.precision=bf16"]),
         (["actor.precision=fp32", "actor.layer_spec=te"], ["actor.precision: fp32", "TF32", "actor.layer_spec=te"]),

@@ -15,6 +15,7 @@ from refusals import refusal
 from nemo_r3.config import Config
 from nemo_r3.config.checks import check
 from nemo_r3.models import Architecture, architecture_of, check_layout
+from nemo_r3.models.architecture import Experts
 from nemo_r3.models.names import count_parameters
 from nemo_r3.models.rope import Llama3, LongRope, Rope
 
@@ -109,6 +110,73 @@ def test_a_model_with_few_positions_says_all_that_has_to_change() -> None:
     check_layout(config, ARCH)
 
 
+MIXTURE: dict[str, Any] = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def test_a_qwen3_with_experts_has_their_width_and_number(tmp_path: Path) -> None:
+    found = architecture_of(write(tmp_path, json.dumps(MIXTURE)))
+    rope, experts = Rope(1e4, 16), Experts(6, 2, normalized=True)
+    ours = Architecture("qwen3_moe", 4, 64, 32, 4, 2, 16, 131, 512, 1e-6, rope, False, qk_norm=True, experts=experts)
+    assert (found, found.active_columns) == (ours, 64)
+    saved = {key: value for key, value in MIXTURE.items() if key != "num_experts"} | {"num_local_experts": 6}
+    assert architecture_of(write(tmp_path, json.dumps(saved))) == ours, "as transformers saves it since version 5"
+    assert architecture_of(write(tmp_path, json.dumps(MIXTURE | {"norm_topk_prob": None}))).experts == Experts(
+        6, 2, False
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported: only 1"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers=[0] is not supported: only []"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok=7 is not an integer from 1 to 6"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_topk_prob=true"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob='yes' is neither true nor false"),
+    ],
+)
+def test_experts_that_the_actor_does_not_compute_are_refused(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    assert expected in refusal(lambda: architecture_of(write(tmp_path, json.dumps(MIXTURE | change))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"actor.expert_parallel": 4},
+            "actor.expert_parallel=4 does not divide the model's 6 experts (allowed: 1, 2, 3",
+        ),
+        ({"actor.tensor_parallel": 2}, "actor.sequence_parallel: false with actor.tensor_parallel=2: a model with"),
+        ({"actor.precision": "fp8-delayed"}, "actor.precision=fp8-delayed is not supported for a model with experts"),
+        ({"rollout.quantization": "fp8_per_block"}, "rollout.quantization=fp8_per_block is not supported for a model"),
+        ({"actor.tensor_parallel": 2, "actor.sequence_parallel": True, "actor.expert_parallel": 3}, "accepted"),
+    ],
+)
+def test_layouts_of_experts(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
+    config = Config()
+    config.rollout.max_model_len = 512
+    for key, value in settings.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    arch = architecture_of(write(tmp_path, json.dumps(MIXTURE)))
+    assert refusal(lambda: check_layout(config, arch)).startswith(expected)
+
+
+def test_a_dense_model_is_described_as_before_there_were_experts() -> None:
+    """Fingerprints and checkpoints compare descriptions."""
+    assert "experts" not in ARCH.described() and ARCH.described()["window"] is None
+
+
 ARCH = Architecture("llama", 6, 96, 90, 12, 4, 8, 131, 512, 1e-6, Rope(1e4, 8), tied=True)
 
 
@@ -119,6 +187,7 @@ ARCH = Architecture("llama", 6, 96, 90, 12, 4, 8, 131, 512, 1e-6, Rope(1e4, 8), 
         ("actor.tensor_parallel", 3, "does not divide the model's 4 key/value heads (allowed: 1, 2, 4)"),
         ("actor.tensor_parallel", 4, "does not divide the model's 90 feed-forward columns"),
         ("actor.pipeline_parallel", 4, "does not divide the model's 6 layers (allowed: 1, 2, 3, 6)"),
+        ("actor.expert_parallel", 2, "needs a model with experts (allowed here: 1)"),
         ("rollout.tensor_parallel", 8, "does not divide the model's 12 attention heads"),
         ("rollout.tensor_parallel", 4, "does not divide the model's 90 feed-forward columns"),
         ("rollout.tensor_parallel", 6, "neither divides nor is divided by the model's 4 "),
@@ -271,10 +340,11 @@ BILLIONS = {  # as their authors count them
     "qwen2.5-7b": 7.62,
     "qwen2.5-32b": 32.8,
     "qwen2.5-72b": 72.7,
+    "qwen3-30b-a3b": 30.5,
 }
 
 
-def test_every_model_of_the_paper_has_its_known_size() -> None:
+def test_every_model_has_its_known_size() -> None:
     assert set(NAMES) == BILLIONS.keys()
     found = {name: count_parameters(shape(name)) / 1e9 for name in NAMES}
     assert found == pytest.approx(BILLIONS, rel=0.01)

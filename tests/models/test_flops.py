@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from families import TINY
+from families import EXPERTS, TINY
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nemo_r3.algo.balance import Balance
 from nemo_r3.models import Architecture, architecture_of
@@ -16,16 +18,18 @@ from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Ro
 SHARED, OWN, TRAINED = 24, 16, 10
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    # "eager" multiplies whole squares, so that torch counts what it sees
-    config = LlamaConfig(**TINY | {"num_hidden_layers": 3}, attn_implementation="eager")
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM | Qwen3MoeForCausalLM:
+    # "eager" multiplies whole squares, and one expert at a time, so that torch counts what it sees
     torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+    if request.param == "dense":
+        return LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": 3}, attn_implementation="eager"))
+    config = Qwen3MoeConfig(**TINY | EXPERTS, attn_implementation="eager", experts_implementation="eager")
+    return Qwen3MoeForCausalLM(config)
 
 
 @pytest.fixture(scope="module")
-def arch(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+def arch(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     path = tmp_path_factory.mktemp("flops")
     model.save_pretrained(path)
     return architecture_of(path)
@@ -39,12 +43,12 @@ def row(shared: int, own: int) -> Row:
     return Row(range(count), phases, sampled, weights, weights, [0.0] * count, group=0, shared=shared)
 
 
-def counted(model: LlamaForCausalLM, ids: torch.Tensor, cache: DynamicCache | None, trained: int) -> torch.Tensor:
+def counted(model: Any, ids: torch.Tensor, cache: DynamicCache | None, trained: int) -> torch.Tensor:
     hidden = model.model(ids, past_key_values=cache).last_hidden_state
     return model.lm_head(hidden[:, hidden.shape[1] - trained :])
 
 
-def test_a_row_of_its_own_costs_what_torch_counts(model: LlamaForCausalLM, arch: Architecture) -> None:
+def test_a_row_of_its_own_costs_what_torch_counts(model: Any, arch: Architecture) -> None:
     with FlopCounterMode(display=False) as counter:
         counted(model, torch.arange(SHARED + OWN)[None], None, TRAINED).sum().backward()
     cost = training_cost(arch)
@@ -55,7 +59,7 @@ def test_a_row_of_its_own_costs_what_torch_counts(model: LlamaForCausalLM, arch:
     assert ours < counter.get_total_flops()
 
 
-def test_a_frozen_head_has_no_gradient_of_its_weight(model: LlamaForCausalLM, arch: Architecture) -> None:
+def test_a_frozen_head_has_no_gradient_of_its_weight(model: Any, arch: Architecture) -> None:
     model.lm_head.requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         counted(model, torch.arange(SHARED + OWN)[None], None, TRAINED).sum().backward()
@@ -68,7 +72,7 @@ def test_a_frozen_head_has_no_gradient_of_its_weight(model: LlamaForCausalLM, ar
     assert (frozen.per_token, frozen.per_pair) == (whole.per_token, whole.per_pair)
 
 
-def test_a_shared_context_costs_once(model: LlamaForCausalLM, arch: Architecture) -> None:
+def test_a_shared_context_costs_once(model: Any, arch: Architecture) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         cache = DynamicCache()
         counted(model, torch.arange(SHARED)[None], cache, 0)
@@ -94,7 +98,7 @@ def group(context: int, reflection: int, retry: int, count: int) -> Group:
     return Group(failure, tuple(Reflection(number, trajectory, *answers, False) for number in range(count)))
 
 
-def test_a_rollout_reads_each_token_once_and_samples_with_the_head(model: LlamaForCausalLM, arch: Architecture) -> None:
+def test_a_rollout_reads_each_token_once_and_samples_with_the_head(model: Any, arch: Architecture) -> None:
     context, reflection, retry = 24, 6, 4
     own = reflection + 2 + retry - 1  # the last token is sampled and not read
     with FlopCounterMode(display=False) as counter, torch.no_grad():

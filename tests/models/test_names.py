@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_r3.models import convert, names
-from nemo_r3.models.architecture import Architecture
+from nemo_r3.models.architecture import Architecture, Experts
 from nemo_r3.models.rope import Rope
 
 TP = st.sampled_from([1, 2, 4])
@@ -37,6 +37,7 @@ def architectures(draw: st.DrawFn, tensor_parallel: int) -> Architecture:
         qkv_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         fused=draw(st.booleans()),
+        experts=draw(st.none() | st.builds(Experts, st.integers(1, 3), st.just(1), st.booleans())),
     )
 
 
@@ -55,12 +56,15 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
             "self_attn.o_proj.weight": (hidden, q),
-            "mlp.down_proj.weight": (hidden, ffn),
         }
         heads = {"qkv": q + 2 * kv} if arch.fused else {"q": q, "k": kv, "v": kv}
         columns = {"gate_up": 2 * ffn} if arch.fused else {"gate": ffn, "up": ffn}
         own |= {f"self_attn.{part}_proj.weight": (size, hidden) for part, size in heads.items()}
-        own |= {f"mlp.{part}_proj.weight": (size, hidden) for part, size in columns.items()}
+        if arch.experts:
+            own["mlp.gate.weight"] = (arch.experts.count, hidden)
+        for mlp in [f"mlp.experts.{number}" for number in range(arch.experts.count)] if arch.experts else ["mlp"]:
+            own |= {f"{mlp}.{part}_proj.weight": (size, hidden) for part, size in columns.items()}
+            own[f"{mlp}.down_proj.weight"] = (hidden, ffn)
         if arch.qkv_bias:
             own |= {f"self_attn.{part}_proj.bias": (size,) for part, size in heads.items()}
         if arch.qk_norm:
@@ -141,7 +145,7 @@ def test_a_rank_holds_whole_attention_groups_and_matching_columns(case: tuple[in
             assert k - 1000 == v - 2000 == queries[0] // per_kv
             assert queries == list(range((k - 1000) * per_kv, (k - 999) * per_kv))
     gate = torch.arange(arch.ffn_hidden_size).float()[:, None].expand(-1, arch.hidden_size)
-    row = rows["mlp.linear_fc1.weight"]
+    row = rows["mlp.experts.local_experts.0.linear_fc1.weight" if arch.experts else "mlp.linear_fc1.weight"]
     parts = [gate, gate + 1000]
     tensors = dict(zip(row.hf, [torch.cat(parts)] if arch.fused else parts, strict=True))
     for rank in range(size):
@@ -163,6 +167,29 @@ def test_a_stage_holds_neighbouring_layers_and_the_ends_are_at_the_ends() -> Non
     found = {(row.layer, row.megatron.split(".")[1]): names.stage_of(row, arch, 2) for row in names.rows(arch)}
     layers = {(layer, "layers"): layer // 2 for layer in range(4)}
     assert found == layers | {(None, "word_embeddings"): 0, (None, "final_layernorm"): 1, (None, "weight"): 1}
+
+
+def test_a_rank_holds_neighbouring_experts() -> None:
+    arch = Architecture("any", 1, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False, experts=Experts(6, 2, True))
+    found = [names.owner_of(row, arch, 3) for row in names.rows(arch) if row.expert is not None]
+    assert found == [0] * 4 + [1] * 4 + [2] * 4, "two matrices of two experts each"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("decoder.layers.1.mlp.experts.local_experts.2.linear_fc1.weight", "5.mlp.experts.local_experts.18.linear_fc1"),
+        ("decoder.layers.1.mlp.experts.linear_fc2.weight2", "5.mlp.experts.local_experts.18.linear_fc2"),
+        ("decoder.layers.0.mlp.linear_fc1.weight", "4.mlp.linear_fc1"),
+        ("decoder.layers.0.mlp.router.weight", "4.mlp.router"),
+    ],
+)
+def test_layers_and_experts_are_counted_over_all_ranks_whichever_layer_spec_names_them(
+    found: str, expected: str
+) -> None:
+    """On the rank whose first layer is 4 and first expert 16."""
+    assert names.global_name(found, 4, 16) == f"decoder.layers.{expected}.weight"
+    assert names.global_name(names.EMBEDDING, 4, 16) == names.EMBEDDING
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import TINY
+from families import EXPERTS, TINY
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
@@ -31,6 +31,11 @@ def refusal(home: Path, **changes: Any) -> str:
 
 def test_head_width_that_the_cpu_attention_lacks(tmp_path: Path) -> None:
     assert "head_dim 16" in refusal(tmp_path, num_attention_heads=8, hidden_size=128)
+
+
+def test_expert_width_that_the_cpu_would_pad(tmp_path: Path) -> None:
+    mixture = {"architectures": ["Qwen3MoeForCausalLM"]} | EXPERTS | {"moe_intermediate_size": 48}
+    assert "experts of 48 columns on a rank (rollout.tensor_parallel=1)" in refusal(tmp_path, **mixture)
 
 
 def test_a_task_that_has_imported_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,55 @@
+"""A model with experts through the loop: sampled, trained with its experts shared by two ranks, exported from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from families import EXPERTS, TINY
+from launch import QUICKSTART, lines, run
+from safetensors.torch import load_file
+
+from nemo_r3.models import EMBEDDED
+
+EVEN = """
+from nemo_r3.types import Problem
+
+
+def problems(split):
+    first = 0 if split == "train" else 100
+    return [Problem(f"word-{i}", f"Say the number {i}.", {}) for i in range(first, first + 16)]
+
+
+def verify(problem, text):
+    return len(text) % 2 == 0
+"""
+
+
+def make_model(path: Path) -> None:
+    """Random weights, and the embedded model's tokenizer and chat template."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    shape = Qwen3MoeConfig(**TINY | EXPERTS | {"vocab_size": len(tokenizer)}, eos_token_id=tokenizer.eos_token_id)
+    Qwen3MoeForCausalLM(shape).save_pretrained(path)
+
+
+def test_two_steps_and_an_export_at_another_layout(tmp_path: Path) -> None:
+    (tmp_path / "even.py").write_text(EVEN)
+    make_model(tmp_path / "model")
+    settings = [QUICKSTART, "task={name: even}", f"model.path={tmp_path}/model", f"run.dir={tmp_path}/run"]
+    settings += ["train.steps=2", "train.save_every=1", "train.failures_per_step=4", "failures.problems=16"]
+    settings += ["actor.lr=1e-3"]
+    run("train", *settings, "actor.expert_parallel=2", ranks=2, path=tmp_path)
+    logged = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [step["step"] for step in logged] == [1, 2]
+    for step in logged:
+        assert step["groups_used"] and step["grad_norm"] > 0
+        assert abs(step["token_mult_prob_error"] - 1) < 1e-4, "vLLM has the weights that are trained"
+    run("export", *settings, path=tmp_path)  # which compares it with transformers
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "run/export"))
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert {"model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.1.mlp.experts.7.up_proj.weight"} <= set(moved)
