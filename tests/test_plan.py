@@ -18,6 +18,8 @@ from nemo_r3.capacity import Node
 from nemo_r3.config import Config, load
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import EMBEDDED, architecture_of
+from nemo_r3.models.flops import training_cost
+from nemo_r3.models.names import count_parameters
 from nemo_r3.plan import ASSUMED, HEAD_LOGITS, Plan, activation_bytes, plan_of
 from nemo_r3.units import GIB
 from recipes.plan import describe, describe_step, longest_rows
@@ -82,6 +84,30 @@ def test_the_70b_on_four_nodes_by_hand() -> None:
     assert f"at most {tokens:,} tokens of an engine: {tokens // 4096} whole dialogues" in text
     assert f"{gib(14 * parameters / 4)} GiB of each node to save, {gib(8 * 14 * last_stage)} GiB to offload" in text
     assert "32 on 4 nodes" in text and "4 engines of 8 ranks" in text
+
+
+MIXTURE = "countdown-qwen3-30b-a3b-1n8g-tp2dp4ep8"
+
+
+def test_experts_count_as_a_whole_in_memory_and_by_what_a_token_passes_in_flops() -> None:
+    """Of 128 experts a GPU has 16, whole; TP2 cuts all else; the state of AdamW is shared by all that hold a copy."""
+    planned = plan("qwen3-30b-a3b", MIXTURE)
+    attention, expert, router = 2 * 2048 * (4096 + 512), 3 * 2048 * 768, 128 * 2048
+    experts, vocabulary, norms = 48 * 128 * expert, 2 * 151936 * 2048, 48 * (2 * 2048 + 2 * 128) + 2048
+    rest = 48 * (attention + router) + vocabulary + norms
+    held = rest / 2 + experts / 8
+    found = numbers(describe(planned))
+    assert found["weights"][0] == gib(2 * held) and found["gradients"][0] == gib(4 * held)
+    assert found["optimizer state"][0] == gib(12 * (rest + experts) / 8)
+    assert found["vLLM's weights"][1] == gib(2 * (rest + experts) / 2)
+    assert "data parallel 4, expert parallel 8\n" in describe(planned)
+    assert training_cost(planned.arch).per_token == 6 * 48 * (attention + 8 * expert + router)
+    columns = 8 * 768
+    kept = 2 * 2048 + 2 * 2048 + 512 + (3 * columns + 8 * 2048) / 2  # a rank routes half of the tokens
+    working = 2048 + (3 * columns + 8 * 2048) / 2
+    small_head = replace(planned.arch, vocab_size=8)
+    assert activation_bytes(planned.config, small_head, 1000, 1) == 2 * 1000 * (48 * 1024 + kept + working)
+    assert count_parameters(planned.arch) == rest + experts
 
 
 @pytest.mark.parametrize(("groups", "said"), [(32, ", 32 of them idle (train.failures_per_step=32)\n"), (64, "\n")])
@@ -156,6 +182,11 @@ def test_what_does_not_fit_is_refused_with_the_nearest_layout_that_does(
     else:
         assert message.endswith(f"; this fits: {fits}")
         plan(model, config, *settings, *fits.split()).check()
+
+
+def test_experts_that_do_not_fit_are_shared_among_more_ranks() -> None:
+    message = refusal(lambda: plan("qwen3-30b-a3b", MIXTURE, "actor.expert_parallel=2").check())
+    assert message.startswith("the actor needs 1") and message.endswith("; this fits: actor.expert_parallel=8")
 
 
 @pytest.mark.parametrize(
