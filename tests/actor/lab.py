@@ -48,6 +48,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": {"expert_parallel": 2},
     "tp2pp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
     "tp2dp2": {"tensor_parallel": 2, "sequence_parallel": True},
+    "pp2ep2": {"pipeline_parallel": 2, "expert_parallel": 2},
     "tp2ep2": {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2},
     "tp2pp2dp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
     "tp2pp4": {"tensor_parallel": 2, "pipeline_parallel": 4, "sequence_parallel": True},

@@ -14,15 +14,15 @@ from nemo_r3.actor.offload import state_tensors
 from nemo_r3.actor.trainer import Trainer
 
 
-def offloaded(lab: Lab, layout: str) -> dict[str, Any]:
+def offloaded(lab: Lab, layout: str, kind: str = "qwen2") -> dict[str, Any]:
     """Two updates, a checkpoint read by a fresh policy of each sort, a NaN, and a third update, by precision."""
-    return {precision: _compared(lab, layout, precision) for precision in ("bf16", "fp32")}
+    return {precision: _compared(lab, layout, kind, precision) for precision in ("bf16", "fp32")}
 
 
-def _compared(lab: Lab, layout: str, precision: str) -> dict[str, Any]:
+def _compared(lab: Lab, layout: str, kind: str, precision: str) -> dict[str, Any]:
     home = lab.home / f"offload-{layout}-{precision}"
-    stays = lab.trainer(layout, "qwen2", precision=precision)
-    moves = lab.trainer(layout, "qwen2", precision=precision, offload_optimizer=True)
+    stays = lab.trainer(layout, kind, precision=precision)
+    moves = lab.trainer(layout, kind, precision=precision, offload_optimizer=True)
     found: dict[str, Any] = {"held_at_start": [_held(stays), _held(moves)]}
     metrics = [[trainer.update(batch_of()) for _ in range(2)] for trainer in (stays, moves)]
     found |= {"metrics": metrics[0] == metrics[1], "held": [_held(stays), _held(moves)]}
@@ -30,9 +30,7 @@ def _compared(lab: Lab, layout: str, precision: str) -> dict[str, Any]:
     save_at_work(moves, home, 2, {}, keep=1)
     found["held_after_save"] = _held(moves)
     found["nan"] = lab.nan(moves)
-    again = [
-        lab.trainer(layout, "qwen2", precision=precision, offload_optimizer=offloads) for offloads in (False, True)
-    ]
+    again = [lab.trainer(layout, kind, precision=precision, offload_optimizer=offloads) for offloads in (False, True)]
     for trainer in again:
         checkpoint.load(trainer, latest(home))
     found["held_after_load"] = _held(again[1])

@@ -198,6 +198,22 @@ def generic_gemm(
     return found, gradient, None, more["extra_output"]
 
 
+def te_general_grouped_gemm(
+    a: Any, turn_a: bool, b: Any, turn_b: bool, out: Any, dtype: Any, splits: Any, bias: Any, *rest: Any
+) -> Any:
+    """A product for each expert, into its rows of a single output or into an output of its own."""
+    _, single, _, backward, _, _, accumulate, _, _ = rest
+    for left, right, part in zip(a, b, out[0].split(splits) if single else out, strict=True):
+        if right.numel():
+            told = (None, False, None, backward, None, None, accumulate, None)
+            generic_gemm(
+                left, turn_a, right, turn_b, part, None, dtype, None, *told, comm_overlap=None, extra_output=None
+            )
+        elif not accumulate:
+            part.zero_()
+    return bias
+
+
 def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     return gradient.reshape(-1, gradient.shape[-1]).sum(0), quantize(gradient, quantizer)
 
@@ -247,7 +263,8 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         *(quantize, dequantize, create_empty_quantized_tensor, fp8_transpose, bgrad_quantize),
-        *(generic_gemm, rmsnorm_fwd, rmsnorm_bwd, multi_tensor_adam, multi_tensor_l2norm, multi_tensor_scale),
+        *(generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd),
+        *(multi_tensor_adam, multi_tensor_l2norm, multi_tensor_scale),
     )
 } | {"fused_amax_and_scale_update_after_reduction": update_scales, "multi_tensor_scale_tensor": multi_tensor_scale}
 REAL = {name: getattr(tex, name) for name in KERNELS}

@@ -2,7 +2,7 @@
 
     python probe.py one HOME            makes the models and what the others are compared with; kills itself at the end
     torchrun ... probe.py two HOME      TP2, PP2, EP2 and DP2, one after the other; ends in a full disk on one rank
-    torchrun ... probe.py four HOME     TP2xPP2, TP2xDP2 and TP2xEP2, all with sequence parallel
+    torchrun ... probe.py four HOME     TP2xPP2, TP2xDP2, PP2xEP2 and TP2xEP2; sequence parallel with TP2
     torchrun ... probe.py eight HOME    TP2xPP2xDP2, TP2xPP4, PP4xDP2 and DP8, where a rank has no row
     torchrun ... probe.py devices HOME  TP2 and PP2 on a GPU that is pretended
     python probe.py ceiling HOME        an update with a vocabulary of 150,000 under a memory limit
@@ -85,6 +85,7 @@ def two(lab: Lab) -> None:
     lab.trial("ep2", "qwen3_moe", save=True)
     lab.resume("ep2", "ep2", "qwen3_moe")
     lab.resume("one", "ep2", "qwen3_moe")
+    lab.note("offload-ep2", offloaded(lab, "ep2", "qwen3_moe"))
     for kind in ("llama_tied", "qwen2", "qwen3_moe"):
         lab.trial("dp2", kind, save=kind != "qwen3_moe")
     lab.resume("ep2", "dp2", "qwen3_moe")
@@ -114,7 +115,8 @@ def four(lab: Lab) -> None:
     lab.trial("tp2pp2", "qwen2", lora_rank=4)
     lab.resume("tp2", "tp2pp2", "qwen2", lora_rank=4)
     lab.resume("tp2pp2", "tp2dp2", "llama_tied")
-    lab.trial("tp2ep2", "qwen3_moe")
+    for layout in ("pp2ep2", "tp2ep2"):
+        lab.trial(layout, "qwen3_moe")
     lab.resume("ep2", "tp2ep2", "qwen3_moe")
 
 

@@ -1,4 +1,4 @@
-"""Optimizer state that leaves the device between updates changes nothing, on one rank and sharded over two."""
+"""Optimizer state that leaves the device between updates changes nothing, on one rank, over two, and of experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from nemo_r3.actor.offload import LEAST, HostBuffer, sizes_of_pieces
 
-CASES = [(layout, precision) for layout in ("one", "dp2") for precision in ("bf16", "fp32")]
+CASES = [(layout, precision) for layout in ("one", "dp2", "ep2") for precision in ("bf16", "fp32")]
 
 
 @pytest.mark.parametrize(("layout", "precision"), CASES)

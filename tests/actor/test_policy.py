@@ -17,7 +17,7 @@ VARIANTS = ["one-llama_tied-shared_context=False", "one-qwen2-recompute=selectiv
 SPLIT = [
     *(f"tp2-{kind}" for kind in IN_FULL),
     *(f"{layout}-{kind}" for layout in ("pp2", "dp2", "tp2pp2") for kind in ("llama_tied", "qwen2")),
-    *(f"{layout}-qwen3_moe" for layout in ("pp2", "dp2", "ep2", "tp2ep2")),
+    *(f"{layout}-qwen3_moe" for layout in ("pp2", "dp2", "ep2", "pp2ep2", "tp2ep2")),
     "dp2-qwen2-shared_context=False",
     "tp2dp2-qwen2",
     *(f"{layout}-{LORA}" for layout in ("tp2", "pp2", "dp2", "tp2pp2")),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from paper_models import shape
 from processes import run_script
+from te_experts import small
 
 from nemo_r3.models import Architecture, convert, names
 from nemo_r3.models.names import full_shape, rows
@@ -18,6 +19,7 @@ pytest.importorskip("transformer_engine", reason="Transformer Engine cannot be i
 pytestmark = pytest.mark.te
 
 STAGES = Path(__file__).with_name("te_stages.py")
+EXPERTS = Path(__file__).with_name("te_experts.py")
 
 
 def stages(model: str, tensor_parallel: int, pipeline_parallel: int, precision: str) -> list[dict[str, Any]]:
@@ -83,6 +85,24 @@ def test_stages(model: str, tensor_parallel: int, pipeline_parallel: int, precis
         assert "power_2_scale=False" in found[0]["recipe"], "what prepare() set came before the import"
 
 
+@pytest.mark.parametrize(("tensor_parallel", "expert_parallel", "rank"), [(1, 1, 0), (2, 1, 1), (1, 4, 3), (2, 4, 5)])
+def test_experts_have_the_names_of_the_table_and_the_checkpoints_of_the_local_layers(
+    tensor_parallel: int, expert_parallel: int, rank: int
+) -> None:
+    done = run_script(EXPERTS, tensor_parallel, expert_parallel, rank)
+    found, arch = json.loads(done.stdout.splitlines()[-1]), small()
+    assert (found["te"]["experts"], found["local"]["experts"]) == ("TEGroupedMLP", "SequentialMLP")
+    whole = expert_parallel > 1  # experts are shared whole, or cut as all else
+    expected = {
+        row.megatron: list(names.part_shape(row, arch, 1 if row.expert is not None and whole else tensor_parallel))
+        for row in rows(arch)
+        if row.expert is None or names.owner_of(row, arch, expert_parallel) == rank % expert_parallel
+    }
+    for kind in ("te", "local"):
+        assert found[kind]["parameters"] == expected, kind
+    assert found["te"]["checkpoint"] == found["local"]["checkpoint"]
+
+
 POLICIES = Path(__file__).with_name("te_policies.py")
 EMBEDDED = POLICIES.parents[2] / "nemo_r3" / "assets" / "countdown_tiny"
 
@@ -138,6 +158,7 @@ def expected_fp8(name: str) -> set[bool]:
 
 def test_every_family_is_transformers(tmp_path: Path) -> None:
     for kind, found in launch("families", 1, tmp_path).items():
-        assert found["score"] < 0.25 and found["export"], kind
+        (mean, most), routed = found["score"], "moe" in kind  # BF16 sends some tokens to other experts
+        assert mean < 0.05 and (most < 0.25 or routed) and found["export"], kind
         ours, exact = found["norms"]
-        assert ours == pytest.approx(exact, rel=0.01), kind
+        assert ours == pytest.approx(exact, rel=0.02 if routed else 0.01), kind
