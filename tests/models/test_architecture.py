@@ -157,6 +157,7 @@ def test_experts_that_the_actor_does_not_compute_are_refused(
             "actor.expert_parallel=4 does not divide the model's 6 experts (allowed: 1, 2, 3",
         ),
         ({"actor.tensor_parallel": 2}, "actor.sequence_parallel: false with actor.tensor_parallel=2: a model with"),
+        ({"actor.lora_rank": 8}, "actor.lora_rank=8 is not supported for a model with experts; set 0"),
         ({"actor.precision": "fp8-delayed"}, "actor.precision=fp8-delayed is not supported for a model with experts"),
         ({"rollout.quantization": "fp8_per_block"}, "rollout.quantization=fp8_per_block is not supported for a model"),
         ({"actor.tensor_parallel": 2, "actor.sequence_parallel": True, "actor.expert_parallel": 3}, "accepted"),
