@@ -10,24 +10,16 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from te_stages import META, METADATA, SHAPES, pretend_gpu
+from paper_models import few_experts
+from te_stages import META, METADATA, pretend_gpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_r3.config import Config
-from nemo_r3.models import Architecture, architecture_of
 from nemo_r3.precision import precision_of
-
-
-def small() -> Architecture:
-    """Two layers of 8 of Qwen3-30B-A3B's experts."""
-    arch = architecture_of(SHAPES / "qwen3-30b-a3b.json")
-    assert arch.experts is not None
-    return replace(arch, num_layers=2, experts=replace(arch.experts, count=8))
 
 
 def built(config: Config, rank: int) -> dict[str, Any]:
@@ -42,7 +34,7 @@ def built(config: Config, rank: int) -> dict[str, Any]:
     ranks = config.actor.tensor_parallel * config.actor.expert_parallel
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     actor.start_parallel_groups(config)
-    arch = small()
+    arch = few_experts()
     settings = actor.transformer_config(config.actor, arch, precision_of(config), on_cuda=True)
     settings.init_model_with_meta_device = True
     found = {}

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from paper_models import shape
+from paper_models import few_experts, shape
 from processes import run_script
-from te_experts import small
 
 from nemo_r3.models import Architecture, convert, names
 from nemo_r3.models.names import full_shape, rows
@@ -90,7 +89,7 @@ def test_experts_have_the_names_of_the_table_and_the_checkpoints_of_the_local_la
     tensor_parallel: int, expert_parallel: int, rank: int
 ) -> None:
     done = run_script(EXPERTS, tensor_parallel, expert_parallel, rank)
-    found, arch = json.loads(done.stdout.splitlines()[-1]), small()
+    found, arch = json.loads(done.stdout.splitlines()[-1]), few_experts()
     assert (found["te"]["experts"], found["local"]["experts"]) == ("TEGroupedMLP", "SequentialMLP")
     whole = expert_parallel > 1  # experts are shared whole, or cut as all else
     expected = {
