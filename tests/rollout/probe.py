@@ -136,10 +136,10 @@ def probe_refit(probe: Probe, text: list[int], long: list[int]) -> dict[str, Any
     result["score_b"], result["sampled_b"] = probe.score_error("b", text), probe.sample_error("b", long)
     result["version"] = probe.sample([long], [0])[0].version
 
-    engine._repack_head = lambda: None  # what the guards are for: without them the old weights live on
+    engine._repack = lambda: None  # what the guards are for: without them the old weights live on
     probe.load("a", 2)
     result["without_repack"] = probe.score_error("a", text)
-    del engine._repack_head
+    del engine._repack
     probe.load("b", 3)
     probe.sample([long], [0])
     reset = engine._llm.reset_prefix_cache

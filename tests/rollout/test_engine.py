@@ -45,7 +45,7 @@ def test_refit_is_exact_for_a_tied_head_and_an_odd_vocabulary(engine: dict[str, 
 
 
 def test_without_the_guards_a_refit_is_silently_wrong(engine: dict[str, Any]) -> None:
-    assert engine["refit"]["without_repack"] > 0.1, "vLLM renews a tied head by itself now: drop _repack_head"
+    assert engine["refit"]["without_repack"] > 0.1, "vLLM renews a tied head by itself now: drop _repack"
     assert engine["refit"]["without_reset"] > 0.1, "vLLM forgets cached prefixes by itself now: drop the reset"
     assert max(engine["refit"]["restored"]) < TOLERANCE
 
