@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nemo_r3.actor.checkpoint_writer import OPTIMIZER
 from nemo_r3.actor.model import Trunk
+from nemo_r3.actor.optimizer import start_adam_state
 from nemo_r3.actor.reference import Reference
 from nemo_r3.actor.weights import parameters_by_name
 from nemo_r3.config import Config
@@ -141,11 +142,7 @@ class LoraOptimizer:
     """
 
     def __init__(self, lora: Lora, start: Reference, config: Config) -> None:
-        """Args:
-        lora: the factors.
-        start: the starting weights of the factors' module.
-        config: the run's settings.
-        """
+        """Begins without gradients and moments; `start` has the weights that the factors' products are added to."""
         self.model = lora.module
         self._lora, self._start, actor = lora, start, config.actor
         self._clip = actor.clip_grad
@@ -162,7 +159,7 @@ class LoraOptimizer:
             weight_decay=actor.weight_decay,
             fused=True,
         )
-        self._adam.state |= {factor.value: _no_moments(factor.value) for factor in factors}
+        start_adam_state(self._adam)
         self.model.config.finalize_model_grads_func = self._sum_gradients
         for site in lora.sites:
             site.weight.register_post_accumulate_grad_hook(partial(lora.take_gradient, site))
@@ -232,15 +229,6 @@ class LoraOptimizer:
         for state in self._adam.state.values():
             state["step"].fill_(step)
         self._merge()
-
-
-def _no_moments(value: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before its first step, which a checkpoint may precede."""
-    return {
-        "step": torch.zeros((), device=value.device),
-        "exp_avg": torch.zeros_like(value),
-        "exp_avg_sq": torch.zeros_like(value),
-    }
 
 
 def _track(_: nn.Module, inputs: Any, hidden: Tensor) -> None:

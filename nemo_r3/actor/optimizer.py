@@ -134,7 +134,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, AdamW):  # no Apex, no Transformer Engine
-            _start_adam_state(part.optimizer)
+            start_adam_state(part.optimizer)
             for group in part.optimizer.param_groups:
                 group["fused"] = True
         elif part.optimizer is not None:  # Transformer Engine's; None where this rank has no parameters
@@ -142,7 +142,7 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
     return optimizer
 
 
-def _start_adam_state(adam: AdamW) -> None:
+def start_adam_state(adam: AdamW) -> None:
     """Allocates torch AdamW's moments: a checkpoint may precede the first step, and vLLM measures free memory."""
     for parameter in (p for group in adam.param_groups for p in group["params"]):
         adam.state[parameter] = {
