@@ -61,7 +61,6 @@ def connect(config: Config, arch: Architecture, world: World) -> None:
         groups += [
             parallel_state.get_expert_model_parallel_group(),
             parallel_state.get_expert_data_parallel_group(),
-            parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
         ]
     if fp8 is not None and fp8.delayed:
         groups.append(parallel_state.get_amax_reduction_group(with_context_parallel=True))
@@ -69,6 +68,9 @@ def connect(config: Config, arch: Architecture, world: World) -> None:
     for group in groups:
         if dist.get_world_size(group) > 1:
             dist.all_reduce(number, group=group)
+    if (ranks := config.actor.expert_parallel) > 1:  # NCCL connects each pair of ranks for it
+        tokens = torch.zeros(ranks, device=world.device)
+        dist.all_to_all_single(torch.empty_like(tokens), tokens, group=parallel_state.get_expert_model_parallel_group())
 
 
 def transformer_config(

@@ -19,6 +19,9 @@ from torch import Tensor, UntypedStorage, nn
 PIECE, LEAST = 32 * 2**20, 2**20
 """Bytes of the largest pieces of a host buffer, and how many are not cut further, see `sizes_of_pieces`."""
 
+ROUTING = ("probs", "routing_map", "reversed_local_input_permutation_mapping", "num_global_tokens_per_local_expert")
+"""Attributes of megatron-core's `MoEAlltoAllTokenDispatcher` that hold tensors of its last pass."""
+
 
 class HostBuffer:
     """The bytes of one tensor in host memory, pinned if the tensor is on a GPU."""
@@ -111,6 +114,16 @@ def forget_fp8_weights(module: nn.Module) -> None:
     for part in module.modules():
         if (copies := getattr(part, "_fp8_workspaces", None)) is not None:
             copies.clear()
+
+
+def forget_routing(module: nn.Module) -> None:
+    """Frees what megatron-core's dispatchers of tokens to experts keep of their last pass, until the next one.
+
+    One tensor is of the pass's graph, which holds every layer's input with `actor.recompute=full`.
+    """
+    for part in module.modules():
+        if (dispatcher := getattr(part, "token_dispatcher", None)) is not None:
+            vars(dispatcher).update(dict.fromkeys(ROUTING))
 
 
 def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:

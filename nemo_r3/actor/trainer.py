@@ -17,7 +17,7 @@ from nemo_r3.actor import cpu
 from nemo_r3.actor.heap import FreedMemory
 from nemo_r3.actor.lora import LoraOptimizer
 from nemo_r3.actor.model import connect
-from nemo_r3.actor.offload import forget_fp8_weights
+from nemo_r3.actor.offload import forget_fp8_weights, forget_routing
 from nemo_r3.actor.optimizer import FullOptimizer, build_schedule
 from nemo_r3.actor.policy import Policy, Scores
 from nemo_r3.actor.reference import Reference
@@ -72,9 +72,10 @@ class Trainer:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Hands memory to the engine: FP8 copies of the weights, and if offloaded, optimizer state and gradients."""
+        """Hands memory to the engine: what passes leave behind, and if offloaded, optimizer state and gradients."""
         self.optimizer.park()
         forget_fp8_weights(self.policy.module)
+        forget_routing(self.policy.module)
         torch.cuda.empty_cache()
         self._freed.limit()
 

@@ -26,11 +26,12 @@ POLICIES = {
 
 
 def devices(lab: Lab) -> None:
-    """All that a run does with a policy, at TP2 with sequence parallelism and at PP2."""
+    """All that a run does with a policy, at TP2 with sequence parallelism and at PP2, and one with experts at EP2."""
     lab.note("mixed", {name: refusal(act, RuntimeError) for name, act in mixed().items()})
     for layout, more in (("tp2", {"sequence_parallel": True}), ("pp2", {})):
         for kind, (name, actor) in zip(("qwen2", "llama_tied", "qwen2"), POLICIES.items(), strict=True):
             lab.note(f"{layout}-{name}", life(lab, layout, kind, **actor, **more))
+    lab.note("ep2-experts", life(lab, "ep2", "qwen3_moe", offload_optimizer=True, recompute="full"))
 
 
 def mixed() -> dict[str, Callable[[], Any]]:

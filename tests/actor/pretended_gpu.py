@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.overrides import TorchFunctionMode
@@ -294,6 +295,8 @@ def pretend() -> None:
     torch.accelerator.current_stream = CUDA["current_stream"]
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    router: Any = moe_utils
+    router.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # 0.16.1 leaves it undefined
     storage: Any = torch.UntypedStorage
     storage.device = property(lambda self: getattr(self, "home", CPU))
     wrapped: Any = torch.Tensor._make_wrapper_subclass
