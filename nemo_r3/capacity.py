@@ -48,6 +48,7 @@ class Size:
     engine: float  # vLLM's weights, on each rank of an engine
     token: float  # a token's part of the KV cache, on each rank of an engine
     factors: float = 0.0  # LoRA's, with their gradients and AdamW's state, which are never offloaded
+    experts: float = 0.0  # those among the weights, if the model has any
 
     @property
     def at_work(self) -> float:
@@ -80,7 +81,8 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     actor, precision = config.actor, precision_of(config)
     stage = _largest_stage(arch, actor.pipeline_parallel)
     experts = count_parameters(arch, experts_only=True) / actor.pipeline_parallel
-    share = (stage - experts) / actor.tensor_parallel + experts / actor.expert_parallel / actor.expert_tensor_parallel
+    own = experts / actor.expert_parallel / actor.expert_tensor_parallel
+    share = (stage - experts) / actor.tensor_parallel + own
     owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     lora = actor.lora_rank > 0
@@ -94,6 +96,7 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
         engine=precision.width * count_parameters(arch) / config.rollout.tensor_parallel,
         token=arch.cached_bytes(config.rollout.tensor_parallel, precision.width),
         factors=(4 + OPTIMIZER_BYTES) * factors,
+        experts=precision.width * own,
     )
 
 
@@ -133,17 +136,18 @@ def gpu_problem(config: Config, size: Size, total: float) -> str | None:
     rests = config.actor.offload_optimizer and config.rollout.sleep
     held, vllm = size.at_rest if rests else size.at_work, share * total
     total -= OWN_BYTES
+    ways = f"{'actor.expert_parallel, ' if size.experts else ''}actor.tensor_parallel or actor.pipeline_parallel"
     if size.at_work > total:
+        lora = "" if config.actor.lora_rank or size.experts else ", or train LoRA (actor.lora_rank)"
         return (
             f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has room for {total / GIB:.0f}: use more "
-            "GPUs, with a larger actor.tensor_parallel or actor.pipeline_parallel"
-            + ("" if config.actor.lora_rank else ", or train LoRA (actor.lora_rank)")
+            f"GPUs, with a larger {ways}{lora}"
         )
     if held + vllm > total:
         return (
             f"the actor's {held / GIB:.0f} GiB and vLLM's {vllm / GIB:.0f} (rollout.gpu_memory_utilization={share:g}) "
             f"do not fit on a GPU with room for {total / GIB:.0f}: set actor.offload_optimizer=true, lower "
-            "rollout.gpu_memory_utilization, or raise actor.tensor_parallel or actor.pipeline_parallel"
+            f"rollout.gpu_memory_utilization, or raise {ways}"
         )
     dialogue = size.token * config.rollout.max_model_len
     if config.rollout.quantization == "none" and size.engine + dialogue > vllm:

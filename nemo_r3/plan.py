@@ -88,11 +88,13 @@ class Plan:
         if math.isinf(self.node.host):
             verdict += "; host memory is not checked (cluster.memory_gb=0)"
         ranks, actor, rollout = self.node.ranks, self.config.actor, self.config.rollout
-        for name, size in (("actor", actor.tensor_parallel), ("rollout", rollout.tensor_parallel)):
+        for name, size in (
+            ("actor.tensor_parallel", actor.tensor_parallel),
+            ("actor.expert_parallel", actor.expert_parallel),
+            ("rollout.tensor_parallel", rollout.tensor_parallel),
+        ):
             if ranks % size:
-                verdict += (
-                    f"; {name}.tensor_parallel={size} leaves a node of {ranks} GPUs: each layer waits for the network"
-                )
+                verdict += f"; {name}={size} leaves a node of {ranks} GPUs: each layer waits for the network"
         return verdict
 
     def check(self) -> None:
@@ -150,7 +152,8 @@ def plan_of(config: Config, arch: Architecture, here: Node | None = None, gpu_na
     check_layout(config, arch)
     check_dimensions(config, arch)
     cluster, actor = config.cluster, config.actor
-    fewest = math.lcm(actor.tensor_parallel * actor.pipeline_parallel, config.rollout.tensor_parallel)
+    stage = math.lcm(actor.tensor_parallel, actor.expert_parallel)
+    fewest = math.lcm(stage * actor.pipeline_parallel, config.rollout.tensor_parallel)
     ranks = cluster.gpus_per_node or -(-fewest // cluster.nodes)
     check_world(config, cluster.nodes * ranks)
     name, gpu, host, source = "each node", 0.0, math.inf, ""

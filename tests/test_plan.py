@@ -187,6 +187,14 @@ def test_what_does_not_fit_is_refused_with_the_nearest_layout_that_does(
 def test_experts_that_do_not_fit_are_shared_among_more_ranks() -> None:
     message = refusal(lambda: plan("qwen3-30b-a3b", MIXTURE, "actor.expert_parallel=2").check())
     assert message.startswith("the actor needs 1") and message.endswith("; this fits: actor.expert_parallel=8")
+    assert "a larger actor.expert_parallel, actor.tensor_parallel or" in message
+    assert "lora" not in message, "which experts refuse"
+
+
+def test_without_a_number_of_gpus_there_are_as_many_ranks_as_share_the_experts() -> None:
+    assert plan("qwen3-30b-a3b", MIXTURE, "cluster.gpus_per_node=0").ranks == 8
+    pipeline = "cluster.gpus_per_node=0", "cluster.nodes=2", "actor.pipeline_parallel=3"
+    assert plan("qwen3-30b-a3b", MIXTURE, *pipeline).node.ranks == 12
 
 
 @pytest.mark.parametrize(
@@ -224,7 +232,7 @@ def test_without_gpus_everything_is_host_memory() -> None:
     assert plan("qwen2.5-1.5b", "quickstart", here=Node("x", 1, 0, 99 * GIB)).verdict.startswith("fits")
 
 
-def test_tensor_parallelism_across_nodes_is_remarked() -> None:
+def test_what_is_shared_across_nodes_is_remarked() -> None:
     within = "cluster.nodes=8", "cluster.gpus_per_node=4", "actor.tensor_parallel=4", "rollout.tensor_parallel=4"
     assert "leaves a node" not in plan("llama-3.1-70b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *within).verdict
     across = plan("llama-3.1-70b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *within[:2]).verdict
@@ -232,6 +240,8 @@ def test_tensor_parallelism_across_nodes_is_remarked() -> None:
         assert f"; {name}.tensor_parallel=8 leaves a node of 4 GPUs: each layer waits for the network" in across
     one = plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "cluster.nodes=2", "cluster.gpus_per_node=5")
     assert "; actor.tensor_parallel=2 leaves a node of 5 GPUs" in one.verdict and "rollout.tensor" not in one.verdict
+    experts = plan("qwen3-30b-a3b", MIXTURE, "cluster.nodes=2", "actor.expert_parallel=16").verdict
+    assert "; actor.expert_parallel=16 leaves a node of 8 GPUs: each layer waits for the network" in experts
 
 
 def test_without_gpus_a_table_has_what_the_settings_take() -> None:
