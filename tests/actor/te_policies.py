@@ -4,6 +4,7 @@ python te_policies.py one HOME
 python te_policies.py families HOME                      every family, in BF16
 torchrun --nproc-per-node=2 te_policies.py tp2 HOME      with sequence parallelism
 torchrun --nproc-per-node=2 te_policies.py dp2 HOME
+torchrun --nproc-per-node=2 te_policies.py experts HOME  at EP2 and at TP2, in BF16
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as `fp8_support.prepar
 import families  # noqa: E402
 import torch  # noqa: E402
 from data import batch_of, make_models, sequences, split_batch  # noqa: E402
+from devices import life as life_on_a_gpu  # noqa: E402
 from lab import Lab, save_at_work  # noqa: E402
 from pretended_gpu import pretend, storages  # noqa: E402
 from pretended_te import PRODUCTS, pretend_te  # noqa: E402
@@ -127,15 +129,24 @@ def family(lab: Lab, kind: str) -> dict[str, Any]:
     }
 
 
+def experts(lab: Lab, layout: str) -> dict[str, Any]:
+    """All that a run does with a policy, offloaded and recomputed, and float32's first gradient."""
+    found = life_on_a_gpu(lab, layout, "qwen3_moe", precision="bf16", offload_optimizer=True, recompute="full")
+    return found | {"exact": lab.trainer(layout, "qwen3_moe").update(batch_of())["grad_norm"]}
+
+
 def te_policies(arguments: Sequence[str]) -> None:
     layout, home = arguments
-    if layout == "families":
+    if layout in ("families", "experts") and os.environ.get("RANK", "0") == "0":
         make_models(Path(home))
     pretend_te()
     pretend()
     lab = Lab(Path(home))
     if layout == "families":
         lab.note("policies", {kind: family(lab, kind) for kind in families.KINDS})
+        return
+    if layout == "experts":
+        lab.note("policies", {at: experts(lab, at) for at in ("ep2", "tp2")})
         return
     found = {name: life(lab, layout, name) for name in ("fp32", *LAYOUTS[layout])}
     exact = [score for row in found["fp32"]["scores"] for score in row]

@@ -161,3 +161,10 @@ def test_every_family_is_transformers(tmp_path: Path) -> None:
         assert mean < 0.05 and (most < 0.25 or routed) and found["export"], kind
         ours, exact = found["norms"]
         assert ours == pytest.approx(exact, rel=0.02 if routed else 0.01), kind
+
+
+def test_experts_on_two_ranks(tmp_path: Path) -> None:
+    for layout, found in launch("experts", 2, tmp_path).items():
+        assert found["resumed"] and found["nan"] == {"skipped": 1.0, "unchanged": True}, layout
+        assert found["metrics"][0]["grad_norm"] == pytest.approx(found["exact"], rel=0.02), layout
+        assert (found["left"], found["connected late"]) == (0, []), layout
