@@ -186,12 +186,15 @@ def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
     copy = size.saved if config.train.save_in_background else 0.0
     if node.ranks * (actor + size.engine + copy) <= node.host:
         return None
+    less = "" if config.actor.lora_rank else "keep no reference (algo.kl_beta=0), "
+    if less and not size.experts:
+        less += "train LoRA (actor.lora_rank), "
     copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
     return (
         f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "
         f"({node.ranks} here) needs {actor / GIB:.1f} for the actor, {size.engine / GIB:.1f} for vLLM's weights"
         f"{copied}: share the model among more ranks (actor.tensor_parallel, rollout.tensor_parallel), "
-        f"{'' if config.actor.lora_rank else 'keep no reference (algo.kl_beta=0), '}or use a machine with more memory"
+        f"{less}or use a machine with more memory"
     )
 
 

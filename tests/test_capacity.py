@@ -171,7 +171,18 @@ def test_without_a_gpu_host_memory_holds_actor_and_engine(
     config = config_of(tensor)
     config.train.save_in_background, config.actor.offload_optimizer = background, offload
     size = capacity.size_of(config, shape("qwen2.5-1.5b"), ranks)
-    assert_is(capacity.cpu_problem(config, size, capacity.Node("b", ranks, 0, free * GIB)), expected)
+    found = capacity.cpu_problem(config, size, capacity.Node("b", ranks, 0, free * GIB))
+    assert_is(found, expected)
+    assert found is None or "keep no reference (algo.kl_beta=0), train LoRA (actor.lora_rank), or use a" in found
+
+
+def test_lora_of_a_real_1_5b_fits_a_laptop() -> None:
+    config = config_of()
+    config.actor.lora_rank = 16
+    size = capacity.size_of(config, shape("qwen2.5-1.5b"), 1)
+    assert capacity.cpu_problem(config, size, capacity.Node("b", 1, 0, 9 * GIB)) is None
+    refused = capacity.cpu_problem(config, size, capacity.Node("b", 1, 0, 8 * GIB))
+    assert refused is not None and refused.endswith("rollout.tensor_parallel), or use a machine with more memory")
 
 
 def test_a_disk_without_room_for_the_checkpoints_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
