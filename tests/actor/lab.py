@@ -126,8 +126,8 @@ class Lab:
             metrics = [trainer.update(batch_of())]
         found["layers"] = watch.rows(self.world)
         metrics.append(trainer.update(batch_of()))
-        buffers = getattr(trainer.optimizer.model, "buffers", None)  # LoRA's stage is in none
-        found["buckets"] = sum(len(buffer.buckets) for buffer in buffers) if isinstance(buffers, list) else 0
+        wrapped: Any = trainer.optimizer.model
+        found["buckets"] = 0 if policy.lora else sum(len(buffer.buckets) for buffer in wrapped.buffers)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])
         if save:
             saved = save_at_work(trainer, self.home / f"{name}-checkpoints", STEP, {"cursor": 5}, keep=2)
