@@ -182,7 +182,7 @@ def _check_meeting(rank: int, size: int) -> None:
     if rank >= size:
         raise ConfigError(f"the environment's RANK={rank} is not below WORLD_SIZE={size}")
     if size == 1:
-        os.environ.setdefault("MASTER_ADDR", "localhost")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise ConfigError(
             f"{size} ranks were started, and the environment has no {' and no '.join(missing)}: export MASTER_ADDR "
