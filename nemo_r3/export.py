@@ -101,11 +101,9 @@ def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[S
             shards.close()
             _write_others(writing, source, card, policy.config)
             found = _compare(writing, probe, expected, policy.config)
-            _replace(out, writing)
+            replace(out, writing)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot write {out} ({error}); free some space or name another run.dir, then export again"
-            ) from error
+            raise cannot_write(out, error) from error
         except UserError as error:
             raise UserError(f"{error}; {out} was not written") from error
         return found
@@ -148,8 +146,7 @@ class _Shards:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             file = self._part(len(self._files))
-            save_file(self._held, file, metadata={"format": "pt"})
-            file.chmod(self.directory.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+            save_tensors(self._held, file)
         except (OSError, SafetensorError) as error:
             self._failure = error
         self._files.append(list(self._held))
@@ -173,14 +170,28 @@ class _Shards:
             file = f"model-{number + 1:05d}-of-{len(self._files):05d}.safetensors"
             self._part(number).rename(self.directory / file)
             weight_map |= dict.fromkeys(tensors, file)
-        _write_json(
+        write_json(
             self.directory / "model.safetensors.index.json",
             {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map},
         )
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file that is as readable as its directory; safetensors' own is read by its owner alone."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes an indented object."""
     file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def copy_files(source: Path, patterns: Sequence[str], directory: Path) -> None:
+    """Copies the files of a directory that match one of some patterns."""
+    for pattern in patterns:
+        for file in filter(Path.is_file, source.glob(pattern)):  # LICENSES may be a directory
+            shutil.copyfile(file, directory / file.name)
 
 
 def _write_others(directory: Path, source: Path, card: str, config: Config) -> None:
@@ -192,10 +203,8 @@ def _write_others(directory: Path, source: Path, card: str, config: Config) -> N
     hf = read_hf_config(source)
     hf.pop("torch_dtype", None)  # the old name of dtype
     hf.pop("auto_map", None)  # it names Python files that an export neither has nor needs
-    _write_json(directory / "config.json", {**hf, "dtype": precision_of(config).dtype_name})
-    for pattern in COPIED:
-        for file in filter(Path.is_file, source.glob(pattern)):  # LICENSES may be a directory
-            shutil.copyfile(file, directory / file.name)
+    write_json(directory / "config.json", {**hf, "dtype": precision_of(config).dtype_name})
+    copy_files(source, COPIED, directory)
     if not (directory / "generation_config.json").exists():
         made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         transformers.GenerationConfig.from_model_config(made).save_pretrained(directory)
@@ -270,7 +279,12 @@ def _logprobs(model: Any, sequences: Sequence[Sequence[int]], temperature: float
     return torch.cat(logprobs)
 
 
-def _replace(out: Path, new: Path) -> None:
+def cannot_write(out: Path, error: Exception) -> UserError:
+    """What to say if a disk is full, or cannot be written to."""
+    return UserError(f"cannot write {out} ({error}); free some space or name another run.dir, then export again")
+
+
+def replace(out: Path, new: Path) -> None:
     """Replaces `out` by `new`; if killed half-way, the old one is still there as `<out>.replaced`."""
     old = out.with_name(f"{out.name}.replaced")
     if out.exists():

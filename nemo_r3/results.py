@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ and evaluation, serve this directory with vLLM, without the sampling of generati
 model's:
 
 ```bash
-vllm serve . --served-model-name trained{options} --generation-config vllm
+vllm serve {served}{options} --generation-config vllm
 ```
 
 Then say these turns, with your verifier in between:
@@ -78,6 +79,12 @@ def two_tries(task, verify{tools}):
 ```
 
 A server gives the model each earlier answer as text, by the chat template; in training it kept the very tokens."""
+WHOLE = ". --served-model-name trained"
+"""What vLLM serves of an export, see `how_to_use`."""
+BY_PEFT = """\
+Without vLLM, `peft.AutoPeftModelForCausalLM.from_pretrained(".")` loads the starting model with this adapter."""
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be."""
 REPEATED = '.replace("{task}", task)'
 OFFERED = """
         tools=tools,
@@ -149,7 +156,7 @@ def _with_margin(change: Mapping[str, Any] | None) -> str:
     return f"{change['value']:+.2f} ±{(change['high'] - change['low']) / 2:.2f}" if change else NONE
 
 
-def how_to_use(config: Config, dialogue: Dialogue, with_tools: bool) -> str:
+def how_to_use(config: Config, dialogue: Dialogue, with_tools: bool, served: str = WHOLE) -> str:
     """The model card's part for those who have the export alone: a run's own turns and sampling, as vLLM's server takes
     them.
 
@@ -157,6 +164,7 @@ def how_to_use(config: Config, dialogue: Dialogue, with_tools: bool) -> str:
         config: the run's settings.
         dialogue: the run's, with the task's words.
         with_tools: whether problems of the task offer tools.
+        served: the first arguments of `vllm serve`, by which the model's name is `trained`.
     """
     rollout, task, by_template = config.rollout, dialogue.wording.task, with_tools and dialogue.tools == "template"
     if with_tools and not by_template:
@@ -168,6 +176,7 @@ def how_to_use(config: Config, dialogue: Dialogue, with_tools: bool) -> str:
     if dialogue.template_options:
         extra["chat_template_kwargs"] = dialogue.template_options
     return HOW_TO_USE.format(
+        served=served,
         options="".join(f" --{name} {value}" for name, value in options.items()),
         task=task,
         filled="  # {tools}: a JSON list of functions, a line each" if "{tools}" in task else "",
@@ -185,8 +194,26 @@ def how_to_use(config: Config, dialogue: Dialogue, with_tools: bool) -> str:
     )
 
 
-def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str, usage: str) -> str:
-    """README.md of an export after `step` steps.
+def how_to_use_adapter(config: Config, dialogue: Dialogue, with_tools: bool, base: str, rank: int) -> str:
+    """The same of an adapter.
+
+    Args:
+        config: as for `how_to_use`.
+        dialogue: as for `how_to_use`.
+        with_tools: as for `how_to_use`.
+        base: what the starting model is loaded by.
+        rank: the adapter's largest.
+    """
+    most = next((served for served in SERVED_RANKS if served >= rank), rank)
+    template = "" if config.dialogue.chat_template is None else " --chat-template chat_template.jinja"
+    served = f"{shlex.quote(base)} --enable-lora --max-lora-rank {most} --lora-modules trained=.{template}"
+    return f"{how_to_use(config, dialogue, with_tools, served)}\n\n{BY_PEFT}"
+
+
+def model_card(
+    config: Config, summary: Mapping[str, Any], step: int, base: str, usage: str, adapter: bool = False
+) -> str:
+    """README.md of an export after `step` steps, or of LoRA's adapter.
 
     Args:
         config: the run's settings.
@@ -194,16 +221,18 @@ def model_card(config: Config, summary: Mapping[str, Any], step: int, base: str,
         step: how many steps it was trained.
         base: the starting model's name on the hub, or that of its directory.
         usage: see `how_to_use`.
+        adapter: whether it is that of the adapter.
     """
     front: dict[str, Any] = {"base_model": base} if "/" in base else {}  # a directory's name has none
     front |= {
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["nemo_r3", "reflect-retry-reward", "reinforcement-learning", "grpo", config.task.name],
     }
     algo, phases = config.algo, " and ".join(config.algo.trained_phases)
     unless = "" if algo.reward_leaks else ", unless it gives the answer away itself"
-    lora = f"LoRA of rank {config.actor.lora_rank}, merged into these weights, " if config.actor.lora_rank else ""
+    place = "in this adapter" if adapter else "merged into these weights"
+    lora = f"LoRA of rank {config.actor.lora_rank}, {place}, " if config.actor.lora_rank else ""
     start = "From a checkpoint of another run, see `train.start_from`: " if config.train.start_from else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",

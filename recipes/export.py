@@ -1,10 +1,11 @@
-"""Writes a run's checkpoint as a Hugging Face directory, and checks it against the actor."""
+"""Writes a run's checkpoint as a Hugging Face directory, and checks it against the actor; LoRA's as an adapter, too."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ from nemo_r3.errors import ConfigError, UserError
 from nemo_r3.models import Architecture, hub_name
 from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
-from nemo_r3.results import has_results, how_to_use, model_card, table
+from nemo_r3.results import has_results, how_to_use, how_to_use_adapter, model_card, table
 from recipes.metrics import versions
 from recipes.setup import join
 from recipes.start import start_policy
 
 OUT = "export"
 """In the run directory: where an export goes."""
+ADAPTER = "adapter"
+"""In the run directory: where what LoRA has trained goes, without the starting weights."""
 PROBES = 8
 PROBE_TOKENS = 64
 """Only the end of each probe is used: rank 0's CPU runs them, twice, while the other ranks wait."""
 
 
 def export(argv: Sequence[str]) -> None:
-    """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`."""
+    """`python -m recipes.export CONFIG.yaml key=value ...`: the newest checkpoint to `<run.dir>/export`.
+
+    What LoRA has trained goes to `<run.dir>/adapter`, too.
+    """
     setup = join(argv, trains=False)
     from nemo_r3.actor import checkpoint  # megatron-core and transformers: after `join`
+    from nemo_r3.adapter import export_adapter, largest_rank
     from nemo_r3.export import export as export_policy
     from nemo_r3.export import refuse_other_contents
     from recipes import checkpoints
@@ -42,8 +49,9 @@ def export(argv: Sequence[str]) -> None:
     trained = checkpoints.trained(setup)
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
-    out = run.path / OUT
-    world.on_main(lambda: refuse_other_contents(out))
+    out, adapter = run.path / OUT, run.path / ADAPTER
+    for directory in (out, adapter) if config.actor.lora_rank else (out,):
+        world.on_main(partial(refuse_other_contents, directory))
     with run.timed("export"):
         policy = start_policy(setup)
         step = checkpoint.load_weights(policy, trained)["step"]
@@ -51,16 +59,22 @@ def export(argv: Sequence[str]) -> None:
         recorded = run.path / "config.yaml"
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else config
         with_tools = any(problem.tools for problem in setup.task.problems("test"))
-        usage = how_to_use(trained_with, setup.dialogue, with_tools)
-        base = base_name(trained_with, model)
-        card = model_card(trained_with, run.add_to_summary(versions=versions()), step, base, usage)
+        used = trained_with, setup.dialogue, with_tools
+        described = trained_with, run.add_to_summary(versions=versions()), step, base_name(trained_with, model)
+        card = model_card(*described, how_to_use(*used))
         difference, explained = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
+        if policy.lora is not None:
+            base = hub_name(trained_with) or str(model.absolute())
+            usage = how_to_use_adapter(*used, base, largest_rank(config, setup.arch))
+            export_adapter(policy, model, adapter, base, model_card(*described, usage, adapter=True))
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
         dtype = precision_of(config).dtype_name
+        alone = f", and LoRA alone to {adapter}" if config.actor.lora_rank else ""
         print(
-            f"exported step {step} to {out}; check passed: read by transformers, it gives a token's log-probability "
-            f"within {difference:.1g} of the actor's, where rounding to {dtype} explains up to {explained:.1g}"
+            f"exported step {step} to {out}{alone}; check passed: read by transformers, the export gives a token's "
+            f"log-probability within {difference:.1g} of the actor's, where rounding to {dtype} explains up to "
+            f"{explained:.1g}"
         )
         if has_results(summary, step):
             print(table(summary))

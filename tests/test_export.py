@@ -309,7 +309,7 @@ def test_if_it_is_cut_short_the_first_export_is_still_there(tmp_path: Path) -> N
     out.mkdir()
     (out / "README.md").write_text("a card")
     with pytest.raises(FileNotFoundError):
-        exporting._replace(out, tmp_path / "gone")
+        exporting.replace(out, tmp_path / "gone")
     assert (tmp_path / "export.replaced" / "README.md").read_text() == "a card"
 
 

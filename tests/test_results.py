@@ -1,6 +1,8 @@
 """The table of before and after, and the card of an export: what was trained, how, and what it reached."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -8,7 +10,7 @@ import yaml
 from nemo_r3 import results
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
-from nemo_r3.results import model_card
+from nemo_r3.results import how_to_use_adapter, model_card
 
 
 def rate(value: float | None, n: int = 400) -> dict[str, float | int | None]:
@@ -107,4 +109,23 @@ def test_model_card() -> None:
     card = model_card(config, summary, 40, "tiny", "serve it")
     assert "accepts the retry, unless it gives the answer away itself. From a checkpoint of another run" in card
     assert "failed answer, LoRA of rank 16, merged into these weights, peak learning rate" in card
+    adapter = model_card(config, summary, 40, "org/tiny", "serve it", adapter=True)
+    front = yaml.safe_load(adapter.split("---\n")[1])
+    assert (front["library_name"], front["base_model"]) == ("peft", "org/tiny")
+    assert "LoRA of rank 16, in this adapter, peak learning rate" in adapter
     assert "see `train.start_from`: 40 steps" in card and "start_from: runs/first/checkpoints/step_000500\n" in card
+
+
+@pytest.mark.parametrize(("rank", "most"), [(1, 1), (4, 8), (16, 16), (48, 64), (600, 600)])
+def test_an_adapter_is_served_with_its_model_at_a_rank_that_vllm_takes(rank: int, most: int) -> None:
+    wording = SimpleNamespace(task="solve {task}", reflect="reflect", retry="retry")
+    dialogue: Any = SimpleNamespace(wording=wording, tools="template", end_of_turn=(7,), template_options={})
+    config = Config()
+    text = how_to_use_adapter(config, dialogue, False, "/my models/tiny", rank)
+    command = f"vllm serve '/my models/tiny' --enable-lora --max-lora-rank {most} --lora-modules trained=."
+    assert f"{command} --dtype bfloat16 --max-model-len" in text
+    assert 'AutoPeftModelForCausalLM.from_pretrained(".")' in text
+    config.dialogue.chat_template = "own.jinja"
+    assert f"{command} --chat-template chat_template.jinja --dtype" in how_to_use_adapter(
+        config, dialogue, False, "/my models/tiny", rank
+    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from nemo_r3.actor.weights import parameters_by_name
 from nemo_r3.config import Config
 from nemo_r3.models import Architecture, convert, names
 from nemo_r3.models.names import NameRow
+from nemo_r3.runtime import World
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,20 @@ class Lora:
             a.value.grad.addmm_(b.value.t(), gradient, alpha=self._scale)  # type: ignore[union-attr]
             b.value.grad.addmm_(gradient, a.value.t(), alpha=self._scale)  # type: ignore[union-attr]
         weight.grad = None
+
+    def whole(self, world: World) -> dict[str, Tensor]:
+        """The factors of all stages by name, whole and on the CPU, on rank 0; none elsewhere. Every rank calls this."""
+        rank, first = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank() == 0
+        mine = {
+            (factor.name, rank): (factor.cut or 0, factor.value.detach().to("cpu", copy=True))  # no view of a whole
+            for factor in self.factors()
+            if first and (rank == 0 or factor.cut is not None)
+        }
+        parts, axes = defaultdict(list), {}
+        for (name, _), (axis, part) in sorted(world.merge_on_main(mine).items(), key=lambda item: item[0]):
+            parts[name].append(part)
+            axes[name] = axis
+        return {name: torch.cat(found, dim=axes[name]) for name, found in parts.items()}
 
     def sharded_state(self) -> dict[str, ShardedTensor]:
         """The factors as parts of a checkpoint, which share their memory."""

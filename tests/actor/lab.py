@@ -172,6 +172,8 @@ class Lab:
         metrics.append(trainer.update(batch_of([3])))
         self.keep(f"{name}-3", third)
         self.keep(f"{name}-5", self.weights(trainer.policy))
+        if trainer.policy.lora is not None:
+            self.keep(f"{name}-5-factors", trainer.policy.lora.whole(self.world))
         return found | {"metrics": metrics, "version": trainer.policy.version, "steps": trainer.schedule.num_steps}
 
     def resume(self, saved: str, layout: str, kind: str, **actor: Any) -> None:

@@ -155,6 +155,18 @@ def test_lora_moves_the_layers_matrices_and_nothing_else(one: Any) -> None:
         assert ranks == 4, name
 
 
+@pytest.mark.parametrize("name", [f"one-{LORA}", *(name for name in SPLIT if LORA in name)])
+def test_the_whole_factors_of_any_layout_make_its_weights(one: Any, every: dict[str, Any], name: str) -> None:
+    before = load_file(one.home / "qwen2" / "model.safetensors")
+    after = load_file(one.home / f"{name}-5.weights.safetensors")
+    factors = load_file(one.home / f"{name}-5-factors.weights.safetensors")
+    moved = {name for name in before if name.endswith("_proj.weight")}
+    assert factors.keys() == {f"{name}.lora_{end}" for name in moved for end in "AB"}
+    for name in moved:
+        product = factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
+        torch.testing.assert_close(before[name] + 32 / 4 * product, after[name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ONE + SPLIT)
 def test_a_nan_skips_the_step_and_leaves_everything_alone(every: dict[str, Any], name: str) -> None:
     found = every[name]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import torch
 from launch import QUICKSTART, SMALL, lines, run
 from safetensors.torch import load_file
+from served import Served
 
 from nemo_r3.models import EMBEDDED
 from recipes.fault_injection import untimed
@@ -30,3 +33,14 @@ def test_a_run_resumes_from_its_factors_and_exports_their_sum_with_the_starting_
     exported, start = (load_file(path / "model.safetensors") for path in (resumed / "export", EMBEDDED))
     moved = {name for name in start if not exported[name].equal(start[name])}
     assert moved == {name for name in start if name.endswith("_proj.weight")}
+
+    said = json.loads((resumed / "adapter" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (4, 32, str(EMBEDDED))
+    factors = load_file(resumed / "adapter" / "adapter_model.safetensors")
+    for name in moved:
+        a, b = (factors.pop(f"base_model.model.{name.removesuffix('.weight')}.lora_{end}.weight") for end in "AB")
+        torch.testing.assert_close(start[name] + 8 * b @ a, exported[name], rtol=0, atol=1e-6)
+    assert not factors
+    card = (resumed / "adapter" / "README.md").read_text()
+    assert f"vllm serve {EMBEDDED} --enable-lora --max-lora-rank 8 --lora-modules trained=. --dtype float32" in card
+    assert Served(card).two_tries("make 8", ("7", "think", "8")) == "8"
