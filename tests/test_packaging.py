@@ -27,9 +27,9 @@ APART = {  # package -> why the two CPU stacks, or CPU and GPU, do not have the 
 @cache
 def locked(lock: str) -> dict[str, str]:
     lines = (ROOT / "requirements" / lock).read_text(encoding="utf-8").splitlines()
-    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
-    assert all(len(pin) == 2 for pin in pins)
-    return {canonicalize_name(name): version for name, version in pins}
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all([each.operator for each in pin.specifier] == ["=="] for pin in pins)
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
 
 
 @pytest.mark.parametrize("lock", STACKS)
