@@ -20,7 +20,7 @@ from nemo_r3.actor.manifest import WRITING, step_of, steps_in
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import Architecture
-from nemo_r3.models.names import count_factors, count_parameters
+from nemo_r3.models.names import count_changed, count_factors, count_parameters
 from nemo_r3.precision import precision_of
 from nemo_r3.units import GIB, in_words
 
@@ -87,11 +87,12 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     lora = actor.lora_rank > 0
     factors = count_factors(arch, actor.lora_rank, actor.tensor_parallel) / actor.pipeline_parallel
+    trained = count_changed(arch) / actor.tensor_parallel / actor.pipeline_parallel if lora else share
     return Size(
         weights=precision.width * share,
         gradients=0 if lora else 4 * share,
         optimizer=0 if lora else state * stage / actor.tensor_parallel / owners,
-        reference=precision.width * share if config.algo.kl_beta or lora else 0,
+        reference=precision.width * trained if config.algo.kl_beta or lora else 0,
         saved=checkpoint_bytes(config, arch) / world_size,
         engine=precision.width * count_parameters(arch) / config.rollout.tensor_parallel,
         token=arch.cached_bytes(config.rollout.tensor_parallel, precision.width),
@@ -138,7 +139,7 @@ def gpu_problem(config: Config, size: Size, total: float) -> str | None:
     total -= OWN_BYTES
     ways = f"{'actor.expert_parallel, ' if size.experts else ''}actor.tensor_parallel or actor.pipeline_parallel"
     if size.at_work > total:
-        lora = "" if config.actor.lora_rank or size.experts else ", or train LoRA (actor.lora_rank)"
+        lora = "" if config.actor.lora_rank else ", or train LoRA (actor.lora_rank)"
         return (
             f"the actor needs {size.at_work / GIB:.0f} GiB of each GPU, which has room for {total / GIB:.0f}: use more "
             f"GPUs, with a larger {ways}{lora}"
@@ -186,9 +187,7 @@ def cpu_problem(config: Config, size: Size, node: Node) -> str | None:
     copy = size.saved if config.train.save_in_background else 0.0
     if node.ranks * (actor + size.engine + copy) <= node.host:
         return None
-    less = "" if config.actor.lora_rank else "keep no reference (algo.kl_beta=0), "
-    if less and not size.experts:
-        less += "train LoRA (actor.lora_rank), "
+    less = "" if config.actor.lora_rank else "keep no reference (algo.kl_beta=0), train LoRA (actor.lora_rank), "
     copied = f" and {copy / GIB:.1f} for what train.save_in_background=true copies" if copy else ""
     return (
         f"{node.name} has {node.host / GIB:.1f} GiB of host memory for this run, and without a GPU each rank "

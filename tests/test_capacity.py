@@ -54,7 +54,9 @@ def test_lora_of_a_70b_fits_a_node_and_its_checkpoint_a_laptop() -> None:
     # A + B of query, key and value, gate and up, output, down: tensor parallelism cuts B, in the last two A
     own = (8192 + 1024) + 2 * (8192 + 128) + 2 * (8192 + 3584) + (1024 + 8192) + (3584 + 8192)
     assert (size.gradients, size.optimizer, size.factors) == (0, 0, 16 * 80 * 32 * own)
-    assert size.reference == size.weights, "what the product is added to, with or without a KL"
+    matrices = 80 * (8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672)
+    assert size.reference == 2 * matrices / 8, "what the product is added to, with or without a KL"
+    assert size.weights == 2 * (matrices + 2 * 128256 * 8192 + 161 * 8192) / 8
     assert size.at_rest == size.weights + size.factors
     assert capacity.gpu_problem(config, size, 79 * GIB) is None
     assert capacity.checkpoint_bytes(config, arch) == 12 * factors < 5 * GIB

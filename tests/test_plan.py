@@ -14,7 +14,7 @@ from paper_models import shape
 from refusals import refusal
 
 from nemo_r3.actor.head import CHUNK_ELEMENTS
-from nemo_r3.capacity import Node
+from nemo_r3.capacity import Node, checkpoint_bytes
 from nemo_r3.config import Config, load
 from nemo_r3.errors import ConfigError
 from nemo_r3.models import EMBEDDED, architecture_of
@@ -110,6 +110,26 @@ def test_experts_count_as_a_whole_in_memory_and_by_what_a_token_passes_in_flops(
     assert count_parameters(planned.arch) == rest + experts
 
 
+def test_lora_of_a_30b_with_experts_fits_two_gpus() -> None:
+    """Nothing of router and experts is copied, has gradients or state, or is in a checkpoint."""
+    planned = plan("qwen3-30b-a3b", "countdown-qwen3-30b-a3b-1n2g-tp2ep2-lora")
+    whole = plan("qwen3-30b-a3b", MIXTURE, "cluster.gpus_per_node=2", "actor.expert_parallel=2")
+    attention, fed = 2 * 2048 * (4096 + 512), 8 * 3 * 2048 * 768 + 128 * 2048
+    # A + B of query, key and value, output: TP2 cuts B, in the last A
+    factors = 2 * (2048 + 4096) + 2 * (2048 + 512)
+    own = 2 * (2048 + 4096 // 2) + 2 * (2048 + 512 // 2)
+    found = numbers(describe(planned))
+    assert found["weights"] == numbers(describe(whole))["weights"]
+    assert found["gradients"] == found["optimizer state"] == ["-"] * 3
+    assert found["reference"][0] == gib(2 * 48 * attention / 2)
+    assert found["LoRA's factors and their state"][0] == gib(16 * 48 * 32 * own)
+    assert checkpoint_bytes(planned.config, planned.arch) == 12 * 48 * 32 * factors
+    assert training_cost(planned.arch, lora=True).per_token == 2 * 48 * (3 * attention + 2 * fed)
+    assert planned.verdict.startswith("fits: 47 GiB of each GPU are left")
+    planned.check()
+    assert refusal(whole.check).startswith("the actor needs ")
+
+
 @pytest.mark.parametrize(("groups", "said"), [(32, ", 32 of them idle (train.failures_per_step=32)\n"), (64, "\n")])
 def test_engines_without_a_failure_to_work_on(groups: int, said: str) -> None:
     settings = ("cluster.nodes=64", f"train.failures_per_step={groups}")
@@ -188,7 +208,7 @@ def test_experts_that_do_not_fit_are_shared_among_more_ranks() -> None:
     message = refusal(lambda: plan("qwen3-30b-a3b", MIXTURE, "actor.expert_parallel=2").check())
     assert message.startswith("the actor needs 1") and message.endswith("; this fits: actor.expert_parallel=8")
     assert "a larger actor.expert_parallel, actor.tensor_parallel or" in message
-    assert "lora" not in message, "which experts refuse"
+    assert "actor.pipeline_parallel, or train LoRA (actor.lora_rank); GPUs of" in message
 
 
 def test_without_a_number_of_gpus_there_are_as_many_ranks_as_share_the_experts() -> None:

@@ -8,7 +8,8 @@ trained. As soon as a microbatch has the gradient of W, it becomes that of the f
     dA = alpha / rank * B^T dW      dB = alpha / rank * dW A^T
 
 There is no buffer of whole gradients, and AdamW's state is that of the factors. Embedding, norms, biases and head stay
-as they are. The price: an update computes whole gradients of the matrices, as one of all weights does.
+as they are, and so do routers and experts: of a layer with experts, LoRA trains the attention's matrices. The price: an
+update computes whole gradients of the matrices that change, as one of all weights does.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Lora:
     """The factors of this rank's stage.
 
     Attributes:
-        module: the stage; nothing but the matrices of its layers requires gradients any more.
+        module: the stage; nothing but the matrices that change requires gradients any more.
         sites: its parameters that change.
     """
 

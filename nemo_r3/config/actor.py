@@ -56,8 +56,8 @@ class ActorConfig:
     lora_rank: int = option(
         0,
         low=0,
-        help="train only B and A, of this rank, in W + lora_alpha / lora_rank * B A for every matrix W of the layers; "
-        "0: train all weights; TRL's `lora_r`",
+        help="train only B and A, of this rank, in W + lora_alpha / lora_rank * B A for every matrix W of the layers, "
+        "but for routers and experts; 0: train all weights; TRL's `lora_r`",
     )
     lora_alpha: float = option(32.0, above=0.0, help="scale of what lora_rank trains")
     lr: float = option(5e-7, low=0.0, help="peak learning rate; TRL's `learning_rate`")

@@ -201,10 +201,6 @@ def _check_experts(config: Config) -> None:
             f"actor.sequence_parallel: false with actor.tensor_parallel={actor.tensor_parallel}: a model with experts "
             "needs true, as megatron-core's router expects each rank to have tokens of its own"
         )
-    if actor.lora_rank:
-        raise ConfigError(
-            f"actor.lora_rank={actor.lora_rank} is not supported for a model with experts; set 0 to train all weights"
-        )
     for key, value, plain in (
         ("actor.precision", actor.precision, "bf16"),
         ("rollout.quantization", quantization, "none"),

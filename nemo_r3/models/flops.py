@@ -12,18 +12,20 @@ FORWARD_AND_BACKWARD = 3
 """Times the forward pass: backward multiplies by every matrix twice."""
 
 
-def training_cost(arch: Architecture, frozen_head: bool = False) -> Cost:
+def training_cost(arch: Architecture, lora: bool = False) -> Cost:
     """FLOPs of forward and backward, of experts only those that a token passes; a multiply-add counts as 2.
 
-    LoRA's factors do not count. A frozen head's weight has no gradient. (`step_flops` counts a third too little of what
-    that head costs in passes that only score.)
+    LoRA's factors do not count. The weights that it freezes, of head, routers and experts, have no gradient.
+    (`step_flops` counts a third too little of what these cost in passes that only score.)
     """
-    router = arch.experts.count if arch.experts else 0
-    layer = arch.hidden_size * (2 * arch.query_width + 2 * arch.key_width + 3 * arch.active_columns + router)
+    frozen = FORWARD_AND_BACKWARD - lora
+    router, feed = (arch.experts.count, frozen) if arch.experts else (0, FORWARD_AND_BACKWARD)
+    attention = FORWARD_AND_BACKWARD * (2 * arch.query_width + 2 * arch.key_width)
+    layer = arch.hidden_size * (attention + feed * (3 * arch.active_columns + router))
     return Cost(
-        per_token=FORWARD_AND_BACKWARD * 2 * arch.num_layers * layer,
+        per_token=2 * arch.num_layers * layer,
         per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * arch.query_width,
-        per_target=(FORWARD_AND_BACKWARD - frozen_head) * 2 * arch.hidden_size * arch.vocab_size,
+        per_target=frozen * 2 * arch.hidden_size * arch.vocab_size,
     )
 
 

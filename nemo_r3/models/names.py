@@ -144,9 +144,10 @@ def _lengths(row: NameRow, arch: Architecture) -> list[int]:
 def matrices(row: NameRow, arch: Architecture) -> list[tuple[str, tuple[int, int]]]:
     """The matrices of a layer that a row is made of, in the order of `convert.merge`: names, and [rows, columns].
 
-    Those that a family has fused are numbered. There are none of what LoRA leaves alone: norms, biases, vocabularies.
+    Those that a family has fused are numbered. There are none of what LoRA leaves alone: norms, biases, vocabularies,
+    routers and experts.
     """
-    if row.layer is None or row.cut is None or len(row.shape) == 1:
+    if row.layer is None or row.cut is None or row.expert is not None or len(row.shape) == 1:
         return []
     rows, columns = row.shape
     lengths = _lengths(row, arch) or [rows]
@@ -181,6 +182,7 @@ def owner_of(row: NameRow, arch: Architecture, expert_parallel: int) -> int:
     return row.expert // (arch.experts.count // expert_parallel)
 
 
+@cache  # plans ask often, and experts have thousands of rows
 def count_factors(arch: Architecture, rank: int, size: int = 1) -> int:
     """Parameters of LoRA of this rank on each of `size` tensor-parallel ranks, which cut one factor of each pair."""
     found = 0
@@ -190,7 +192,13 @@ def count_factors(arch: Architecture, rank: int, size: int = 1) -> int:
     return rank * found
 
 
-@cache  # plans ask often, and experts have thousands of rows
+@cache
+def count_changed(arch: Architecture) -> int:
+    """Parameters that LoRA changes."""
+    return sum(math.prod(shape) for row in rows(arch) for _, shape in matrices(row, arch))
+
+
+@cache
 def count_parameters(arch: Architecture, experts_only: bool = False) -> int:
     """Parameters of the checkpoint, or of its experts; a tied head counts once."""
     return sum(math.prod(row.shape) for row in rows(arch) if row.expert is not None or not experts_only)

@@ -31,7 +31,9 @@ def devices(lab: Lab) -> None:
     for layout, more in (("tp2", {"sequence_parallel": True}), ("pp2", {})):
         for kind, (name, actor) in zip(("qwen2", "llama_tied", "qwen2"), POLICIES.items(), strict=True):
             lab.note(f"{layout}-{name}", life(lab, layout, kind, **actor, **more))
-    lab.note("ep2-experts", life(lab, "ep2", "qwen3_moe", offload_optimizer=True, recompute="full"))
+    for name, rank in (("experts", 0), ("experts+lora", 4)):
+        actor = {"offload_optimizer": True, "recompute": "full", "lora_rank": rank}
+        lab.note(f"ep2-{name}", life(lab, "ep2", "qwen3_moe", **actor))
 
 
 def mixed() -> dict[str, Callable[[], Any]]:

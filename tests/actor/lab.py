@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
@@ -35,6 +35,7 @@ from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.actor.optimizer import schedule_state
 from nemo_r3.actor.policy import Policy
 from nemo_r3.actor.trainer import Trainer
+from nemo_r3.capacity import size_of
 from nemo_r3.config import Config
 from nemo_r3.models import names
 from nemo_r3.runtime import World
@@ -121,6 +122,7 @@ class Lab:
         trainer = self.trainer(layout, kind, **actor)
         policy = trainer.policy
         found: dict[str, Any] = {"score": self.score_errors(policy, kind), "export": self.export_facts(policy, kind)}
+        found |= {"held": trainer.held(), "planned": asdict(size_of(policy.config, policy.arch, self.world.size))}
         watch = LayerWatch(policy.module, None)
         with watch.watching():
             metrics = [trainer.update(batch_of())]

@@ -41,9 +41,10 @@ def one(lab: Lab) -> None:
     for kind in TRIED["one"]:
         lab.trial("one", kind, save=True)
         lab.note(f"plain-{kind}", plain_steps(lab.home, kind))
-    lab.trial("one", "qwen2", save=True, lora_rank=4)
-    lab.trial("one", "qwen2", lora_rank=4, recompute="full")
-    lab.note("plain-qwen2-lora_rank=4", plain_steps(lab.home, "qwen2", lora_rank=4))
+    for kind in ("qwen2", "qwen3_moe"):
+        lab.trial("one", kind, save=True, lora_rank=4)
+        lab.trial("one", kind, lora_rank=4, recompute="full")
+        lab.note(f"plain-{kind}-lora_rank=4", plain_steps(lab.home, kind, lora_rank=4))
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}):
         lab.trial("one", "qwen2", **actor)
@@ -71,6 +72,7 @@ def two(lab: Lab) -> None:
         lab.trial("tp2", kind, save=kind == "qwen2")
     families(lab, "tp2")
     lab.trial("tp2", "qwen2", save=True, lora_rank=4)
+    lab.trial("tp2", "qwen3_moe", lora_rank=4)
     shared_and_separate(lab, "tp2", "qwen2")
     lab.resume("one", "tp2", "llama_tied")
     lab.fork("tp2", "llama_tied")
@@ -85,10 +87,13 @@ def two(lab: Lab) -> None:
     lab.trial("ep2", "qwen3_moe", save=True)
     lab.resume("ep2", "ep2", "qwen3_moe")
     lab.resume("one", "ep2", "qwen3_moe")
+    lab.trial("ep2", "qwen3_moe", save=True, lora_rank=4)
+    lab.resume("one", "ep2", "qwen3_moe", lora_rank=4)
     lab.note("offload-ep2", offloaded(lab, "ep2", "qwen3_moe"))
     for kind in ("llama_tied", "qwen2", "qwen3_moe"):
         lab.trial("dp2", kind, save=kind != "qwen3_moe")
     lab.resume("ep2", "dp2", "qwen3_moe")
+    lab.resume("ep2", "dp2", "qwen3_moe", lora_rank=4)
     lab.trial("dp2", "qwen2", shared_context=False)
     lab.trial("dp2", "qwen2", lora_rank=4)
     lab.split("dp2", "qwen2")
@@ -117,6 +122,7 @@ def four(lab: Lab) -> None:
     lab.resume("tp2pp2", "tp2dp2", "llama_tied")
     for layout in ("pp2ep2", "tp2ep2"):
         lab.trial(layout, "qwen3_moe")
+        lab.trial(layout, "qwen3_moe", lora_rank=4)
     lab.resume("ep2", "tp2ep2", "qwen3_moe")
 
 

@@ -26,6 +26,7 @@ from nemo_r3.errors import UserError
 from nemo_r3.files import UNREADABLE
 
 LORA = "qwen2-lora_rank=4"
+EXPERTS_LORA = "qwen3_moe-lora_rank=4"
 SAME = [
     "one-to-one-llama_tied",
     "one-to-one-qwen2",
@@ -45,6 +46,8 @@ OTHER = [
     "one-to-ep2-qwen3_moe",
     "ep2-to-dp2-qwen3_moe",
     "ep2-to-tp2ep2-qwen3_moe",
+    f"one-to-ep2-{EXPERTS_LORA}",
+    f"ep2-to-dp2-{EXPERTS_LORA}",
 ]
 DAMAGED = {
     "truncated": ".distcp has",

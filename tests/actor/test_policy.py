@@ -13,6 +13,7 @@ from nemo_r3.models import architecture_of
 
 ONE = [f"one-{kind}" for kind in IN_FULL]
 LORA = "qwen2-lora_rank=4"
+EXPERTS_LORA = "qwen3_moe-lora_rank=4"
 VARIANTS = ["one-llama_tied-shared_context=False", "one-qwen2-recompute=selective", "one-qwen2-recompute=full"]
 SPLIT = [
     *(f"tp2-{kind}" for kind in IN_FULL),
@@ -21,6 +22,7 @@ SPLIT = [
     "dp2-qwen2-shared_context=False",
     "tp2dp2-qwen2",
     *(f"{layout}-{LORA}" for layout in ("tp2", "pp2", "dp2", "tp2pp2")),
+    *(f"{layout}-{EXPERTS_LORA}" for layout in ("tp2", "ep2", "pp2ep2", "tp2ep2")),
 ]
 EIGHT = ["tp2pp2dp2-qwen2", "tp2pp4-llama", "pp4dp2-llama_tied", "dp8-qwen2"]
 COMPARED = ("loss", "kl", "entropy", "grad_norm", "lr", "token_mult_prob_error", "trained_tokens")
@@ -28,7 +30,8 @@ WEIGHT_TOLERANCE = 1e-5  # seen: 1.1e-6 (TP2), after updates that move weights b
 
 
 def reference_of(name: str) -> str:
-    return f"one-{LORA}" if LORA in name else f"one-{name.split('-')[1]}"
+    kind = name.split("-")[1]
+    return f"one-{kind}-lora_rank=4" if "lora" in name else f"one-{kind}"
 
 
 def weight_gap(one: Any, name: str, other: str, update: int) -> float:
@@ -72,7 +75,7 @@ def test_updates_learn_something(one: Any, kind: str) -> None:
     assert 3.5 < metrics[0]["entropy"] < 4.87  # nats; log 131 = 4.875
 
 
-@pytest.mark.parametrize("kind", [*IN_FULL, LORA])
+@pytest.mark.parametrize("kind", [*IN_FULL, LORA, EXPERTS_LORA])
 def test_updates_equal_a_plain_loop_on_transformers(one: Any, kind: str) -> None:
     for found, expected in zip(one.found[f"one-{kind}"]["metrics"], one.found[f"plain-{kind}"], strict=False):
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=3e-5, abs=1e-6)  # seen: 1.2e-5
@@ -134,22 +137,24 @@ def test_the_flops_of_one_rows_update_by_hand(one: Any, every: dict[str, Any], n
     assert every[name]["metrics"][4]["update_flops"] == pytest.approx((3 + 1) * forward)
 
 
-@pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name and LORA not in name])
+@pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name and "lora" not in name])
 def test_data_parallel_ranks_reduce_many_buckets(every: dict[str, Any], name: str) -> None:
     assert every[name]["buckets"] > 3 > every[reference_of(name)]["buckets"]
 
 
-@pytest.mark.parametrize("name", [*VARIANTS[1:], f"one-{LORA}-recompute=full"])
+@pytest.mark.parametrize("name", [*VARIANTS[1:], *(f"one-{kind}-recompute=full" for kind in (LORA, EXPERTS_LORA))])
 def test_recompute_changes_no_bit(one: Any, every: dict[str, Any], name: str) -> None:
     assert every[name]["metrics"] == every[reference_of(name)]["metrics"]
     assert weight_gap(one, name, reference_of(name), 5) == 0
 
 
-def test_lora_moves_the_layers_matrices_and_nothing_else(one: Any) -> None:
-    before = load_file(one.home / "qwen2" / "model.safetensors")
-    after = load_file(one.home / f"one-{LORA}-5.weights.safetensors")
+@pytest.mark.parametrize("name", [f"one-{LORA}", f"one-{EXPERTS_LORA}", f"tp2ep2-{EXPERTS_LORA}"])
+def test_lora_moves_the_layers_matrices_and_nothing_else(one: Any, every: dict[str, Any], name: str) -> None:
+    """Of a layer with experts the attention's: router and experts stay bit for bit."""
+    before = load_file(one.home / name.split("-")[1] / "model.safetensors")
+    after = load_file(one.home / f"{name}-5.weights.safetensors")
     moved = {name for name in before if not before[name].equal(after[name])}
-    assert moved == {name for name in before if name.endswith("_proj.weight")}
+    assert moved == {name for name in before if name.endswith("_proj.weight") and "experts" not in name}
     for name in moved:
         ranks = torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-3)
         assert ranks == 4, name
@@ -165,6 +170,13 @@ def test_the_whole_factors_of_any_layout_make_its_weights(one: Any, every: dict[
     for name in moved:
         product = factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
         torch.testing.assert_close(before[name] + 32 / 4 * product, after[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in SPLIT if "lora" in name])
+def test_lora_keeps_the_starting_weights_of_what_it_changes_alone(every: dict[str, Any], name: str) -> None:
+    held, planned = every[name]["held"], every[name]["planned"]
+    assert held["reference"] == planned["reference"] < planned["weights"]
+    assert held["gradients"] + held["optimizer state"] == planned["factors"]
 
 
 @pytest.mark.parametrize("name", ONE + SPLIT)

@@ -92,7 +92,8 @@ def test_training_has_the_papers_settings(path: Path) -> None:
     config = load([str(path)])
     assert config.algo.group_size * config.train.failures_per_step == 256
     lr = 5e-6 if config.actor.lora_rank else 5e-7
-    kl_beta = 0 if config.actor.expert_parallel > 1 else 0.001  # one node has no room for all experts' reference
+    # one node has no room for all experts' reference
+    kl_beta = 0 if config.actor.expert_parallel > 1 and not config.actor.lora_rank else 0.001
     assert (config.train.steps, config.actor.lr, config.algo.kl_beta) == (1750, lr, kl_beta)
     assert (config.actor.lr_warmup_ratio, config.algo.loss) == (0.03, "grpo")
     assert config.failures.source == "bank" and config.failures.samples_per_problem <= 64

@@ -101,7 +101,7 @@ def test_loading_and_export_are_the_identity_on_a_whole_checkpoint(case: tuple[i
 @settings(max_examples=40, deadline=None)
 @given(TP.flatmap(lambda size: st.tuples(st.just(size), architectures(size))))
 def test_a_ranks_part_comes_apart_into_the_matrices_that_it_is_made_of(case: tuple[int, Architecture]) -> None:
-    """Of which LoRA has a pair of factors each: seven in a layer without experts, fused or not."""
+    """Of which LoRA has a pair of factors each: seven in a layer, fused or not, four in one with experts."""
     size, arch = case
     found: dict[str, tuple[int, int]] = {}
     parts: list[int] = []
@@ -116,9 +116,9 @@ def test_a_ranks_part_comes_apart_into_the_matrices_that_it_is_made_of(case: tup
                 parts.append(sum(cut))
                 found[name] = shape
         else:
-            assert row.layer is None or any(part in row.megatron for part in ("norm", "bias", "router"))
-    networks = arch.experts.count if arch.experts else 1
-    assert len(found) == (4 + 3 * networks) * arch.num_layers
+            assert row.layer is None or any(part in row.megatron for part in ("norm", "bias", "router", "experts"))
+    assert len(found) == (4 if arch.experts else 7) * arch.num_layers
+    assert names.count_changed(arch) == sum(rows * columns for rows, columns in found.values())
     assert names.count_factors(arch, 3) == 3 * sum(rows + columns for rows, columns in found.values())
     assert names.count_factors(arch, 3, size) == 3 * sum(parts)
     if not arch.fused:

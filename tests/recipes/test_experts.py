@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from families import EXPERTS, TINY
 from launch import QUICKSTART, lines, run
@@ -36,12 +37,13 @@ def make_model(path: Path) -> None:
     Qwen3MoeForCausalLM(shape).save_pretrained(path)
 
 
-def test_two_steps_and_an_export_at_another_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_two_steps_and_an_export_at_another_layout(tmp_path: Path, lora_rank: int) -> None:
     (tmp_path / "even.py").write_text(EVEN)
     make_model(tmp_path / "model")
     settings = [QUICKSTART, "task={name: even}", f"model.path={tmp_path}/model", f"run.dir={tmp_path}/run"]
     settings += ["train.steps=2", "train.save_every=1", "train.failures_per_step=4", "failures.problems=16"]
-    settings += ["actor.lr=1e-3"]
+    settings += ["actor.lr=1e-3", f"actor.lora_rank={lora_rank}"]
     run("train", *settings, "actor.expert_parallel=2", ranks=2, path=tmp_path)
     logged = lines(tmp_path / "run" / "metrics.jsonl")
     assert [step["step"] for step in logged] == [1, 2]
@@ -51,5 +53,8 @@ def test_two_steps_and_an_export_at_another_layout(tmp_path: Path) -> None:
     run("export", *settings, path=tmp_path)  # which compares it with transformers
     before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "run/export"))
     assert before.keys() == after.keys()
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert {"model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.1.mlp.experts.7.up_proj.weight"} <= set(moved)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    if lora_rank:
+        assert moved == {name for name in before if name.endswith("_proj.weight") and "self_attn" in name}
+    else:
+        assert {f"model.layers.{at}.up_proj.weight" for at in ("0.mlp.experts.0", "1.mlp.experts.7")} <= moved
