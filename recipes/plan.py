@@ -21,7 +21,7 @@ from nemo_r3.algo.balance import Balance
 from nemo_r3.capacity import OWN_BYTES, Node, checkpoint_bytes, export_bytes, host_bytes
 from nemo_r3.config.schema import show
 from nemo_r3.models import planned_architecture
-from nemo_r3.models.flops import step_flops, training_cost
+from nemo_r3.models.flops import scoring_cost, step_flops, training_cost
 from nemo_r3.models.names import count_factors, count_parameters
 from nemo_r3.plan import Plan, plan_of
 from nemo_r3.types import Row, UpdateBatch
@@ -161,7 +161,7 @@ def describe_step(plan: Plan) -> str:
     batch, cost = UpdateBatch(longest_rows(plan)), training_cost(plan.arch, config.actor.lora_rank > 0)
     balances = [Balance(rows, cost, config.actor.microbatch_tokens) for rows in batch.updates]
     dealt = [balance.deal(plan.data_parallel, config.actor.pipeline_parallel) for balance in balances]
-    costs = [balance.all_flops() for balance in balances]
+    costs = [(balance.all_flops(cost), balance.all_flops(scoring_cost(plan.arch))) for balance in balances]
     flops = step_flops(costs, reference=config.algo.kl_beta > 0)
     sampled = len(batch.rows) * (config.rollout.max_reflection_tokens + config.rollout.max_answer_tokens)
     updates = f"an update of {flops:.1e} FLOPs" if len(costs) == 1 else f"{len(costs)} updates, {flops:.1e} FLOPs"

@@ -19,7 +19,7 @@ from nemo_r3.algo.balance import Balance
 from nemo_r3.algo.packing import Microbatch, pack
 from nemo_r3.config import Config
 from nemo_r3.models import architecture_of, fingerprint, model_path
-from nemo_r3.models.flops import training_cost
+from nemo_r3.models.flops import scoring_cost, training_cost
 from nemo_r3.precision import precision_of
 from nemo_r3.runtime import World
 from nemo_r3.types import Row
@@ -94,16 +94,21 @@ class Policy:
         """Streams the weights under their Hugging Face names; every rank iterates to the end, in lockstep."""
         return export_hf(self.module, self.arch)
 
-    def microbatches(self, rows: Sequence[Row]) -> tuple[list[Microbatch], float]:
-        """This rank's microbatches, and the FLOPs of training on all rows: shared contexts once, without padding."""
+    def microbatches(self, rows: Sequence[Row]) -> tuple[list[Microbatch], tuple[float, float]]:
+        """This rank's microbatches, and the FLOPs of training on all rows and of scoring them.
+
+        Shared contexts count once, and no padding.
+        """
         actor = self.config.actor
         if not actor.shared_context:
             rows = [replace(row, shared=0) for row in rows]
-        balance = Balance(rows, training_cost(self.arch, actor.lora_rank > 0), actor.microbatch_tokens)
+        cost = training_cost(self.arch, actor.lora_rank > 0)
+        balance = Balance(rows, cost, actor.microbatch_tokens)
         dealt = balance.deal(parallel_state.get_data_parallel_world_size(), stages=actor.pipeline_parallel)
         multiple = precision_of(self.config).row_multiple(actor)
         mine = dealt[parallel_state.get_data_parallel_rank()]
-        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], balance.all_flops()
+        flops = balance.all_flops(cost), balance.all_flops(scoring_cost(self.arch))
+        return [pack(rows, pieces, multiple).to(self.world.device) for pieces in mine], flops
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> Scores:
         """The microbatches' `Scores`."""

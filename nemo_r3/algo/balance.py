@@ -35,7 +35,7 @@ CUTS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one training pass over a model, by what causes them."""
+    """FLOPs of a pass over a model, by what causes them."""
 
     per_token: float  # of an input token in the layers' matrices
     per_pair: float  # of a pair of a query token and a key token that it attends to, in all layers
@@ -122,15 +122,18 @@ class Balance:
         return self._rows[piece[0]].shared + sum(self._rows[number].own for number in piece)
 
     def flops(self, piece: Piece) -> float:
-        """FLOPs of training on a piece."""
+        """FLOPs of a piece at the cost that is balanced."""
+        return self._flops(piece, self._cost)
+
+    def _flops(self, piece: Piece, cost: Cost) -> float:
         if not piece:
             return 0.0
         rows = [self._rows[number] for number in piece]
-        return self._cost.flops(rows[0].shared, [row.own for row in rows], sum(row.targets for row in rows))
+        return cost.flops(rows[0].shared, [row.own for row in rows], sum(row.targets for row in rows))
 
-    def all_flops(self) -> float:
-        """FLOPs of training on all groups, each with its context once: what repeats a context is no use."""
-        return sum(self.flops(tuple(members)) for members in self._groups)
+    def all_flops(self, cost: Cost) -> float:
+        """FLOPs of all groups at a cost, each with its context once: what repeats a context is no use."""
+        return sum(self._flops(tuple(members), cost) for members in self._groups)
 
     def _cut(self, members: Sequence[int], longest: int) -> list[Piece]:
         """Cuts a group, in order, into pieces of at most `longest` tokens, or of one longer row."""

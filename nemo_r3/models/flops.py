@@ -16,38 +16,45 @@ def training_cost(arch: Architecture, lora: bool = False) -> Cost:
     """FLOPs of forward and backward, of experts only those that a token passes; a multiply-add counts as 2.
 
     LoRA's factors do not count. The weights that it freezes, of head, routers and experts, have no gradient.
-    (`step_flops` counts a third too little of what these cost in passes that only score.)
     """
-    frozen = FORWARD_AND_BACKWARD - lora
-    router, feed = (arch.experts.count, frozen) if arch.experts else (0, FORWARD_AND_BACKWARD)
-    attention = FORWARD_AND_BACKWARD * (2 * arch.query_width + 2 * arch.key_width)
-    layer = arch.hidden_size * (attention + feed * (3 * arch.active_columns + router))
+    return _cost(arch, FORWARD_AND_BACKWARD, FORWARD_AND_BACKWARD - lora)
+
+
+def scoring_cost(arch: Architecture) -> Cost:
+    """FLOPs of the forward pass alone, with the head where there is a target."""
+    return _cost(arch, 1, 1)
+
+
+def _cost(arch: Architecture, passes: int, frozen: int) -> Cost:
+    """FLOPs of so many forward passes, and of `frozen` through what LoRA freezes."""
+    attention = passes * 2 * (arch.query_width + arch.key_width)
+    router, fed = (arch.experts.count, frozen) if arch.experts else (0, passes)
     return Cost(
-        per_token=2 * arch.num_layers * layer,
-        per_pair=FORWARD_AND_BACKWARD * 4 * arch.num_layers * arch.query_width,
+        per_token=2 * arch.num_layers * arch.hidden_size * (attention + fed * (3 * arch.active_columns + router)),
+        per_pair=passes * 4 * arch.num_layers * arch.query_width,
         per_target=frozen * 2 * arch.hidden_size * arch.vocab_size,
     )
 
 
-def step_flops(updates: Sequence[float], reference: bool) -> float:
-    """FLOPs of a step's updates, of which each costs this by `training_cost`, and of the passes that score for them.
+def step_flops(updates: Sequence[tuple[float, float]], reference: bool) -> float:
+    """FLOPs of a step's updates and of the passes that score for them, given what each costs to train on and to score.
 
     Before the first update the reference scores the rows of all, and the old policy those of the later ones.
     """
-    scored = sum(updates[1:]) + (sum(updates) if reference else 0)
-    return sum(updates) + scored / FORWARD_AND_BACKWARD
+    trained, scored = zip(*updates, strict=True)
+    return sum(trained) + sum(scored[1:]) + (sum(scored) if reference else 0)
 
 
 def rollout_flops(arch: Architecture, groups: Iterable[Group]) -> float:
     """FLOPs of sampling groups with a KV cache: each group's context counts once, what follows it once per reflection,
     and the head once per sampled token."""
-    cost, total = training_cost(arch), 0.0
+    cost, total = scoring_cost(arch), 0.0
     for group in groups:
         shared = _shared(group.reflections[0])
         own = [len(it.trajectory) - shared - 1 for it in group.reflections]  # the last token is never read
         sampled = sum(len(it.answer.segment.ids) + len(it.retry.segment.ids) for it in group.reflections)
         total += cost.flops(shared, own, sampled)
-    return total / FORWARD_AND_BACKWARD
+    return total
 
 
 def _shared(reflection: Reflection) -> int:

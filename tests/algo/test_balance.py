@@ -110,7 +110,7 @@ def test_a_group_beyond_the_budget_repeats_its_context() -> None:
     (microbatches,) = balance.deal(1)
     assert sorted(len(piece) for pieces in microbatches for piece in pieces) == [1, 2, 2]
     assert len(microbatches) == 3
-    assert balance.all_flops() == 50 + 5 * 20, "which is no use"
+    assert balance.all_flops(TOKENS) == 50 + 5 * 20, "which is no use"
 
 
 @settings(max_examples=80)

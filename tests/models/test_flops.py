@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3MoeCo
 
 from nemo_r3.algo.balance import Balance
 from nemo_r3.models import Architecture, architecture_of
-from nemo_r3.models.flops import FORWARD_AND_BACKWARD, peak_of, rollout_flops, speed, step_flops, training_cost
+from nemo_r3.models.flops import peak_of, rollout_flops, scoring_cost, speed, step_flops, training_cost
 from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Row, Segment, Trajectory
 
 SHARED, OWN, TRAINED = 24, 16, 10
@@ -84,10 +84,10 @@ def test_a_shared_context_costs_once(model: Any, arch: Architecture) -> None:
         for _ in range(3):
             counted(model, torch.arange(OWN)[None], cache, TRAINED)
             cache.crop(-OWN)
-    cost = training_cost(arch)
+    cost = scoring_cost(arch)
     future = SHARED * (SHARED - 1) / 2 + 3 * OWN * (OWN - 1) / 2
     ours = Balance([row(SHARED, OWN)] * 3, cost, budget=1000).flops((0, 1, 2)) + cost.per_pair * future
-    assert ours / FORWARD_AND_BACKWARD == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def group(context: int, reflection: int, retry: int, count: int) -> Group:
@@ -114,7 +114,7 @@ def test_a_rollout_reads_each_token_once_and_samples_with_the_head(model: Any, a
             cache.crop(-own)
     future = context * (context - 1) / 2 + 3 * own * (own - 1) / 2
     ours = rollout_flops(arch, [group(context, reflection, retry, 3)])
-    ours += training_cost(arch).per_pair / FORWARD_AND_BACKWARD * future
+    ours += scoring_cost(arch).per_pair * future
     assert ours == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
@@ -142,8 +142,8 @@ def test_speed_is_of_a_rank() -> None:
 
 
 def test_a_step_counts_what_scores_for_its_updates() -> None:
-    """A forward pass is a third: of the later updates' rows by the old policy, and of all rows by the reference."""
-    assert step_flops([3.0], reference=False) == 3
-    assert step_flops([3.0], reference=True) == 3 + 1
-    assert step_flops([3.0, 6.0], reference=False) == 9 + 2
-    assert step_flops([3.0, 6.0], reference=True) == 9 + 2 + 3
+    """The later updates' rows by the old policy, and all rows by the reference."""
+    assert step_flops([(3.0, 1.0)], reference=False) == 3
+    assert step_flops([(3.0, 1.0)], reference=True) == 3 + 1
+    assert step_flops([(3.0, 1.0), (6.0, 2.0)], reference=False) == 9 + 2
+    assert step_flops([(3.0, 1.0), (6.0, 2.0)], reference=True) == 9 + 2 + 3
