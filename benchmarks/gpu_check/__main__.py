@@ -40,11 +40,13 @@ class Check:
 ACTOR = ("torch", "megatron.core")
 
 
-def update(shape: str, precision: str) -> Check:
-    """The policy update at a shape in a precision."""
-    arguments = ("--shape", shape, "--precision", precision)
-    module, memory = "benchmarks.gpu_check.update", MEMORY.get(shape, 0.0)
-    return Check(f"{shape}-{precision}", module, needs_of(precision), 300, arguments, memory)
+def update(shape: str, precision: str, lora: bool = False) -> Check:
+    """The policy update at a shape in a precision, of all weights or of LoRA."""
+    name, arguments = f"{shape}-{precision}", ("--shape", shape, "--precision", precision)
+    if lora:
+        name, arguments = f"{name}-lora", (*arguments, "--lora")
+    module, memory = "benchmarks.gpu_check.update", 0.0 if lora else MEMORY.get(shape, 0.0)
+    return Check(name, module, needs_of(precision), 300, arguments, memory)
 
 
 def fusions(shape: str, precision: str) -> Check:
@@ -72,11 +74,13 @@ def needs_of(precision: str) -> tuple[str, ...]:
     return (*ACTOR, "transformer_engine") if "fp8" in precision else ACTOR
 
 
-MEMORY = {"8b-16": 120.0}
+MEMORY = {"8b-16": 120.0, "moe": 75.0}
 RECIPES = ("fp8-tensorwise", "fp8-blockwise", "fp8-delayed", "mxfp8")
 CHECKS = (
     Check("attention", "benchmarks.gpu_check.attention", ACTOR, 240),
     *(update("8b", precision) for precision in ("fp32", "bf16", *RECIPES)),
+    *(update("8b", precision, lora=True) for precision in ("fp32", "bf16")),
+    *(update("moe", precision, lora) for lora in (False, True) for precision in ("fp32", "bf16")),
     *(update("8b-16", precision) for precision in ("bf16", "fp8-tensorwise", "fp8-delayed")),
     *(fusions("8b", precision) for precision in ("bf16", "fp8-tensorwise")),
     *(training(precision) for precision in ("bf16", *RECIPES)),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from paper_models import shape
 from processes import program
 
 from benchmarks.gpu_check import attention, fusions, training
-from benchmarks.gpu_check.__main__ import CHECKS, Check, row, run
-from benchmarks.gpu_check.update import distance
+from benchmarks.gpu_check.__main__ import CHECKS, MEMORY, Check, row, run
+from benchmarks.gpu_check.update import SHAPES, config_of, distance
 from nemo_r3.actor import fused, head
+from nemo_r3.capacity import OWN_BYTES, size_of
+from nemo_r3.models import architecture_of
+from nemo_r3.plan import activation_bytes
+from nemo_r3.units import GIB
 
 CPU = torch.device("cpu")
 
@@ -77,6 +84,28 @@ def test_an_update_is_measured_against_float32() -> None:
     assert 1 < found["prob_error"] < 1.05 and found["tokens_per_second"] > 0 and found["speed/update_tflops"] > 0
     assert 0 < found["grad_norm_error"] < 0.05
     assert "speed/update_mfu" not in found, "the peak of a CPU is not known"
+
+
+def test_so_is_one_of_lora_of_a_model_with_experts() -> None:
+    """At first LoRA's B are zeros: log-probabilities are those of the starting weights, gradients B's alone."""
+    checks = {check.name: check for check in CHECKS}
+    reference = run(checks["moe-fp32-lora"], "cpu", small=True)["found"]
+    assert reference["sequences"] == 8 and reference["grad_norm"] > 0
+    found = run(checks["moe-bf16-lora"], "cpu", small=True)["found"]
+    assert 1 < found["prob_error"] < 1.05 and found["tokens_per_second"] > 0 and found["peak"] == 0
+    assert 0 < found["grad_norm_error"] < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_experts_fit_the_gpu_that_they_are_measured_on(precision: str, tmp_path: Path) -> None:
+    """By the arithmetic of a plan, at most an 80 GB one, of which nvidia-smi tells 79.6 GiB."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["moe"] | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    config, arch = config_of(precision), architecture_of(tmp_path)
+    tokens = config.actor.microbatch_tokens
+    held = size_of(config, arch, 1).at_work + activation_bytes(config, arch, tokens, trained=tokens)
+    assert held + OWN_BYTES < MEMORY["moe"] * GIB < 79.6 * GIB
+    real = shape("qwen3-30b-a3b")
+    assert replace(arch, num_layers=48, max_positions=real.max_positions, rope=real.rope, norm_eps=1e-6) == real
 
 
 def test_a_change_to_the_kernels_is_measured_and_taken_back() -> None:

@@ -36,6 +36,21 @@ def test_fp8_is_faster_and_bf16_is_busy_at_the_8b_shape() -> None:
     assert bf16["grad_norm_error"] < 0.001 and fp8["grad_norm_error"] < 0.01
 
 
+@pytest.mark.te
+def test_lora_needs_neither_gradient_buffers_nor_their_state() -> None:
+    _, lora, whole = found("8b-fp32-lora", "8b-bf16-lora", "8b-bf16")
+    assert lora["peak"] < whole["peak"] - 30, "GiB; 16 bytes for each of 2.8 billion weights are 41"
+    assert lora["prob_error"] < 1.05 and lora["grad_norm_error"] < 0.01
+
+
+@pytest.mark.te
+def test_experts_are_those_of_float32() -> None:
+    """BF16 sends some tokens to other experts."""
+    _, experts = found("moe-fp32", "moe-bf16")
+    assert experts["prob_error"] < 1.2 and experts["grad_norm_error"] < 0.05
+    assert experts["speed/update_mfu"] > 0
+
+
 def test_a_refit_of_8b_takes_less_than_a_second_and_sleep_frees_the_engine() -> None:
     [engine] = found("rollout-8b-full")
     assert engine["refit_seconds"] < 1
