@@ -58,6 +58,24 @@ def test_a_forged_metadata_is_refused_before_it_runs(tmp_path: Path, module: str
     assert not (tmp_path / "made").exists()
 
 
+def attribute_of(module: str, holder: str, name: str) -> bytes:
+    """A pickle that asks for an attribute of what a module holds."""
+    texts = [b"\x8c" + bytes([len(it)]) + it.encode() for it in ("builtins", "getattr", module, holder, name)]
+    return b"\x80\x04" + b"".join(texts[:2]) + b"\x93" + b"".join(texts[2:4]) + b"\x93" + texts[4] + b"\x86R."
+
+
+def test_a_member_of_an_enumeration_is_read_as_debians_python_writes_it(tmp_path: Path) -> None:
+    """Python 3.11.2 calls getattr for one."""
+    metadata = "torch.distributed.checkpoint.metadata"
+    (tmp_path / ".metadata").write_bytes(attribute_of(metadata, "_MEM_FORMAT_ENCODING", "TORCH_CHANNELS_LAST"))
+    with without_code(tmp_path, ALONE):
+        pass
+    for holder, name in (("_MEM_FORMAT_ENCODING", "mro"), ("TensorProperties", "create_from_tensor")):
+        (tmp_path / ".metadata").write_bytes(attribute_of(metadata, holder, name))
+        with pytest.raises(UserError, match="it asks for an attribute"), without_code(tmp_path, ALONE):
+            pass
+
+
 def test_a_metadata_that_is_cut_or_of_another_torch_is_refused_in_one_line(tmp_path: Path) -> None:
     for content in (b"", pickle.dumps({})[:-2], called("torch.distributed.checkpoint.metadata", "Newer", "")):
         (tmp_path / ".metadata").write_bytes(content)
