@@ -4,11 +4,12 @@ python te_policies.py one HOME
 python te_policies.py families HOME                      every family, in BF16
 torchrun --nproc-per-node=2 te_policies.py tp2 HOME      with sequence parallelism
 torchrun --nproc-per-node=2 te_policies.py dp2 HOME
-torchrun --nproc-per-node=2 te_policies.py experts HOME  at EP2 and at TP2, in BF16
+torchrun --nproc-per-node=2 te_policies.py experts HOME  at EP2 and at TP2, in BF16, with and without LoRA
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 from collections.abc import Sequence
@@ -129,10 +130,11 @@ def family(lab: Lab, kind: str) -> dict[str, Any]:
     }
 
 
-def experts(lab: Lab, layout: str) -> dict[str, Any]:
+def experts(lab: Lab, layout: str, lora_rank: int) -> dict[str, Any]:
     """All that a run does with a policy, offloaded and recomputed, and float32's first gradient."""
-    found = life_on_a_gpu(lab, layout, "qwen3_moe", precision="bf16", offload_optimizer=True, recompute="full")
-    return found | {"exact": lab.trainer(layout, "qwen3_moe").update(batch_of())["grad_norm"]}
+    settings: dict[str, Any] = {"offload_optimizer": True, "recompute": "full", "lora_rank": lora_rank}
+    found = life_on_a_gpu(lab, layout, "qwen3_moe", precision="bf16", **settings)
+    return found | {"exact": lab.trainer(layout, "qwen3_moe", lora_rank=lora_rank).update(batch_of())["grad_norm"]}
 
 
 def te_policies(arguments: Sequence[str]) -> None:
@@ -146,7 +148,8 @@ def te_policies(arguments: Sequence[str]) -> None:
         lab.note("policies", {kind: family(lab, kind) for kind in families.KINDS})
         return
     if layout == "experts":
-        lab.note("policies", {at: experts(lab, at) for at in ("ep2", "tp2")})
+        cases = itertools.product(("ep2", "tp2"), (0, 4))
+        lab.note("policies", {f"{at}, LoRA {rank}": experts(lab, at, rank) for at, rank in cases})
         return
     found = {name: life(lab, layout, name) for name in ("fp32", *LAYOUTS[layout])}
     exact = [score for row in found["fp32"]["scores"] for score in row]
