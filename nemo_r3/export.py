@@ -55,18 +55,19 @@ COPIED = (
 
 
 def refuse_other_contents(out: Path) -> None:
-    """Refuses to export through a link to a directory of something else, all of which an export would replace.
+    """Refuses to export to where something else is, all of which an export would replace.
 
     Raises:
-        UserError: it holds files, and is no earlier export.
+        UserError: there is a file, or a directory that holds files and is no earlier export.
     """
     card = out / "README.md"
-    if not out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
+    if not (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         return
     if not (card.is_file() and "Trained with nemo_r3" in card.read_text(errors="replace")):
+        place = f"{out} links to {out.resolve()}, which" if out.is_symlink() else out
         raise UserError(
-            f"{out} links to {out.resolve()}, which holds something else than an export, and an export would replace "
-            "it: link to a directory that is new or empty"
+            f"{place} holds something else than an export, and an export would replace it: move it away, or make this "
+            "a link to a directory that is new or empty"
         )
 
 

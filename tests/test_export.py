@@ -318,7 +318,7 @@ def test_an_export_goes_where_its_directory_links_to(home: Path, found: dict[str
     assert (home / "disk" / "qwen2" / "config.json").exists() and len(list((home / "disk").iterdir())) == 1
 
 
-def test_a_link_to_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_place_of_something_else_is_refused(tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "export", tmp_path / "models"
     elsewhere.mkdir()
     out.symlink_to(elsewhere)
@@ -329,6 +329,10 @@ def test_a_link_to_a_directory_of_something_else_is_refused(tmp_path: Path) -> N
     card.write_text("all my models")
     with pytest.raises(UserError, match=f"{out} links to {elsewhere}, which holds something else"):
         exporting.refuse_other_contents(out)
+    with pytest.raises(UserError, match=f"^{elsewhere} holds something else than an export"):
+        exporting.refuse_other_contents(elsewhere)
+    with pytest.raises(UserError, match=f"^{card} holds something else than an export"):
+        exporting.refuse_other_contents(card)
 
 
 def test_a_wrong_weight_is_refused(home: Path, found: dict[str, Any]) -> None:
