@@ -37,8 +37,8 @@ NOTE = (
 NONE = "-"
 HOW_TO_USE = """\
 The model knows one dialogue: a first answer and, after a failure, a reflection and a retry. To have it as in training
-and evaluation, serve this directory with vLLM, without the sampling of generation_config.json, which is the starting
-model's:
+and evaluation, serve it from this directory with vLLM, without the sampling of generation_config.json, which is the
+starting model's:
 
 ```bash
 vllm serve {served}{options} --generation-config vllm
