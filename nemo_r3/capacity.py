@@ -48,7 +48,7 @@ class Size:
     engine: float  # vLLM's weights, on each rank of an engine
     token: float  # a token's part of the KV cache, on each rank of an engine
     factors: float = 0.0  # LoRA's, with their gradients and AdamW's state, which are never offloaded
-    experts: float = 0.0  # those among the weights, if the model has any
+    experts: bool = False  # whether the model has any
 
     @property
     def at_work(self) -> float:
@@ -81,8 +81,8 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
     actor, precision = config.actor, precision_of(config)
     stage = _largest_stage(arch, actor.pipeline_parallel)
     experts = count_parameters(arch, experts_only=True) / actor.pipeline_parallel
-    own = experts / actor.expert_parallel / actor.expert_tensor_parallel
-    share = (stage - experts) / actor.tensor_parallel + own
+    share = (stage - experts) / actor.tensor_parallel
+    share += experts / actor.expert_parallel / actor.expert_tensor_parallel
     owners = world_size // (actor.tensor_parallel * actor.pipeline_parallel)
     state = OPTIMIZER_BYTES if precision.bf16 else OPTIMIZER_BYTES - 4  # fp32's main weights are the model's
     lora = actor.lora_rank > 0
@@ -97,7 +97,7 @@ def size_of(config: Config, arch: Architecture, world_size: int) -> Size:
         engine=precision.width * count_parameters(arch) / config.rollout.tensor_parallel,
         token=arch.cached_bytes(config.rollout.tensor_parallel, precision.width),
         factors=(4 + OPTIMIZER_BYTES) * factors,
-        experts=precision.width * own,
+        experts=arch.experts is not None,
     )
 
 
