@@ -55,11 +55,11 @@ def merged(start: dict[str, torch.Tensor], factors: dict[str, torch.Tensor], arc
     return found
 
 
-def export(home: Path, kind: str, config: Config, factors: dict[str, torch.Tensor], base: str = "org/base") -> Path:
+def export(home: Path, kind: str, config: Config, factors: dict[str, torch.Tensor], main: bool = True) -> Path:
     lora = SimpleNamespace(whole=lambda world: factors)
-    world = SimpleNamespace(on_main=lambda act: act())
+    world = SimpleNamespace(on_main=lambda act: act() if main else None)
     policy: Any = SimpleNamespace(lora=lora, world=world, config=config, arch=architecture_of(home / kind))
-    export_adapter(policy, home / kind, home / "run" / "adapter", base, "a card")
+    export_adapter(policy, home / kind, home / "run" / "adapter", "org/base", "a card")
     return home / "run" / "adapter"
 
 
@@ -133,21 +133,30 @@ def test_an_adapter_is_written_whole_with_the_terms_of_its_model(home: Path, tmp
     (tmp_path / "llama" / "LICENSE.txt").write_text("be nice")
     (tmp_path / "own.jinja").write_text("own")
     factors, config = trained(architecture_of(home / "llama")), config_of()
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    (tmp_path / "run" / "adapter" / "old").write_text("an earlier one")
-    (tmp_path / "run" / "adapter.writing").mkdir()  # as a killed export leaves it
+    place = tmp_path / "disk" / "adapter"
+    for left in (place, place.with_name("adapter.writing"), place.with_name("adapter.replaced")):
+        left.mkdir(parents=True)
+        (left / "old").write_text("of earlier exports, of which some were killed")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter").symlink_to(place)
     config.dialogue.chat_template = str(tmp_path / "own.jinja")
     adapter = export(tmp_path, "llama", config, factors)
     files = {"adapter_model.safetensors", "adapter_config.json", "README.md", "LICENSE.txt", "chat_template.jinja"}
     assert {file.name for file in adapter.iterdir()} == files
     assert len({file.stat().st_mode for file in adapter.iterdir()}) == 1
     assert (adapter / "chat_template.jinja").read_text() == "own"
+    assert adapter.is_symlink() and {path.name for path in place.parent.iterdir()} == {"adapter"}
 
     config.dialogue.chat_template = str(tmp_path / "gone")
     message = refusal(lambda: export(tmp_path, "llama", config, factors))
-    assert f"cannot write {adapter}" in message and "free some space" in message
-    assert {path.name for path in adapter.parent.iterdir()} == {"adapter"}
+    assert f"cannot write {place}" in message and "free some space" in message
+    assert {path.name for path in place.parent.iterdir()} == {"adapter"}
     assert {file.name for file in adapter.iterdir()} == files, "the earlier one"
+
+
+def test_rank_0_alone_writes_what_it_alone_has(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "llama", tmp_path / "llama")
+    assert not export(tmp_path, "llama", config_of(), {}, main=False).exists()
 
 
 # a server

@@ -326,7 +326,7 @@ def test_a_place_of_something_else_is_refused(tmp_path: Path) -> None:
     card = elsewhere / "README.md"
     card.write_text(model_card(Config(), {}, 1, "tiny", "serve it"))
     exporting.refuse_other_contents(out)
-    card.write_text("all my models")
+    card.write_bytes(b"all my \xff models")
     for place, said in ((out, f"{out} links to {elsewhere}, which"), (elsewhere, elsewhere), (card, card)):
         with pytest.raises(UserError, match=f"^{said} holds something else than an export"):
             exporting.refuse_other_contents(place)
