@@ -107,6 +107,9 @@ def test_experts_count_as_a_whole_in_memory_and_by_what_a_token_passes_in_flops(
     working = 2048 + (3 * columns + 8 * 2048) / 2
     small_head = replace(planned.arch, vocab_size=8)
     assert activation_bytes(planned.config, small_head, 1000, 1) == 2 * 1000 * (48 * 1024 + kept + working)
+    planned.config.actor.expert_parallel = 1  # TP2 cuts each expert, and a rank sees the tokens of both
+    more = 2 * 8 * 2048 / 2
+    assert activation_bytes(planned.config, small_head, 1000, 1) == 2 * 1000 * (48 * 1024 + kept + working + more)
     assert count_parameters(planned.arch) == rest + experts
 
 

@@ -93,7 +93,7 @@ def test_model_card() -> None:
     assert yaml.safe_load(front)["library_name"] == "transformers"
     assert "license" not in front and "base_model" not in yaml.safe_load(front)
     assert "# tiny, trained to reflect on countdown" in text
-    assert "40 steps of GRPO on reflection tokens" in text
+    assert "40 steps of GRPO on reflection tokens" in text and "failed answer, peak learning rate" in text
     assert "the reflection is rewarded when a verifier accepts the retry. 40 steps" in text
     assert "| first try | 0.50 [0.45, 0.55] → 0.50 [0.45, 0.55] | +0.50 ±0.05 | 0.50 → 0.50 | 400 |" in text
     assert "- torch 2.13.0" in text

@@ -51,7 +51,7 @@ def test_only_a_lone_rank_that_was_given_no_port_finds_one(
     with pytest.raises(InterruptedError):
         runtime.start(Config())
     assert joined.call_args.kwargs["store"] is (own if store else None)
-    assert os.environ.get("MASTER_PORT") == port
+    assert (os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT")) == ("127.0.0.1", port)
 
 
 def test_a_rank_may_open_as_many_files_as_the_system_lets_it() -> None:

@@ -100,6 +100,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "mean of the last 5 steps: 0.05 → 0.9 each step: 0.05 → 1" in text and "used: 0.667 → 0.667" in text
     assert "reflection: 30 → 30 retry: 20 → 20" in text
     assert "MISMATCH: token_mult_prob_error above train.mismatch_warn=1.05 none" in text
+    assert "share of first 5 steps last 5 steps" in text
     assert "reflections cut at their limit 25.0 % 25.0 % 25.0 % 1" in text
 
 
@@ -196,7 +197,7 @@ def test_unfinished_and_damaged_runs_show_what_there_is(tmp_path: Path) -> None:
     page = page_of(begun, "train.steps=40")
     text = " ".join(page.all().split())
     assert "5 of 40 steps trained" in text and "Not measured yet" in text
-    assert "not in metrics.jsonl 1 4" in text
+    assert "not in metrics.jsonl 1 4" in text and "share of first 2 steps last 2 steps" in text
     wrong = "actor.lr: expected a number, got 'fast'"
     assert all(it in text for it in ("1 of the 6 lines", "1 of the 13 lines", "summary.json", "bank.json", wrong))
     assert page.all("reflection").startswith("plan 2.0.0"), "the first step that has any"

@@ -128,9 +128,8 @@ def test_a_qwen3_with_experts_has_their_width_and_number(tmp_path: Path) -> None
     assert (found, found.active_columns) == (ours, 64)
     saved = {key: value for key, value in MIXTURE.items() if key != "num_experts"} | {"num_local_experts": 6}
     assert architecture_of(write(tmp_path, json.dumps(saved))) == ours, "as transformers saves it since version 5"
-    assert architecture_of(write(tmp_path, json.dumps(MIXTURE | {"norm_topk_prob": None}))).experts == Experts(
-        6, 2, False
-    )
+    lone = {"norm_topk_prob": None, "num_experts_per_tok": 1}
+    assert architecture_of(write(tmp_path, json.dumps(MIXTURE | lone))).experts == Experts(6, 1, normalized=False)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +170,14 @@ def test_layouts_of_experts(tmp_path: Path, settings: dict[str, Any], expected: 
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
     arch = architecture_of(write(tmp_path, json.dumps(MIXTURE)))
+    assert refusal(lambda: check_layout(config, arch)).startswith(expected)
+
+
+@pytest.mark.parametrize(("ways", "expected"), [(1, "actor.tensor_parallel=2 does not divide"), (3, "accepted")])
+def test_experts_that_are_held_whole_may_have_any_width(tmp_path: Path, ways: int, expected: str) -> None:
+    config, arch = Config(), architecture_of(write(tmp_path, json.dumps(MIXTURE | {"moe_intermediate_size": 33})))
+    config.rollout.max_model_len = 512
+    config.actor.tensor_parallel, config.actor.sequence_parallel, config.actor.expert_parallel = 2, True, ways
     assert refusal(lambda: check_layout(config, arch)).startswith(expected)
 
 
@@ -313,6 +320,7 @@ def test_a_field_that_makes_no_model_is_refused_with_its_file_and_value(
         ("Phi3", {"sliding_window": 256}, 256),
         ("Qwen2", {"sliding_window": 256, "use_sliding_window": False}, None),
         ("Qwen3", {"sliding_window": 256, "use_sliding_window": True}, 256),
+        ("Qwen3Moe", MIXTURE | {"sliding_window": 256, "use_sliding_window": True}, 256),
     ],
 )
 def test_a_sliding_window_is_refused_where_it_would_matter(

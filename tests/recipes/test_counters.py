@@ -42,6 +42,7 @@ def test_counts_are_of_steps_in_a_row() -> None:
     assert walk(MISMATCHED, EMPTY, EMPTY) == Counters(step=3, cursor=24, empty_steps=2, sparse_steps=2)
     few = FINE | {"groups_used": 1.0}
     assert walk(EMPTY, FINE, few, EMPTY, few).sparse_steps == 3, "2 of 10 groups are not few"
+    assert walk(FINE, few, EMPTY).last_update == 2
     assert walk(FINE | {"groups_used": 0.0}).empty_steps == 1, "algo.keep_equal_groups leaves a loss, but only the KL's"
     assert walk(SKIPPED, SKIPPED).skipped_steps == 2
     assert walk(SKIPPED, SKIPPED | {"updates": 2.0}).skipped_steps == 0, "one of two updates was done"

@@ -17,11 +17,11 @@ from nemo_r3.rollout import environment
 LLAMA = TINY | {"architectures": ["LlamaForCausalLM"]}
 
 
-def refusal(home: Path, **changes: Any) -> str:
+def refusal(home: Path, ways: int = 1, **changes: Any) -> str:
     """The error of a model that `changes` spoil; nothing is left in the environment."""
     (home / "config.json").write_text(json.dumps(LLAMA | changes))
     config = Config()
-    config.model.path = str(home)
+    config.model.path, config.rollout.tensor_parallel = str(home), ways
     before = dict(os.environ)
     with pytest.raises(ConfigError) as error:
         environment.prepare(config, on_cuda=False)
@@ -33,9 +33,11 @@ def test_head_width_that_the_cpu_attention_lacks(tmp_path: Path) -> None:
     assert "head_dim 16" in refusal(tmp_path, num_attention_heads=8, hidden_size=128)
 
 
-def test_expert_width_that_the_cpu_would_pad(tmp_path: Path) -> None:
-    mixture = {"architectures": ["Qwen3MoeForCausalLM"]} | EXPERTS | {"moe_intermediate_size": 48}
-    assert "experts of 48 columns on a rank (rollout.tensor_parallel=1)" in refusal(tmp_path, **mixture)
+@pytest.mark.parametrize(("width", "ways", "own"), [(48, 1, 48), (64, 4, 16)])
+def test_expert_width_that_the_cpu_would_pad(tmp_path: Path, width: int, ways: int, own: int) -> None:
+    mixture = {"architectures": ["Qwen3MoeForCausalLM"]} | EXPERTS | {"moe_intermediate_size": width}
+    said = f"experts of {own} columns on a rank (rollout.tensor_parallel={ways})"
+    assert said in refusal(tmp_path, ways, **mixture)
 
 
 def test_a_task_that_has_imported_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
