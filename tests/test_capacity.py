@@ -59,6 +59,9 @@ def test_lora_of_a_70b_fits_a_node_and_its_checkpoint_a_laptop() -> None:
     assert size.weights == 2 * (matrices + 2 * 128256 * 8192 + 161 * 8192) / 8
     assert size.at_rest == size.weights + size.factors
     assert capacity.gpu_problem(config, size, 79 * GIB) is None
+    assert str(capacity.gpu_problem(config, size, 19 * GIB)).endswith(
+        "actor.tensor_parallel or actor.pipeline_parallel"
+    )
     assert capacity.checkpoint_bytes(config, arch) == 12 * factors < 5 * GIB
     assert "algo.kl_beta" not in str(capacity.cpu_problem(config, size, capacity.Node("b", 1, 0, GIB)))
     config.actor.lora_rank = 0

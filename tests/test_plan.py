@@ -131,6 +131,9 @@ def test_lora_of_a_30b_with_experts_fits_two_gpus() -> None:
     assert planned.verdict.startswith("fits: 47 GiB of each GPU are left")
     planned.check()
     assert refusal(whole.check).startswith("the actor needs ")
+    said = (describe_step(plan("qwen3-30b-a3b", MIXTURE, f"actor.lora_rank={rank}")) for rank in (32, 0))
+    lora, full = (float(re.findall(r"an update of (\S+) FLOPs", step)[0]) for step in said)
+    assert 0.7 < lora / full < 0.85, "what it freezes has no gradient"
 
 
 @pytest.mark.parametrize(("groups", "said"), [(32, ", 32 of them idle (train.failures_per_step=32)\n"), (64, "\n")])
@@ -152,6 +155,8 @@ def test_what_a_step_of_the_8b_computes_at_most() -> None:
     said = describe_step(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "train.updates_per_step=4"))
     flops = 8 * group * (4 * 3 + 4 + 3)  # and the old policy of all updates but the first
     assert f"and 4 updates, {flops:.1e} FLOPs: {flops / 8:.1e} in 8 microbatches on each rank" in said
+    alone = describe_step(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "algo.kl_beta=0"))
+    assert f"and an update of {32 * group * 3:.1e} FLOPs" in alone
     said = describe_step(plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "train.updates_per_step=32"))
     assert "in 32 microbatches on each rank" in said, "at least one per update"
     retries = plan("llama-3.1-8b", "countdown-llama-3.1-8b-1n8g-tp2dp4", "algo.trained_phases=[retry]")
@@ -273,6 +278,8 @@ def test_without_gpus_a_table_has_what_the_settings_take() -> None:
     assert (found["copies for a save"], found["its buffers, offloading"]) == (["-"], found["optimizer state"])
     assert found["vLLM's KV cache, at most"] == ["0.5"], "an engine's ranks share it"
     assert "it has an unknown amount (cluster.memory_gb=0)" in describe(plan("qwen2.5-1.5b", "quickstart"))
+    assert "LoRA's factors and their state" not in found
+    assert numbers(describe(plan("qwen2.5-1.5b", "quickstart", "actor.lora_rank=64")))["LoRA's factors and their state"]
     small = plan_of(load([str(CONFIGS / "quickstart.yaml")]), architecture_of(EMBEDDED))
     assert "MiB of each rank's host memory" in describe(small)
 

@@ -21,7 +21,8 @@ from nemo_r3.errors import UserError
 from nemo_r3.rollout import turn_cache
 from nemo_r3.rollout.sampling import UNFINISHED, Completion
 from nemo_r3.rollout.turn_cache import TurnCache
-from recipes.checkpoints import check_start_fits, make_saver, open_run, resume, save_turns, trained
+from recipes import checkpoints
+from recipes.checkpoints import check_start_fits, give_up, make_saver, open_run, resume, save_turns, trained
 from recipes.counters import Counters
 
 
@@ -173,6 +174,30 @@ def test_an_engine_makes_room_for_what_is_offloaded_while_it_is_saved(offloads: 
     setup: Any = SimpleNamespace(config=config, progress=progress, run=run)
     make_saver(setup, cast(Trainer, None), rollout)._make_room()
     assert did == done
+
+
+@pytest.mark.parametrize(
+    ("empty", "saved_step", "saves"),
+    [
+        (2, 4, ["save 7"]),
+        (2, 5, []),  # a checkpoint has step 5, the last with an update
+        (7, 0, []),  # there was none
+        (0, 4, []),  # the last updates are why
+    ],
+)
+def test_a_run_that_gives_up_saves_what_no_checkpoint_has_and_waits_for_what_is_being_written(
+    monkeypatch: pytest.MonkeyPatch, empty: int, saved_step: int, saves: list[str]
+) -> None:
+    did: list[str] = []
+    for name in ("draw_curve", "report"):
+        monkeypatch.setattr(checkpoints, name, lambda _, name=name: did.append(name))
+    saver: Any = SimpleNamespace(
+        save=lambda step, state: did.append(f"save {state['step']}"), finish=lambda: did.append("finish")
+    )
+    setup: Any = SimpleNamespace(world=SimpleNamespace(barrier=lambda: did.append("wait")))
+    counters = Counters(step=7, empty_steps=empty)
+    assert refusal(lambda: give_up(setup, saver, counters, saved_step, "too hard")) == "too hard"
+    assert did == [*saves, "finish", "draw_curve", "report", "wait"]
 
 
 def test_a_second_stop_keeps_what_either_engine_added_to_the_turns_of_the_first(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
         for reason in ("stop", "length")
     )
     first = reflection(10, "length", 3, "stop", 0.0), reflection(4, "stop", 5, "length", 1.0, solves=True)
-    second = reflection(6, "stop", 7, "length", 0.0), reflection(8, "stop", 0, "no_room", 0.0)
+    second = reflection(6, "stop", 7, "length", 0.0, solves=True), reflection(8, "stop", 0, "no_room", 0.0)
     batch = UpdateBatch(groups_used=1, groups_dropped=1, rewards=((0.0, 0.5), (0.0, 0.0)))
     assert measures([Group(failure, first), Group(cut, second)], batch) == {
         "groups_used": 1,
@@ -45,12 +45,12 @@ def test_measures_are_means_over_the_reflections_of_all_groups() -> None:
         "retry_success": 0.25,
         "reflection_tokens": 7.0,
         "retry_tokens": 3.75,
-        "reflection_solves": 0.25,
+        "reflection_solves": 0.5,
         "truncated": 0.25,
         "retries_truncated": 0.5,
         "attempts_truncated": 0.5,
         "distinct_reflections": 1.0,
-        "contradictions": 1,
+        "contradictions": 2,
     }
 
 
