@@ -12,10 +12,12 @@ from data import LENGTHS, batch_of, sequences
 from lab import Lab, largest_gap, save_at_work
 from pretended_gpu import CONNECTED, storages
 from refusals import refusal
+from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import latest
 from nemo_r3.actor.numerics import LayerWatch
+from nemo_r3.actor.policy import Policy
 
 POLICIES = {
     "fp32": {},
@@ -73,9 +75,25 @@ def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
         "nan": lab.nan(trainer),
         "held": trainer.held(),
         "exported": sorted({str(tensor.device) for _, tensor in policy.export_hf()}),
+        "apart": apart(lab, policy, kind),
         "parameters": sorted({str(parameter.device) for parameter in policy.module.parameters()}),
         "connected late": [what for name, what in CONNECTED.items() if name not in connected],
     }
+
+
+def apart(lab: Lab, policy: Policy, kind: str) -> float:
+    """How far the weights are from the starting ones with the products of LoRA's factors; 0 on ranks but the first."""
+    if policy.lora is None:
+        return 0.0
+    factors, ours = policy.lora.whole(lab.world), lab.weights(policy)
+    start, gaps = load_file(lab.home / kind / "model.safetensors"), [0.0]
+    scale = policy.config.actor.lora_alpha / policy.config.actor.lora_rank
+    for name in {name.rpartition(".")[0] for name in factors}:
+        product = scale * factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
+        dtype = ours[name].dtype
+        gap = ours[name].cpu() - (start[name].to(dtype) + product).to(dtype)
+        gaps.append((gap.abs().mean() / product.abs().mean()).item())
+    return max(gaps)
 
 
 def left_behind(before: dict[int, int]) -> int:

@@ -88,9 +88,9 @@ class Lab:
         start_parallel_groups(config)
         self.groups = groups
 
-    def trainer(self, layout: str, kind: str, **actor: Any) -> Trainer:
+    def trainer(self, layout: str, kind: str, kl_beta: float = 0.2, **actor: Any) -> Trainer:
         config = Config()
-        config.model.path, config.algo.kl_beta = str(self.home / kind), 0.2
+        config.model.path, config.algo.kl_beta = str(self.home / kind), kl_beta
         config.rollout.temperature, config.rollout.max_model_len = 0.7, 128
         config.train.steps, config.train.updates_per_step = 8, 2
         settings = {"precision": "fp32", "microbatch_tokens": 130, "weight_decay": 0.1, "clip_grad": 1.0}

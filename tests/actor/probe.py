@@ -54,6 +54,9 @@ def one(lab: Lab) -> None:
     lab.note("plain-split-qwen2", plain_steps(lab.home, "qwen2", count=2, updates=SPLIT))
     lab.split("one", "qwen2")
     rejection(lab, "one", "qwen2")
+    for rank in (0, 4):
+        trainer = lab.trainer("one", "qwen2", kl_beta=0.0, lora_rank=rank)
+        lab.note(f"without-kl-{rank}", {"metrics": trainer.update(batch_of()), "held": trainer.held()})
     shared_and_separate(lab, "one", "llama_tied")
     for recompute in ("selective", "full"):
         shared_and_separate(lab, "one", "qwen2", recompute=recompute)

@@ -36,8 +36,6 @@ def rejection(lab: Lab, layout: str, kind: str) -> None:
     rejected, same = lab.unchanged(trainer, lambda: trainer.update(far))
     facts = {"found": found, "expected": expected, "weight_gap": gap, "rejected": rejected, "unchanged": same}
     facts |= half_rejected(trainer, other)
-    other._reference, other._objective = None, Objective(replace(other.policy.config.algo, kl_beta=0.0))
-    facts["without_reference"] = sorted(other.update(batch_of()))
     lab.note(f"rejection-{layout}-{kind}", facts)
 
 

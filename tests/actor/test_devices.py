@@ -23,6 +23,7 @@ def test_all_that_a_run_does_with_a_policy_stays_on_the_gpu(devices: Any, layout
     assert found["parameters"] == found["exported"] == ["cuda:0"]
     assert found["layers"] > 0 and found["resumed"] and found["nan"] == {"skipped": 1.0, "unchanged": True}
     assert found["score"] < (0.3 if precision in ("bf16", "lora") else 1e-4)
+    assert found["apart"] < 0.01, "each update adds LoRA's products to the starting weights, which are on the host"
     away = precision in ("bf16", "experts")
     assert (found["held"]["optimizer state"] == 0) == away
     assert (found["held"].get("optimizer state on the host", 0) > 0) == away
@@ -34,8 +35,16 @@ def test_nccl_connects_all_groups_before_the_engine_measures_memory(devices: Any
     assert devices.found[f"{layout}-{precision}"]["connected late"] == []
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_float32_is_what_it_is_on_a_cpu(devices: Any, two: Any, layout: str) -> None:
-    ours, theirs = devices.found[f"{layout}-fp32"]["metrics"], two.found[f"{layout}-qwen2"]["metrics"]
+@pytest.mark.parametrize(
+    ("name", "on_a_cpu"),
+    [
+        ("tp2-fp32", "tp2-qwen2"),
+        ("pp2-fp32", "pp2-qwen2"),
+        ("ep2-experts", "ep2-qwen3_moe"),  # whose reference is on the host
+        ("ep2-experts+lora", "ep2-qwen3_moe-lora_rank=4"),
+    ],
+)
+def test_float32_is_what_it_is_on_a_cpu(devices: Any, two: Any, name: str, on_a_cpu: str) -> None:
+    ours, theirs = devices.found[name]["metrics"], two.found[on_a_cpu]["metrics"]
     for one, other in zip(ours, theirs[:2], strict=True):
         assert one == approx(other, rel=1e-3, abs=1e-6)

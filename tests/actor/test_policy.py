@@ -182,6 +182,12 @@ def test_lora_keeps_the_starting_weights_of_what_it_changes_alone(every: dict[st
     assert held["gradients"] + held["optimizer state"] == planned["factors"]
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_rank_holds_the_weights_that_are_planned(every: dict[str, Any], name: str) -> None:
+    """But for the padding of a vocabulary, and the last stage's norm."""
+    assert every[name]["held"]["weights"] == pytest.approx(every[name]["planned"]["weights"], rel=0.01)
+
+
 @pytest.mark.parametrize("name", ONE + SPLIT)
 def test_a_nan_skips_the_step_and_leaves_everything_alone(every: dict[str, Any], name: str) -> None:
     found = every[name]
@@ -217,10 +223,13 @@ def test_rejected_tokens_leave_loss_gradient_and_denominators_of_the_whole_step(
     assert every[name]["weight_gap"] < WEIGHT_TOLERANCE
 
 
-def test_without_a_reference_there_is_no_kl(every: dict[str, Any]) -> None:
-    """It would be logged and drawn as 0."""
-    run = every["rejection-one-qwen2"]
-    assert set(run["found"]) - set(run["without_reference"]) == {"kl"}
+@pytest.mark.parametrize("rank", [0, 4])
+def test_without_a_weight_on_it_there_is_no_kl(one: Any, rank: int) -> None:
+    """It would be logged and drawn as 0. The starting weights, which LoRA needs all the same, score nothing."""
+    found, usual = one.found[f"without-kl-{rank}"], one.found[f"one-{LORA}" if rank else "one-qwen2"]
+    assert set(usual["metrics"][0]) - set(found["metrics"]) == {"kl"}
+    assert found["metrics"]["update_flops"] < usual["metrics"][0]["update_flops"]
+    assert (found["held"]["reference"] > 0) == (rank > 0)
 
 
 @pytest.mark.parametrize("name", ["rejection-one-qwen2", "rejection-dp2-qwen2"])
