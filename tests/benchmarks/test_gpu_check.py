@@ -89,6 +89,7 @@ def test_an_update_is_measured_against_float32() -> None:
 def test_so_is_one_of_lora_of_a_model_with_experts() -> None:
     """At first LoRA's B are zeros: log-probabilities are those of the starting weights, gradients B's alone."""
     checks = {check.name: check for check in CHECKS}
+    assert all(("--lora" in check.arguments) == name.endswith("-lora") for name, check in checks.items())
     reference = run(checks["moe-fp32-lora"], "cpu", small=True)["found"]
     assert reference["sequences"] == 8 and reference["grad_norm"] > 0
     found = run(checks["moe-bf16-lora"], "cpu", small=True)["found"]

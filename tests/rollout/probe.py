@@ -26,6 +26,7 @@ from refusals import refusal
 
 from nemo_r3 import signals
 from nemo_r3.models import architecture_of
+from nemo_r3.models.architecture import Experts
 from nemo_r3.progress import Progress
 from nemo_r3.rollout.sampling import Completion, Sampling
 from nemo_r3.runtime import World
@@ -86,19 +87,23 @@ def probe_sleep(probe: Probe) -> dict[str, Any]:
 
 def arguments_of(probe: Probe) -> dict[str, Any]:
     """By device, what vLLM is asked for: the most tokens of a forward pass for dialogues of up to 300 and 20000 tokens,
-    and the attention in bf16, FP8 and fp32; None leaves the choice to vLLM."""
+    the attention in bf16, FP8 and fp32, and what multiplies by experts, if the model has any; None and "auto" leave the
+    choice to vLLM."""
     from nemo_r3.rollout.engine import arguments
 
     config, model = probe.config, Path(probe.config.model.path)
+    arch = architecture_of(model)
     longest = [replace(config.rollout, max_model_len=length) for length in (300, 20_000)]
     precisions = [replace(config.actor, precision=name) for name in ("bf16", "fp8-tensorwise", "fp32")]
-    found: dict[str, Any] = {"batched_tokens": {}, "attention": {}}
+    found: dict[str, Any] = {"batched_tokens": {}, "attention": {}, "experts": {}}
     for device in ("cpu", "cuda"):
-        asked = partial(arguments, model_dir=model, arch=architecture_of(model), on_cuda=device == "cuda", reads=True)
+        asked = partial(arguments, model_dir=model, arch=arch, on_cuda=device == "cuda", reads=True)
         tokens = [asked(replace(config, rollout=rollout)).max_num_batched_tokens for rollout in longest]
         backends = [asked(replace(config, actor=actor)).attention_backend for actor in precisions]
         found["batched_tokens"][device] = tokens
         found["attention"][device] = [backend and backend.name for backend in backends]
+        mixture = replace(arch, experts=Experts(8, 2, normalized=True))
+        found["experts"][device] = [asked(config, arch=each).moe_backend for each in (arch, mixture)]
     return found
 
 

@@ -74,9 +74,10 @@ def test_prompts_are_cut_on_a_gpu_only(engine: dict[str, Any]) -> None:
     assert engine["batched_tokens"] == {"cpu": [4096, 20_000], "cuda": [8192, 8192]}
 
 
-def test_attention_on_a_gpu_needs_no_compiler(engine: dict[str, Any]) -> None:
+def test_attention_and_experts_on_a_gpu_need_no_compiler(engine: dict[str, Any]) -> None:
     """Left to itself, vLLM takes FlashInfer on Blackwell; for float32 FlashAttention would be refused."""
     assert engine["attention"] == {"cpu": [None] * 3, "cuda": ["FLASH_ATTN", "FLASH_ATTN", None]}
+    assert engine["experts"] == {"cpu": ["auto", "auto"], "cuda": ["auto", "triton"]}
 
 
 def test_a_vllm_for_other_devices_is_refused(engine: dict[str, Any]) -> None:
