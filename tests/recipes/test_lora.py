@@ -29,6 +29,12 @@ def test_a_run_resumes_from_its_factors_and_exports_their_sum_with_the_starting_
     assert f"resuming after step 1 from {resumed}/checkpoints/step_000001" in done.stdout
     assert untimed(resumed / "metrics.jsonl") == untimed(whole / "metrics.jsonl")
 
+    (resumed / "adapter").mkdir()
+    (resumed / "adapter" / "notes.txt").write_text("mine")
+    refused = run("export", *settings, f"run.dir={resumed}", succeed=False)
+    assert refused.returncode == 2 and f"{resumed}/adapter holds something else than an export" in refused.stderr
+    assert not (resumed / "export").exists()
+    (resumed / "adapter" / "notes.txt").unlink()
     run("export", *settings, f"run.dir={resumed}")
     exported, start = (load_file(path / "model.safetensors") for path in (resumed / "export", EMBEDDED))
     moved = {name for name in start if not exported[name].equal(start[name])}
@@ -42,5 +48,6 @@ def test_a_run_resumes_from_its_factors_and_exports_their_sum_with_the_starting_
         torch.testing.assert_close(start[name] + 8 * b @ a, exported[name], rtol=0, atol=1e-6)
     assert not factors
     card = (resumed / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card and "library_name: transformers" in (resumed / "export/README.md").read_text()
     assert f"vllm serve {EMBEDDED} --enable-lora --max-lora-rank 8 --lora-modules trained=. --dtype float32" in card
     assert Served(card).two_tries("make 8", ("7", "think", "8")) == "8"
