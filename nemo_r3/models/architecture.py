@@ -91,6 +91,8 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         raise kind(f"model.path: {path} is not a directory; name a Hugging Face checkpoint, or 'embedded'")
     if (path / "config.yaml").is_file() and not file.is_file():
         raise ConfigError(f"model.path: {path} is a run; its model is {path / 'export'}, where recipes.export puts it")
+    if (path / "adapter_config.json").is_file() and not file.is_file():
+        raise ConfigError(f"model.path: {path} is an adapter; name the merged model that recipes.export puts beside it")
     if not file.is_file():
         raise ConfigError(f"model.path: {path} has no config.json; it is not a Hugging Face checkpoint")
     return read_json_object(file, "model.path")

@@ -92,6 +92,8 @@ def test_no_directory_and_no_config_json_are_refused(tmp_path: Path) -> None:
     message = refusal(lambda: architecture_of(tmp_path / "nowhere"))
     assert f"{tmp_path}/nowhere is not a directory" in message and "'embedded'" in message
     assert "has no config.json" in refusal(lambda: architecture_of(tmp_path))
+    (tmp_path / "adapter_config.json").touch()
+    assert f"{tmp_path} is an adapter; name the merged model" in refusal(lambda: architecture_of(tmp_path))
 
 
 def test_a_run_is_not_its_export(tmp_path: Path) -> None:
