@@ -38,6 +38,8 @@ def _build(setup: Setup, config: Config, with_weights: bool) -> Policy:
     if actor.lora_rank:
         counted += f" and {count_factors(setup.arch, actor.lora_rank) / 1e6:,.2f}M of LoRA"
     layout = f"tensor_parallel={actor.tensor_parallel} pipeline_parallel={actor.pipeline_parallel}"
+    if setup.arch.experts:
+        layout += f" expert_parallel={actor.expert_parallel}"
     setup.progress.say(f"loading the model: {counted}, {layout}, ranks: {setup.world.size}")
     from nemo_r3.actor.policy import Policy
 

@@ -44,7 +44,8 @@ def test_two_steps_and_an_export_at_another_layout(tmp_path: Path, lora_rank: in
     settings = [QUICKSTART, "task={name: even}", f"model.path={tmp_path}/model", f"run.dir={tmp_path}/run"]
     settings += ["train.steps=2", "train.save_every=1", "train.failures_per_step=4", "failures.problems=16"]
     settings += ["actor.lr=1e-3", f"actor.lora_rank={lora_rank}"]
-    run("train", *settings, "actor.expert_parallel=2", ranks=2, path=tmp_path)
+    told = run("train", *settings, "actor.expert_parallel=2", ranks=2, path=tmp_path).stdout
+    assert "tensor_parallel=1 pipeline_parallel=1 expert_parallel=2, ranks: 2\n" in told
     logged = lines(tmp_path / "run" / "metrics.jsonl")
     assert [step["step"] for step in logged] == [1, 2]
     for step in logged:
