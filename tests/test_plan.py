@@ -134,6 +134,9 @@ def test_lora_of_a_30b_with_experts_fits_two_gpus() -> None:
     said = (describe_step(plan("qwen3-30b-a3b", MIXTURE, f"actor.lora_rank={rank}")) for rank in (32, 0))
     lora, full = (float(re.findall(r"an update of (\S+) FLOPs", step)[0]) for step in said)
     assert 0.7 < lora / full < 0.85, "what it freezes has no gradient"
+    head = planned.arch.vocab_size // 2 * 2048
+    one_token = [activation_bytes(it.config, it.arch, 1, 1) > 2 * head for it in (planned, whole)]
+    assert one_token == [False, True], "nor has the head"
 
 
 @pytest.mark.parametrize(("groups", "said"), [(32, ", 32 of them idle (train.failures_per_step=32)\n"), (64, "\n")])
