@@ -9,7 +9,7 @@ import pytest
 
 from nemo_r3.config import TrainConfig
 from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
-from recipes.counters import Counters, reason_to_stop
+from recipes.counters import Counters, reason_to_stop, why_few
 
 CONFIG = TrainConfig(failures_per_step=10, max_empty_steps=2, max_skipped_steps=2, max_mismatch_steps=2)
 FINE = {"loss": 0.1, "groups_used": 2.0, "token_mult_prob_error": 1.01, "updates": 1.0, "skipped": 0.0}
@@ -47,6 +47,14 @@ def test_counts_are_of_steps_in_a_row() -> None:
     assert walk(SKIPPED, SKIPPED).skipped_steps == 2
     assert walk(SKIPPED, SKIPPED | {"updates": 2.0}).skipped_steps == 0, "one of two updates was done"
     assert walk(FINE | {"token_mult_prob_error": math.nan}).mismatch_steps == 1, "NaN is no small mismatch"
+
+
+def test_where_retries_pass_or_reflections_differ_the_failures_themselves_are_why() -> None:
+    cut = SAMPLED | {"truncated": 1.0, "distinct_reflections": 1.0}
+    assert why_few(walk(EMPTY), cut | {"retry_success": 0.5}) is None
+    alike = why_few(walk(EMPTY), cut | {"retry_success": 0.4})
+    assert alike is not None and "reflections are alike" in alike
+    assert why_few(walk(EMPTY), SAMPLED | {"distinct_reflections": 1.2}) is None
 
 
 @pytest.mark.parametrize(
