@@ -173,7 +173,6 @@ class LoraOptimizer:
             [factor.value for factor in factors],
             betas=(actor.adam_beta1, actor.adam_beta2),
             eps=actor.adam_eps,
-            weight_decay=actor.weight_decay,
             fused=True,
         )
         start_adam_state(self._adam)
@@ -185,7 +184,7 @@ class LoraOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """AdamW's, whose learning rate a schedule sets."""
+        """AdamW's, whose learning rate and weight decay a schedule sets."""
         return self._adam.param_groups
 
     def zero_gradients(self) -> None:
