@@ -11,11 +11,14 @@ and nothing here knows how many turns there are. No torch, no vLLM.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 NO_ROOM = "no_room"
 """Finish reason of an empty answer: its prompt fills `rollout.max_model_len`, so nothing was sampled."""
@@ -56,6 +59,10 @@ class Segment:
     """[length] log-probabilities (nats, at the rollout temperature) with which vLLM sampled the tokens; empty for
     template and user text."""
     version: int = -1  # of the weights that sampled it; -1 for template and user text
+    routed_experts: NDArray[Any] | None = field(default=None, compare=False, repr=False)
+    """[tokens, layers, top_k] uint8 or uint16, with `actor.routing_replay`: the experts to which vLLM sent tokens that
+    came before this segment's last one. They go on where those of the trajectory's earlier segments end. Of a group's
+    reflections, the first one's begin with the context's, and the others' after it."""
 
     @property
     def sampled(self) -> bool:
@@ -155,6 +162,9 @@ class Row:
     group: int = 0  # number of the row's group
     shared: int = 0  # leading, untrained tokens that all rows of the group share
     update: int = 0  # which of the step's optimizer steps trains on it and its whole group; never decreasing
+    routed_experts: Sequence[NDArray[Any]] = field(default=(), compare=False, repr=False)
+    """With `actor.routing_replay`, laid end to end: [length - 1, layers, top_k], to which experts vLLM sent each token
+    but the last. Pieces, as a group's rows share their context's."""
 
     @property
     def trained(self) -> int:

@@ -25,17 +25,18 @@ from nemo_r3.algo.layout import Layout
 
 @dataclass
 class Packed(PackedSeqParams):
-    """What megatron-core hands to every layer's core attention, beside query, key and value."""
+    """What megatron-core hands to every layer, and to its core attention beside query, key and value."""
 
     layout: Layout | None = None  # of the microbatch
     cos: Tensor | None = None  # [tokens, 1, rotary channels / 2] of each token's rotary angles
     sin: Tensor | None = None  # the same
+    routed_experts: Tensor | None = None  # of the microbatch, for the routers
 
 
-def packed(layout: Layout, rotary: Rotary, dtype: torch.dtype) -> Packed:
+def packed(layout: Layout, rotary: Rotary, dtype: torch.dtype, routed_experts: Tensor | None = None) -> Packed:
     """The `Packed` of a microbatch with this layout."""
     cos, sin = rotary.waves(layout.positions, dtype)
-    return Packed(qkv_format="thd", layout=layout, cos=cos, sin=sin)
+    return Packed(qkv_format="thd", layout=layout, cos=cos, sin=sin, routed_experts=routed_experts)
 
 
 class SharedContextAttention(nn.Module):

@@ -52,7 +52,8 @@ class Pipeline:
         def forward_step(stream: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             microbatch = next(stream)
             watchdog.alive()
-            params = packed(microbatch.layout, self.rotary, self.trunk.config.params_dtype)
+            dtype = self.trunk.config.params_dtype
+            params = packed(microbatch.layout, self.rotary, dtype, microbatch.routed_experts)
             ids, positions = microbatch.ids[None], microbatch.layout.positions[None]
             hidden = model(ids, positions, None, packed_seq_params=params)
 

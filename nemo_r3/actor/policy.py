@@ -14,6 +14,7 @@ from nemo_r3.actor.lora import Lora
 from nemo_r3.actor.model import build_model, start_parallel_groups
 from nemo_r3.actor.pipeline import Pipeline
 from nemo_r3.actor.rotary import Rotary
+from nemo_r3.actor.routing import RoutingReplay
 from nemo_r3.actor.weights import export_hf, load_hf
 from nemo_r3.algo.balance import Balance
 from nemo_r3.algo.packing import Microbatch, pack
@@ -41,6 +42,7 @@ class Policy:
         version: how many optimizer steps the weights have seen; stamped on every sampled token.
         module: this rank's stage of the model.
         lora: what is trained of it; None if that is all weights.
+        replay: what makes its routers follow vLLM's; None without `actor.routing_replay`.
         pipeline: runs microbatches through all stages.
     """
 
@@ -69,6 +71,7 @@ class Policy:
             if with_weights or config.actor.lora_rank:
                 load_hf(self.module, self.arch, checkpoint)
         self.lora = Lora(self.module, self.arch, config) if config.actor.lora_rank else None
+        self.replay = RoutingReplay(self.module, world.device) if config.actor.routing_replay else None
         rotary = Rotary.of(self.arch.rope, config.rollout.max_model_len, world.device)
         self.pipeline = Pipeline(self.module, self.arch.vocab_size, rotary, config.rollout.temperature)
         torch.cuda.empty_cache()  # for the engine, which starts next

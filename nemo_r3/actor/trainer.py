@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -95,11 +96,16 @@ class Trainer:
             memory.reserve(self._working_bytes)
             before = memory.restart_peak()
             if self._lacks_scales:
-                first, layers = updates[0][:1], self.policy.module.decoder
-                find_scales(layers, self.policy.world, lambda: self._accumulate(first, *self._given([first])[0]))
+                one, layers = updates[0][:1], self.policy.module.decoder
+                find_scales(layers, self.policy.world, lambda: self._accumulate(one, *self._given([one])[0]))
                 self._lacks_scales = False
             lr = self.optimizer.param_groups[0]["lr"]
-            found = [self._descend(*each) for each in zip(updates, self._given(updates), strict=True)]
+            if (replay := self.policy.replay) is not None:
+                replay.count()
+            first, *others = zip(updates, self._given(updates), strict=True)
+            found = [self._descend(*first)]
+            mismatch = None if replay is None else replay.mismatch()  # of the weights that vLLM has, too
+            found += [self._descend(*each) for each in others]
             self._working_bytes = memory.peak() - before
             taken = [each for each in found if not math.isnan(each["grad_norm"])]
             if taken:
@@ -114,6 +120,8 @@ class Trainer:
             "skipped": float(len(found) - len(taken)),
             "update_flops": step_flops(costs, reference=self._reference is not None),
         }
+        if mismatch is not None:
+            metrics["routing_mismatch"] = mismatch
         if self._reference is None:
             del metrics["kl"]
         if self.policy.config.train.updates_per_step == 1:
@@ -129,13 +137,15 @@ class Trainer:
     def _given(self, updates: Sequence[Sequence[Microbatch]]) -> list[tuple[Scores, Scores]]:
         """What each update's loss takes as given: the old policy's log-probabilities, and the reference's.
 
-        The first update has no old policy but its own.
+        The first update has no old policy but its own. The reference does its own routing: sent to the experts of
+        another model's router it would be no fixed model.
         """
         old = [Scores(), *(self.policy.logprobs(microbatches) for microbatches in updates[1:])]
         if self._reference is None:
             return [(scores, Scores()) for scores in old]
         with self._reference.swapped_in():
-            return list(zip(old, map(self.policy.logprobs, updates), strict=True))
+            own = [[replace(microbatch, routed_experts=None) for microbatch in update] for update in updates]
+            return list(zip(old, map(self.policy.logprobs, own), strict=True))
 
     def _accumulate(self, microbatches: Sequence[Microbatch], old: Scores, reference: Scores) -> dict[str, float]:
         """Accumulates an update's gradient in the buffers; returns its `METRICS`."""

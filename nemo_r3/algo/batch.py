@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import compress, takewhile
+from typing import Any
+
+from numpy.typing import NDArray
 
 from nemo_r3.algo.advantages import Advantage, group_advantages, is_mixed, shuffled
 from nemo_r3.algo.aggregation import Aggregation, token_weights
@@ -63,7 +66,8 @@ def _group_rows(group: Group, advantages: Sequence[float], algo: AlgoConfig) -> 
         if trajectory.segments and not masked:
             chosen.append((trajectory, advantage))
     shared = _shared_tokens([trajectory for trajectory, _ in chosen], phases) if chosen else 0
-    return [_build_row(trajectory, phases, advantage, shared) for trajectory, advantage in chosen]
+    routed = group.reflections[0].answer.segment.routed_experts
+    return [_build_row(trajectory, phases, advantage, shared, routed) for trajectory, advantage in chosen]
 
 
 def _weighted(rows: Sequence[Row], kind: Aggregation, limit: int) -> list[Row]:
@@ -92,8 +96,13 @@ def _shared_tokens(trajectories: Sequence[Trajectory], phases: Collection[Phase]
     return shared
 
 
-def _build_row(trajectory: Trajectory, phases: Collection[Phase], advantage: float, shared: int) -> Row:
-    """One training sequence; each of its trained tokens has this advantage, and weight 1."""
+def _build_row(
+    trajectory: Trajectory, phases: Collection[Phase], advantage: float, shared: int, routed: NDArray[Any] | None
+) -> Row:
+    """One training sequence; each of its trained tokens has this advantage, and weight 1.
+
+    `routed` are the experts of the group's first reflection, which begin with the context's.
+    """
     ids: list[int] = []
     kinds: list[Phase] = []
     sampled: list[bool] = []
@@ -109,7 +118,12 @@ def _build_row(trajectory: Trajectory, phases: Collection[Phase], advantage: flo
         weights += [float(trains)] * length
         logprobs += segment.logprobs if segment.sampled else [0.0] * length
     assert len(logprobs) == len(ids), "every sampled token has a log-probability"
-    return Row(ids, kinds, sampled, advantages, weights, logprobs, shared=shared)
+    row = Row(ids, kinds, sampled, advantages, weights, logprobs, shared=shared)
+    if routed is None:
+        return row
+    own = [segment.routed_experts for segment in trajectory.segments if segment.routed_experts is not None]
+    context = len(ids) - 1 - sum(map(len, own))  # 0 for the first reflection
+    return replace(row, routed_experts=(routed[:context], *own))
 
 
 def _trained(segment: Segment, phases: Collection[Phase]) -> bool:

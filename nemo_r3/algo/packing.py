@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, compress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_r3.algo.layout import Layout, SharedContext
@@ -48,11 +49,17 @@ class Microbatch:
     ids: Tensor  # [tokens] int64 input ids; a row's last token is only ever a target
     layout: Layout
     targets: Targets
+    routed_experts: Tensor | None = None
+    """[tokens, layers, top_k] uint8 or uint16: to which experts vLLM sent them, but for the dummy tokens at the end;
+    None: the model decides."""
 
     def to(self, device: torch.device) -> Microbatch:
         """The same on another device."""
         layout = replace(self.layout, positions=self.layout.positions.to(device))
-        return replace(self, ids=self.ids.to(device), layout=layout, targets=self.targets.to(device))
+        routed = None if self.routed_experts is None else self.routed_experts.to(device)
+        return replace(
+            self, ids=self.ids.to(device), layout=layout, targets=self.targets.to(device), routed_experts=routed
+        )
 
 
 def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) -> Microbatch:
@@ -67,6 +74,7 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
     ids: list[int] = []
     positions: list[int] = []
     cuts = [0]
+    routed: list[NDArray[Any]] = []
     sources: dict[int, list[int]] = {}
 
     def add(tokens: Sequence[int], first_position: int = 0) -> range:
@@ -78,10 +86,16 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
             cuts.append(len(ids))
         return range(start, len(ids))
 
+    def add_part(row: Row, start: int, end: int) -> range:
+        """Adds a row's tokens from `start` to `end`, and their experts."""
+        if row.routed_experts:
+            routed.append(np.concatenate(row.routed_experts)[start:end])
+        return add(row.ids[start:end], start)
+
     def add_rows(piece: Sequence[int], context: range) -> None:
         """Adds what the rows have of their own, after the context that lies at these places."""
         for number in piece:
-            own = add(rows[number].ids[len(context) : -1], len(context))
+            own = add_part(rows[number], len(context), len(rows[number]) - 1)
             # a row's input is all tokens but the last, and each predicts the one after it
             sources[number] = list(compress([*context, *own], rows[number].loss_weights[1:]))
 
@@ -94,11 +108,11 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
             shared.append((SharedContext(context, branches), piece))
         else:
             alone.append((context, piece))
-    contexts = [add(rows[piece[0]].ids[: lengths.context]) for lengths, piece in shared]
+    contexts = [add_part(rows[piece[0]], 0, lengths.context) for lengths, piece in shared]
     for places, (_, piece) in zip(contexts, shared, strict=True):
         add_rows(piece, places)
     for context, piece in alone:
-        add_rows(piece, add(rows[piece[0]].ids[:context]))
+        add_rows(piece, add_part(rows[piece[0]], 0, context))
     add([0] * (-len(ids) % multiple if ids else multiple))
     order = [number for piece in pieces for number in piece]
     return Microbatch(
@@ -106,6 +120,7 @@ def pack(rows: Sequence[Row], pieces: Sequence[Sequence[int]], multiple: int) ->
         ids=_tensor(ids, len(ids), np.int64),
         layout=Layout(tuple(cuts), tuple(lengths for lengths, _ in shared), _tensor(positions, len(ids), np.int64)),
         targets=_targets([rows[number] for number in order], [place for number in order for place in sources[number]]),
+        routed_experts=torch.from_numpy(np.concatenate(routed)).clone() if routed else None,
     )
 
 

@@ -17,6 +17,11 @@ class ActorConfig:
         help="ranks of a pipeline stage that share a layer's experts, whole ones; 1: tensor_parallel cuts each expert",
         resume=True,
     )
+    routing_replay: bool = option(
+        False,
+        help="send each token to the experts that vLLM sent it to (rollout routing replay); verl's "
+        "`router_replay.mode=R3`",
+    )
     sequence_parallel: bool = option(
         False, help="split norms and residuals over the tensor-parallel ranks", resume=True
     )

@@ -106,6 +106,10 @@ def _check_mismatch(config: Config) -> None:
 
 def _check_cluster(config: Config) -> None:
     actor, cluster = config.actor, config.cluster
+    if actor.routing_replay and not config.rollout.prefix_caching:
+        raise ConfigError(
+            "actor.routing_replay: true needs rollout.prefix_caching=true, without which vLLM returns no experts"
+        )
     if actor.sequence_parallel and actor.tensor_parallel == 1:
         raise ConfigError("actor.sequence_parallel: true needs actor.tensor_parallel above 1, got 1")
     if cluster.gpus_per_node:

@@ -178,6 +178,8 @@ def check_layout(config: Config, arch: Architecture) -> None:
         _check_experts(config)
     elif actor.expert_parallel > 1:
         raise ConfigError(f"actor.expert_parallel={actor.expert_parallel} needs a model with experts (allowed here: 1)")
+    elif actor.routing_replay:
+        raise ConfigError("actor.routing_replay=true needs a model with experts (allowed here: false)")
     if arch.num_kv_heads % rollout.tensor_parallel and rollout.tensor_parallel % arch.num_kv_heads:
         raise ConfigError(
             f"rollout.tensor_parallel={rollout.tensor_parallel} neither divides nor is divided by the model's "

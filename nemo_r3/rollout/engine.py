@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs, SampleLogprobs
@@ -31,6 +33,7 @@ from nemo_r3.errors import UserError, in_one_line
 from nemo_r3.models import Architecture, architecture_of, names
 from nemo_r3.models.tensors import HFTensors
 from nemo_r3.precision import precision_of
+from nemo_r3.rollout import recording
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling
 
 KV_BLOCK = 32
@@ -57,6 +60,7 @@ class Engine:
         self.version = version
         self.max_model_len = max_model_len
         self._llm = llm
+        self._recorded: set[str] = set()  # the requests whose experts are wanted
         self._expected = {name for row in names.rows(arch) for name in row.hf}
         self._can_sleep = bool(llm.model_config.enable_sleep_mode)
 
@@ -89,7 +93,7 @@ class Engine:
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
         watchdog.alive()
         try:
-            llm = LLMEngine.from_engine_args(args)
+            llm = recording.start(args) if config.actor.routing_replay else LLMEngine.from_engine_args(args)
         except ValueError as error:  # settings that vLLM refuses, or too little free GPU memory for its share
             raise UserError(f"vLLM refused to start: {in_one_line(error)}") from error
         watchdog.alive()
@@ -110,7 +114,10 @@ class Engine:
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            routed_experts_prompt_start=len(prompt_ids) if sampling.experts_from is None else sampling.experts_from,
         )
+        if sampling.experts_from is not None:
+            self._recorded.add(request_id)
         self._llm.add_request(request_id, tokens_input(list(prompt_ids)), params)
 
     def step(self) -> list[Completion]:
@@ -122,7 +129,9 @@ class Engine:
         if self.version == NO_WEIGHTS:
             raise RuntimeError("the engine started without weights or has slept: it needs a refit first")
         return [
-            self._completion(output.request_id, turn.token_ids, turn.logprobs, str(turn.finish_reason))
+            self._completion(
+                output.request_id, turn.token_ids, turn.logprobs, turn.routed_experts, str(turn.finish_reason)
+            )
             for output in self._llm.step()
             if output.finished
             for turn in output.outputs
@@ -140,7 +149,8 @@ class Engine:
             rows, detokenizer = state.logprobs_processor, state.detokenizer
             assert rows is not None and detokenizer is not None, "a request that samples"
             ids, request_id = detokenizer.output_token_ids, state.external_req_id
-            aborted.append(self._completion(request_id, ids, rows.logprobs, UNFINISHED))
+            routed = np.concatenate(state.routed_experts_chunks) if state.routed_experts_chunks else None
+            aborted.append(self._completion(request_id, ids, rows.logprobs, routed, UNFINISHED))
         self._llm.abort_request([completion.request_id for completion in aborted])
         return aborted
 
@@ -203,10 +213,14 @@ class Engine:
 
         return max(self._llm.collective_rpc(size))
 
-    def _completion(self, request: str, ids: Sequence[int], rows: SampleLogprobs | None, reason: str) -> Completion:
+    def _completion(
+        self, request: str, ids: Sequence[int], rows: SampleLogprobs | None, routed: NDArray[Any] | None, reason: str
+    ) -> Completion:
+        wanted = request in self._recorded
+        self._recorded.discard(request)
         assert isinstance(rows, FlatLogprobs) and len(rows) == len(ids), f"{len(ids)} tokens without log-probabilities"
         logprobs = tuple(rows.logprobs[start] for start in rows.start_indices)  # the sampled token comes first
-        return Completion(request, tuple(ids), logprobs, reason, self.version)
+        return Completion(request, tuple(ids), logprobs, reason, self.version, routed if wanted else None)
 
     def _repack(self) -> None:
         """On a CPU, vLLM packs experts, and keeps a packed copy of a tied head; a reload leaves both undone."""
@@ -263,6 +277,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         distributed_timeout_seconds=patience,
         cpu_distributed_timeout_seconds=patience,
         enable_prefix_caching=rollout.prefix_caching,
+        enable_return_routed_experts=config.actor.routing_replay and on_cuda,  # on a CPU recording.py sees to it
         attention_backend=AttentionBackendEnum.FLASH_ATTN if on_cuda and precision.bf16 else None,
         moe_backend="triton" if on_cuda and arch.experts else "auto",
         block_size=None if on_cuda else KV_BLOCK,

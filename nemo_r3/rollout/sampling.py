@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nemo_r3.config.rollout import RolloutConfig
 
@@ -21,6 +25,8 @@ class Sampling:
     seed: int | None = None
     """Of the request's own random numbers, which are the same in any engine and after a resume; None for
     temperature 0."""
+    experts_from: int | None = None
+    """The first token, of prompt and completion, whose experts are wanted; None: of no token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,21 @@ class Completion:
     logprobs: tuple[float, ...]  # [length] their log-probabilities in nats, at the request's temperature
     finish_reason: str  # "stop", "length" or UNFINISHED
     version: int  # the version of the weights that sampled it
+    routed_experts: NDArray[Any] | None = field(default=None, compare=False, repr=False)
+    """[tokens, layers, top_k] uint8 or uint16: the experts to which vLLM sent each token from `Sampling.experts_from`
+    to the last but one; None if they were not wanted, or nothing was sampled."""
 
     def continuing(self, begun: Completion | None) -> Completion:
         """This completion appended to the one it continues, of the same weights."""
         if begun is None:
             return self
-        return replace(self, ids=begun.ids + self.ids, logprobs=begun.logprobs + self.logprobs)
+        routed = [part for part in (begun.routed_experts, self.routed_experts) if part is not None]
+        return replace(
+            self,
+            ids=begun.ids + self.ids,
+            logprobs=begun.logprobs + self.logprobs,
+            routed_experts=np.concatenate(routed) if routed else None,
+        )
 
 
 def request_seed(seed: int, step: int, asked: str, sample: int, phase: str) -> int:

@@ -46,6 +46,7 @@ class _Turn:
     prompt: Trajectory | None  # what comes before it; None if there is nothing to continue
     key: str  # identifies the problem or failure in the request's seed
     sample: int  # its index among the samples of that
+    known: int = 0  # how many of the prompt's tokens have their experts from another turn
 
 
 Conversation = Generator[_Turn, Answer, Callable[[], Result]]
@@ -166,13 +167,15 @@ class Rollout:
         def reflect(item: int, sample: int, wanted: bool) -> Conversation[Reflection]:
             failure, prompt = failures[item], prompts[item]
             if given is None:
-                reflection = yield _Turn(Phase.REFLECTION, prompt, failure.id, sample)
+                # a group's first reflection brings the context's experts
+                reflection = yield _Turn(Phase.REFLECTION, prompt, failure.id, sample, len(prompt) if sample else 0)
             else:
                 reflection = given[item]
             solves = self.judge.ask(failure.problem, reflection, wanted and given is None)
             whole = prompt.then(reflection.segment)
             retry_prompt = self._dialogue.retry(whole, failure.problem) if reflection.segment.ids else None
-            retry = yield _Turn(Phase.RETRY, retry_prompt, failure.id, sample)
+            # of the tokens so far, the reflection's last was sent to no experts yet
+            retry = yield _Turn(Phase.RETRY, retry_prompt, failure.id, sample, len(whole) - 1)
             passed, verdict = self.judge.ask(failure.problem, retry, wanted), self.judge.verdict
             if retry_prompt is not None:
                 whole = retry_prompt.then(retry.segment)
@@ -289,8 +292,19 @@ class Rollout:
             max_tokens=min(rollout.token_limit(turn.phase), room) - begun,
             stop_ids=self._dialogue.end_of_turn,
             seed=None if in_flight.greedy else seed,
+            experts_from=self._experts_from(turn, in_flight.step, begun),
         )
 
+    def _experts_from(self, turn: _Turn, step: int, begun: int) -> int | None:
+        """The first token whose experts are wanted, of a turn that already has `begun`; None: of no token.
+
+        Wanted are those of all that a training step's rows have: of reflections, and of retries that are trained.
+        """
+        in_rows = {Phase.REFLECTION, *self._config.algo.trained_phases}
+        if not self._config.actor.routing_replay or step < 1 or turn.phase not in in_rows or turn.prompt is None:
+            return None
+        return len(turn.prompt) + begun - 1 if begun else turn.known
+
     def _answer(self, phase: Phase, completion: Completion) -> Answer:
-        segment = Segment(phase, completion.ids, completion.logprobs, completion.version)
+        segment = Segment(phase, completion.ids, completion.logprobs, completion.version, completion.routed_experts)
         return Answer(segment, self._dialogue.decode(completion.ids), completion.finish_reason)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -83,7 +84,7 @@ def turn_id(phase: Phase, prompt: Trajectory, key: str, sample: int) -> str:
 
 
 def write(file: Path, turns: Mapping[str, Completion]) -> None:
-    """Writes turns: ids as int32, and log-probabilities as float32, in which vLLM computes them.
+    """Writes turns: ids as int32, log-probabilities as float32, in which vLLM computes them, and experts as they are.
 
     Raises:
         OSError: the file cannot be written; nothing is left of it.
@@ -92,7 +93,13 @@ def write(file: Path, turns: Mapping[str, Completion]) -> None:
         "ids": torch.tensor([token for turn in turns.values() for token in turn.ids], dtype=torch.int32),
         "logprobs": torch.tensor([value for turn in turns.values() for value in turn.logprobs], dtype=torch.float32),
     }
-    rows = [[name, len(turn.ids), turn.finish_reason, turn.version] for name, turn in turns.items()]
+    routed = [() if turn.routed_experts is None else turn.routed_experts for turn in turns.values()]
+    if any(map(len, routed)):
+        tensors["experts"] = torch.from_numpy(np.concatenate([part for part in routed if len(part)]))
+    rows = [
+        [name, len(turn.ids), turn.finish_reason, turn.version, len(part)]
+        for (name, turn), part in zip(turns.items(), routed, strict=True)
+    ]
     written = json.dumps(rows)
     write_whole(file, save(tensors, {"turns": written, "sum": _sum(written, tensors)}))
 
@@ -107,22 +114,24 @@ def read(file: Path) -> dict[str, Completion]:
     try:
         with safe_open(file, "pt") as opened:
             written, total = (opened.metadata()[name] for name in ("turns", "sum"))
-            tensors = {name: opened.get_tensor(name) for name in ("ids", "logprobs")}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"not a file of turns: {error}") from error
     if _sum(written, tensors) != total:
         raise ValueError("changed since it was written")
     rows, ids, logprobs = json.loads(written), tensors["ids"].tolist(), tensors["logprobs"].tolist()
-    spans = pairwise(accumulate((length for _, length, _, _ in rows), initial=0))
+    spans = pairwise(accumulate((length for _, length, *_ in rows), initial=0))
+    places = pairwise(accumulate((count for *_, count in rows), initial=0))
+    routed = [tensors["experts"][start:end].numpy() if end > start else None for start, end in places]
     return {
-        name: Completion(name, tuple(ids[start:end]), tuple(logprobs[start:end]), reason, version)
-        for (name, _, reason, version), (start, end) in zip(rows, spans, strict=True)
+        name: Completion(name, tuple(ids[start:end]), tuple(logprobs[start:end]), reason, version, part)
+        for (name, _, reason, version, _), (start, end), part in zip(rows, spans, routed, strict=True)
     }
 
 
 def _sum(written: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of all that a file says."""
     digest = hashlib.sha256(written.encode())
-    for name in ("ids", "logprobs"):
-        digest.update(tensors[name].numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()

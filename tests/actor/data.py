@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,17 @@ def merged(model: Any) -> Any:
 
 
 def plain_steps(
-    home: Path, kind: str, count: int = 3, updates: Sequence[range] = (range(len(LENGTHS)),), lora_rank: int = 0
+    home: Path,
+    kind: str,
+    count: int = 3,
+    updates: Sequence[range] = (range(len(LENGTHS)),),
+    lora_rank: int = 0,
+    change: Callable[[Any], None] = lambda model: None,
 ) -> list[dict[str, float]]:
-    """What `Lab.trial`'s first steps should give, by transformers, torch's AdamW and the formulas as they stand."""
+    """What `Lab.trial`'s first steps should give, by transformers, torch's AdamW and the formulas as they stand.
+
+    `change` is what the trained model has that the reference lacks.
+    """
     from transformers import AutoModelForCausalLM
 
     filled = torch.tensor([ids + [0] * (max(LENGTHS) - len(ids)) for ids in sequences()])
@@ -99,6 +107,7 @@ def plain_steps(
         return torch.log_softmax(logits, -1).gather(2, filled[:, 1:, None])[..., 0]
 
     model, frozen = (AutoModelForCausalLM.from_pretrained(home / kind, dtype=torch.float32) for _ in range(2))
+    change(model)
     if lora_rank:
         lower(model, lora_rank)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -12,12 +12,14 @@ from data import LENGTHS, batch_of, sequences
 from lab import Lab, largest_gap, save_at_work
 from pretended_gpu import CONNECTED, storages
 from refusals import refusal
+from routed import drawn, replayed
 from safetensors.torch import load_file
 
 from nemo_r3.actor import checkpoint
 from nemo_r3.actor.manifest import latest
 from nemo_r3.actor.numerics import LayerWatch
 from nemo_r3.actor.policy import Policy
+from nemo_r3.types import UpdateBatch
 
 POLICIES = {
     "fp32": {},
@@ -34,8 +36,8 @@ def devices(lab: Lab) -> None:
         for kind, (name, actor) in zip(("qwen2", "llama_tied", "qwen2"), POLICIES.items(), strict=True):
             lab.note(f"{layout}-{name}", life(lab, layout, kind, **actor, **more))
     for name, rank in (("experts", 0), ("experts+lora", 4)):
-        actor = {"offload_optimizer": True, "recompute": "full", "lora_rank": rank}
-        lab.note(f"ep2-{name}", life(lab, "ep2", "qwen3_moe", **actor))
+        actor = {"offload_optimizer": True, "recompute": "full", "lora_rank": rank, "routing_replay": True}
+        lab.note(f"ep2-{name}", life(lab, "ep2", "qwen3_moe", replayed(batch_of(), drawn()), **actor))
 
 
 def mixed() -> dict[str, Callable[[], Any]]:
@@ -53,25 +55,26 @@ def mixed() -> dict[str, Callable[[], Any]]:
     }
 
 
-def life(lab: Lab, layout: str, kind: str, **actor: Any) -> dict[str, Any]:
+def life(lab: Lab, layout: str, kind: str, batch: UpdateBatch | None = None, **actor: Any) -> dict[str, Any]:
     """Scores, a watched update, a checkpoint read by a second policy, another update, an export."""
+    batch = batch or batch_of()
     trainer, again = (lab.trainer(layout, kind, **actor) for _ in range(2))
     policy, connected = trainer.policy, set(CONNECTED)
     expected = [lab.expected[f"{kind} 0.7 {number}"] for number in range(len(LENGTHS))]
     found: dict[str, Any] = {"score": largest_gap(policy.score(sequences()), expected)}
     watch = LayerWatch(policy.module, None)
     with watch.watching():
-        metrics = [trainer.update(batch_of())]
+        metrics = [trainer.update(batch)]
     found["layers"] = len(watch.rows(lab.world))
     home = lab.home / f"devices-{layout}-{kind}"
     save_at_work(trainer, home, 1, {}, keep=1)
     checkpoint.load(again, latest(home))
     before = storages()
-    metrics.append(trainer.update(batch_of()))
+    metrics.append(trainer.update(batch))
     return found | {
         "metrics": metrics,
         "left": left_behind(before),
-        "resumed": again.update(batch_of()) == metrics[-1],
+        "resumed": again.update(batch) == metrics[-1],
         "nan": lab.nan(trainer),
         "held": trainer.held(),
         "exported": sorted({str(tensor.device) for _, tensor in policy.export_hf()}),

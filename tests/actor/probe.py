@@ -25,6 +25,7 @@ from lab import Lab, save_at_work
 from offloading import offloaded
 from pretended_gpu import pretend
 from rejection import rejection
+from routed import plain_routed, routed
 from shared import shared_and_separate
 
 from nemo_r3 import entry
@@ -45,6 +46,9 @@ def one(lab: Lab) -> None:
         lab.trial("one", kind, save=True, lora_rank=4)
         lab.trial("one", kind, lora_rank=4, recompute="full")
         lab.note(f"plain-{kind}-lora_rank=4", plain_steps(lab.home, kind, lora_rank=4))
+    lab.note("plain-routed", plain_routed(lab.home))
+    for actor in ({}, {"recompute": "selective"}, {"recompute": "full"}, {"shared_context": False}, {"lora_rank": 4}):
+        routed(lab, "one", **actor)
     lab.trial("one", "llama_tied", shared_context=False)
     for actor in ({"recompute": "selective"}, {"recompute": "full"}):
         lab.trial("one", "qwen2", **actor)
@@ -76,6 +80,9 @@ def two(lab: Lab) -> None:
     families(lab, "tp2")
     lab.trial("tp2", "qwen2", save=True, lora_rank=4)
     lab.trial("tp2", "qwen3_moe", lora_rank=4)
+    for layout, recompute in (("tp2", "none"), ("pp2", "full"), ("ep2", "none")):
+        routed(lab, layout, recompute=recompute)
+    routed(lab, "ep2", lora_rank=4)
     shared_and_separate(lab, "tp2", "qwen2")
     lab.resume("one", "tp2", "llama_tied")
     lab.fork("tp2", "llama_tied")
@@ -124,6 +131,7 @@ def four(lab: Lab) -> None:
     lab.resume("tp2", "tp2pp2", "qwen2", lora_rank=4)
     lab.resume("tp2pp2", "tp2dp2", "llama_tied")
     for layout in ("pp2ep2", "tp2ep2"):
+        routed(lab, layout)
         lab.trial(layout, "qwen3_moe")
         lab.trial(layout, "qwen3_moe", lora_rank=4)
     lab.resume("ep2", "tp2ep2", "qwen3_moe")

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from nemo_r3.algo.advantages import Advantage
 from nemo_r3.algo.batch import build_update, check_loss_weights
@@ -49,6 +51,33 @@ def cut(group: Group, *samples: int) -> Group:
 
 def trained_ids(batch: UpdateBatch, row: int) -> list[int]:
     return [token for token, weight in zip(batch.rows[row].ids, batch.rows[row].loss_weights, strict=True) if weight]
+
+
+@pytest.mark.parametrize("trained", [["reflection"], ["retry"], ["reflection", "retry"]])
+def test_a_row_has_the_experts_of_all_its_tokens_but_the_last(trained: list[str]) -> None:
+    """The context's are the first reflection's, also where that has no row."""
+    group = group_of([1, 0, 0], [4, 2, 1])
+
+    def routed(first: int, count: int) -> NDArray[np.uint8]:
+        """An expert of one layer, which tells the token's place."""
+        return np.arange(first, first + count, dtype=np.uint8)[:, None, None]
+
+    def with_experts(reflection: Reflection) -> Reflection:
+        known, length = (7 if reflection.sample else 0), len(reflection.answer.segment.ids)
+        first = replace(reflection.answer.segment, routed_experts=routed(known, 7 + length - 1 - known))
+        second = replace(reflection.retry.segment, routed_experts=routed(7 + length - 1, 1 + 1 + 2 - 1))
+        *before, _, request, _ = reflection.trajectory.segments
+        whole = Trajectory((*before, first, request, second))
+        answer, retry = replace(reflection.answer, segment=first), replace(reflection.retry, segment=second)
+        return replace(reflection, trajectory=whole, answer=answer, retry=retry)
+
+    group = replace(cut(group, 0), reflections=tuple(map(with_experts, cut(group, 0).reflections)))
+    settings = with_algo(trained_phases=trained, mask_truncated=True)
+    batch = build_update([group], settings, 0)
+    assert len(batch.rows) == (2 if "reflection" in trained else 3)
+    for row in batch.rows:
+        assert np.concatenate(row.routed_experts).ravel().tolist() == list(range(len(row) - 1))
+    assert not build_update([group_of([1, 0])], settings, 0).rows[0].routed_experts
 
 
 def test_a_row_ends_with_its_reflection_and_only_that_has_weight() -> None:

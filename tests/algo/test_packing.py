@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +90,19 @@ def test_contexts_lie_before_branches_and_branches_before_whole_rows() -> None:
     assert places[11:] == [0, 1, 2, 3, 4, 3005, 3006, 3007]
     assert (layout.contexts.cuts, layout.branches.cuts) == ((0, 3, 5), (0, 3, 6))
     assert packed.rows == (0, 1, 2, 3, 4), "targets keep the order of the pieces"
+
+
+def test_every_token_but_the_dummies_keeps_its_experts() -> None:
+    """Of two layers and an expert each: the low bytes of the token's id."""
+    rows = [*group_of(3, [2, 3], 0, 0), *group_of(5, [4], 1, 2), *group_of(2, [1, 1], 2, 3)]
+    ids = [np.array(row.ids[:-1], dtype=np.uint16)[:, None, None].repeat(2, 1) for row in rows]
+    rows = [replace(row, routed_experts=(each[:2], each[2:])) for row, each in zip(rows, ids, strict=True)]
+    packed = pack(rows, [[0, 1], [2], [3, 4]], 16)
+    assert packed.routed_experts is not None and packed.routed_experts.dtype == torch.uint16
+    laid = packed.routed_experts.tolist()
+    assert laid == [[[token]] * 2 for token in packed.ids.tolist()[: len(laid)]]
+    assert len(laid) == 3 + 1 + 2 + 8 + 2 and len(packed.ids) == 16
+    assert pack(rows, [], 2).routed_experts is None
 
 
 def test_a_row_on_its_own_is_laid_whole() -> None:

@@ -38,6 +38,10 @@ def load_with(folder: Path, *overrides: str) -> Config:
             ["failures.min_solve_rate: 0.5", "failures.max_solve_rate = 0.25"],
         ),
         (["actor.sequence_parallel=true"], ["actor.sequence_parallel", "actor.tensor_parallel above 1"]),
+        (
+            ["actor.routing_replay=true", "rollout.prefix_caching=false"],
+            ["actor.routing_replay: true needs rollout.prefix_caching=true"],
+        ),
         (["cluster.gpus_per_node=3", "actor.tensor_parallel=2"], ["= 2 * 1 = 2", "= 3 ranks"]),
         (["cluster.gpus_per_node=4", "cluster.nodes=2", "actor.pipeline_parallel=3"], ["= 1 * 3 = 3", "= 8 ranks"]),
         (["cluster.gpus_per_node=4", "rollout.tensor_parallel=3"], ["rollout.tensor_parallel: 3", "= 4 ranks"]),

@@ -159,7 +159,7 @@ def test_experts_that_the_actor_does_not_compute_are_refused(
         ),
         ({"actor.tensor_parallel": 2}, "actor.sequence_parallel: false with actor.tensor_parallel=2: a model with"),
         ({"actor.lora_rank": 8, "actor.precision": "mxfp8"}, "actor.precision=mxfp8 is not supported for a model with"),
-        ({"actor.lora_rank": 8}, "accepted"),
+        ({"actor.lora_rank": 8, "actor.routing_replay": True}, "accepted"),
         ({"actor.precision": "fp8-delayed"}, "actor.precision=fp8-delayed is not supported for a model with experts"),
         ({"rollout.quantization": "fp8_per_block"}, "rollout.quantization=fp8_per_block is not supported for a model"),
         ({"actor.tensor_parallel": 2, "actor.sequence_parallel": True, "actor.expert_parallel": 3}, "accepted"),
@@ -211,6 +211,12 @@ def test_a_layout_that_does_not_divide_is_refused_by_key(key: str, value: int, e
     section, name = key.split(".")
     setattr(getattr(config, section), name, value)
     assert refusal(lambda: check_layout(config, ARCH)).startswith(f"{key}={value} {expected}")
+
+
+def test_without_experts_there_is_no_routing_to_replay() -> None:
+    config = Config()
+    config.rollout.max_model_len, config.actor.routing_replay = 512, True
+    assert "actor.routing_replay=true needs a model with experts" in refusal(lambda: check_layout(config, ARCH))
 
 
 def test_a_layout_that_divides_is_accepted() -> None:

@@ -37,20 +37,26 @@ def make_model(path: Path) -> None:
     Qwen3MoeForCausalLM(shape).save_pretrained(path)
 
 
-@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
-def test_two_steps_and_an_export_at_another_layout(tmp_path: Path, lora_rank: int) -> None:
+@pytest.mark.parametrize(
+    ("lora_rank", "replay"),
+    [(0, True), pytest.param(0, False, marks=pytest.mark.slow), pytest.param(4, True, marks=pytest.mark.slow)],
+)
+def test_two_steps_and_an_export_at_another_layout(tmp_path: Path, lora_rank: int, replay: bool) -> None:
+    """With replay also an engine of two ranks, each of which judges, and hands on, half of its turns."""
     (tmp_path / "even.py").write_text(EVEN)
     make_model(tmp_path / "model")
     settings = [QUICKSTART, "task={name: even}", f"model.path={tmp_path}/model", f"run.dir={tmp_path}/run"]
     settings += ["train.steps=2", "train.save_every=1", "train.failures_per_step=4", "failures.problems=16"]
-    settings += ["actor.lr=1e-3", f"actor.lora_rank={lora_rank}"]
-    told = run("train", *settings, "actor.expert_parallel=2", ranks=2, path=tmp_path).stdout
+    settings += ["actor.lr=1e-3", f"actor.lora_rank={lora_rank}", f"actor.routing_replay={str(replay).lower()}"]
+    layout = ["actor.expert_parallel=2", f"rollout.tensor_parallel={1 + replay}"]
+    told = run("train", *settings, *layout, ranks=2, path=tmp_path).stdout
     assert "tensor_parallel=1 pipeline_parallel=1 expert_parallel=2, ranks: 2\n" in told
     logged = lines(tmp_path / "run" / "metrics.jsonl")
     assert [step["step"] for step in logged] == [1, 2]
     for step in logged:
         assert step["groups_used"] and step["grad_norm"] > 0
         assert abs(step["token_mult_prob_error"] - 1) < 1e-4, "vLLM has the weights that are trained"
+        assert step.get("routing_mismatch") == (0 if replay else None), "in float32 both choose alike"
     run("export", *settings, path=tmp_path)  # which compares it with transformers
     before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "run/export"))
     assert before.keys() == after.keys()

@@ -22,8 +22,9 @@ from nemo_r3.evaluate import EVALUATION_STEP
 from nemo_r3.failures.bank import MINING_STEP
 from nemo_r3.models import EMBEDDED
 from nemo_r3.progress import Progress, Turns
-from nemo_r3.rollout.sampling import Completion, Sampling
+from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling
 from nemo_r3.rollout.scheduler import Rollout
+from nemo_r3.rollout.turn_cache import TurnCache, turn_id
 from nemo_r3.runtime import World
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.types import NO_ROOM, Answer, Attempt, Phase, Problem, Segment
@@ -63,11 +64,13 @@ class Scripted:
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         self.tokenizer, self.texts, self.resets = tokenizer, iter(texts), 0
         self.waiting, self.limits, self.prompts = list[str](), list[int](), list[list[int]]()
+        self.experts_from = list[int | None]()
         self.progress = Told()
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.waiting.append(request_id)
         self.limits.append(sampling.max_tokens)
+        self.experts_from.append(sampling.experts_from)
         self.prompts.append(list(prompt_ids))
 
     def step(self) -> list[Completion]:
@@ -225,3 +228,36 @@ def test_a_retry_after_a_given_reflection_sees_its_tokens_as_they_are() -> None:
     for prompt, reflection in zip(engine.prompts[1:], found, strict=False):
         assert prompt[: len(asked) + 3] == [*asked.ids, 40, 41, close]
         assert reflection.trajectory.ids == [*prompt, *reflection.retry.segment.ids]
+
+
+def test_experts_are_asked_for_once_and_only_where_a_row_has_them() -> None:
+    """Of a group's context with its first reflection; of what follows each with its own turn."""
+    rollout, task, engine, dialogue = scripted("9", *"8787" * 4)
+    (attempt,) = rollout.first_attempts(task.problems("train"), 1)
+    prompt = len(dialogue.reflect(attempt.context, attempt.problem))
+
+    def asked(step: int) -> list[int | None]:
+        engine.experts_from.clear()
+        rollout.reflect_and_retry([attempt], step, group_size=2)
+        return engine.experts_from
+
+    config = rollout._config
+    assert asked(1) == [None] * 4
+    config.actor.routing_replay = True
+    assert asked(1) == [0, prompt, None, None]
+    config.algo.trained_phases = ["retry"]
+    assert asked(1) == [0, prompt, prompt, prompt], "a reflection of one token has none of its own"
+    assert asked(-1) == [None] * 4, "held-out problems"
+
+
+def test_a_turn_that_goes_on_asks_for_the_experts_that_are_not_known() -> None:
+    rollout, task, engine, dialogue = scripted("9", "8", "7", "7", "7")
+    (attempt,) = rollout.first_attempts(task.problems("train"), 1)
+    prompt = dialogue.reflect(attempt.context, attempt.problem)
+    rollout._config.actor.routing_replay = True
+    rollout.turns = TurnCache(enabled=True)
+    begun = Completion("", (40, 41, 42), (-1.0,) * 3, UNFINISHED, 0)
+    rollout.turns.restore(1, {turn_id(Phase.REFLECTION, prompt, attempt.id, 1): begun})
+    engine.experts_from.clear()
+    rollout.reflect_and_retry([attempt], 1, group_size=2)
+    assert engine.experts_from == [0, len(prompt) + 2, None, None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nemo_r3.config.rollout import RolloutConfig
@@ -22,6 +24,22 @@ def test_turns_are_read_as_they_were_written(tmp_path: Path) -> None:
     write(tmp_path / "turns", TURNS)
     assert read(tmp_path / "turns") == TURNS
     assert [file.name for file in tmp_path.iterdir()] == ["turns"]
+
+
+def test_turns_keep_their_experts(tmp_path: Path) -> None:
+    routed = np.arange(5 * 2 * 3).reshape(5, 2, 3).astype(np.uint16)
+    turns = TURNS | {
+        "a": replace(TURNS["a"], routed_experts=routed[:4]),
+        "c": replace(TURNS["c"], routed_experts=routed[4:]),
+    }
+    write(tmp_path / "turns", turns)
+    found = read(tmp_path / "turns")
+    for name, turn in turns.items():
+        np.testing.assert_array_equal(found[name].routed_experts, turn.routed_experts)
+        assert turn.routed_experts is None or found[name].routed_experts.dtype == np.uint16
+    whole = replace(TURNS["c"], routed_experts=routed[:2]).continuing(found["a"])
+    np.testing.assert_array_equal(whole.routed_experts, [*routed[:4], *routed[:2]])
+    assert TURNS["c"].continuing(TURNS["a"]).routed_experts is None
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
