@@ -32,8 +32,15 @@ class PrivateWorker(CPUWorker):
         dist.barrier()  # the name is that of all engines, and another's ranks may not have opened theirs yet
         for file in SHARED_MEMORY.glob(f"*{name[0]}*"):
             file.unlink(missing_ok=True)
-        if self.vllm_config.aux_output_config.enabled:
-            self.model_runner = RecordingRunner(self.vllm_config, self.device)
+
+
+class RecordingWorker(PrivateWorker):
+    """Records to which experts tokens go; see recording.py."""
+
+    def init_device(self) -> None:
+        """Connects the ranks."""
+        super().init_device()
+        self.model_runner = RecordingRunner(self.vllm_config, self.device)
 
 
 class RecordingRunner(CPUModelRunner):

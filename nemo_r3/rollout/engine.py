@@ -260,6 +260,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
     Experts are Triton's for the same reason.
     """
     rollout, precision, patience = config.rollout, precision_of(config), config.run.timeout_minutes * 60
+    cpu_worker = "RecordingWorker" if config.actor.routing_replay else "PrivateWorker"
     batched = GPU_BATCHED_TOKENS if on_cuda else max(rollout.max_model_len, CPU_BATCHED_TOKENS)
     return EngineArgs(
         model=str(model_dir),
@@ -273,7 +274,7 @@ def arguments(config: Config, model_dir: Path, arch: Architecture, on_cuda: bool
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel,
         distributed_executor_backend="external_launcher",
-        worker_cls="auto" if on_cuda else "nemo_r3.rollout.cpu_worker.PrivateWorker",
+        worker_cls="auto" if on_cuda else f"nemo_r3.rollout.cpu_worker.{cpu_worker}",
         distributed_timeout_seconds=patience,
         cpu_distributed_timeout_seconds=patience,
         enable_prefix_caching=rollout.prefix_caching,
