@@ -133,5 +133,5 @@ def _sum(written: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of all that a file says."""
     digest = hashlib.sha256(written.encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()

@@ -54,6 +54,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
             read(file)
 
 
+def test_experts_that_would_be_read_as_other_numbers_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "turns"
+    write(file, {"a": replace(TURNS["a"], routed_experts=np.full((4, 2, 3), 200, np.uint8))})
+    file.write_bytes(file.read_bytes().replace(b'"U8"', b'"I8"'))
+    with pytest.raises(ValueError, match="changed since"):
+        read(file)
+
+
 def test_a_turn_is_found_by_all_that_was_asked() -> None:
     prompt, other = (Trajectory((Segment(Phase.TASK, ids),)) for ids in ((1, 2), (1, 3)))
     names = {
