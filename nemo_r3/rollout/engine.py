@@ -60,7 +60,7 @@ class Engine:
         self.version = version
         self.max_model_len = max_model_len
         self._llm = llm
-        self._recorded: set[str] = set()  # the requests whose experts are wanted
+        self._recorded: dict[str, int] = {}  # requests whose experts are wanted, and of how many of the prompt's tokens
         self._expected = {name for row in names.rows(arch) for name in row.hf}
         self._can_sleep = bool(llm.model_config.enable_sleep_mode)
 
@@ -117,7 +117,7 @@ class Engine:
             routed_experts_prompt_start=len(prompt_ids) if sampling.experts_from is None else sampling.experts_from,
         )
         if sampling.experts_from is not None:
-            self._recorded.add(request_id)
+            self._recorded[request_id] = len(prompt_ids) - sampling.experts_from
         self._llm.add_request(request_id, tokens_input(list(prompt_ids)), params)
 
     def step(self) -> list[Completion]:
@@ -216,11 +216,15 @@ class Engine:
     def _completion(
         self, request: str, ids: Sequence[int], rows: SampleLogprobs | None, routed: NDArray[Any] | None, reason: str
     ) -> Completion:
-        wanted = request in self._recorded
-        self._recorded.discard(request)
+        prompt_tokens = self._recorded.pop(request, None)
         assert isinstance(rows, FlatLogprobs) and len(rows) == len(ids), f"{len(ids)} tokens without log-probabilities"
         logprobs = tuple(rows.logprobs[start] for start in rows.start_indices)  # the sampled token comes first
-        return Completion(request, tuple(ids), logprobs, reason, self.version, routed if wanted else None)
+        if prompt_tokens is None:
+            routed = None
+        else:
+            found, due = 0 if routed is None else len(routed), prompt_tokens + len(ids) - 1 if ids else 0
+            assert found == due, f"actor.routing_replay: vLLM returned the experts of {found} tokens, not of {due}"
+        return Completion(request, tuple(ids), logprobs, reason, self.version, routed)
 
     def _repack(self) -> None:
         """On a CPU, vLLM packs experts, and keeps a packed copy of a tied head; a reload leaves both undone."""

@@ -94,6 +94,25 @@ class Probe:
         known = len(prompt) + len(begun.ids) - 1
         return begun, self.sample("rest", [*prompt, *begun.ids], first=known)[0]
 
+    def forgotten(self, prompt: list[int]) -> str:
+        """What is said if vLLM returns no experts."""
+        llm, step = self.engine._llm, self.engine._llm.step
+
+        def forgetful_step() -> Any:
+            outputs = step()
+            for output in outputs:
+                output.outputs[0].routed_experts = None
+            return outputs
+
+        llm.step = forgetful_step
+        try:
+            self.sample("forgotten", prompt)
+        except AssertionError as error:
+            return str(error)
+        finally:
+            llm.step = step
+        return "nothing"
+
     def refit(self, home: Path) -> None:
         """Other routers, to the engine and to transformers' model."""
         weights = load_file(home / "a" / "model.safetensors")
@@ -122,6 +141,7 @@ def probe(home: Path) -> dict[str, Any]:
     found["refit"] = probe.differing(prompt, after)
     probe.refit(home)
     found["of other weights"] = probe.differing(prompt, after)
+    found["forgotten"] = probe.forgotten(prompt)
     found |= {"cached tokens": probe.cached, "preempted": probe.preempted}
     return found | {"asked of a GPU": asked_of_a_gpu(home)}
 

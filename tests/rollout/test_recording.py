@@ -18,4 +18,5 @@ def test_recorded_experts_are_those_of_transformers_routers(tmp_path: Path) -> N
     assert found["together"] == [0] * 6 and found["preempted"]
     assert found["stopped"] == [8, 0, 0]
     assert found["refit"] == 0 and found["of other weights"] > 100
+    assert found["forgotten"].endswith("the experts of 0 tokens, not of 139")
     assert found["asked of a GPU"] == [False, True]
