@@ -185,12 +185,23 @@ class Engine:
         Raises:
             RuntimeError: it could not be reset, and would serve old keys and values.
         """
+        self._settle()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset and would serve old weights' keys")
+
+    def _settle(self) -> None:
+        """Takes the result of the step that vLLM, which is one ahead on a GPU, had begun when its last request ended.
+
+        With that under way its recorder of experts could not be reset.
+        """
+        client: Any = self._llm.engine_core
+        while client.engine_core.batch_queue and not self._llm.has_unfinished_requests():
+            self._llm.step()
 
     def sleep(self) -> None:
         """Frees the GPU memory of weights and KV cache; `load` must follow `wake`. Does nothing on a CPU."""
         if self._can_sleep and not self._llm.is_sleeping():
+            self._settle()
             self._llm.sleep(level=2)
             self.version = NO_WEIGHTS
 
