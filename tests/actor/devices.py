@@ -35,9 +35,11 @@ def devices(lab: Lab) -> None:
     for layout, more in (("tp2", {"sequence_parallel": True}), ("pp2", {})):
         for kind, (name, actor) in zip(("qwen2", "llama_tied", "qwen2"), POLICIES.items(), strict=True):
             lab.note(f"{layout}-{name}", life(lab, layout, kind, **actor, **more))
-    for name, rank in (("experts", 0), ("experts+lora", 4)):
-        actor = {"offload_optimizer": True, "recompute": "full", "lora_rank": rank, "routing_replay": True}
-        lab.note(f"ep2-{name}", life(lab, "ep2", "qwen3_moe", replayed(batch_of(), drawn()), **actor))
+    lean = {"offload_optimizer": True, "recompute": "full"}
+    lab.note("ep2-experts", life(lab, "ep2", "qwen3_moe", **lean))
+    routed = replayed(batch_of(), drawn())
+    replay = life(lab, "ep2", "qwen3_moe", routed, lora_rank=4, routing_replay=True, **lean)
+    lab.note("ep2-experts+lora+replay", replay)
 
 
 def mixed() -> dict[str, Callable[[], Any]]:

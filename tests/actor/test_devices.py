@@ -8,7 +8,7 @@ import pytest
 from pytest import approx
 
 CASES = [(layout, precision) for layout in ("tp2", "pp2") for precision in ("fp32", "bf16", "lora")]
-CASES += [("ep2", "experts"), ("ep2", "experts+lora")]
+CASES += [("ep2", "experts"), ("ep2", "experts+lora+replay")]
 
 
 def test_what_cuda_would_refuse_is_refused(devices: Any) -> None:
@@ -41,7 +41,6 @@ def test_nccl_connects_all_groups_before_the_engine_measures_memory(devices: Any
         ("tp2-fp32", "tp2-qwen2"),
         ("pp2-fp32", "pp2-qwen2"),
         ("ep2-experts", "ep2-qwen3_moe"),  # whose reference is on the host
-        ("ep2-experts+lora", "ep2-qwen3_moe-lora_rank=4"),
     ],
 )
 def test_float32_is_what_it_is_on_a_cpu(devices: Any, two: Any, name: str, on_a_cpu: str) -> None:
