@@ -58,15 +58,24 @@ class RecordingRunner(CPUModelRunner):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Samples after a forward pass, and adds to what it returns the experts of that pass."""
+        recorded = self.recorded()
+        return with_experts(super().sample_tokens(grammar_output), recorded)
+
+    def recorded(self) -> Any:
+        """What is recorded of the forward pass that has just run."""
         batch, count = self.input_batch, self.input_batch.num_reqs
         step = SimpleNamespace(
             req_ids=batch.req_ids,
             query_start_loc_np=self.query_start_loc.np[: count + 1].copy(),
             num_computed_tokens_np=batch.num_computed_tokens_cpu[:count].copy(),
         )
-        recorded = self._recorder.prepare_output(step)
-        output = super().sample_tokens(grammar_output)
-        sampled = np.array([len(output.sampled_token_ids[output.req_id_to_index[name]]) for name in step.req_ids])
-        recorded.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
-        output.aux_output_connector_output = recorded.process_output()
-        return output
+        return self._recorder.prepare_output(step)
+
+
+def with_experts(output: Any, recorded: Any) -> Any:
+    """A runner's output, with the experts that were recorded of its pass."""
+    places = output.req_id_to_index
+    sampled = np.array([len(output.sampled_token_ids[places[name]]) for name in recorded.request_ids])
+    recorded.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
+    output.aux_output_connector_output = recorded.process_output()
+    return output

@@ -9,10 +9,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from probed import schedule_ahead
 from recorded import Probe
 
@@ -27,26 +25,18 @@ def process_when_taken(runner: Any) -> None:
     from vllm.v1.outputs import AsyncModelRunnerOutput
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+    from nemo_r3.rollout.cpu_worker import with_experts
+
     class Later(AsyncModelRunnerOutput):
         def __init__(self, output: Any, recorded: Any) -> None:
             self.output, self.recorded = output, recorded
 
         def get_output(self) -> Any:
             output = self.output.get_output() if isinstance(self.output, AsyncModelRunnerOutput) else self.output
-            places = output.req_id_to_index
-            sampled = np.array([len(output.sampled_token_ids[places[name]]) for name in self.recorded.request_ids])
-            self.recorded.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
-            output.aux_output_connector_output = self.recorded.process_output()
-            return output
+            return with_experts(output, self.recorded)
 
     def sample_tokens(grammar_output: Any) -> Later:
-        batch, count = runner.input_batch, runner.input_batch.num_reqs
-        step = SimpleNamespace(
-            req_ids=batch.req_ids,
-            query_start_loc_np=runner.query_start_loc.np[: count + 1].copy(),
-            num_computed_tokens_np=batch.num_computed_tokens_cpu[:count].copy(),
-        )
-        recorded = runner._recorder.prepare_output(step)
+        recorded = runner.recorded()
         return Later(CPUModelRunner.sample_tokens(runner, grammar_output), recorded)
 
     runner.sample_tokens = sample_tokens
