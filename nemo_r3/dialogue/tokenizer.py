@@ -15,7 +15,8 @@ FILES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "tekken.json", "*.tikt
 """A checkpoint with a tokenizer has one of these; without any, transformers would make an empty tokenizer."""
 SENTENCE = "What is broken may show only here."
 """A tokenizer has to give it back as it is. Of a byte-level tokenizer.json whose class is LlamaTokenizer, transformers
-before 5.22 makes a tokenizer that drops all white space."""
+before 5.22 makes a tokenizer that drops all white space. Of a tokenizer.model alone it makes one that cuts texts into
+other tokens than SentencePiece does, which the model was trained with."""
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -26,10 +27,10 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     "a, b", and a verifier would judge what the model never said.
 
     Raises:
-        UserError: the directory has none, transformers cannot make one of its files, or one that changes a text.
+        UserError: the directory has none, or transformers cannot make one of its files that is true to text and tokens.
     """
     with importing():
-        from transformers import AutoTokenizer  # slow
+        import transformers  # slow
 
     if not any(file for pattern in FILES for file in path.glob(pattern)):
         raise UserError(
@@ -37,7 +38,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             "the model that it was made from"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
         ids = tokenizer.encode(SENTENCE, add_special_tokens=False, verbose=False)
@@ -49,4 +50,21 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"model.path: {path} has a tokenizer that transformers misreads: it makes {decoded!r} of {SENTENCE!r}; if "
             'there is a tokenizer.json, try "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
         )
+    model = path / "tokenizer.model"
+    if model.exists() and not (path / "tokenizer.json").exists() and _ids_of_sentencepiece(model) not in (ids, None):
+        raise UserError(
+            f"model.path: transformers {transformers.__version__} does not cut texts as {model} says; put the "
+            "tokenizer.json of the model that it was made from beside it"
+        )
     return tokenizer
+
+
+def _ids_of_sentencepiece(model: Path) -> list[int] | None:
+    """What SentencePiece itself makes of the sentence; None if the file is of another kind."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        ids: list[int] = SentencePieceProcessor(model_file=str(model)).encode(SENTENCE)
+    except (OSError, RuntimeError):
+        return None
+    return ids

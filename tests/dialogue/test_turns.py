@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import byte_level
 import pytest
 from refusals import refusal
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -264,6 +266,33 @@ def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
     file = model / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": {"type": "WhitespaceSplit"}}))
     assert "misreads: it makes 'Whatisbrokenmayshowonlyhere.' of " in refusal(lambda: read_tokenizer(model))
+
+
+@pytest.mark.parametrize(("prefix", "fits"), [(True, True), (False, False)])
+def test_a_tokenizer_model_alone_is_read_only_if_texts_are_cut_as_sentencepiece_does(
+    tmp_path: Path, prefix: bool, fits: bool
+) -> None:
+    """transformers 5.19 puts a space before a text whether the SentencePiece model asks for it or not."""
+    model = tmp_path / "tokenizer.model"
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["What is broken may show only here, and what is not may not."] * 20),
+        model_writer=made,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=prefix,
+        minloglevel=2,
+    )
+    model.write_bytes(made.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if fits:
+        ids = read_tokenizer(tmp_path).encode("may not", add_special_tokens=False)
+        assert ids == SentencePieceProcessor(model_file=str(model)).encode("may not")
+    else:
+        assert f" does not cut texts as {model} says; " in refusal(lambda: read_tokenizer(tmp_path))
 
 
 def test_a_checkpoints_own_python_does_not_run_even_if_someone_says_yes(
