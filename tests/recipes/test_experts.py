@@ -6,35 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import EXPERTS, TINY
-from launch import QUICKSTART, lines, run
+from experts_run import prepare
+from launch import lines, run
 from safetensors.torch import load_file
-
-from nemo_r3.models import EMBEDDED
-
-EVEN = """
-from nemo_r3.types import Problem
-
-
-def problems(split):
-    first = 0 if split == "train" else 100
-    return [Problem(f"word-{i}", f"Say the number {i}.", {}) for i in range(first, first + 16)]
-
-
-def verify(problem, text):
-    return len(text) % 2 == 0
-"""
-
-
-def make_model(path: Path) -> None:
-    """Random weights, and the embedded model's tokenizer and chat template."""
-    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    shape = Qwen3MoeConfig(**TINY | EXPERTS | {"vocab_size": len(tokenizer)}, eos_token_id=tokenizer.eos_token_id)
-    Qwen3MoeForCausalLM(shape).save_pretrained(path)
 
 
 @pytest.mark.parametrize(
@@ -43,11 +17,8 @@ def make_model(path: Path) -> None:
 )
 def test_two_steps_and_an_export_at_another_layout(tmp_path: Path, lora_rank: int, replay: bool) -> None:
     """With replay also an engine of two ranks, each of which judges, and hands on, half of its turns."""
-    (tmp_path / "even.py").write_text(EVEN)
-    make_model(tmp_path / "model")
-    settings = [QUICKSTART, "task={name: even}", f"model.path={tmp_path}/model", f"run.dir={tmp_path}/run"]
-    settings += ["train.steps=2", "train.save_every=1", "train.failures_per_step=4", "failures.problems=16"]
-    settings += ["actor.lr=1e-3", f"actor.lora_rank={lora_rank}", f"actor.routing_replay={str(replay).lower()}"]
+    settings = [*prepare(tmp_path), "train.steps=2"]
+    settings += [f"actor.lora_rank={lora_rank}", f"actor.routing_replay={str(replay).lower()}"]
     layout = ["actor.expert_parallel=2", f"rollout.tensor_parallel={1 + replay}"]
     told = run("train", *settings, *layout, ranks=2, path=tmp_path).stdout
     assert "tensor_parallel=1 pipeline_parallel=1 expert_parallel=2, ranks: 2\n" in told
