@@ -104,13 +104,15 @@ def numbers_of(summary: Mapping[str, Any]) -> tuple[float, ...]:
 
 def table(runs: Sequence[Run]) -> str:
     """A row for each run, and two for each group of finished ones that differ in their seed alone."""
-    first = runs[0].config
-    differ = [leaf for leaf in leaves(Config) if any(leaf.of(run.config) != leaf.of(first) for run in runs)]
-    told = [leaf for leaf in differ if not leaf.key.startswith(("seed", *NOT_TRAINED))]
+    settings = {run.path: settings_of(run.config) for run in runs}
+    first = settings[runs[0].path]
+    keys = dict.fromkeys(itertools.chain(*settings.values()))
+    told = [key for key in keys if any(found.get(key) != first.get(key) for found in settings.values())]
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.config.seed):
-        groups.setdefault(repr([leaf.of(run.config) for leaf in told]), []).append(run)
-    labels = ["".join(f"{leaf.key}={in_words(leaf.of(it[0].config))}, " for leaf in told) for it in groups.values()]
+        label = "".join(f"{key}={settings[run.path].get(key, 'default')}, " for key in told)
+        groups.setdefault(label, []).append(run)
+    labels = list(groups)
     below: list[str] = []
     if max(map(len, labels)) > ROOM:
         names = [f"group {number}" for number in range(1, len(labels) + 1)]
@@ -119,23 +121,30 @@ def table(runs: Sequence[Run]) -> str:
         below = [wrap.fill(text) for text in texts]
         labels = [f"{name}, " for name in names]
     rows: list[Sequence[str]] = [HEADINGS]
-    for settings, group in zip(labels, groups.values(), strict=True):
+    for label, group in zip(labels, groups.values(), strict=True):
         seeds = [run.config.seed for run in group]
         for seed, run in zip(seeds, group, strict=True):
-            name = f"{settings}seed={seed}" if seeds.count(seed) == 1 else f"{settings}{run.path}"
+            name = f"{label}seed={seed}" if seeds.count(seed) == 1 else f"{label}{run.path}"
             rows.append((name, run.progress, *cells(run.numbers or UNKNOWN)))
-        rows += means(settings, [run.numbers for run in group if run.numbers])
+        rows += means(label, [run.numbers for run in group if run.numbers])
     return "\n".join([aligned(rows), *below])
 
 
-def means(settings: str, runs: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:
+def settings_of(config: Config) -> dict[str, str]:
+    """In words, all settings that say what is trained, but the seed; of the task's options those that are set."""
+    found = {leaf.key: leaf.of(config) for leaf in leaves(Config)}
+    found |= {f"task.options.{name}": value for name, value in found.pop("task.options").items()}
+    return {key: in_words(value) for key, value in found.items() if not key.startswith(("seed", *NOT_TRAINED))}
+
+
+def means(label: str, runs: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:
     """The rows of mean and standard deviation of the runs' numbers; none of fewer than two runs."""
     if len(runs) < 2:
         return []
     columns = list(zip(*runs, strict=True))
     centre = [statistics.fmean(column) for column in columns]
     spread = [math.nan if math.isnan(sum(column)) else statistics.stdev(column) for column in columns]
-    return [(f"{settings}mean of {len(runs)}", "", *cells(centre)), ("sd", "", *cells(spread, sign=""))]
+    return [(f"{label}mean of {len(runs)}", "", *cells(centre)), ("sd", "", *cells(spread, sign=""))]
 
 
 def cells(numbers: Sequence[float], sign: str = "+") -> list[str]:

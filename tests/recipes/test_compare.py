@@ -109,6 +109,14 @@ def test_settings_that_take_too_much_room_in_a_row_are_told_in_full_below_the_ta
     )
 
 
+def test_of_a_tasks_options_only_those_that_differ_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, options in (("a", {"numbers": 3, "low": 2}), ("b", {"numbers": 4, "low": 2}), ("c", {"low": 2})):
+        a_run(tmp_path / name, f"task.options={options}")
+    compare([str(tmp_path)])
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert names == [f"task.options.numbers={count}, seed=1" for count in (3, 4, "default")]
+
+
 def test_every_row_says_its_group_and_no_path_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = "train.start_from=" + "/scratch/runs-of-the-group/seed-1" * 4
     runs = [a_run(tmp_path / "a", passed=(5, 9)), *(a_run(tmp_path / it, start, passed=(5, 9)) for it in "bc")]
