@@ -156,7 +156,10 @@ def _number(count: int, what: str) -> str:
 
 
 def describe_step(plan: Plan) -> str:
-    """What a step computes if every turn is as long as it may be and all groups are mixed, in a line."""
+    """What a step computes if every turn is as long as it may be and all groups are mixed, in a line.
+
+    A stage of a pipeline idles while the others have the first and the last microbatches (arXiv 2104.04473, 2.2.1).
+    """
     config = plan.config
     batch, cost = UpdateBatch(longest_rows(plan)), training_cost(plan.arch, config.actor.lora_rank > 0)
     balances = [Balance(rows, cost, config.actor.microbatch_tokens) for rows in batch.updates]
@@ -165,9 +168,11 @@ def describe_step(plan: Plan) -> str:
     flops = step_flops(costs, reference=config.algo.kl_beta > 0)
     sampled = len(batch.rows) * (config.rollout.max_reflection_tokens + config.rollout.max_answer_tokens)
     updates = f"an update of {flops:.1e} FLOPs" if len(costs) == 1 else f"{len(costs)} updates, {flops:.1e} FLOPs"
+    microbatches, idle = sum(len(hands[0]) for hands in dealt), len(dealt) * (config.actor.pipeline_parallel - 1)
     return (
         f"step      at most {sampled:,} sampled tokens, and {updates}: {flops / plan.ranks:.1e} "
-        f"in {sum(len(hands[0]) for hands in dealt)} microbatches on each rank"
+        f"in {microbatches} microbatches on each rank"
+        + (f"; its pipeline stage idles for {idle / (microbatches + idle):.0%} of the time" if idle else "")
     )
 
 

@@ -166,6 +166,13 @@ def test_what_a_step_of_the_8b_computes_at_most() -> None:
     assert {row.shared for row in longest_rows(retries)} == {4096 - 256 - 512}
 
 
+@pytest.mark.parametrize(("settings", "idle"), [((), 3 / (32 + 3)), (("train.updates_per_step=4",), 3 / (8 + 3))])
+def test_how_long_a_pipelines_stages_idle(settings: tuple[str, ...], idle: float) -> None:
+    """Of 4 stages, each idles while 3 more microbatches pass in every update."""
+    said = describe_step(plan("llama-3.1-70b", "countdown-llama-3.1-70b-4n8g-tp8pp4", *settings))
+    assert said.endswith(f" in 32 microbatches on each rank; its pipeline stage idles for {idle:.0%} of the time")
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "why", "fits"),
     [
