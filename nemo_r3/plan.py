@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from nemo_r3.capacity import OWN_BYTES, Node, Size, memory_problem, size_of
-from nemo_r3.config import Config, check_world
+from nemo_r3.config import Config, check_world, fewest_ranks
 from nemo_r3.config.schema import show
 from nemo_r3.errors import ConfigError
 from nemo_r3.fp8_support import check_dimensions
@@ -151,10 +151,8 @@ def plan_of(config: Config, arch: Architecture, here: Node | None = None, gpu_na
     """
     check_layout(config, arch)
     check_dimensions(config, arch)
-    cluster, actor = config.cluster, config.actor
-    stage = math.lcm(actor.tensor_parallel, actor.expert_parallel)
-    fewest = math.lcm(stage * actor.pipeline_parallel, config.rollout.tensor_parallel)
-    ranks = cluster.gpus_per_node or -(-fewest // cluster.nodes)
+    cluster = config.cluster
+    ranks = cluster.gpus_per_node or -(-fewest_ranks(config) // cluster.nodes)
     check_world(config, cluster.nodes * ranks)
     name, gpu, host, source = "each node", 0.0, math.inf, ""
     if cluster.memory_gb:

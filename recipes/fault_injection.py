@@ -19,7 +19,7 @@ import torch
 
 from nemo_r3 import signals
 from nemo_r3.actor.manifest import WRITING
-from nemo_r3.config import Config
+from nemo_r3.config import Config, fewest_ranks
 from nemo_r3.errors import UserError
 from nemo_r3.rollout.sampling import is_deterministic
 from nemo_r3.run_directory import MEASURED
@@ -115,11 +115,10 @@ def ranks_of(config: Config) -> int:
     Raises:
         UserError: rollouts are not deterministic, so even two undisturbed runs differ.
     """
-    rollout, actor = config.rollout, config.actor
-    if not is_deterministic(rollout, torch.cuda.is_available()):
-        asked = rollout.deterministic
+    if not is_deterministic(config.rollout, torch.cuda.is_available()):
+        asked = config.rollout.deterministic
         raise UserError(f"rollout.deterministic: {asked}: two runs would differ anyway; a drill needs true")
-    return config.cluster.gpus_per_node or actor.tensor_parallel * actor.pipeline_parallel
+    return config.cluster.gpus_per_node or fewest_ranks(config)
 
 
 def _send(process: subprocess.Popen[bytes], ranks: int, number: signal.Signals) -> None:

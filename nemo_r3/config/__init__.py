@@ -5,7 +5,7 @@ config = load(["configs/quickstart.yaml", "train.steps=10"])
 
 from nemo_r3.config.actor import ActorConfig
 from nemo_r3.config.algo import AlgoConfig
-from nemo_r3.config.checks import check_world
+from nemo_r3.config.checks import check_world, fewest_ranks
 from nemo_r3.config.load import load, to_yaml
 from nemo_r3.config.rollout import RolloutConfig
 from nemo_r3.config.train import TrainConfig
@@ -19,6 +19,7 @@ __all__ = [
     "TrainConfig",
     "check_world",
     "diff_for_resume",
+    "fewest_ranks",
     "load",
     "shareable",
     "to_yaml",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nemo_r3.config.schema import show
 from nemo_r3.config.tree import Config
 from nemo_r3.errors import ConfigError
@@ -32,6 +34,13 @@ def check_world(config: Config, world_size: int) -> None:
         ConfigError: the ranks, the layout and what would fit.
     """
     _check_divides(config, world_size, f"{world_size} ranks were launched")
+
+
+def fewest_ranks(config: Config) -> int:
+    """The least number of ranks that `check_world` accepts."""
+    actor = config.actor
+    stage = math.lcm(actor.tensor_parallel, actor.expert_parallel)
+    return math.lcm(stage * actor.pipeline_parallel, config.rollout.tensor_parallel)
 
 
 def lengths_that_fit(config: Config, room: int) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from nemo_r3.config import Config, check_world, load
+from nemo_r3.config import Config, check_world, fewest_ranks, load
 from nemo_r3.errors import ConfigError
 
 
@@ -91,3 +91,23 @@ def test_launched_ranks(tmp_path: Path) -> None:
         check_world(config, 6)
     with pytest.raises(ConfigError, match=r"rollout.tensor_parallel: 3 .* 4 ranks were launched"):
         check_world(load_with(tmp_path, "rollout.tensor_parallel=3"), 4)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "expert", "engine"), [(1, 1, 1, 1), (2, 2, 1, 1), (1, 1, 1, 2), (2, 3, 4, 1), (2, 2, 8, 3)]
+)
+def test_the_fewest_ranks_are_the_first_that_the_layout_divides(
+    tensor: int, pipeline: int, expert: int, engine: int
+) -> None:
+    config = Config()
+    config.actor.tensor_parallel, config.actor.pipeline_parallel = tensor, pipeline
+    config.actor.expert_parallel, config.rollout.tensor_parallel = expert, engine
+
+    def fits(ranks: int) -> bool:
+        try:
+            check_world(config, ranks)
+        except ConfigError:
+            return False
+        return True
+
+    assert fewest_ranks(config) == next(filter(fits, range(1, 100)))

@@ -1,4 +1,4 @@
-"""Signals to runs that end before they can take them."""
+"""How many ranks a drill launches, and signals to runs that end before they can take them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import subprocess
 import sys
 from signal import SIGUSR1
 
+import pytest
+
+from nemo_r3.config import Config
+from nemo_r3.errors import UserError
 from recipes import fault_injection
 
 
@@ -21,3 +25,17 @@ def test_the_signal_comes_once_the_run_has_a_handler_for_it() -> None:
     run = subprocess.Popen([sys.executable, "-c", code])
     fault_injection._send(run, 1, SIGUSR1)
     assert run.wait(30) == 75
+
+
+def test_a_drill_has_as_many_ranks_as_the_config_asks_for_or_as_its_engines_and_experts_need() -> None:
+    config = Config()
+    config.rollout.deterministic = True
+    config.rollout.tensor_parallel = 2
+    assert fault_injection.ranks_of(config) == 2
+    config.actor.pipeline_parallel, config.actor.expert_parallel = 2, 4
+    assert fault_injection.ranks_of(config) == 8
+    config.cluster.gpus_per_node = 16
+    assert fault_injection.ranks_of(config) == 16
+    config.rollout.deterministic = False
+    with pytest.raises(UserError, match="rollout.deterministic: False: two runs would differ anyway"):
+        fault_injection.ranks_of(config)
