@@ -66,7 +66,7 @@ def export_adapter(policy: Policy, source: Path, out: Path, base: str, card: str
 
 
 def largest_rank(config: Config, arch: Architecture) -> int:
-    """That of the adapter's pairs, among which a fused tensor's has more than `actor.lora_rank`."""
+    """The largest rank of the adapter's pairs: a fused tensor's is a multiple of `actor.lora_rank`."""
     return config.actor.lora_rank * max(len(names.matrices(row, arch)) // len(row.hf) for row in names.rows(arch))
 
 

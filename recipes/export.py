@@ -14,10 +14,11 @@ from nemo_r3 import entry
 from nemo_r3.capacity import export_problem, host_bytes
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, UserError
+from nemo_r3.model_card import how_to_use, how_to_use_adapter, model_card
 from nemo_r3.models import Architecture, hub_name
 from nemo_r3.precision import precision_of
 from nemo_r3.progress import warn
-from nemo_r3.results import has_results, how_to_use, how_to_use_adapter, model_card, table
+from nemo_r3.results import has_results, table
 from recipes.metrics import versions
 from recipes.setup import join
 from recipes.start import start_policy
@@ -59,14 +60,15 @@ def export(argv: Sequence[str]) -> None:
         recorded = run.path / "config.yaml"
         trained_with = configuration.load([str(recorded)]) if recorded.exists() else config
         with_tools = any(problem.tools for problem in setup.task.problems("test"))
-        used = trained_with, setup.dialogue, with_tools
-        described = trained_with, run.add_to_summary(versions=versions()), step, base_name(trained_with, model)
-        card = model_card(*described, how_to_use(*used))
+        base, summary = base_name(trained_with, model), run.add_to_summary(versions=versions())
+        usage = how_to_use(trained_with, setup.dialogue, with_tools)
+        card = model_card(trained_with, summary, step, base, usage)
         difference, explained = export_policy(policy, model, out, card, probe_of(run.path, setup.arch))
         if policy.lora is not None:
-            base = hub_name(trained_with) or str(model.absolute())
-            usage = how_to_use_adapter(*used, base, largest_rank(config, setup.arch))
-            export_adapter(policy, model, adapter, base, model_card(*described, usage, adapter=True))
+            start, rank = hub_name(trained_with) or str(model.absolute()), largest_rank(config, setup.arch)
+            usage = how_to_use_adapter(trained_with, setup.dialogue, with_tools, start, rank)
+            card = model_card(trained_with, summary, step, base, usage, adapter=True)
+            export_adapter(policy, model, adapter, start, card)
     summary = run.add_to_summary(export=str(out), export_logprob_difference=difference)
     if world.is_main:
         dtype = precision_of(config).dtype_name

@@ -174,7 +174,7 @@ def serve(home: Path, kind: str) -> None:
     from vllm.config.lora import MaxLoRARanks
     from vllm.lora.request import LoRARequest
 
-    from nemo_r3.results import SERVED_RANKS
+    from nemo_r3.model_card import SERVED_RANKS
 
     draw = random.Random(0)
     prompts = [[draw.randrange(VOCAB) for _ in range(length)] for length in range(1, 40, 4)]

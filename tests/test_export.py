@@ -27,8 +27,8 @@ from nemo_r3 import export as exporting
 from nemo_r3 import runtime
 from nemo_r3.config import Config
 from nemo_r3.errors import UserError
+from nemo_r3.model_card import model_card
 from nemo_r3.models import architecture_of
-from nemo_r3.results import model_card
 from nemo_r3.runtime import World
 from recipes.export import base_name, probe_of
 

@@ -19,7 +19,7 @@ FLOORS = {
             "tasks dialogue algo watchdog trackers",
             "models precision fp8_support runtime entry memory",
             "actor rollout refit",
-            "adapter assets capacity curve plan evaluate export failures html_report results run_directory",
+            "adapter assets capacity curve plan evaluate export failures html_report model_card results run_directory",
         )
     )
     for room in rooms.split()

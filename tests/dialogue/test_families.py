@@ -22,7 +22,7 @@ from nemo_r3.config import Config
 from nemo_r3.config.task import DialogueConfig
 from nemo_r3.dialogue import Dialogue
 from nemo_r3.errors import ConfigError, UserError
-from nemo_r3.results import how_to_use
+from nemo_r3.model_card import how_to_use
 from nemo_r3.tasks.protocol import Wording
 from nemo_r3.tasks.template import fill
 from nemo_r3.types import Answer, Attempt, Group, Phase, Problem, Reflection, Segment, Trajectory
