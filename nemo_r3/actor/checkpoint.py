@@ -106,11 +106,7 @@ def begin(trainer: Trainer, directory: Path, step: int, state: Mapping[str, Any]
     manifest = {
         "step": step,
         "version": policy.version,
-        "architecture": _described(policy),
-        "dtype": precision_of(policy.config).dtype_name,
-        "lora": _lora(policy),
-        "rope": _regime(policy),
-        "model": policy.fingerprint,
+        **_identity(policy),
         "schedule": schedule_state(trainer.schedule),
         "state": dict(state),
     }
@@ -287,34 +283,34 @@ def fitting_manifest(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it is of another model, dtype or LoRA, or of the other rotary factors.
     """
-    manifest = _manifest(checkpoint, policy.world)
-    if manifest["architecture"] != _described(policy):
+    theirs, ours, config = _manifest(checkpoint, policy.world), _identity(policy), policy.config
+    if theirs["architecture"] != ours["architecture"]:
         raise UserError(
-            f"{checkpoint} is a checkpoint of another model ({_differences(manifest['architecture'], policy)}); "
+            f"{checkpoint} is a checkpoint of another model "
+            f"({_differences(theirs['architecture'], ours['architecture'])}); "
             "set model.path to the model that the run began with"
         )
-    if manifest["model"] != policy.fingerprint:
+    if theirs["model"] != ours["model"]:
         raise UserError(
-            f"{checkpoint} began with other weights (fingerprint {manifest['model']}) than model.path="
-            f"{policy.config.model.path} ({policy.fingerprint}); set model.path to the model that the run began with"
+            f"{checkpoint} began with other weights (fingerprint {theirs['model']}) than model.path="
+            f"{config.model.path} ({ours['model']}); set model.path to the model that the run began with"
         )
-    theirs, ours = manifest["dtype"], precision_of(policy.config).dtype_name
-    if theirs != ours:
+    if theirs["dtype"] != ours["dtype"]:
         raise UserError(
-            f"{checkpoint} has weights in {theirs}, and actor.precision={policy.config.actor.precision} keeps them in "
-            f"{ours}; set one that keeps {theirs}"
+            f"{checkpoint} has weights in {theirs['dtype']}, and actor.precision={config.actor.precision} keeps them "
+            f"in {ours['dtype']}; set one that keeps {theirs['dtype']}"
         )
-    if manifest["lora"] != _lora(policy):
+    if theirs["lora"] != ours["lora"]:
         raise UserError(
-            f"{checkpoint} trains {_in_words(manifest['lora'])}, and this run {_in_words(_lora(policy))}: set "
+            f"{checkpoint} trains {_in_words(theirs['lora'])}, and this run {_in_words(ours['lora'])}: set "
             "actor.lora_rank and actor.lora_alpha to the checkpoint's own, or model.path to an export of it"
         )
-    if manifest["rope"] != _regime(policy):
+    if theirs["rope"] != ours["rope"]:
         raise UserError(
-            f"{checkpoint} was trained with longrope's {manifest['rope']} factors, and rollout.max_model_len="
-            f"{policy.config.rollout.max_model_len} takes the {_regime(policy)} ones; set it back to the run's own"
+            f"{checkpoint} was trained with longrope's {theirs['rope']} factors, and rollout.max_model_len="
+            f"{config.rollout.max_model_len} takes the {ours['rope']} ones; set it back to the run's own"
         )
-    return manifest
+    return theirs
 
 
 def _check_files(checkpoint: Path, files: Mapping[str, Any], world: World) -> None:
@@ -334,29 +330,25 @@ def _read(policy: Policy, checkpoint: Path, state: dict[str, Any], version: int)
     policy.version = version
 
 
-def _described(policy: Policy) -> dict[str, Any]:
-    """The model's shape as a manifest gives it back."""
-    described: dict[str, Any] = json.loads(json.dumps(policy.arch.described()))
-    return described
-
-
-def _lora(policy: Policy) -> dict[str, Any]:
+def _identity(policy: Policy) -> dict[str, Any]:
+    """What a manifest says of the model and of what is trained of it, as JSON gives it back."""
     actor = policy.config.actor
-    return {"rank": actor.lora_rank, "alpha": actor.lora_alpha} if actor.lora_rank else {}
+    return {
+        "architecture": json.loads(json.dumps(policy.arch.described())),
+        "dtype": precision_of(policy.config).dtype_name,
+        "lora": {"rank": actor.lora_rank, "alpha": actor.lora_alpha} if actor.lora_rank else {},
+        "rope": policy.arch.rope.regime(policy.config.rollout.max_model_len),
+        "model": policy.fingerprint,
+    }
 
 
 def _in_words(lora: Mapping[str, Any]) -> str:
     return f"LoRA of rank {lora['rank']} and alpha {lora['alpha']:g}" if lora else "all weights"
 
 
-def _regime(policy: Policy) -> str:
-    return policy.arch.rope.regime(policy.config.rollout.max_model_len)
-
-
-def _differences(found: Mapping[str, Any], policy: Policy) -> str:
-    ours = _described(policy)
-    other = [key for key in ours if found.get(key) != ours[key]]
-    return ", ".join(f"another {key}" if key == "rope" else f"{key} {found.get(key)} != {ours[key]}" for key in other)
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    other = [key for key in ours if theirs.get(key) != ours[key]]
+    return ", ".join(f"another {key}" if key == "rope" else f"{key} {theirs.get(key)} != {ours[key]}" for key in other)
 
 
 def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:

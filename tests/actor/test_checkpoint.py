@@ -251,7 +251,7 @@ def test_python_looks_for_no_garbage_among_all_ranks_parts(
         enabled.append(gc.isenabled())
         raise KeyError
 
-    monkeypatch.setattr(checkpoint, "_described", fail)
+    monkeypatch.setattr(checkpoint, "_identity", fail)
     monkeypatch.setattr(dist_checkpointing, "load", fail)
     monkeypatch.setattr(checkpoint, "without_code", lambda *_: nullcontext())
     nothing: Any = SimpleNamespace(policy=SimpleNamespace(version=0), world=None, gather=list)
