@@ -165,20 +165,16 @@ class RunDirectory:
         if not self._world.is_main:
             return
         write_whole(self.path / "config.yaml", to_yaml(self._config))
-        logged = {number: line for line in lines_of(self.metrics) if (number := _step_of(line)) and number <= step}
-        if lost := step - len(logged):
-            warn(f"{self.metrics} lacks {lost} of the {step} steps before")
         if not step and (lost := len(lines_of(self.metrics))):
             again = f"the run starts again at step 1 and replaces the {lost} steps in {self.metrics}"
             warn(f"no checkpoint in {self.checkpoints}: {again}")
-        for log in (self.metrics, self.layers):
-            if log.exists():
-                lines = [line for line in lines_of(log) if (number := _step_of(line)) and number <= step]
-                write_whole(log, "".join(f"{line}\n" for line in lines))
+        before = [json.loads(line) for line in _cut(self.metrics, step)]
+        _cut(self.layers, step)
+        if lost := step - len(before):
+            warn(f"{self.metrics} lacks {lost} of the {step} steps before")
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
-            if (name := file.stem.removeprefix("step_")).isdigit() and int(name) > step:
+            if (name := file.stem.removeprefix("step_")).isdecimal() and int(name) > step:
                 file.unlink()
-        before = [json.loads(line) for line in logged.values()]
         for metrics in before:
             _add_times(self._logged_times, metrics)
         trackers.open_all(self._config, self.path, step, before)
@@ -330,6 +326,14 @@ def _append(log: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut(log: Path, step: int) -> list[str]:
+    """Removes a log's lines after `step`, and those that are damaged; returns the others."""
+    lines = [line for line in lines_of(log) if 0 < (_step_of(line) or 0) <= step]
+    if log.exists():
+        write_whole(log, "".join(f"{line}\n" for line in lines))
+    return lines
 
 
 def _step_of(line: str) -> int | None:
