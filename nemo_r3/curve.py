@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_r3.series import column, moving_mean, window_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -29,25 +31,19 @@ def draw(metrics: Sequence[Mapping[str, Any]], out: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = [line["step"] for line in metrics]
-    kls = _column(metrics, "kl")
+    kls = column(metrics, "kl")
     has_kl = any(value and not math.isnan(value) for value in kls)
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(out.resolve().parent.name, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
     success = figure.add_subplot(grid[:, 0])
-    _draw_success(success, steps, _column(metrics, "retry_success"), _column(metrics, "held_out/second_try"))
+    _draw_success(success, steps, column(metrics, "retry_success"), column(metrics, "held_out/second_try"))
     groups = figure.add_subplot(grid[0, 1] if has_kl else grid[:, 1])
-    _draw_groups(groups, steps, _column(metrics, "groups_used"), _column(metrics, "groups_dropped"))
+    _draw_groups(groups, steps, column(metrics, "groups_used"), column(metrics, "groups_dropped"))
     if has_kl:
         _draw_kl(figure.add_subplot(grid[1, 1]), steps, kls)
     figure.savefig(out, format="png")
-
-
-def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """[steps] one metric; NaN for steps that lack it."""
-    values = [line.get(name) for line in metrics]
-    return [math.nan if value is None else float(value) for value in values]
 
 
 def _draw_success(axes: Axes, steps: Sequence[int], values: Sequence[float], held_out: Sequence[float]) -> None:
@@ -59,20 +55,6 @@ def _draw_success(axes: Axes, steps: Sequence[int], values: Sequence[float], hel
         axes.plot(*zip(*known, strict=True), "o-", color=ORANGE, linewidth=1.5, label="second try on held-out problems")
     axes.set_ylim(0, 1)
     axes.legend(loc="upper left", frameon=False, labelcolor=INK)
-
-
-def window_of(steps: int) -> int:
-    """Over how many steps a learning curve of `steps` is averaged."""
-    return min(50, max(5, steps // 10))
-
-
-def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """[steps] the mean of each value and up to `window` - 1 before it, without NaN; NaN if none is left."""
-    means = []
-    for end in range(1, len(values) + 1):
-        known = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
-        means.append(sum(known) / len(known) if known else math.nan)
-    return means
 
 
 def _draw_groups(axes: Axes, steps: Sequence[int], used: Sequence[float], dropped: Sequence[float]) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,7 +43,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 def lines_of(file: Path) -> list[str]:
     """The lines of a log; none if it does not exist."""
-    return file.read_text(errors="replace").splitlines() if file.exists() else []
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
 
 
 def read_json_object(file: Path, setting: str) -> dict[str, Any]:
@@ -57,6 +57,22 @@ def read_json_object(file: Path, setting: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {file} is not JSON ({error})") from error
     return parse_json_object(text, f"{setting}: {file}")
+
+
+def json_lines(file: Path, unread: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one per line; none if it does not exist. `unread` is told what cannot be read."""
+    try:
+        lines = lines_of(file)
+    except OSError as error:
+        unread.append(f"{file} ({error.strerror})")
+        return []
+    found = []
+    for line in lines:
+        with suppress(ConfigError):
+            found.append(parse_json_object(line, str(file)))
+    if damaged := len(lines) - len(found):
+        unread.append(f"{damaged} of the {len(lines)} lines of {file}")
+    return found
 
 
 def parse_json_object(text: str, place: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from nemo_r3 import curve, entry, signals, trackers
 from nemo_r3.actor.manifest import complete, step_path
+from nemo_r3.files import json_lines
 from nemo_r3.html_report import write_report
-from nemo_r3.html_report.health import ends_of
-from nemo_r3.html_report.read import number, read_lines
 from nemo_r3.progress import warn
+from nemo_r3.series import column, ends_of, number
 from recipes.metrics import versions
 from recipes.setup import Setup
 
@@ -24,7 +24,7 @@ def draw_curve(setup: Setup) -> None:
     """Draws the steps so far to curve.png; only warns if that fails."""
     if setup.world.is_main:
         with _only_a_warning("curve.png"):
-            curve.draw(read_lines(setup.run.metrics, unread=[]), setup.run.path / "curve.png")
+            curve.draw(json_lines(setup.run.metrics, unread=[]), setup.run.path / "curve.png")
 
 
 def report(setup: Setup) -> None:
@@ -50,14 +50,15 @@ def conclude(setup: Setup, argv: Sequence[str]) -> None:
         return
     draw_curve(setup)
     report(setup)
-    metrics = read_lines(run.metrics, unread=[])
+    metrics = json_lines(run.metrics, unread=[])
     if found := best(metrics, run.checkpoints, config.train.start_from):
         setup.progress.say(found)
-    success = [number(line, "retry_success") for line in metrics]
     verb = "the same command with recipes.evaluate"
     if setup.world.size == 1:
         verb = f"python -m recipes.evaluate {shlex.join(argv)}"
-    setup.progress.say(f"done: {change(success)}; curve: {run.path / 'curve.png'}; next: {verb}")
+    setup.progress.say(
+        f"done: {change(column(metrics, 'retry_success'))}; curve: {run.path / 'curve.png'}; next: {verb}"
+    )
 
 
 def conclude_early(setup: Setup, end: Exception, step: int) -> None:

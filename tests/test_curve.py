@@ -11,12 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from nemo_r3 import curve
-
-
-def test_moving_mean() -> None:
-    means = curve.moving_mean([1.0, math.nan, 0.0, 0.5, math.nan, math.nan, math.nan], 3)
-    assert means[:6] == [1.0, 1.0, 0.5, 0.25, 0.25, 0.5]
-    assert math.isnan(means[6])
+from nemo_r3.series import moving_mean
 
 
 def metrics_of(steps: int, kl: bool) -> list[dict[str, Any]]:
@@ -62,7 +57,7 @@ def test_curve(tmp_path: Path, saved: list[Figure], steps: int, kl: bool) -> Non
     dots, mean = success.lines
     assert [(line.get_marker(), line.get_linestyle()) for line in (dots, mean)] == [("o", "None"), ("None", "-")]
     np.testing.assert_array_equal(dots.get_xydata(), np.reshape([*zip(numbers, rising, strict=True)], (-1, 2)))
-    np.testing.assert_array_equal(mean.get_ydata(), curve.moving_mean(rising, 6 if steps == 60 else 5))
+    np.testing.assert_array_equal(mean.get_ydata(), moving_mean(rising, 6 if steps == 60 else 5))
 
     everything, used = groups.containers
     assert [bar.get_height() for bar in everything] == [1.0] * steps

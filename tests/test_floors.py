@@ -15,7 +15,7 @@ FLOORS = {
     f"nemo_r3.{room}": floor
     for floor, rooms in enumerate(
         (
-            "types errors files imports config units visible signals progress",
+            "types errors files imports config units visible signals progress series",
             "tasks dialogue algo watchdog trackers",
             "models precision fp8_support runtime entry memory",
             "actor rollout refit",

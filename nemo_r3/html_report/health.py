@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_r3.config.train import TrainConfig
-from nemo_r3.html_report.read import number
+from nemo_r3.series import column, ends_of, number
 
 Metrics = Sequence[Mapping[str, Any]]
 
-ENDS = 5
-"""How many steps are averaged at the beginning and at the end, at most."""
 MOST_NAMED = 12
 SHARES = {
     "attempts_truncated": "first answers cut at their limit",
@@ -81,11 +79,6 @@ def marked_steps(metrics: Metrics, config: TrainConfig) -> list[Marked]:
     return [Marked(what, len(those), _named(those)) for what, those in found.items()]
 
 
-def ends_of(steps: int) -> int:
-    """How many steps to average at each end of a run: ENDS, or half of a shorter run, so that its ends do not meet."""
-    return min(ENDS, steps // 2)
-
-
 def shares(metrics: Metrics) -> list[Share]:
     """SHARES at both ends of the run, without those that were not measured."""
     rows = []
@@ -122,7 +115,7 @@ def speeds(metrics: Metrics) -> dict[str, float]:
 
 def _known(metrics: Metrics, name: str) -> list[float]:
     """A metric in the steps that have it."""
-    return [value for line in metrics if not math.isnan(value := number(line, name))]
+    return [value for value in column(metrics, name) if not math.isnan(value)]
 
 
 def _named(steps: Sequence[int]) -> str:

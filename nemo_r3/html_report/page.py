@@ -13,14 +13,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nemo_r3.config import Config, shareable
 from nemo_r3.config.schema import show
 from nemo_r3.config.tree import differing
-from nemo_r3.curve import moving_mean, window_of
 from nemo_r3.errors import UserError
 from nemo_r3.failures.tally import Tally, total
 from nemo_r3.files import write_whole
 from nemo_r3.html_report import chart, health, rollouts
 from nemo_r3.html_report.chart import Chart, draw
-from nemo_r3.html_report.read import RunFiles, number, read_run
+from nemo_r3.html_report.read import RunFiles, read_run
 from nemo_r3.results import HEADINGS, NOTE, rates
+from nemo_r3.series import column, moving_mean, window_of
 from nemo_r3.visible import visible
 
 MOST_BYTES = 4_000_000
@@ -142,17 +142,14 @@ def _charts(run: RunFiles) -> list[Chart]:
     metrics = run.metrics
     steps = [line["step"] for line in metrics]
 
-    def of(name: str) -> list[float]:
-        return [number(line, name) for line in metrics]
-
     def drawn(title: str, names: dict[str, str], high: float = 0.0) -> Chart | None:
-        return draw(title, steps, {label: of(name) for name, label in names.items()}, high=high)
+        return draw(title, steps, {label: column(metrics, name) for name, label in names.items()}, high=high)
 
     window = window_of(len(steps))
     measured = [line for line in metrics if "held_out/first_try" in line]
-    success, mismatch = of("retry_success"), of("token_mult_prob_error")
+    success, mismatch = column(metrics, "retry_success"), column(metrics, "token_mult_prob_error")
     warn = [run.config.train.mismatch_warn if math.isfinite(value) else math.nan for value in mismatch]
-    used, dropped = of("groups_used"), of("groups_dropped")
+    used, dropped = column(metrics, "groups_used"), column(metrics, "groups_dropped")
     charts = [
         draw(
             "retry success on the steps' failures",
@@ -164,7 +161,7 @@ def _charts(run: RunFiles) -> list[Chart]:
         draw(
             "held-out problems",
             [line["step"] for line in measured],
-            {label: [number(line, f"held_out/{name}") for line in measured] for name, label in HELD_OUT.items()},
+            {label: column(measured, f"held_out/{name}") for name, label in HELD_OUT.items()},
             high=1.0,
         ),
         draw(

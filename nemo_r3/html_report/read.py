@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_r3.config import Config, load
 from nemo_r3.errors import ConfigError, UserError, in_one_line
-from nemo_r3.files import parse_json_object
+from nemo_r3.files import json_lines, parse_json_object
+from nemo_r3.series import number
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def read_run(config: Config) -> RunFiles:
     path, unread = Path(config.run.dir), list[str]()
     if not any((path / name).exists() for name in ("metrics.jsonl", "rollouts", "summary.json", "failures/bank.json")):
         raise UserError(f"run.dir: {path} holds nothing to report: no metrics, rollouts, evaluation or failure bank")
-    metrics = [line for line in read_lines(path / "metrics.jsonl", unread) if math.isfinite(number(line, "step"))]
+    metrics = [line for line in json_lines(path / "metrics.jsonl", unread) if math.isfinite(number(line, "step"))]
     files = {file.stem.removeprefix("step_"): file for file in (path / "rollouts").glob("step_*.jsonl")}
     rollouts = {int(name): file for name, file in files.items() if name.isdecimal()}
     config = _recorded(path / "config.yaml", unread) or config
@@ -49,27 +48,6 @@ def read_run(config: Config) -> RunFiles:
         bank=_object(Path(config.failures.path) / "bank.json", unread),
         unread=unread,
     )
-
-
-def read_lines(file: Path, unread: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects in a file of one per line; what cannot be read is counted in `unread`."""
-    if not file.exists():
-        return []
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        unread.append(f"{file} ({error.strerror})")
-        return []
-    found = [value for value in map(_parsed, lines) if isinstance(value, dict)]
-    if damaged := len(lines) - len(found):
-        unread.append(f"{damaged} of the {len(lines)} lines of {file}")
-    return found
-
-
-def number(line: Mapping[str, Any], name: str) -> float:
-    """A metric; NaN if it is absent, null or no number."""
-    value = line.get(name)
-    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _recorded(file: Path, unread: list[str]) -> Config | None:
@@ -87,11 +65,3 @@ def _object(file: Path, unread: list[str]) -> dict[str, Any]:
     except (OSError, ValueError):
         unread.append(str(file))
         return {}
-
-
-def _parsed(text: str) -> Any:
-    """A JSON value; None if it is not one."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_r3.html_report.read import number, read_lines
+from nemo_r3.files import json_lines
+from nemo_r3.series import number
 
 STEPS = 10
 GROUPS = 6
@@ -103,14 +104,14 @@ class WrittenStep:
 
 def read_steps(rollouts: dict[int, Path], unread: list[str]) -> list[WrittenStep]:
     """The steps to show: the first, the last and some evenly spaced ones between."""
-    steps = [WrittenStep(step, _groups(read_lines(rollouts[step], unread))) for step in spaced(list(rollouts), STEPS)]
+    steps = [WrittenStep(step, _groups(json_lines(rollouts[step], unread))) for step in spaced(list(rollouts), STEPS)]
     return [step for step in steps if step.groups]
 
 
 def read_evaluation(file: Path, unread: list[str]) -> list[WrittenStep]:
     """What an evaluation sampled: of the starting model, which is step 0, and of the trained one."""
     by_step: dict[int, list[dict[str, Any]]] = {}
-    for line in read_lines(file, unread):
+    for line in json_lines(file, unread):
         if isinstance(line.get("step"), int):
             by_step.setdefault(line["step"], []).append(line)
     return [WrittenStep(step, groups) for step, lines in sorted(by_step.items()) if (groups := _groups(lines))]
