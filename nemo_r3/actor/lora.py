@@ -54,7 +54,7 @@ class Site:
 
     row: NameRow
     weight: nn.Parameter
-    factors: tuple[tuple[Factor, Factor], ...]  # A and B of each, in the order of `convert.merge`
+    pairs: tuple[tuple[Factor, Factor], ...]  # A and B of each, in the order of `convert.merge`
 
 
 class Lora:
@@ -76,40 +76,37 @@ class Lora:
         for row in names.rows(arch):
             weight, matrices = mine.get(row.megatron), names.matrices(row, arch)
             if weight is not None and matrices:
-                factors = tuple(self._factors(row, name, shape, rank, config.seed) for name, shape in matrices)
-                self.sites.append(Site(row, weight, factors))
+                pairs = tuple(self._new_pair(row, name, shape, rank, config.seed) for name, shape in matrices)
+                self.sites.append(Site(row, weight, pairs))
         trained = {site.weight for site in self.sites}
         for parameter in module.parameters():
             parameter.requires_grad_(parameter in trained)
 
-    def _factors(self, row: NameRow, name: str, shape: tuple[int, int], rank: int, seed: int) -> tuple[Factor, Factor]:
+    def _new_pair(self, row: NameRow, name: str, shape: tuple[int, int], rank: int, seed: int) -> tuple[Factor, Factor]:
         """A matrix's A, uniform within 1 / sqrt(columns) and the same in every layout, and its B, zeros."""
         rows, columns = shape
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        first = (torch.rand(rank, columns, generator=draw) * 2 - 1) / math.sqrt(columns)
-        second = torch.zeros(rows, rank)
-        mine = parallel_state.get_tensor_model_parallel_rank()
-        if row.cut == 0:
-            second = second.chunk(self._ways)[mine]
-        else:
-            first = first.chunk(self._ways, dim=1)[mine]
-        device = next(self.module.parameters()).device
-        values = [nn.Parameter(tensor.contiguous().to(device)) for tensor in (first, second)]
-        cuts = (None, 0) if row.cut == 0 else (1, None)
-        ends = (".lora_A", ".lora_B")
-        a, b = (Factor(name + end, value, cut) for end, value, cut in zip(ends, values, cuts, strict=True))
-        return a, b
+        a = (torch.rand(rank, columns, generator=draw) * 2 - 1) / math.sqrt(columns)
+        b = torch.zeros(rows, rank)
+        mine, device = parallel_state.get_tensor_model_parallel_rank(), next(self.module.parameters()).device
+
+        def part(end: str, whole: Tensor, cut: int | None) -> Factor:
+            own = whole if cut is None else whole.chunk(self._ways, dim=cut)[mine]
+            return Factor(name + end, nn.Parameter(own.contiguous().to(device)), cut)
+
+        cut_a, cut_b = (None, 0) if row.cut == 0 else (1, None)
+        return part(".lora_A", a, cut_a), part(".lora_B", b, cut_b)
 
     def factors(self) -> Iterator[Factor]:
         """All of this rank's."""
-        return (factor for site in self.sites for pair in site.factors for factor in pair)
+        return (factor for site in self.sites for pair in site.pairs for factor in pair)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Adds the products to the weights, which must be the starting ones."""
         for site in self.sites:
-            products = [self._scale * (b.value @ a.value) for a, b in site.factors]
+            products = [self._scale * (b.value @ a.value) for a, b in site.pairs]
             change = convert.merge(site.row, products, self._arch, self._ways)
             site.weight.copy_(site.weight.float().add_(change))
 
@@ -118,7 +115,7 @@ class Lora:
         """Adds the gradient of a site's weight to those of its factors, and drops it."""
         assert weight.grad is not None, "called once there is one"
         pieces = convert.separate(site.row, weight.grad, self._arch, self._ways)
-        for (a, b), piece in zip(site.factors, pieces, strict=True):
+        for (a, b), piece in zip(site.pairs, pieces, strict=True):
             gradient = piece.float()
             a.value.grad.addmm_(b.value.t(), gradient, alpha=self._scale)  # type: ignore[union-attr]
             b.value.grad.addmm_(gradient, a.value.t(), alpha=self._scale)  # type: ignore[union-attr]
@@ -164,9 +161,9 @@ class LoraOptimizer:
         self._lora, self._start, actor = lora, start, config.actor
         self._clip = actor.clip_grad
         factors = sorted(lora.factors(), key=lambda factor: factor.cut is None)  # those that are cut come first
-        self._cut = sum(factor.value.numel() for factor in factors if factor.cut is not None)
-        self._gradients = torch.zeros(sum(factor.value.numel() for factor in factors), device=factors[0].value.device)
         sizes = [factor.value.numel() for factor in factors]
+        self._num_cut = sum(size for factor, size in zip(factors, sizes, strict=True) if factor.cut is not None)
+        self._gradients = torch.zeros(sum(sizes), device=factors[0].value.device)
         for factor, part in zip(factors, self._gradients.split(sizes), strict=True):
             factor.value.grad = part.view_as(factor.value)
         self._adam = torch.optim.AdamW(
@@ -197,12 +194,12 @@ class LoraOptimizer:
 
     def _sum_gradients(self, *_: Any, **groups: Any) -> None:
         """After the last microbatch. Of a factor that is whole on each tensor-parallel rank, each has seen a part."""
-        dist.all_reduce(self._gradients[self._cut :], group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(self._gradients[self._num_cut :], group=parallel_state.get_tensor_model_parallel_group())
         dist.all_reduce(self._gradients, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     def gradient_norm(self) -> float:
         """Over all ranks; `step` comes next, or nothing."""
-        counted = self._cut if parallel_state.get_tensor_model_parallel_rank() else len(self._gradients)
+        counted = self._num_cut if parallel_state.get_tensor_model_parallel_rank() else len(self._gradients)
         square = torch.linalg.vector_norm(self._gradients[:counted], dtype=torch.float64).square()
         for group in (
             parallel_state.get_tensor_model_parallel_group(),
@@ -230,7 +227,10 @@ class LoraOptimizer:
 
     def held(self) -> dict[str, int]:
         """Bytes that this rank holds, by what they are for."""
-        return {"gradients": self._gradients.nbytes, "optimizer state": 3 * self._gradients.nbytes}
+        return {
+            "gradients": self._gradients.nbytes,
+            "optimizer state": 3 * self._gradients.nbytes,
+        }  # factors and moments
 
     def sharded_state(self, _: Mapping[str, Any]) -> list[ShardedTensor]:
         """This rank's parts of a checkpoint's optimizer state: the factors' moments."""

@@ -29,14 +29,14 @@ class RoutingReplay:
             layer.mlp.router.router_replay = replay = _Replay(layer.layer_number - 1, self._seen)
             layer.register_forward_pre_hook(replay.take, with_kwargs=True)
 
-    def count(self) -> None:
-        """Begins to count anew."""
+    def start_counting(self) -> None:
+        """Forgets what `mismatch` has counted so far."""
         self._seen.zero_()
 
     def mismatch(self) -> float:
         """The share of (token, layer) pairs, over all ranks, whose experts the actor would have chosen differently.
 
-        All ranks call this together. Every pass since `count` counts.
+        All ranks call this together. Every pass since `start_counting` counts.
         """
         total = self._seen.clone()
         dist.all_reduce(total)

@@ -101,7 +101,7 @@ class Trainer:
                 self._lacks_scales = False
             lr = self.optimizer.param_groups[0]["lr"]
             if (replay := self.policy.replay) is not None:
-                replay.count()
+                replay.start_counting()
             first, *others = zip(updates, self._given(updates), strict=True)
             found = [self._descend(*first)]
             mismatch = None if replay is None else replay.mismatch()  # of the weights that vLLM has, too
