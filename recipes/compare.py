@@ -112,14 +112,7 @@ def table(runs: Sequence[Run]) -> str:
     for run in sorted(runs, key=lambda run: run.config.seed):
         label = "".join(f"{key}={settings[run.path].get(key, 'default')}, " for key in told)
         groups.setdefault(label, []).append(run)
-    labels = list(groups)
-    below: list[str] = []
-    if max(map(len, labels)) > ROOM:
-        names = [f"group {number}" for number in range(1, len(labels) + 1)]
-        texts = [f"{name}: {label[:-2]}" for name, label in zip(names, labels, strict=True)]
-        wrap = textwrap.TextWrapper(WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-        below = [wrap.fill(text) for text in texts]
-        labels = [f"{name}, " for name in names]
+    labels, below = numbered_if_long(list(groups))
     rows: list[Sequence[str]] = [HEADINGS]
     for label, group in zip(labels, groups.values(), strict=True):
         seeds = [run.config.seed for run in group]
@@ -135,6 +128,19 @@ def settings_of(config: Config) -> dict[str, str]:
     found = {leaf.key: leaf.of(config) for leaf in leaves(Config)}
     found |= {f"task.options.{name}": value for name, value in found.pop("task.options").items()}
     return {key: in_words(value) for key, value in found.items() if not key.startswith(("seed", *NOT_TRAINED))}
+
+
+def numbered_if_long(labels: list[str]) -> tuple[list[str], list[str]]:
+    """The groups' labels, and no lines; if one takes more than ROOM, numbers, and lines that tell what they stand for.
+
+    A label ends in a comma and a space, unless it is empty.
+    """
+    if max(map(len, labels)) <= ROOM:
+        return labels, []
+    names = [f"group {number}" for number in range(1, len(labels) + 1)]
+    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    told = [wrap.fill(f"{name}: {label[:-2]}") for name, label in zip(names, labels, strict=True)]
+    return [f"{name}, " for name in names], told
 
 
 def means(label: str, runs: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""What a training step reports: metrics of its rollouts, its speed, its line in the log, and memory use."""
+"""What is reported: a step's metrics, speed, line in the log and memory use; warnings of what was sampled; versions."""
 
 from __future__ import annotations
 

@@ -229,8 +229,8 @@ class LoraOptimizer:
         """Bytes that this rank holds, by what they are for."""
         return {
             "gradients": self._gradients.nbytes,
-            "optimizer state": 3 * self._gradients.nbytes,
-        }  # factors and moments
+            "optimizer state": 3 * self._gradients.nbytes,  # the factors and their moments
+        }
 
     def sharded_state(self, _: Mapping[str, Any]) -> list[ShardedTensor]:
         """This rank's parts of a checkpoint's optimizer state: the factors' moments."""

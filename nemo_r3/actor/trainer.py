@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
@@ -110,18 +110,21 @@ class Trainer:
             taken = [each for each in found if not math.isnan(each["grad_norm"])]
             if taken:
                 self.schedule.step(increment=1)
-        total = {name: sum(each[name] for each in found) for name in found[0]}
-        mean = {name: fmean(each[name] for each in taken or found) for name in ("loss", "kl", "grad_norm")}
-        metrics = mean | {name: total[name] / max(total["trained_tokens"], 1.0) for name in PER_TOKEN}
-        metrics |= {name: total[name] for name in COUNTS} | {
+        metrics = self._of_all(found, taken) | {
             "lr": lr,
             "microbatches": float(sum(map(len, updates))),
             "updates": float(len(found)),
             "skipped": float(len(found) - len(taken)),
             "update_flops": step_flops(costs, reference=self._reference is not None),
         }
-        if mismatch is not None:
-            metrics["routing_mismatch"] = mismatch
+        return metrics if mismatch is None else metrics | {"routing_mismatch": mismatch}
+
+    def _of_all(self, found: Sequence[Mapping[str, float]], taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """What `_descend` returned for a step's updates, in one; `taken` are those that were not skipped."""
+        total = {name: sum(each[name] for each in found) for name in found[0]}
+        metrics = {name: fmean(each[name] for each in taken or found) for name in ("loss", "kl", "grad_norm")}
+        metrics |= {name: total[name] / max(total["trained_tokens"], 1.0) for name in PER_TOKEN}
+        metrics |= {name: total[name] for name in COUNTS}
         if self._reference is None:
             del metrics["kl"]
         if self.policy.config.train.updates_per_step == 1:

@@ -17,16 +17,16 @@ def training_cost(arch: Architecture, lora: bool = False) -> Cost:
 
     LoRA's factors do not count. The weights that it freezes, of head, routers and experts, have no gradient.
     """
-    return _cost(arch, FORWARD_AND_BACKWARD, FORWARD_AND_BACKWARD - lora)
+    return _cost(arch, FORWARD_AND_BACKWARD, frozen=2 if lora else FORWARD_AND_BACKWARD)
 
 
 def scoring_cost(arch: Architecture) -> Cost:
     """FLOPs of the forward pass alone, with the head where there is a target."""
-    return _cost(arch, 1, 1)
+    return _cost(arch, 1, frozen=1)
 
 
 def _cost(arch: Architecture, passes: int, frozen: int) -> Cost:
-    """FLOPs of so many forward passes, and of `frozen` through what LoRA freezes."""
+    """FLOPs of what `passes` times a forward pass takes, and `frozen` times through the weights that LoRA freezes."""
     attention = passes * 2 * (arch.query_width + arch.key_width)
     router, fed = (arch.experts.count, frozen) if arch.experts else (0, passes)
     return Cost(
