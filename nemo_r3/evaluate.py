@@ -105,12 +105,9 @@ def measure_while_training(
     None of no failures.
     """
     attempts, own = _two_tries(rollout, problems, greedy=False)
-    verdicts = {
-        "first_try": [attempt.passed for attempt in attempts],
-        "second_try": _passed(_only(_reflected(rollout, fixed, greedy=False))),
-        "within_two": _within_two(attempts, _passed(_only(own))),
-    }
-    return {name: rate(sum(values), len(values))["value"] for name, values in verdicts.items()}
+    verdicts = _verdicts(attempts, own, _reflected(rollout, fixed, greedy=False))
+    names = {"first_try": "first_try", "second_try": "retry_success_fixed", "within_two": "within_two"}
+    return {name: rate(sum(verdicts[of]), len(verdicts[of]))["value"] for name, of in names.items()}
 
 
 def _two_tries(rollout: Rollout, problems: Sequence[Problem], greedy: bool) -> tuple[list[Attempt], list[Group]]:

@@ -110,7 +110,7 @@ class Trainer:
             taken = [each for each in found if not math.isnan(each["grad_norm"])]
             if taken:
                 self.schedule.step(increment=1)
-        metrics = self._of_all(found, taken) | {
+        metrics = self._combined(found, taken) | {
             "lr": lr,
             "microbatches": float(sum(map(len, updates))),
             "updates": float(len(found)),
@@ -119,7 +119,7 @@ class Trainer:
         }
         return metrics if mismatch is None else metrics | {"routing_mismatch": mismatch}
 
-    def _of_all(self, found: Sequence[Mapping[str, float]], taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    def _combined(self, found: Sequence[Mapping[str, float]], taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """What `_descend` returned for a step's updates, in one; `taken` are those that were not skipped."""
         total = {name: sum(each[name] for each in found) for name in found[0]}
         metrics = {name: fmean(each[name] for each in taken or found) for name in ("loss", "kl", "grad_norm")}
