@@ -29,7 +29,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 }
 LONG = {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-PHI = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}  # its own are beyond so small a vocabulary
+NOPE = {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 0, 1]}  # on each of two stages in another place
+IDS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+"""For classes whose own are beyond so small a vocabulary."""
 SHORT = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
 
 
@@ -57,11 +59,12 @@ FAMILIES = (
     Family("llama", "Llama", "Llama 2 and 3, and what else is saved as such", "plain", {"num_hidden_layers": 4}),
     Family("llama3", "Llama", "Llama 3.1, 3.2 and 3.3", "llama3", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
     Family("mistral", "Mistral", "Mistral 7B", "plain", {"rope_theta": 1e6, "sliding_window": 256}),
-    Family("phi3_short", "Phi3", "Phi-3, Phi-3.5", "longrope, short", {"rope_scaling": longrope(16)} | PHI | SHORT),
-    Family("phi3_long", "Phi3", "Phi-3, 3.5, 4 mini", "longrope, long", {"rope_scaling": longrope(8)} | PHI | LONG),
+    Family("phi3_short", "Phi3", "Phi-3, Phi-3.5", "longrope, short", {"rope_scaling": longrope(16)} | IDS | SHORT),
+    Family("phi3_long", "Phi3", "Phi-3, 3.5, 4 mini", "longrope, long", {"rope_scaling": longrope(8)} | IDS | LONG),
     Family("qwen2", "Qwen2", "Qwen2, Qwen2.5", "plain", {"rope_theta": 1e6}),
     Family("qwen3", "Qwen3", "Qwen3 without experts", "plain", {"rope_theta": 1e6, "head_dim": 64}),
     Family("qwen3_moe", "Qwen3Moe", "Qwen3 with experts", "plain", {"rope_theta": 1e6, "head_dim": 64} | EXPERTS),
+    Family("smollm3", "SmolLM3", "SmolLM3", "plain, none in some layers", NOPE | IDS),
 )
 KINDS = {f"{family.name}{head}": family for family in FAMILIES for head in ("", "_tied")}
 IN_FULL = ("llama_tied", "llama", "qwen2_tied", "qwen2", "qwen3_moe")

@@ -15,6 +15,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +74,8 @@ def actor(layout: Layout, like: Tensor) -> Attend:
     """The actor's own, with angles of zero."""
     still = like.new_zeros(layout.positions.numel(), 1, like.shape[-1] // 2)
     params = Packed(qkv_format="thd", layout=layout, cos=still + 1, sin=still)
-    attention = SharedContextAttention(None)  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(no_rope_freq=[0])
+    attention = SharedContextAttention(config, 1)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out: Tensor = attention(query, key, value, None, packed_seq_params=params)

@@ -23,13 +23,13 @@ from nemo_r3.actor.rotary import Rotary
 from nemo_r3.algo.layout import Layout
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Packed(PackedSeqParams):
     """What megatron-core hands to every layer, and to its core attention beside query, key and value."""
 
-    layout: Layout | None = None  # of the microbatch
-    cos: Tensor | None = None  # [tokens, 1, rotary channels / 2] of each token's rotary angles
-    sin: Tensor | None = None  # the same
+    layout: Layout  # of the microbatch
+    cos: Tensor  # [tokens, 1, rotary channels / 2] of each token's rotary angles
+    sin: Tensor  # the same
     routed_experts: Tensor | None = None  # of the microbatch, for the routers
 
 
@@ -40,20 +40,23 @@ def packed(layout: Layout, rotary: Rotary, dtype: torch.dtype, routed_experts: T
 
 
 class SharedContextAttention(nn.Module):
-    """Rotary positions, then attention in the layout of a microbatch.
+    """Rotary positions, except in layers without any, then attention in the layout of a microbatch.
 
     Takes query [tokens, heads, head_dim] and key, value [tokens, kv_heads, head_dim] of this tensor-parallel rank,
     and `Packed`; returns [tokens, heads * head_dim].
     """
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
         super().__init__()
+        self.rotates = not config.no_rope_freq[layer_number - 1]  # of all stages' layers, counted from 1
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Packed, **__: Any
     ) -> Tensor:
         """Attends; see the class for shapes."""
         layout, cos, sin = packed_seq_params.layout, packed_seq_params.cos, packed_seq_params.sin
+        if not self.rotates:
+            cos, sin = cos[..., :0], sin[..., :0]
         return _SharedContext.apply(query, key, value, cos, sin, layout).flatten(1)
 
 
@@ -102,11 +105,13 @@ def _own_and_across(layout: Layout) -> tuple[Parts, Parts]:
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first channels of each head [tokens, heads, head_dim] by the tokens' angles, in two halves.
 
-    Linear in `heads`; with -sin it is the transpose, and so the gradient.
+    Linear in `heads`; with -sin it is the transpose, and so the gradient. The result is contiguous.
     """
+    half = cos.shape[-1]
+    if not half:
+        return heads.contiguous()
     if heads.is_cuda:
         return fused(_rotated, heads)(heads, cos, sin)
-    half = cos.shape[-1]
     halves = [half, half, heads.shape[-1] - 2 * half]
     rotated = torch.empty_like(heads, memory_format=torch.contiguous_format)
     (first, second, rest), into = heads.split(halves, -1), rotated.split(halves, -1)

@@ -346,9 +346,9 @@ def _in_words(lora: Mapping[str, Any]) -> str:
     return f"LoRA of rank {lora['rank']} and alpha {lora['alpha']:g}" if lora else "all weights"
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    other = [key for key in ours if theirs.get(key) != ours[key]]
-    return ", ".join(f"another {key}" if key == "rope" else f"{key} {theirs.get(key)} != {ours[key]}" for key in other)
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    other = {key: (theirs.get(key), ours.get(key)) for key in ours | theirs if theirs.get(key) != ours.get(key)}
+    return ", ".join(f"another {key}" if key == "rope" else f"{key} {a} != {b}" for key, (a, b) in other.items())
 
 
 def weights_of(module: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:

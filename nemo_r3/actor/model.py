@@ -92,6 +92,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
+        no_rope_freq=[int(layer in arch.nope_layers) for layer in range(arch.num_layers)],  # read by attention.py
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # layout

@@ -8,12 +8,12 @@ from typing import Any
 
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError, in_one_line
-from nemo_r3.models import llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from nemo_r3.models import llama, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 from nemo_r3.models.architecture import Architecture, check_layout, read_hf_config
 from nemo_r3.models.fingerprint import fingerprint
 from nemo_r3.models.location import EMBEDDED, config_on_hub, hub_name, model_path
 
-FAMILIES = (llama, mistral, phi3, qwen2, qwen3, qwen3_moe)
+FAMILIES = (llama, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3)
 
 __all__ = [
     "EMBEDDED",

@@ -47,6 +47,7 @@ class Architecture:
     fused: bool = False  # whether the checkpoint holds query, key and value in one tensor, and gate and up in another
     window: int | None = None  # how many recent tokens a token sees in sliding-window layers; None if there are none
     experts: Experts | None = None  # None if every token passes the same, dense SwiGLU
+    nope_layers: tuple[int, ...] = ()  # the layers, counted from 0, in which queries and keys are not rotated
 
     @property
     def query_width(self) -> int:
@@ -64,11 +65,9 @@ class Architecture:
         return self.ffn_hidden_size * (self.experts.per_token if self.experts else 1)
 
     def described(self) -> dict[str, Any]:
-        """All fields; of a dense model without `experts`, as before there were any: fingerprints are made of them."""
-        fields = asdict(self)
-        if self.experts is None:
-            del fields["experts"]
-        return fields
+        """All fields, but of those that came later only what a model has: fingerprints of others stay as they were."""
+        later = ("experts", "nope_layers")
+        return {key: value for key, value in asdict(self).items() if value or key not in later}
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Embedding rows once padded so that all tensor-parallel ranks hold equally many."""

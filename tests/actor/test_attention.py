@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -104,12 +106,17 @@ def batch_of(groups: list[tuple[int, list[int]]]) -> list[Row]:
     return rows
 
 
+def layer(number: int) -> SharedContextAttention:
+    """Of a model whose second layer has no rotary positions."""
+    config: Any = SimpleNamespace(no_rope_freq=[0, 1])
+    return SharedContextAttention(config, number)
+
+
 def outputs(microbatch: Microbatch, tables: THREE) -> torch.Tensor:
     """Attention's output [trained, heads * head_dim] at the targets' sources; tokens are their query, key and value."""
-    attention = SharedContextAttention(None)  # type: ignore[arg-type]
     params = packed(microbatch.layout, ROTARY, tables[0].dtype)
     query, key, value = (table[microbatch.ids] for table in tables)
-    out: torch.Tensor = attention(query, key, value, None, packed_seq_params=params)
+    out: torch.Tensor = layer(1)(query, key, value, None, packed_seq_params=params)
     return out[microbatch.targets.sources]
 
 
@@ -139,6 +146,19 @@ def test_shared_contexts_change_nothing(groups: list[tuple[int, list[int]]], mul
         found.append((out, *torch.autograd.grad((out * weights).sum(), tables)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # the log-sum-exps are float32
+
+
+def test_a_layer_without_rotary_positions_sees_only_their_order() -> None:
+    found = []
+    for number in (1, 2):
+        for positions in (torch.arange(9), 3 * torch.arange(9)):
+            params = packed(Layout((0, 9), (), positions), ROTARY, torch.float64)
+            query, key, value = (table.requires_grad_() for table in draws(9, 9))
+            out = layer(number)(query, key, value, None, packed_seq_params=params)
+            found.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    for turned, spread, plain, same in zip(*found, strict=True):
+        assert torch.equal(plain, same)
+        assert all((plain - other).abs().max() > 0.1 for other in (turned, spread))
 
 
 def test_the_kernel_follows_device_and_dtype() -> None:

@@ -170,6 +170,11 @@ def test_after_a_full_disk_the_earlier_checkpoint_loads_and_saving_works_again(o
     assert found["afterwards"] == ["step_000002"]
 
 
+def test_a_field_that_only_the_checkpoints_model_has_is_named() -> None:
+    theirs, ours = {"family": "smollm3", "nope_layers": [3]}, {"family": "smollm3"}
+    assert checkpoint._differences(theirs, ours) == "nope_layers [3] != None"
+
+
 def test_a_full_disk_on_another_rank_ends_all_ranks_in_one_line(two: Any) -> None:
     assert two.code != 0
     lines = [line for line in two.errors.splitlines() if "error: cannot write" in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,69 @@ def test_experts_that_are_held_whole_may_have_any_width(tmp_path: Path, ways: in
     assert refusal(lambda: check_layout(config, arch)).startswith(expected)
 
 
-def test_a_dense_model_is_described_as_before_there_were_experts() -> None:
-    """Fingerprints and checkpoints compare descriptions."""
-    assert "experts" not in ARCH.described() and ARCH.described()["window"] is None
+SMOLLM3: dict[str, Any] = LLAMA | {"architectures": ["SmolLM3ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "nope"),
+    [
+        ({}, (3,)),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 2}, (1, 3)),
+        ({"no_rope_layer_interval": 1}, (0, 1, 2, 3)),
+        ({"no_rope_layer_interval": 5}, ()),
+        ({"no_rope_layers": [0, 1, 1, 0], "no_rope_layer_interval": 2}, (0, 3)),
+        ({"tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}, (3,)),
+    ],
+)
+def test_a_smollm3_is_read_as_transformers_reads_it(
+    tmp_path: Path, change: dict[str, Any], nope: tuple[int, ...]
+) -> None:
+    from transformers import SmolLM3Config
+
+    found = architecture_of(write(tmp_path, json.dumps(SMOLLM3 | change)))
+    theirs = SmolLM3Config.from_pretrained(tmp_path)
+    rope = Rope(theirs.rope_parameters["rope_theta"], 16)
+    tied = theirs.tie_word_embeddings
+    assert found == Architecture("smollm3", 4, 64, 96, 4, 2, 16, 131, 512, 1e-6, rope, tied, nope_layers=nope)
+    assert theirs.no_rope_layers == [int(layer not in nope) for layer in range(4)]
+    theirs.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["SmolLM3ForCausalLM"]}
+    assert architecture_of(write(tmp_path, json.dumps(saved))) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0] is no list of 4 values, one for each layer"),
+        ({"no_rope_layers": []}, "no_rope_layers=[] is no list of 4 values"),
+        ({"no_rope_layers": 4}, "no_rope_layers=4 is no list of 4 values"),
+        ({"no_rope_layers": [1, 2, 1, 0]}, "no_rope_layers has 2, which is neither 0 nor 1"),
+        ({"no_rope_layers": [1, True, 1, 0]}, "no_rope_layers has True, which is neither 0 nor 1"),
+        ({"no_rope_layers": [1, [0], 1, 0]}, "no_rope_layers has [0], which is neither 0 nor 1"),
+        ({"no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is not an integer from 1"),
+        ({"layer_types": ["full_attention"] * 3}, "is no list of 4 values, one for each layer"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention', which is neither 'full_at"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not an integer from 1 to 10000"),
+        ({"attention_bias": True}, "smollm3 with attention_bias=true is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+    ],
+)
+def test_a_smollm3_that_the_actor_does_not_compute_is_refused(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    message = refusal(lambda: architecture_of(write(tmp_path, json.dumps(SMOLLM3 | change))))
+    assert message.startswith("model.path: ") and expected in message
+
+
+def test_a_model_is_described_as_before_there_were_the_fields_that_it_lacks() -> None:
+    """Fingerprints and checkpoints compare descriptions: of a new field there must be nothing in those of others."""
+    plain = {*"family num_layers hidden_size ffn_hidden_size num_heads num_kv_heads head_dim vocab_size".split()}
+    plain |= {*"max_positions norm_eps rope tied qkv_bias qk_norm fused window".split()}
+    assert ARCH.described().keys() == plain
+    assert replace(ARCH, nope_layers=(3,), experts=Experts(2, 1, True)).described().keys() == plain | {
+        "nope_layers",
+        "experts",
+    }
 
 
 ARCH = Architecture("llama", 6, 96, 90, 12, 4, 8, 131, 512, 1e-6, Rope(1e4, 8), tied=True)
@@ -329,6 +390,9 @@ def test_a_field_that_makes_no_model_is_refused_with_its_file_and_value(
         ("Qwen2", {"sliding_window": 256, "use_sliding_window": False}, None),
         ("Qwen3", {"sliding_window": 256, "use_sliding_window": True}, 256),
         ("Qwen3Moe", MIXTURE | {"sliding_window": 256, "use_sliding_window": True}, 256),
+        ("SmolLM3", {"sliding_window": 256, "use_sliding_window": True}, 256),
+        ("SmolLM3", {"sliding_window": 256, "layer_types": ["full_attention"] * 4}, None),
+        ("SmolLM3", {"sliding_window": 256, "layer_types": [*["full_attention"] * 3, "sliding_attention"]}, 256),
     ],
 )
 def test_a_sliding_window_is_refused_where_it_would_matter(
