@@ -97,12 +97,13 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     return read_json_object(file, "model.path")
 
 
-def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
+def decoder(hf: Mapping[str, Any], family: str, partial_rotary: bool = False, **traits: Any) -> Architecture:
     """An architecture from the fields that nearly every config.json has.
 
     Args:
         hf: config.json.
         family: the module of nemo_r3.models that reads it.
+        partial_rotary: whether transformers' class of the family can rotate a part of each head; vLLM's always can.
         traits: what is different in this family; takes precedence.
 
     Raises:
@@ -122,6 +123,12 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
     if heads % kv_heads:
         raise ConfigError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     head_dim = hidden_size // heads if hf.get("head_dim") is None else positive_integer(hf, "head_dim")
+    rope = read_rope(hf, head_dim)
+    if rope.dim != head_dim and not partial_rotary:
+        raise ConfigError(
+            f"{family} with a partial_rotary_factor is not supported: vLLM rotates {rope.dim} of a head's {head_dim} "
+            "channels, transformers all"
+        )
     if traits.get("window") is not None:
         positive_integer({"sliding_window": traits["window"]}, "sliding_window")
     common: dict[str, Any] = {
@@ -134,7 +141,7 @@ def decoder(hf: Mapping[str, Any], family: str, **traits: Any) -> Architecture:
         "vocab_size": positive_integer(hf, "vocab_size"),
         "max_positions": positive_integer(hf, "max_position_embeddings"),
         "norm_eps": positive_number({"rms_norm_eps": 1e-6} | dict(hf), "rms_norm_eps"),
-        "rope": read_rope(hf, head_dim),
+        "rope": rope,
         "tied": flag(hf, "tie_word_embeddings"),
     }
     return Architecture(family=family, **common | traits)

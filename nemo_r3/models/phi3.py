@@ -12,4 +12,5 @@ HF_CLASS = "Phi3ForCausalLM"
 
 def architecture(hf: Mapping[str, Any]) -> Architecture:
     """Reads a Phi-3 config.json."""
-    return decoder({"rms_norm_eps": 1e-5} | dict(hf), "phi3", fused=True, window=hf.get("sliding_window"))
+    hf = {"rms_norm_eps": 1e-5} | dict(hf)
+    return decoder(hf, "phi3", partial_rotary=True, fused=True, window=hf.get("sliding_window"))

@@ -314,8 +314,11 @@ def test_longrope_is_read_and_its_factors_follow_the_longest_sequence(tmp_path: 
 
 
 @pytest.mark.parametrize("place", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
-def test_a_share_of_the_head_may_turn(tmp_path: Path, place: dict[str, Any]) -> None:
-    assert architecture_of(write(tmp_path, json.dumps(LLAMA | place))).rope.dim == 8
+def test_a_share_of_the_head_may_turn_where_transformers_can(tmp_path: Path, place: dict[str, Any]) -> None:
+    phi = {"architectures": ["Phi3ForCausalLM"]}
+    assert architecture_of(write(tmp_path, json.dumps(LLAMA | phi | place))).rope.dim == 8
+    message = refusal(lambda: architecture_of(write(tmp_path, json.dumps(LLAMA | place))))
+    assert "partial_rotary_factor is not supported: vLLM rotates 8 of a head's 16 channels, transformers all" in message
 
 
 @pytest.mark.parametrize(
