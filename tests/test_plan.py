@@ -127,13 +127,13 @@ def test_lora_of_a_30b_with_experts_fits_two_gpus() -> None:
     assert found["reference"][0] == gib(2 * 48 * attention / 2)
     assert found["LoRA's factors and their state"][0] == gib(16 * 48 * 32 * own)
     assert checkpoint_bytes(planned.config, planned.arch) == 12 * 48 * 32 * factors
-    assert training_cost(planned.arch, lora=True).per_token == 2 * 48 * (3 * attention + 2 * fed)
+    assert training_cost(planned.arch, lora=True).per_token == 2 * 48 * 2 * (attention + fed)
     assert planned.verdict.startswith("fits: 47 GiB of each GPU are left")
     planned.check()
     assert refusal(whole.check).startswith("the actor needs ")
     said = (describe_step(plan("qwen3-30b-a3b", MIXTURE, f"actor.lora_rank={rank}")) for rank in (32, 0))
     lora, full = (float(re.findall(r"an update of (\S+) FLOPs", step)[0]) for step in said)
-    assert 0.7 < lora / full < 0.85, "what it freezes has no gradient"
+    assert lora / full == pytest.approx((2 + 1) / (3 + 1), abs=0.03), "no weight has a gradient; the reference scores"
     head = planned.arch.vocab_size // 2 * 2048
     one_token = [activation_bytes(it.config, it.arch, 1, 1) > 2 * head for it in (planned, whole)]
     assert one_token == [False, True], "nor has the head"

@@ -7,7 +7,7 @@ Head, embedding and the layers at the ends are BF16 under FP8 too, and weigh mor
 linear in the layers: those of an 8B's 32 lie on the line through its 8 and its 16.
 
 Rows are packed after shared contexts, half of each group's retries pass. MFU counts the model's own FLOPs: no
-recompute, no padding, and with LoRA no gradients of what it freezes. `peak` is GiB of torch's allocator in an update, 0
+recompute, no padding, and with LoRA no gradients of weights. `peak` is GiB of torch's allocator in an update, 0
 on a CPU. A precision that this machine cannot run is skipped with the reason.
 """
 

@@ -3,13 +3,9 @@
     W = W0 + alpha / rank * B A     A [rank, columns] at random, B [rows, rank] at first 0, both float32
 
 The sum is the model's weight. Passes, FP8, refit and export read it like any other, so what is sampled is what is
-trained. As soon as a microbatch has the gradient of W, it becomes that of the factors, and is dropped:
-
-    dA = alpha / rank * B^T dW      dB = alpha / rank * dW A^T
-
-There is no buffer of whole gradients, and AdamW's state is that of the factors. Embedding, norms, biases and head stay
-as they are, and so do routers and experts: of a layer with experts, LoRA trains the attention's matrices. The price: an
-update computes whole gradients of the matrices that change, as one of all weights does.
+trained. No weight has a gradient, only the factors have (`lora_gradient.py`), and so has AdamW's state only theirs.
+Embedding, norms, biases and head stay as they are, and so do routers and experts: of a layer with experts, LoRA trains
+the attention's matrices.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
 
 from nemo_r3.actor.checkpoint_writer import OPTIMIZER
+from nemo_r3.actor.lora_gradient import gradients, tap
 from nemo_r3.actor.model import Trunk
 from nemo_r3.actor.optimizer import start_adam_state
 from nemo_r3.actor.reference import Reference
@@ -54,6 +51,7 @@ class Site:
 
     row: NameRow
     weight: nn.Parameter
+    part: nn.Module  # the layer whose weight it is
     pairs: tuple[tuple[Factor, Factor], ...]  # A and B of each, in the order of `convert.merge`
 
 
@@ -61,7 +59,7 @@ class Lora:
     """The factors of this rank's stage.
 
     Attributes:
-        module: the stage; nothing but the matrices that change requires gradients any more.
+        module: the stage, none of whose parameters requires a gradient any more.
         sites: its parameters that change.
     """
 
@@ -72,15 +70,14 @@ class Lora:
         self._arch, self._scale = arch, config.actor.lora_alpha / rank
         self._ways = parallel_state.get_tensor_model_parallel_world_size()
         mine = parameters_by_name(module, arch)
+        parts = {parameter: part for part in module.modules() for parameter in part.parameters(recurse=False)}
         self.sites = []
         for row in names.rows(arch):
             weight, matrices = mine.get(row.megatron), names.matrices(row, arch)
             if weight is not None and matrices:
                 pairs = tuple(self._new_pair(row, name, shape, rank, config.seed) for name, shape in matrices)
-                self.sites.append(Site(row, weight, pairs))
-        trained = {site.weight for site in self.sites}
-        for parameter in module.parameters():
-            parameter.requires_grad_(parameter in trained)
+                self.sites.append(Site(row, weight, parts[weight], pairs))
+        module.requires_grad_(False)
 
     def _new_pair(self, row: NameRow, name: str, shape: tuple[int, int], rank: int, seed: int) -> tuple[Factor, Factor]:
         """A matrix's A, uniform within 1 / sqrt(columns) and the same in every layout, and its B, zeros."""
@@ -110,16 +107,28 @@ class Lora:
             change = convert.merge(site.row, products, self._arch, self._ways)
             site.weight.copy_(site.weight.float().add_(change))
 
-    @torch.no_grad()
-    def take_gradient(self, site: Site, weight: Tensor) -> None:
-        """Adds the gradient of a site's weight to those of its factors, and drops it."""
-        assert weight.grad is not None, "called once there is one"
-        pieces = convert.separate(site.row, weight.grad, self._arch, self._ways)
-        for (a, b), piece in zip(site.pairs, pieces, strict=True):
-            gradient = piece.float()
-            a.value.grad.addmm_(b.value.t(), gradient, alpha=self._scale)  # type: ignore[union-attr]
-            b.value.grad.addmm_(gradient, a.value.t(), alpha=self._scale)  # type: ignore[union-attr]
-        weight.grad = None
+    def take_gradient(self, site: Site, x: Tensor, dy: Tensor) -> None:
+        """Adds to the gradients of a site's factors.
+
+        Its n matrices are done at once, as one with factors n times as thick: A has theirs one below the other, and B
+        in blocks, each in its own rows and columns. Of B's gradient the blocks count.
+
+        Args:
+            site: one of `sites`.
+            x: [tokens, columns], what its weight reads; as `gradients` takes it.
+            dy: [tokens, rows], the gradient of what its weight gives; the same.
+        """
+        row, pairs = site.row, site.pairs
+        assert row.cut is not None, "tensor parallelism cuts every matrix that LoRA changes"
+        thick_a = torch.cat([a.value for a, _ in pairs])
+        blocks = torch.block_diag(*(b.value for _, b in pairs)).split([len(b.value) for _, b in pairs])
+        thick_b = convert.merge(row, blocks, self._arch, self._ways)
+        da, db = gradients(x, thick_a, thick_b, dy, row.cut, self.module.config.sequence_parallel)
+        each = zip(pairs, da.chunk(len(pairs)), db.chunk(len(pairs), dim=1), strict=True)
+        for number, ((a, b), own_da, own_db) in enumerate(each):
+            block = convert.separate(row, own_db, self._arch, self._ways)[number]
+            a.value.grad.add_(own_da, alpha=self._scale)  # type: ignore[union-attr]
+            b.value.grad.add_(block, alpha=self._scale)  # type: ignore[union-attr]
 
     def whole(self, world: World) -> dict[str, Tensor]:
         """The factors of all stages by name, whole and on the CPU, on rank 0; none elsewhere. Every rank calls this."""
@@ -175,7 +184,7 @@ class LoraOptimizer:
         start_adam_state(self._adam)
         self.model.config.finalize_model_grads_func = self._sum_gradients
         for site in lora.sites:
-            site.weight.register_post_accumulate_grad_hook(partial(lora.take_gradient, site))
+            tap(site.part, partial(lora.take_gradient, site))
         if self.model.pre_process:
             self.model.embedding.register_forward_hook(_track)
 
@@ -248,6 +257,6 @@ class LoraOptimizer:
 
 
 def _track(_: nn.Module, inputs: Any, hidden: Tensor) -> None:
-    """Makes the embedding's output require gradients: a layer that is recomputed passes none on from what has none."""
+    """Makes the embedding's output require gradients, as no weight does: from what has none a layer passes none on."""
     if torch.is_grad_enabled():
         hidden.requires_grad_()

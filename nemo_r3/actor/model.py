@@ -164,7 +164,7 @@ def build_model(config: Config, arch: Architecture, world: World) -> Trunk:
     model = model.to(device=world.device, dtype=precision.dtype)
     mark_tensor_parallel(model, arch)
     if kind == "te":
-        if not config.actor.lora_rank:  # which takes each gradient as it comes
+        if not config.actor.lora_rank:  # with which no weight has a gradient
             sum_gradients_in_place(model)
         keep_scales(model, delayed=precision.fp8 is not None and precision.fp8.delayed)
     return model

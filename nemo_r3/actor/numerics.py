@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_r3.actor.spec import read_by
 from nemo_r3.precision import TENSORWISE, Recipe, Tile
 from nemo_r3.runtime import World
 
@@ -114,7 +115,7 @@ class LayerWatch:
     def _seen(self, number: int, matrix: str, module: Any, inputs: Sequence[Tensor], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        self._take((number, matrix, "input"), module, _normalised(module, inputs[0]))
+        self._take((number, matrix, "input"), module, read_by(module, inputs[0]))
         if (number, matrix, WEIGHT) not in self._roundings:
             self._take((number, matrix, WEIGHT), module, module.weight)
         product = output[0] if isinstance(output, tuple) else output
@@ -189,14 +190,6 @@ def _spread(numbers: Tensor, tile: Tile, largest: float, powers_of_two: bool = F
     tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     scales = _scale(tiles.amax((1, 3)), largest, powers_of_two)
     return scales.repeat_interleave(height, 0).repeat_interleave(width, 1)[:count, :columns]
-
-
-def _normalised(module: Any, inputs: Tensor) -> Tensor:
-    """What a matrix multiplies: Transformer Engine's may have the norm before it folded in."""
-    weight = getattr(module, "layer_norm_weight", None)
-    if weight is None:
-        return inputs
-    return nn.functional.rms_norm(inputs.detach(), (inputs.shape[-1],), weight.detach(), module.eps)
 
 
 def _without_fp8(forward: Callable[..., Any]) -> Callable[..., Any]:

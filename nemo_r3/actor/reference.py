@@ -1,8 +1,8 @@
-"""`Reference`: the starting model, a copy of the trained weights as they were."""
+"""`Reference`: the starting model, a copy of the weights that change, as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,14 +12,11 @@ from nemo_r3.actor.offload import HostBuffer
 
 
 class Reference:
-    """A copy of the trained weights that a module has now, on its device, or on the host, to be copied back each time.
+    """A copy of what weights are now, on their device, or on the host, to be copied back each time."""
 
-    What is not trained (`requires_grad`) needs none.
-    """
-
-    def __init__(self, module: nn.Module, on_host: bool) -> None:
-        """Copies this rank's weights; `on_host` matters only for a GPU's."""
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    def __init__(self, changing: Iterable[nn.Parameter], on_host: bool) -> None:
+        """Copies this rank's weights that will change; `on_host` matters only for a GPU's."""
+        self._parameters = list(changing)
         weights = [parameter.detach() for parameter in self._parameters]
         self._kept = [HostBuffer(it) if on_host and it.device.type == "cuda" else it.clone() for it in weights]
 
@@ -30,7 +27,7 @@ class Reference:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Gives the module the starting weights inside this block."""
+        """Gives the parameters the starting weights inside this block."""
         current = [parameter.data for parameter in self._parameters]
         for parameter, kept in zip(self._parameters, self._kept, strict=True):
             if isinstance(kept, HostBuffer):
@@ -43,7 +40,7 @@ class Reference:
             parameter.data = weight
 
     def restore(self) -> None:
-        """Overwrites the module's weights with the starting ones."""
+        """Overwrites the weights with the starting ones."""
         for parameter, kept in zip(self._parameters, self._kept, strict=True):
             if isinstance(kept, HostBuffer):
                 kept.write_to(parameter.data)

@@ -51,9 +51,10 @@ class Trainer:
         with cpu.cuda_stand_in():
             if lora is None:
                 self.optimizer: FullOptimizer | LoraOptimizer = FullOptimizer(policy.module, config)
-                start = Reference(policy.module, config.actor.offload_optimizer) if config.algo.kl_beta else None
+                whole = policy.module.parameters()
+                start = Reference(whole, config.actor.offload_optimizer) if config.algo.kl_beta else None
             else:
-                start = Reference(policy.module, config.actor.offload_optimizer)
+                start = Reference((site.weight for site in lora.sites), config.actor.offload_optimizer)
                 self.optimizer = LoraOptimizer(lora, start, config)
             self.schedule = build_schedule(self.optimizer, config)
         self._objective = Objective(config.algo)

@@ -15,24 +15,24 @@ FORWARD_AND_BACKWARD = 3
 def training_cost(arch: Architecture, lora: bool = False) -> Cost:
     """FLOPs of forward and backward, of experts only those that a token passes; a multiply-add counts as 2.
 
-    LoRA's factors do not count. The weights that it freezes, of head, routers and experts, have no gradient.
+    With LoRA no weight has a gradient, and its factors do not count.
     """
-    return _cost(arch, FORWARD_AND_BACKWARD, frozen=2 if lora else FORWARD_AND_BACKWARD)
+    return _cost(arch, FORWARD_AND_BACKWARD, weights=2 if lora else FORWARD_AND_BACKWARD)
 
 
 def scoring_cost(arch: Architecture) -> Cost:
     """FLOPs of the forward pass alone, with the head where there is a target."""
-    return _cost(arch, 1, frozen=1)
+    return _cost(arch, 1, weights=1)
 
 
-def _cost(arch: Architecture, passes: int, frozen: int) -> Cost:
-    """FLOPs of what `passes` times a forward pass takes, and `frozen` times through the weights that LoRA freezes."""
-    attention = passes * 2 * (arch.query_width + arch.key_width)
-    router, fed = (arch.experts.count, frozen) if arch.experts else (0, passes)
+def _cost(arch: Architecture, passes: int, weights: int) -> Cost:
+    """FLOPs of what takes `passes` times a forward pass of attention, and `weights` times one through the weights."""
+    layer = 2 * (arch.query_width + arch.key_width) + 3 * arch.active_columns
+    router = arch.experts.count if arch.experts else 0
     return Cost(
-        per_token=2 * arch.num_layers * arch.hidden_size * (attention + fed * (3 * arch.active_columns + router)),
+        per_token=weights * 2 * arch.num_layers * arch.hidden_size * (layer + router),
         per_pair=passes * 4 * arch.num_layers * arch.query_width,
-        per_target=frozen * 2 * arch.hidden_size * arch.vocab_size,
+        per_target=weights * 2 * arch.hidden_size * arch.vocab_size,
     )
 
 

@@ -128,6 +128,7 @@ class Lab:
             metrics = [trainer.update(batch_of())]
         found["layers"] = watch.rows(self.world)
         metrics.append(trainer.update(batch_of()))
+        found["with_gradients"] = sum(parameter.requires_grad for parameter in policy.module.parameters())
         wrapped: Any = trainer.optimizer.model
         found["buckets"] = 0 if policy.lora else sum(len(buffer.buckets) for buffer in wrapped.buffers)
         name = "-".join([layout, kind, *(f"{key}={value}" for key, value in actor.items())])

@@ -122,12 +122,13 @@ def test_eight_ranks_equal_one_process(one: Any, eight: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["one-qwen2", "dp2-qwen2", "tp2-qwen2", "tp2pp2-qwen2", "ep2-qwen3_moe", f"ep2-{EXPERTS_LORA}"]
+    "name",
+    ["one-qwen2", "dp2-qwen2", "tp2-qwen2", "tp2pp2-qwen2", f"tp2-{LORA}", "ep2-qwen3_moe", f"ep2-{EXPERTS_LORA}"],
 )
 def test_the_flops_of_one_rows_update_by_hand(one: Any, every: dict[str, Any], name: str) -> None:
     """Of 61 tokens and 36 to be trained, the last of which is no input; the reference runs forward alone.
 
-    Of 8 experts, a token passes 2, and the router. LoRA has no gradient of these, nor of the head.
+    Of 8 experts, a token passes 2, and the router. With LoRA no weight has a gradient.
     """
     arch = architecture_of(one.home / name.split("-")[1])
     inputs, trained = 61 + 36 - 1, 36
@@ -135,9 +136,10 @@ def test_the_flops_of_one_rows_update_by_hand(one: Any, every: dict[str, Any], n
     feed_forward = 2 * 3 * 64 + 8 if "moe" in name else 3 * 192
     layer = arch.hidden_size * (2 * queries + 2 * keys + feed_forward)
     head = 2 * arch.vocab_size * arch.hidden_size * trained
-    forward = arch.num_layers * (2 * layer * inputs + 4 * queries * inputs * (inputs + 1) / 2) + head
-    frozen = head + arch.num_layers * 2 * arch.hidden_size * feed_forward * inputs if "lora" in name else 0
-    assert every[name]["metrics"][4]["update_flops"] == pytest.approx((3 + 1) * forward - frozen)
+    weights = arch.num_layers * 2 * layer * inputs + head
+    attention = arch.num_layers * 4 * queries * inputs * (inputs + 1) / 2
+    passes = 2 if "lora" in name else 3
+    assert every[name]["metrics"][4]["update_flops"] == pytest.approx((passes + 1) * weights + (3 + 1) * attention)
 
 
 @pytest.mark.parametrize("name", [name for name in SPLIT if "dp2" in name and "lora" not in name])
@@ -176,10 +178,11 @@ def test_the_whole_factors_of_any_layout_make_its_weights(one: Any, every: dict[
 
 
 @pytest.mark.parametrize("name", [name for name in SPLIT if "lora" in name])
-def test_lora_keeps_the_starting_weights_of_what_it_changes_alone(every: dict[str, Any], name: str) -> None:
+def test_lora_keeps_the_starting_weights_of_what_it_changes_and_no_gradients(every: dict[str, Any], name: str) -> None:
     held, planned = every[name]["held"], every[name]["planned"]
     assert held["reference"] == planned["reference"] < planned["weights"]
     assert held["gradients"] + held["optimizer state"] == planned["factors"]
+    assert every[name]["with_gradients"] == 0, "of parameters"
 
 
 @pytest.mark.parametrize("name", SPLIT)
