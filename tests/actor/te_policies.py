@@ -75,10 +75,17 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
     metrics = [trainer.update(batch())]
     products = dict(PRODUCTS)
     recomputed = lab.trainer(layout, "embedded", recompute="full", **settings).update(batch()) if lora else metrics[0]
+    exact = lab.trainer(layout, "embedded", **settings | {"precision": "fp32"}).update(batch())["grad_norm"]
     watch = LayerWatch(policy.module, precision_of(policy.config).fp8)
     with watch.watching():
         metrics.append(trainer.update(batch()))
-    found = {"scores": scores, "products": products, "layers": watch.rows(lab.world), "nan": lab.nan(trainer)}
+    found = {
+        "scores": scores,
+        "products": products,
+        "layers": watch.rows(lab.world),
+        "nan": lab.nan(trainer),
+        "exact": exact,
+    }
     found["recomputed"] = recomputed == metrics[0]
     home = lab.home / f"te-{layout}-{name}"
     save_at_work(trainer, home, 2, {}, keep=1)
@@ -103,10 +110,15 @@ def life(lab: Lab, layout: str, name: str) -> dict[str, Any]:
 
 
 def split_gap(lab: Lab, together: Trainer, apart: Trainer) -> float:
-    """How far a step of two updates is from two steps, of the same weights: RLOO knows no old policy."""
+    """How far a step of two updates is from two steps, of the same weights.
+
+    RLOO knows no old policy. Nor is there a reference: in delayed scaling it reads with the scales that are there when
+    it does, for all updates before the first.
+    """
     whole = batch(split_batch())
     for trainer in (together, apart):
-        trainer._objective = Objective(replace(trainer.policy.config.algo, loss="rloo"))
+        trainer._objective = Objective(replace(trainer.policy.config.algo, loss="rloo", kl_beta=0.0))
+        trainer._reference = None
     together.update(whole)
     for rows in whole.updates:
         apart.update(replace(whole, rows=tuple(rows)))

@@ -16,6 +16,7 @@ LAYOUTS = {
     "dp2, one engine": ("rollout.tensor_parallel=2",),
     "tp2, two engines": ("actor.tensor_parallel=2", "actor.sequence_parallel=true"),
     "tp2, one engine": ("actor.tensor_parallel=2", "rollout.tensor_parallel=2"),
+    "tp2, LoRA": ("actor.tensor_parallel=2", "actor.sequence_parallel=true", "actor.lora_rank=8", "actor.lr=5e-4"),
     "pp2, two engines": ("actor.pipeline_parallel=2",),
     "pp2, one engine": ("actor.pipeline_parallel=2", "rollout.tensor_parallel=2"),
 }
