@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from nemo_r3.actor.spec import read_by
+from nemo_r3.actor.numerics import read_by
 
 Take = Callable[[Tensor, Tensor], None]
 """What is to happen with x [tokens, columns] and dy [tokens, rows]."""

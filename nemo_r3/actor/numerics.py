@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_r3.actor.spec import read_by
 from nemo_r3.precision import TENSORWISE, Recipe, Tile
 from nemo_r3.runtime import World
 
@@ -190,6 +189,12 @@ def _spread(numbers: Tensor, tile: Tile, largest: float, powers_of_two: bool = F
     tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     scales = _scale(tiles.amax((1, 3)), largest, powers_of_two)
     return scales.repeat_interleave(height, 0).repeat_interleave(width, 1)[:count, :columns]
+
+
+def read_by(part: Any, inputs: Tensor) -> Tensor:
+    """What a layer's matrix multiplies [.., columns], detached: its inputs, or their norm, where that is folded in."""
+    weight, inputs = getattr(part, "layer_norm_weight", None), inputs.detach()
+    return inputs if weight is None else nn.functional.rms_norm(inputs, weight.shape, weight.detach(), part.eps)
 
 
 def _without_fp8(forward: Callable[..., Any]) -> Callable[..., Any]:

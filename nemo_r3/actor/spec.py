@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import nn
 
 from nemo_r3.actor.attention import SharedContextAttention
 from nemo_r3.errors import ConfigError
@@ -63,12 +63,6 @@ def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodul
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
-
-
-def read_by(part: Any, inputs: Tensor) -> Tensor:
-    """What a layer's matrix multiplies [.., columns], detached: its inputs, or their norm, where that is folded in."""
-    weight, inputs = getattr(part, "layer_norm_weight", None), inputs.detach()
-    return inputs if weight is None else nn.functional.rms_norm(inputs, weight.shape, weight.detach(), part.eps)
 
 
 class RMSNorm(nn.RMSNorm):
