@@ -103,15 +103,19 @@ class Lora:
     def merge(self) -> None:
         """Adds the products to the weights, which must be the starting ones."""
         for site in self.sites:
-            products = [self._scale * (b.value @ a.value) for a, b in site.pairs]
-            change = convert.merge(site.row, products, self._arch, self._ways)
-            site.weight.copy_(site.weight.float().add_(change))
+            thick_a, thick_b = self._thick(site)
+            site.weight.copy_(site.weight.float().addmm_(thick_b, thick_a, alpha=self._scale))
+
+    def _thick(self, site: Site) -> tuple[Tensor, Tensor]:
+        """A site's factors as those of one matrix, its weight: A has theirs one below the other, and B in blocks."""
+        thick_a = torch.cat([a.value for a, _ in site.pairs])
+        blocks = torch.block_diag(*(b.value for _, b in site.pairs)).split([len(b.value) for _, b in site.pairs])
+        return thick_a, convert.merge(site.row, blocks, self._arch, self._ways)
 
     def take_gradient(self, site: Site, x: Tensor, dy: Tensor) -> None:
         """Adds to the gradients of a site's factors.
 
-        Its n matrices are done at once, as one with factors n times as thick: A has theirs one below the other, and B
-        in blocks, each in its own rows and columns. Of B's gradient the blocks count.
+        Its n matrices are done at once, as one with factors n times as thick. Of B's gradient the blocks count.
 
         Args:
             site: one of `sites`.
@@ -120,10 +124,7 @@ class Lora:
         """
         row, pairs = site.row, site.pairs
         assert row.cut is not None, "tensor parallelism cuts every matrix that LoRA changes"
-        thick_a = torch.cat([a.value for a, _ in pairs])
-        blocks = torch.block_diag(*(b.value for _, b in pairs)).split([len(b.value) for _, b in pairs])
-        thick_b = convert.merge(row, blocks, self._arch, self._ways)
-        da, db = gradients(x, thick_a, thick_b, dy, row.cut, self.module.config.sequence_parallel)
+        da, db = gradients(x, *self._thick(site), dy, row.cut, self.module.config.sequence_parallel)
         each = zip(pairs, da.chunk(len(pairs)), db.chunk(len(pairs), dim=1), strict=True)
         for number, ((a, b), own_da, own_db) in enumerate(each):
             block = convert.separate(row, own_db, self._arch, self._ways)[number]
