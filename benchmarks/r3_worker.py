@@ -3,7 +3,8 @@
 python -m benchmarks.r3_worker WORKLOAD.json
 
 step N        reflect and retry -> build_update -> update -> refit, timed
-loss WEIGHTS  writes the policy's weights to WEIGHTS; its loss and gradient norm on the workload's check
+loss WEIGHTS  writes the policy's weights, or LoRA's as PEFT names them, to WEIGHTS; its loss and gradient norm on the
+              workload's check
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.timing import Stopwatch
 from benchmarks.worker import serve
 from benchmarks.workload import Context, Workload, wording
 from nemo_r3 import entry, runtime
+from nemo_r3.adapter import peft_tensors
 from nemo_r3.algo.batch import build_update
 from nemo_r3.config import Config
 from nemo_r3.dialogue import Dialogue
@@ -99,7 +101,12 @@ class Bench:
 
     def loss(self, weights: Path) -> dict[str, Any]:
         """The loss on the check's batch; the reference is the starting model."""
-        save_file({name: tensor.detach().clone() for name, tensor in self.policy.export_hf()}, weights)
+        lora = self.policy.lora
+        if lora is None:
+            trained = {name: tensor.detach().clone() for name, tensor in self.policy.export_hf()}
+        else:
+            trained = peft_tensors(lora.whole(self.policy.world), self.policy.arch)
+        save_file(trained, weights)
         check = self.workload.check
         self.config.algo.kl_beta = check.kl_beta
         batch = self._batch([given_group(*item) for item in zip(check.contexts, check.completions, strict=True)])
@@ -132,6 +139,7 @@ def settings(workload: Workload) -> Config:
     config.actor.lr = config.actor.lr_min = workload.lr
     config.actor.lr_warmup_ratio = 0.0
     config.actor.clip_grad = workload.clip_grad
+    config.actor.lora_rank, config.actor.lora_alpha = workload.lora_rank, workload.lora_alpha
     config.actor.microbatch_tokens = max(len(c.prompt) + sum(c.lengths) for step in workload.steps for c in step)
     config.algo.group_size = workload.group
     config.algo.kl_beta = workload.kl_beta

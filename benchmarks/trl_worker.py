@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import trl.generation.vllm_generation as vllm_generation
 import trl.trainer.utils
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -29,6 +31,8 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.timing import Stopwatch
 from benchmarks.worker import Channel
 from benchmarks.workload import Context, Workload
+
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Ids = list[list[int]]
 Generate = Callable[[GRPOTrainer, Ids, Sequence[int]], Ids]
@@ -157,12 +161,22 @@ def build(workload: Workload, engine: str, rows: int, channel: Channel) -> GRPOT
         train_dataset=Dataset.from_dict({"prompt": names}),
         processing_class=AutoTokenizer.from_pretrained(workload.model, padding_side="left"),
         rollout_func=watch.timed("rollout", rollout),
+        peft_config=adapter(workload),
         callbacks=[TakesTurns(channel, watch)],
     )
     if engine == "vllm":
         generation = trainer.vllm_generation
         generation.sync_weights = watch.timed("sync", lambda: sync_weights(generation))
     return trainer
+
+
+def adapter(workload: Workload) -> LoraConfig | None:
+    """LoRA on every matrix of the layers, or None where all weights are trained."""
+    if not workload.lora_rank:
+        return None
+    return LoraConfig(
+        r=workload.lora_rank, lora_alpha=workload.lora_alpha, target_modules=MATRICES, lora_dropout=0.0, bias="none"
+    )
 
 
 def settings(workload: Workload, use_vllm: bool, rows: int) -> GRPOConfig:
@@ -206,16 +220,27 @@ def settings(workload: Workload, use_vllm: bool, rows: int) -> GRPOConfig:
 
 def loss(trainer: GRPOTrainer, workload: Workload, weights: Path) -> dict[str, Any]:
     """TRL's loss on the check's batch, with its own reference model and loss function."""
-    missing, unexpected = trainer.model.load_state_dict(load_file(weights), strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    load(trainer.model, load_file(weights))
     trainer.beta = workload.check.kl_beta
     trainer.model.eval()  # TRL divides by the accumulation steps in training only; there is no dropout
     trainer.model.zero_grad()
     batch = check_batch(trainer, workload)
     found = trainer.compute_loss(trainer.model, batch)
     found.backward()
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
+    trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
     return {"loss": found.item(), "grad_norm": norm.item(), "kl": trainer._metrics["eval"]["kl"][-1]}
+
+
+def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Gives a model the other side's weights: all of them, or those of its adapter."""
+    if isinstance(model, PeftModel):
+        found = set_peft_model_state_dict(model, weights)
+        missing = [name for name in found.missing_keys if "lora_" in name]
+        assert not missing and not found.unexpected_keys, found
+    else:
+        absent, unexpected = model.load_state_dict(weights, strict=False)
+        assert set(absent) <= {"lm_head.weight"} and not unexpected, (absent, unexpected)
 
 
 def check_batch(trainer: GRPOTrainer, workload: Workload) -> dict[str, torch.Tensor]:
@@ -235,9 +260,12 @@ def check_batch(trainer: GRPOTrainer, workload: Workload) -> dict[str, torch.Ten
         "advantages": torch.tensor([advantage for _, _, advantage in flat]),
     }
     batch["prompt_mask"] = torch.ones_like(batch["prompt_ids"])
-    with torch.no_grad():
+    reference, start = trainer.ref_model or trainer.model, nullcontext()
+    if isinstance(reference, PeftModel):
+        start = reference.disable_adapter()
+    with torch.no_grad(), start:
         batch["ref_per_token_logps"], *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.ref_model,
+            reference,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
             longest,

@@ -36,6 +36,7 @@ class Sizes:
     hidden: int = 768  # the model's width, with heads of 64 (or 32, where the model is narrower than 512)
     layers: int = 12  # of the model
     vocabulary: int = 32768  # of the model
+    lora_rank: int = 0  # 0: all weights are trained
 
     @property
     def eighth(self) -> Sizes:
@@ -81,6 +82,8 @@ class Workload:
     kl_beta: float  # weight of the KL to the starting model (the paper's)
     lr: float  # AdamW's, constant; no weight decay
     clip_grad: float  # largest gradient norm
+    lora_rank: int  # of the factors that are trained; 0: all weights are
+    lora_alpha: float  # their product counts alpha / rank
     seed: int  # of everything
     steps: list[list[Context]]
     """Contexts of each step; the first is a warm-up: one context of full size, the others an eighth."""
@@ -126,6 +129,8 @@ def make(home: Path, sizes: Sizes, steps: int) -> Workload:
         kl_beta=0.001,
         lr=1e-4,
         clip_grad=1.0,
+        lora_rank=sizes.lora_rank,
+        lora_alpha=32.0,
         seed=SEED,
         steps=contexts,
         check=_check([_context(dialogue, sizes.eighth, draw) for _ in range(sizes.contexts)], sizes, draw),
