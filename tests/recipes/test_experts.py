@@ -27,7 +27,8 @@ def test_two_steps_and_an_export_at_another_layout(tmp_path: Path, lora_rank: in
     for step in logged:
         assert step["groups_used"] and step["grad_norm"] > 0
         assert abs(step["token_mult_prob_error"] - 1) < 1e-4, "vLLM has the weights that are trained"
-        assert step.get("routing_mismatch") == (0 if replay else None), "in float32 both choose alike"
+        assert ("routing_mismatch" in step) == replay
+        assert step.get("routing_mismatch", 0) < 0.01, "in float32 both choose alike, but for a tie here and there"
     run("export", *settings, path=tmp_path)  # which compares it with transformers
     before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "run/export"))
     assert before.keys() == after.keys()
