@@ -32,8 +32,6 @@ from benchmarks.timing import Stopwatch
 from benchmarks.worker import Channel
 from benchmarks.workload import Context, Workload
 
-MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 Ids = list[list[int]]
 Generate = Callable[[GRPOTrainer, Ids, Sequence[int]], Ids]
 
@@ -174,9 +172,7 @@ def adapter(workload: Workload) -> LoraConfig | None:
     """LoRA on every matrix of the layers, or None where all weights are trained."""
     if not workload.lora_rank:
         return None
-    return LoraConfig(
-        r=workload.lora_rank, lora_alpha=workload.lora_alpha, target_modules=MATRICES, lora_dropout=0.0, bias="none"
-    )
+    return LoraConfig(r=workload.lora_rank, lora_alpha=workload.lora_alpha, target_modules="all-linear")
 
 
 def settings(workload: Workload, use_vllm: bool, rows: int) -> GRPOConfig:
@@ -260,9 +256,8 @@ def check_batch(trainer: GRPOTrainer, workload: Workload) -> dict[str, torch.Ten
         "advantages": torch.tensor([advantage for _, _, advantage in flat]),
     }
     batch["prompt_mask"] = torch.ones_like(batch["prompt_ids"])
-    reference, start = trainer.ref_model or trainer.model, nullcontext()
-    if isinstance(reference, PeftModel):
-        start = reference.disable_adapter()
+    reference = trainer.ref_model or trainer.model
+    start = reference.disable_adapter() if isinstance(reference, PeftModel) else nullcontext()
     with torch.no_grad(), start:
         batch["ref_per_token_logps"], *_ = trainer._get_per_token_logps_and_entropies(
             reference,
