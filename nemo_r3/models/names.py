@@ -34,7 +34,8 @@ class NameRow:
     expert: int | None = None  # the expert of that layer it belongs to; None if every token passes it
 
 
-def rows(arch: Architecture) -> list[NameRow]:
+@cache  # experts have thousands of rows, and every refit asks for them
+def rows(arch: Architecture) -> tuple[NameRow, ...]:
     """The rows of a decoder, in the same order on every rank."""
     vocabulary = (arch.vocab_size, arch.hidden_size)
     table = [NameRow(EMBEDDING, ("model.embed_tokens.weight",), vocabulary, "vocab", 0)]
@@ -43,7 +44,7 @@ def rows(arch: Architecture) -> list[NameRow]:
     table.append(NameRow("decoder.final_layernorm.weight", ("model.norm.weight",), (arch.hidden_size,)))
     if not arch.tied:
         table.append(NameRow(HEAD, ("lm_head.weight",), vocabulary, "vocab", 0))
-    return table
+    return tuple(table)
 
 
 def _row(layer: int, name: str, shape: tuple[int, ...], *sources: str, **traits: Any) -> NameRow:
@@ -97,6 +98,7 @@ def fused_norm_name(name: str) -> str:
     )
 
 
+@cache
 def global_name(name: str, first_layer: int, first_expert: int) -> str:
     """A parameter's name on its rank, of whichever layer spec -> as in `NameRow`, but for `fused_norm_name`.
 
@@ -182,7 +184,7 @@ def owner_of(row: NameRow, arch: Architecture, expert_parallel: int) -> int:
     return row.expert // (arch.experts.count // expert_parallel)
 
 
-@cache  # plans ask often, and experts have thousands of rows
+@cache  # plans ask often
 def count_factors(arch: Architecture, rank: int, size: int = 1) -> int:
     """Parameters of LoRA of this rank on each of `size` tensor-parallel ranks, which cut one factor of each pair."""
     found = 0

@@ -34,6 +34,7 @@ from nemo_r3.models import Architecture, architecture_of, names
 from nemo_r3.models.tensors import HFTensors
 from nemo_r3.precision import precision_of
 from nemo_r3.rollout import recording
+from nemo_r3.rollout.experts import Stacks, filling
 from nemo_r3.rollout.sampling import UNFINISHED, Completion, Sampling
 
 KV_BLOCK = 32
@@ -63,6 +64,7 @@ class Engine:
         self._recorded: dict[str, int] = {}  # requests whose experts are wanted, and of how many of the prompt's tokens
         self._expected = {name for row in names.rows(arch) for name in row.hf}
         self._can_sleep = bool(llm.model_config.enable_sleep_mode)
+        self._has_experts = arch.experts is not None
 
     @classmethod
     def start(cls, config: Config, model_dir: Path, with_weights: bool = True) -> Engine:
@@ -171,7 +173,10 @@ class Engine:
         if self._llm.has_unfinished_requests():
             raise RuntimeError("weights cannot be replaced while requests are unfinished")
         seen: set[str] = set()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _noting(weights, seen)})
+        weights = _noting(weights, seen)
+        if self._has_experts:
+            weights = filling(self._stacks(), weights)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if missing := self._expected - seen:
             raise RuntimeError(f"refit: {len(missing)} tensors were not sent, e.g. {min(missing)}")
         if current_platform.is_cpu():
@@ -236,6 +241,21 @@ class Engine:
             found, due = 0 if routed is None else len(routed), prompt_tokens + len(ids) - 1 if ids else 0
             assert found == due, f"actor.routing_replay: vLLM returned the experts of {found} tokens, not of {due}"
         return Completion(request, tuple(ids), logprobs, reason, self.version, routed)
+
+    def _stacks(self) -> dict[str, Stacks]:
+        """Where this rank keeps experts, by layer: the tensors that kernels read, or on a CPU those that are packed."""
+
+        def stacks(model: torch.nn.Module) -> dict[str, Stacks]:
+            return {
+                name.partition(".experts")[0]: Stacks(
+                    part.w13_weight.data, part.w2_weight.data, part.moe_config.tp_rank
+                )
+                for name, part in model.named_modules()
+                if isinstance(part, RoutedExperts)
+            }
+
+        (found,) = self._llm.apply_model(stacks)
+        return found
 
     def _repack(self) -> None:
         """On a CPU, vLLM packs experts, and keeps a packed copy of a tied head; a reload leaves both undone."""
