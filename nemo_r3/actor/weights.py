@@ -2,9 +2,9 @@
 
 `load_hf` reads only what this rank holds. `export_hf` is a stream in which every rank takes part in lockstep: for each
 row of the table, the ranks of the owning pipeline stage send their parts to their peers in the other stages, then every
-stage gathers the full tensor from its tensor-parallel ranks. An expert's parts first go to the expert-parallel ranks of
-its stage. Between stages, which may be on different nodes, only parts travel, and no rank ever holds more than one full
-parameter beside its shard.
+stage gathers the full tensor from its tensor-parallel ranks. Of experts, the owning stage first gathers one from each
+expert-parallel rank. Between stages, which may be on different nodes, only parts travel, and no rank ever holds more
+than one full parameter, or these experts', beside its shard.
 """
 
 from __future__ import annotations
@@ -82,19 +82,19 @@ def export_hf(model: nn.Module, arch: Architecture) -> Iterator[tuple[str, Tenso
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
     sample = next(iter(mine.values()))
-    for row in names.rows(arch):
-        tp_group = _sharing(row)
-        stage = names.stage_of(row, arch, pp_group.size())
-        here = stage == pp_group.rank()
-        if here and row.megatron in mine:
-            part = mine[row.megatron].detach().contiguous()
+    for rows in names.side_by_side(arch, ep_group.size()):
+        first, tp_group = rows[0], _sharing(rows[0])
+        stage = names.stage_of(first, arch, pp_group.size())
+        if stage == pp_group.rank():
+            (own,) = (mine[row.megatron].detach().contiguous() for row in rows if row.megatron in mine)
+            parts = own if len(rows) == 1 else _gather(own, ep_group)
         else:
-            part = torch.empty(names.part_shape(row, arch, tp_group.size()), dtype=sample.dtype, device=sample.device)
-        if here and row.expert is not None:
-            _hand_on(part, names.owner_of(row, arch, ep_group.size()), ep_group)
-        _hand_on(part, stage, pp_group)
-        full = part if row.cut is None else convert.join(row, _gather(part, tp_group), tp_group.size())
-        yield from zip(row.hf, convert.split(row, full, arch), strict=True)
+            rank_rows, *others = names.part_shape(first, arch, tp_group.size())
+            parts = torch.empty(len(rows) * rank_rows, *others, dtype=sample.dtype, device=sample.device)
+        _hand_on(parts, stage, pp_group)
+        for row, part in zip(rows, parts.chunk(len(rows)), strict=True):
+            full = part if row.cut is None else convert.join(row, _gather(part, tp_group), tp_group.size())
+            yield from zip(row.hf, convert.split(row, full, arch), strict=True)
 
 
 def _sharing(row: names.NameRow) -> dist.ProcessGroup:

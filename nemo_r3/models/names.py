@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -45,6 +46,17 @@ def rows(arch: Architecture) -> tuple[NameRow, ...]:
     if not arch.tied:
         table.append(NameRow(HEAD, ("lm_head.weight",), vocabulary, "vocab", 0))
     return tuple(table)
+
+
+def side_by_side(arch: Architecture, expert_parallel: int) -> Iterator[tuple[NameRow, ...]]:
+    """The rows, each on its own but for experts: of these one of every expert-parallel rank, in the ranks' order.
+
+    A rank holds neighbouring experts, so the rows of a tuple have the same place on each rank.
+    """
+    for (_, experts), alike in itertools.groupby(rows(arch), key=lambda row: (row.layer, row.expert is not None)):
+        found, ranks = list(alike), expert_parallel if experts else 1
+        each = len(found) // ranks
+        yield from zip(*(found[rank * each : (rank + 1) * each] for rank in range(ranks)), strict=True)
 
 
 def _row(layer: int, name: str, shape: tuple[int, ...], *sources: str, **traits: Any) -> NameRow:
@@ -176,12 +188,6 @@ def stage_of(row: NameRow, arch: Architecture, stages: int) -> int:
     if row.layer is not None:
         return row.layer // (arch.num_layers // stages)
     return 0 if row.megatron == EMBEDDING else stages - 1
-
-
-def owner_of(row: NameRow, arch: Architecture, expert_parallel: int) -> int:
-    """The expert-parallel rank that holds an expert's parameter."""
-    assert arch.experts is not None and row.expert is not None, "a row of an expert"
-    return row.expert // (arch.experts.count // expert_parallel)
 
 
 @cache  # plans ask often

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -170,10 +171,16 @@ def test_a_stage_holds_neighbouring_layers_and_the_ends_are_at_the_ends() -> Non
     assert found == layers | {(None, "word_embeddings"): 0, (None, "final_layernorm"): 1, (None, "weight"): 1}
 
 
-def test_a_rank_holds_neighbouring_experts() -> None:
-    arch = Architecture("any", 1, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False, experts=Experts(6, 2, True))
-    found = [names.owner_of(row, arch, 3) for row in names.rows(arch) if row.expert is not None]
-    assert found == [0] * 4 + [1] * 4 + [2] * 4, "two matrices of two experts each"
+def test_the_rows_of_experts_come_with_those_of_every_ranks_neighbouring_experts() -> None:
+    arch = Architecture("any", 2, 4, 4, 2, 2, 2, 5, 64, 1e-6, Rope(1e4, 2), False, experts=Experts(6, 2, True))
+    together = list(names.side_by_side(arch, 3))
+    assert sorted(row.megatron for rows in together for row in rows) == sorted(row.megatron for row in names.rows(arch))
+    experts = [tuple(row.expert for row in rows) for rows in together if len(rows) > 1]
+    assert experts == [(0, 2, 4)] * 2 + [(1, 3, 5)] * 2 + [(0, 2, 4)] * 2 + [(1, 3, 5)] * 2, (
+        "two matrices in two layers"
+    )
+    assert all(len({(row.layer, row.shape) for row in rows}) == 1 for rows in together)
+    assert [*itertools.chain(*names.side_by_side(arch, 1))] == [*names.rows(arch)]
 
 
 @pytest.mark.parametrize(
