@@ -86,6 +86,7 @@ CHECKS = (
     *(training(precision) for precision in ("bf16", *RECIPES)),
     rollout("1b", "none"),
     rollout("8b-full", "none"),
+    rollout("moe", "none"),
     *(rollout("8b-full", quantization) for quantization in ("fp8_per_tensor", "fp8_per_block")),
     *(update("1b", precision) for precision in ("fp32", "bf16", *RECIPES)),
 )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.gpu_check import command_line
-from benchmarks.gpu_check.update import distance, model_of
+from benchmarks.gpu_check.update import distance, model_of, tiny
 from nemo_r3 import fp8_support, runtime
 from nemo_r3.config import Config
 from nemo_r3.errors import ConfigError
@@ -128,10 +128,11 @@ def measure(shape: str, quantization: str, small: bool) -> dict[str, Any]:
 def main() -> None:
     """Writes what was found as JSON."""
     parser = command_line(__doc__)
-    parser.add_argument("--shape", choices=("8b-full", "1b"), default="1b")
+    parser.add_argument("--shape", choices=("8b-full", "1b", "moe"), default="1b")
     parser.add_argument("--quantization", choices=("none", *fp8_support.VLLM), default="none")
     options = parser.parse_args()
-    found = measure("tiny" if options.small else options.shape, options.quantization, options.small)
+    shape = tiny(options.shape) if options.small else options.shape
+    found = measure(shape, options.quantization, options.small)
     options.out.write_text(json.dumps(found))
 
 

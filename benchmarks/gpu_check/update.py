@@ -68,6 +68,11 @@ SCORED = 16
 """Sequences that are compared with float32."""
 
 
+def tiny(shape: str) -> str:
+    """The shape that stands for another with `--small`."""
+    return "tiny-moe" if shape == "moe" else "tiny"
+
+
 def model_of(shape: str) -> Path:
     """The shape's checkpoint, made where it is not there; bf16, so that all precisions begin with the same numbers."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -181,7 +186,7 @@ def arguments(doc: str, *flags: str) -> argparse.Namespace:
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     if options.small:
-        options.shape = "tiny-moe" if options.shape == "moe" else "tiny"
+        options.shape = tiny(options.shape)
     return options
 
 

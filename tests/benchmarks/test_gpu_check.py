@@ -150,9 +150,10 @@ def test_distance_is_that_of_the_tokens() -> None:
     assert found["prob_error"] == pytest.approx((2 + 2.718281828**0.1) / 3)
 
 
-def test_engine_and_actor_agree_before_and_behind_a_refit() -> None:
+@pytest.mark.parametrize("shape", ["8b-full", pytest.param("moe", marks=pytest.mark.slow)])
+def test_engine_and_actor_agree_before_and_behind_a_refit(shape: str) -> None:
     checks = {check.name: check for check in CHECKS}
-    found = run(checks["rollout-8b-full"], "cpu", small=True)["found"]
+    found = run(checks[f"rollout-{shape}"], "cpu", small=True)["found"]
     assert 1 < found["prob_error"] < 1.01 and 1 < found["prob_error_after"] < 1.01
     assert found["tokens_per_second"] > 0 and found["refit_seconds"] > 0 and found["freed_gib"] == 0
 
