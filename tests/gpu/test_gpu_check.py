@@ -51,12 +51,12 @@ def test_experts_are_those_of_float32() -> None:
     assert experts["speed/update_mfu"] > 0
 
 
-@pytest.mark.parametrize("shape", ["8b-full", "moe"])
-def test_a_refit_takes_less_than_a_second_and_sleep_frees_the_engine(shape: str) -> None:
+@pytest.mark.parametrize(("shape", "most"), [("8b-full", 1.1), ("moe", 1.2)])
+def test_a_refit_takes_less_than_a_second_and_sleep_frees_the_engine(shape: str, most: float) -> None:
     [engine] = found(f"rollout-{shape}")
     assert engine["refit_seconds"] < 1
     assert engine["freed_gib"] > engine["weights_gib"]
-    assert engine["prob_error"] < 1.1 and engine["prob_error_after"] < 1.1
+    assert engine["prob_error"] < most and engine["prob_error_after"] < most
 
 
 @pytest.mark.te
