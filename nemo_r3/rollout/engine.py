@@ -64,7 +64,6 @@ class Engine:
         self._recorded: dict[str, int] = {}  # requests whose experts are wanted, and of how many of the prompt's tokens
         self._expected = {name for row in names.rows(arch) for name in row.hf}
         self._can_sleep = bool(llm.model_config.enable_sleep_mode)
-        self._has_experts = arch.experts is not None
 
     @classmethod
     def start(cls, config: Config, model_dir: Path, with_weights: bool = True) -> Engine:
@@ -173,9 +172,7 @@ class Engine:
         if self._llm.has_unfinished_requests():
             raise RuntimeError("weights cannot be replaced while requests are unfinished")
         seen: set[str] = set()
-        weights = _noting(weights, seen)
-        if self._has_experts:
-            weights = filling(self._stacks(), weights)
+        weights = filling(self._stacks(), _noting(weights, seen))
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if missing := self._expected - seen:
             raise RuntimeError(f"refit: {len(missing)} tensors were not sent, e.g. {min(missing)}")
@@ -243,7 +240,7 @@ class Engine:
         return Completion(request, tuple(ids), logprobs, reason, self.version, routed)
 
     def _stacks(self) -> dict[str, Stacks]:
-        """Where this rank keeps experts, by layer: the tensors that kernels read, or on a CPU those that are packed."""
+        """Where this rank keeps experts, by layer: what kernels read, or on a CPU what is packed; empty without any."""
 
         def stacks(model: torch.nn.Module) -> dict[str, Stacks]:
             return {
