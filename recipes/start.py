@@ -5,6 +5,7 @@ Each imports its backend only then: that takes seconds, and has to come after `j
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemo_r3.config import Config
@@ -46,14 +47,17 @@ def _build(setup: Setup, config: Config, with_weights: bool) -> Policy:
     return Policy(config, setup.world, with_weights)
 
 
-def start_rollout(setup: Setup, with_weights: bool = True) -> Rollout:
-    """Starts this rank's part of a vLLM engine; without weights, refit before sampling."""
-    setup.progress.say(f"starting vLLM: rollout.tensor_parallel={setup.config.rollout.tensor_parallel}")
+def start_rollout(setup: Setup, trains: bool = False) -> Rollout:
+    """Starts this rank's part of a vLLM engine; one that trains starts without weights: refit before sampling."""
+    config = setup.config
+    if not trains:  # nobody would read the experts that vLLM records for `actor.routing_replay`
+        config = replace(config, actor=replace(config.actor, routing_replay=False))
+    setup.progress.say(f"starting vLLM: rollout.tensor_parallel={config.rollout.tensor_parallel}")
     with importing():
         from nemo_r3.rollout.engine import Engine
 
-    engine = Engine.start(setup.config, setup.model, with_weights)
-    return Rollout(engine, setup.dialogue, setup.task, setup.config, setup.world, setup.progress)
+    engine = Engine.start(config, setup.model, with_weights=not trains)
+    return Rollout(engine, setup.dialogue, setup.task, config, setup.world, setup.progress)
 
 
 def refit_if_behind(setup: Setup, policy: Policy, rollout: Rollout) -> None:

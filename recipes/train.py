@@ -35,7 +35,7 @@ def train(argv: Sequence[str]) -> None:
         return conclude(setup, argv)
     bank, trainer = open_bank(setup), start_trainer(setup)
     checkpoints.check_start_fits(setup, trainer)
-    rollout = start_rollout(setup, with_weights=False)
+    rollout = start_rollout(setup, trains=True)
     source, held_out = failure_source(setup, bank, trainer.policy, rollout), HeldOut(setup, trainer.policy, rollout)
     counters, last_checkpoint = checkpoints.resume(setup, trainer, rollout)
     source.cursor, saved_step = counters.cursor, counters.step
