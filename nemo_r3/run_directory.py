@@ -143,8 +143,9 @@ class RunDirectory:
         if changed := self._changed_settings():
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Name another run.dir (train.start_from can begin it with a checkpoint of this one), or give these "
-                f"settings their old values, which {self.path / 'config.yaml'} has"
+                "Name another run.dir (train.start_from can begin it with a checkpoint of this one, or if LoRA changes "
+                "model.path with an export), or give these settings their old values, which "
+                f"{self.path / 'config.yaml'} has"
             )
 
     def _changed_settings(self) -> list[str]:

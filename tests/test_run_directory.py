@@ -122,6 +122,8 @@ def test_other_settings_are_refused_and_the_runs_own_config_has_them_all(tmp_pat
     own = tmp_path / "run" / "config.yaml"
     with pytest.raises(UserError, match=rf"algo\.group_size: 4 -> 8\. .* old values, which {own} has"):
         directory(tmp_path / "run").open(resuming=True)
+    with pytest.raises(UserError, match="can begin it with .*, or if LoRA changes model.path with an export"):
+        directory(tmp_path / "run", "actor.lora_rank=8").open(resuming=True)
     run = RunDirectory(load([str(own)]), cast(World, None))
     assert run.path == tmp_path / "run"
     run.refuse_other_settings()
