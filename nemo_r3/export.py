@@ -54,21 +54,27 @@ COPIED = (
 """What the export copies from the starting checkpoint."""
 
 
-def refuse_other_contents(out: Path) -> None:
-    """Refuses to export to where something else is, all of which an export would replace.
+def refuse_other_contents(*places: Path) -> None:
+    """Refuses to export to where something else is, all of which an export would replace, or twice to one directory.
 
     Raises:
-        UserError: there is a file, or a directory that holds files and is no earlier export.
+        UserError: there is a file, or a directory that holds files and is no earlier export; or two places are one.
     """
-    card = out / "README.md"
-    if not (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        return
-    if not (card.is_file() and "Trained with nemo_r3" in card.read_text(errors="replace")):
-        place = f"{out} links to {out.resolve()}, which" if out.is_symlink() else out
+    if len({out.resolve() for out in places}) < len(places):
         raise UserError(
-            f"{place} holds something else than an export, and an export would replace it: move it away, or make this "
-            "a link to a directory that is new or empty"
+            f"{' and '.join(map(str, places))} are one directory, {places[0].resolve()}, where each export would "
+            "replace the other: link them to two, or remove a link"
         )
+    for out in places:
+        card = out / "README.md"
+        if not (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+            continue
+        if not (card.is_file() and "Trained with nemo_r3" in card.read_text(errors="replace")):
+            place = f"{out} links to {out.resolve()}, which" if out.is_symlink() else out
+            raise UserError(
+                f"{place} holds something else than an export, and an export would replace it: move it away, or make "
+                "this a link to a directory that is new or empty"
+            )
 
 
 def export(policy: Policy, source: Path, out: Path, card: str, probe: Sequence[Sequence[int]]) -> tuple[float, float]:

@@ -51,8 +51,7 @@ def export(argv: Sequence[str]) -> None:
     if trained is None:
         raise UserError(f"{run.checkpoints} holds no checkpoint to export: train first, or set evaluate.checkpoint")
     out, adapter = run.path / OUT, run.path / ADAPTER
-    for directory in (out, adapter) if config.actor.lora_rank else (out,):
-        world.on_main(partial(refuse_other_contents, directory))
+    world.on_main(partial(refuse_other_contents, out, *([adapter] if config.actor.lora_rank else [])))
     with run.timed("export"):
         policy = start_policy(setup)
         step = checkpoint.load_weights(policy, trained)["step"]

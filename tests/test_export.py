@@ -332,6 +332,16 @@ def test_a_place_of_something_else_is_refused(tmp_path: Path) -> None:
             exporting.refuse_other_contents(place)
 
 
+def test_two_exports_to_one_directory_are_refused(tmp_path: Path) -> None:
+    out, adapter = tmp_path / "export", tmp_path / "adapter"
+    exporting.refuse_other_contents(out, adapter)
+    adapter.symlink_to(out)
+    for place in (out, adapter):
+        exporting.refuse_other_contents(place)
+    with pytest.raises(UserError, match=f"^{out} and {adapter} are one directory, {out.resolve()}, where each"):
+        exporting.refuse_other_contents(out, adapter)
+
+
 def test_a_wrong_weight_is_refused(home: Path, found: dict[str, Any]) -> None:
     assert "not the model that was trained" in found["wrong"]
     assert "differ by" in found["wrong"]
