@@ -31,17 +31,16 @@ def draw(metrics: Sequence[Mapping[str, Any]], out: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = [line["step"] for line in metrics]
-    kls = column(metrics, "kl")
-    has_kl = any(value and not math.isnan(value) for value in kls)
+    kls = _known(steps, column(metrics, "kl"))
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(out.resolve().parent.name, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
     success = figure.add_subplot(grid[:, 0])
     _draw_success(success, steps, column(metrics, "retry_success"), column(metrics, "held_out/second_try"))
-    groups = figure.add_subplot(grid[0, 1] if has_kl else grid[:, 1])
+    groups = figure.add_subplot(grid[0, 1] if kls else grid[:, 1])
     _draw_groups(groups, steps, column(metrics, "groups_used"), column(metrics, "groups_dropped"))
-    if has_kl:
+    if kls:
         _draw_kl(figure.add_subplot(grid[1, 1]), steps, kls)
     figure.savefig(out, format="png")
 
@@ -66,9 +65,10 @@ def _draw_groups(axes: Axes, steps: Sequence[int], used: Sequence[float], droppe
     axes.set_ylim(0, 1)
 
 
-def _draw_kl(axes: Axes, steps: Sequence[int], kls: Sequence[float]) -> None:
+def _draw_kl(axes: Axes, steps: Sequence[int], known: Sequence[tuple[int, float]]) -> None:
     _dress(axes, "KL to the starting model", steps)
-    axes.plot(*zip(*_known(steps, kls), strict=True), color=ORANGE, linewidth=1.5)
+    # a dot at its end, whole on the axis, too, is all that there is to see of a single step
+    axes.plot(*zip(*known, strict=True), "o-", color=ORANGE, linewidth=1.5, markersize=5, markevery=[-1], clip_on=False)
     axes.set_ylim(bottom=0)
 
 

@@ -5,9 +5,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from nemo_r3 import curve
@@ -67,6 +68,16 @@ def test_curve(tmp_path: Path, saved: list[Figure], steps: int, kl: bool) -> Non
 
     known = [[step, 0.001 * step] for step in numbers if step % 3]
     assert [axes.lines[0].get_xydata().tolist() for axes in drift] == ([known] if kl else [])
+
+
+def test_the_kl_of_a_single_step_is_seen(tmp_path: Path, saved: list[Figure]) -> None:
+    """As of a run that breaks at once: before the first update it is 0, and later steps have none."""
+    lines = metrics_of(3, False)
+    curve.draw([lines[0] | {"kl": 0.0}, *({**line, "kl": None} for line in lines[1:])], tmp_path / "curve.png")
+    (line,) = saved[0].axes[2].lines
+    assert line.get_xydata().tolist() == [[1.0, 0.0]]
+    picture = matplotlib.image.imread(tmp_path / "curve.png")
+    assert (abs(picture[..., :3] - to_rgb(curve.ORANGE)) < 0.01).all(-1).sum() > 10, "pixels"
 
 
 def test_held_out_problems_are_beside_the_steps_failures(tmp_path: Path, saved: list[Figure]) -> None:

@@ -21,7 +21,7 @@ class Curve:
     name: str
     path: str
     ends: str
-    is_dots: bool
+    is_dots: bool  # no two of its points are joined, so that only dots show it
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def draw(
     def curve(name: str, values: Sequence[float]) -> Curve:
         points = thinned(list(zip(steps, values, strict=True)))
         pixels = [(x_of(step), y_of(value)) if math.isfinite(value) else None for step, value in points]
-        return Curve(name, _path(pixels, name == dots), _ends(values), name == dots)
+        path = _path(pixels, name == dots)
+        return Curve(name, path, _ends(values), is_dots="L" not in path)
 
     return Chart(
         title,

@@ -44,11 +44,12 @@ def test_the_axis_has_both_its_ends_and_all_values() -> None:
 def test_dots_are_not_joined() -> None:
     chart = draw("it", [1, 2, 3], {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]}, dots="b")
     assert chart is not None and ["L" in curve.path for curve in chart.curves] == [True, False]
+    assert [curve.is_dots for curve in chart.curves] == [False, True]
 
 
 def test_one_step_is_a_dot_and_nothing_is_nothing() -> None:
     chart = draw("it", [7], {"a": [0.0]})
-    assert chart is not None and chart.curves[0].path.endswith("h0")
+    assert chart is not None and chart.curves[0].path.endswith("h0") and chart.curves[0].is_dots
     assert draw("it", [7], {"a": [math.nan]}) is None and draw("it", [], {"a": []}) is None
 
 
