@@ -36,9 +36,8 @@ class RoutingReplay:
     def mismatch(self) -> float:
         """The share of (token, layer) pairs, over all ranks, whose experts the actor would have chosen differently.
 
-        All ranks call this together. Every pass since `start_counting` counts, in both numbers: full recompute, which
-        trains on a token in two passes, leaves the share as it is, but that tokens of later updates, scored once so
-        far, weigh half as much.
+        All ranks call this together. Every pass since `start_counting` counts, among the pairs and among those that
+        differ; full recompute makes two passes of one.
         """
         total = self._seen.clone()
         dist.all_reduce(total)
