@@ -50,7 +50,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A failure bank that `recipes.mine` made from the embedded model."""
     path = tmp_path_factory.mktemp("bank") / "failures"
     settings = (launch.QUICKSTART, *launch.SMALL, f"failures.path={path}", f"run.dir={path.parent}/unused")
-    launch.run("mine", *settings)
+    launch.run("mine", *settings, fresh=True)
     return path
 
 

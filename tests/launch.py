@@ -1,4 +1,4 @@
-"""Runs a verb as a user would, in its own process or under torchrun."""
+"""Runs a verb as a user would, in a process of its own or under torchrun."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from processes import run_python
+
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 SMALL = ("failures.problems=160", "train.failures_per_step=8", "evaluate.problems=24", "rollout.max_num_seqs=64")
 SECONDS = 400
-
-
-def command(verb: str, *arguments: str, ranks: int = 1) -> list[str]:
-    module = ["-m", f"recipes.{verb}", *arguments]
-    if ranks == 1:
-        return [sys.executable, *module]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, *launcher, *module]
 
 
 def environment() -> dict[str, str]:
@@ -30,11 +24,11 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    verb: str, *arguments: str, ranks: int = 1, succeed: bool = True, path: Path = ROOT
+    verb: str, *arguments: str, ranks: int = 1, succeed: bool = True, path: Path = ROOT, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a verb to its end, in the directory `path`; with `succeed`, a failure shows what it printed."""
-    told: dict[str, Any] = {"cwd": path, "env": environment(), "capture_output": True, "text": True}
-    done = subprocess.run(command(verb, *arguments, ranks=ranks), **told, timeout=SECONDS, check=False)
+    """Runs a verb to its end (see `run_python`); with `succeed`, a failure shows what it printed."""
+    told: dict[str, Any] = {"path": path, "environment": environment(), "seconds": SECONDS, "fresh": fresh}
+    done = run_python("-m", f"recipes.{verb}", *arguments, ranks=ranks, **told)
     if succeed:
         assert done.returncode == 0, f"{verb} {arguments}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
@@ -42,7 +36,7 @@ def run(
 
 def start(verb: str, *arguments: str) -> subprocess.Popen[str]:
     told: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(verb, *arguments), cwd=ROOT, env=environment(), **told)
+    return subprocess.Popen([sys.executable, "-m", f"recipes.{verb}", *arguments], cwd=ROOT, env=environment(), **told)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ EXPERTS = Path(__file__).with_name("te_experts.py")
 
 
 def stages(model: str, tensor_parallel: int, pipeline_parallel: int, precision: str) -> list[dict[str, Any]]:
-    done = run_script(STAGES, model, tensor_parallel, pipeline_parallel, precision)
+    done = run_script(STAGES, model, tensor_parallel, pipeline_parallel, precision, fresh=True)
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -88,7 +88,7 @@ def test_stages(model: str, tensor_parallel: int, pipeline_parallel: int, precis
 def test_experts_have_the_names_of_the_table_and_the_checkpoints_of_the_local_layers(
     tensor_parallel: int, expert_parallel: int, rank: int
 ) -> None:
-    done = run_script(EXPERTS, tensor_parallel, expert_parallel, rank)
+    done = run_script(EXPERTS, tensor_parallel, expert_parallel, rank, fresh=True)
     found, arch = json.loads(done.stdout.splitlines()[-1]), few_experts()
     assert (found["te"]["experts"], found["local"]["experts"]) == ("TEGroupedMLP", "SequentialMLP")
     whole = expert_parallel > 1  # experts are shared whole, or cut as all else
@@ -114,7 +114,7 @@ def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def launch(layout: str, ranks: int, home: Path) -> dict[str, Any]:
     (home / "embedded").symlink_to(EMBEDDED)
-    run_script(POLICIES, layout, home, ranks=ranks, TORCHDYNAMO_DISABLE="1")
+    run_script(POLICIES, layout, home, ranks=ranks, fresh=True, TORCHDYNAMO_DISABLE="1")
     found: dict[str, Any] = json.loads((home / f"{layout}.json").read_text())["policies"]
     return found
 

@@ -30,7 +30,8 @@ def test_the_actor_follows_vllm(tmp_path: Path) -> None:
     settings = [*prepare(tmp_path, **SHAPE), f"train.steps={STEPS}", "actor.precision=bf16"]
     followed = {}
     for replay in ("false", "true"):
-        run("train", *settings, f"actor.routing_replay={replay}", f"run.dir={tmp_path}/{replay}", path=tmp_path)
+        both = (f"actor.routing_replay={replay}", f"run.dir={tmp_path}/{replay}")
+        run("train", *settings, *both, path=tmp_path, fresh=True)
         logged = lines(tmp_path / replay / "metrics.jsonl")
         assert len(logged) == STEPS and all(step["groups_used"] for step in logged)
         followed[replay] = max(step["rollout_kl"] for step in logged)

@@ -19,5 +19,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory, bank: Path) -> Path:
     settings = (QUICKSTART, *SMALL, f"failures.path={bank}", f"run.dir={path}")
     settings += ("train.steps=4", "train.save_every=2", "evaluate.every=2")
     for verb in ("train", "evaluate", "export"):
-        run(verb, *settings)
+        run(verb, *settings, fresh=True)
     return path
