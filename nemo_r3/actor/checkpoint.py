@@ -171,6 +171,7 @@ def _explained(saving: Saving) -> Iterator[None]:
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         if _is_fault(error):
             raise
+        saving.strategy.abandon()
         if saving.world.is_main:
             shutil.rmtree(saving.writing, ignore_errors=True)
         good = latest(saving.directory)

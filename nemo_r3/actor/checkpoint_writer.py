@@ -23,6 +23,8 @@ from nemo_r3.files import sum_of
 
 OPTIMIZER = "optimizer"
 """What the names of the optimizer's tensors, and of the files that hold nothing else, begin with."""
+PATIENCE = 30.0
+"""Seconds that a failed save waits for its threads: they end at once on a full disk, and never on one that hangs."""
 
 
 class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -75,6 +77,11 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         for finish in self._finish:
             finish()
         self._finish = []  # which hold what was written
+
+    def abandon(self) -> None:
+        """Ends what this rank still writes, so that it can be removed."""
+        if self._thread.is_alive():
+            self._thread.join(PATIENCE)
 
     def _write(self) -> None:
         if self._work is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain, count, repeat
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
@@ -207,11 +209,31 @@ def test_a_save_is_given_up_once_its_files_no_longer_grow(tmp_path: Path, sizes:
         raise OSError("torn")
 
     done = chain(repeat(False, 6), repeat(True))
-    strategy: Any = SimpleNamespace(is_written=lambda: next(done), bytes_written=lambda: next(sizes), finish=finish)
+    told = {"is_written": lambda: next(done), "bytes_written": lambda: next(sizes), "abandon": lambda: None}
+    strategy: Any = SimpleNamespace(**told, finish=finish)
     world: Any = SimpleNamespace(is_main=True, gather=lambda item: [item], timeout=timedelta(seconds=0.005))
     saving = checkpoint.Saving(world, tmp_path, {"step": 2}, strategy)
     with pytest.raises(UserError, match=rf"cannot write .*/step_000002: .*{said}.*there is no earlier checkpoint"):
         checkpoint.finish(saving, keep=1)
+
+
+def test_what_a_failed_save_is_still_writing_goes_too(tmp_path: Path) -> None:
+    """With megatron-core 0.19 a full disk is seen as soon as its config is to be written, beside the shards."""
+
+    def write() -> None:
+        time.sleep(0.2)
+        saving.writing.mkdir()
+        (saving.writing / "__0_0.distcp").touch()
+
+    strategy = ThreadedSave(copies=False)
+    strategy._thread = Thread(target=write)
+    world: Any = SimpleNamespace(is_main=True)
+    saving = checkpoint.Saving(world, tmp_path, {"step": 2}, strategy)
+    with pytest.raises(UserError, match="cannot write .*: no room"), checkpoint._explained(saving):
+        strategy._thread.start()
+        raise OSError("no room")
+    strategy._thread.join()
+    assert not saving.writing.exists()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +253,8 @@ def test_a_shard_that_cannot_be_read_back_does_not_count(tmp_path: Path) -> None
     world: Any = SimpleNamespace(
         is_main=True, rank=0, size=1, gather=lambda item: [item], merge=dict, broadcast=lambda item: item
     )
-    written: Any = SimpleNamespace(is_written=lambda: True, finish=lambda: None, sums={"shard": UNREADABLE})
+    told = {"is_written": lambda: True, "finish": lambda: None, "abandon": lambda: None}
+    written: Any = SimpleNamespace(**told, sums={"shard": UNREADABLE})
     with pytest.raises(UserError, match=r"cannot write .*/step_000002: .*what was written cannot be read back"):
         checkpoint.finish(checkpoint.Saving(world, tmp_path, {"step": 2}, written), keep=1)
     assert not any(tmp_path.iterdir())
