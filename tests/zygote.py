@@ -1,6 +1,6 @@
 """Starts programs by forking: a process that has imported the libraries that vLLM and megatron-core stand on.
 
-Importing these takes most of a short program's time. vLLM, megatron-core and all of ours are left to the program, which
+Importing these takes half of a short program's time. vLLM, megatron-core and all of ours are left to the program, which
 imports them as it would in an interpreter of its own: in its order, with the environment that it has prepared. Forks
 have one seed for Python's hashes, so they are nothing for ranks, whose sets are to differ in order as they do in a run.
 

@@ -79,7 +79,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self._finish = []  # which hold what was written
 
     def abandon(self) -> None:
-        """Ends what this rank still writes, so that it can be removed."""
+        """Waits, at most for PATIENCE, until this rank writes nothing more, so that what it wrote can be removed."""
         if self._thread.is_alive():
             self._thread.join(PATIENCE)
 

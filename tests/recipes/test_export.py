@@ -1,31 +1,48 @@
-"""Where an export goes; what is written there is in tests/test_export.py, and whole exports in test_verbs.py."""
+"""What the verb chooses; what it writes is in tests/test_export.py, whole exports in test_verbs.py and test_lora.py."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from refusals import refusal
+from families import TINY
 
 from nemo_r3.config import Config
-from recipes import checkpoints
-from recipes import export as recipe
+from nemo_r3.models import architecture_of
+from recipes.export import base_name, probe_of
 
 
-def test_lora_needs_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "adapter").symlink_to(tmp_path / "export")
-    setup = SimpleNamespace(
-        config=Config(),
-        arch="tiny",
-        model=tmp_path / "model",
-        world=SimpleNamespace(broadcast=lambda value: value, on_main=lambda act: act()),
-        run=SimpleNamespace(path=tmp_path, checkpoints=tmp_path / "checkpoints"),
-    )
-    setup.config.actor.lora_rank = 8
-    monkeypatch.setattr(recipe, "join", lambda argv, trains: setup)
-    monkeypatch.setattr(recipe, "export_problem", lambda arch, host_bytes: None)
-    monkeypatch.setattr(checkpoints, "trained", lambda _: Path("step_000004"))
-    said = refusal(lambda: recipe.export([]))
-    assert said.startswith(f"{tmp_path}/export and {tmp_path}/adapter are one directory")
-    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+@pytest.mark.parametrize(
+    ("path", "directory", "name"),
+    [
+        ("org/tiny", "snapshots/0a1b2c", "org/tiny"),
+        ("/models/tiny", "/models/tiny", "tiny"),
+        ("/runs/first/export", "/runs/first/export", "first"),
+        ("export", "export", Path.cwd().name),
+    ],
+)
+def test_a_card_names_the_starting_model_as_people_know_it(path: str, directory: str, name: str) -> None:
+    config = Config()
+    config.model.path = path
+    assert base_name(config, Path(directory)) == name
+
+
+def test_the_probe_is_what_the_run_sampled(tmp_path: Path) -> None:
+    hf = TINY | {"architectures": ["LlamaForCausalLM"], "vocab_size": 50, "max_position_embeddings": 20}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    arch = architecture_of(tmp_path)
+    drawn = probe_of(tmp_path, arch)
+    assert drawn == probe_of(tmp_path, arch)
+    assert {len(ids) for ids in drawn} == {20}
+    assert all(0 <= token < 50 for ids in drawn for token in ids)
+    (tmp_path / "rollouts").mkdir()
+    for step in (2, 1):
+        first = {"context_ids": [step] * 99}
+        rows = [{"problem_id": n // 2, "reflection_ids": [n, 9]} | ({} if n % 2 else first) for n in range(40)]
+        lines = [json.dumps(row) for row in rows]
+        (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    assert probe_of(tmp_path, arch) == [[1] * 62 + [2 * problem + 1, 9] for problem in range(8)]
+    first_step = tmp_path / "rollouts" / "step_000001.jsonl"
+    first_step.write_text(first_step.read_text().replace("9]", "50]"))  # damaged: the model has no such token
+    assert probe_of(tmp_path, arch) == drawn

@@ -35,6 +35,12 @@ def test_a_run_resumes_from_its_factors_and_exports_their_sum_with_the_starting_
     assert refused.returncode == 2 and f"{resumed}/adapter holds something else than an export" in refused.stderr
     assert not (resumed / "export").exists()
     (resumed / "adapter" / "notes.txt").unlink()
+    (resumed / "adapter").rmdir()
+    (resumed / "adapter").symlink_to(resumed / "export")
+    linked = run("export", *settings, f"run.dir={resumed}", succeed=False)
+    assert linked.returncode == 2 and f"{resumed}/export and {resumed}/adapter are one directory" in linked.stderr
+    assert not (resumed / "export").exists()
+    (resumed / "adapter").unlink()
     run("export", *settings, f"run.dir={resumed}")
     exported, start = (load_file(path / "model.safetensors") for path in (resumed / "export", EMBEDDED))
     moved = {name for name in start if not exported[name].equal(start[name])}
